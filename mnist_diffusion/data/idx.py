@@ -1,0 +1,108 @@
+"""The IDX format of the MNIST family, read with its bounds checked.
+
+A file is a magic number (two zero bytes, a type code, the number of dimensions), one big-endian uint32 size a
+dimension, then the values. Format: http://yann.lecun.com/exdb/mnist/ (archived).
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from mnist_diffusion.config import UserError
+
+UNSIGNED_BYTE = 0x08
+MAX_BYTES = 8 * 2**30
+
+NAMES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+class IdxError(UserError):
+    """An IDX file is not what it says it is; the message names the file."""
+
+
+def find_idx_folder(folder: Path) -> Path | None:
+    """The folder that holds the IDX training images: `folder` itself, or torchvision's `<name>/raw` below it."""
+    candidates = [folder, folder / "raw", *sorted(path for path in folder.glob("*/raw") if path.is_dir())]
+    stem = NAMES["train"][0]
+    return next((path for path in candidates if _find(path, stem) is not None), None)
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    names = (stem, f"{stem}.gz", stem.replace("-idx", ".idx"), stem.replace("-idx", ".idx") + ".gz")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
+    """Read one IDX file of unsigned bytes, raw or gzipped.
+
+    Args:
+        path: the file; gzip is recognised by its first bytes.
+        dimensions: 3 for images `[N, H, W]`, 1 for labels `[N]`.
+
+    Returns:
+        A uint8 array of that many dimensions.
+
+    Raises:
+        IdxError: wrong magic, type or dimensions; fewer or more bytes than declared; a broken gzip stream.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
+            header_size = 4 + 4 * dimensions
+            header = stream.read(header_size)
+            if len(header) < header_size:
+                raise IdxError(f"{path}: truncated header, {len(header)} bytes where {header_size} are needed")
+            zeros, kind, count = struct.unpack(">HBB", header[:4])
+            if zeros != 0 or kind != UNSIGNED_BYTE or count != dimensions:
+                raise IdxError(
+                    f"{path}: magic number 0x{header[:4].hex()}, expected 0x{UNSIGNED_BYTE << 8 | dimensions:08x} "
+                    f"(unsigned bytes, {dimensions} dimension{'s' if dimensions > 1 else ''})"
+                )
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            size = math.prod(shape)
+            if size > MAX_BYTES:
+                raise IdxError(f"{path}: declares {size} bytes of data ({shape}), more than the limit of {MAX_BYTES}")
+            values = stream.read(size)
+            if len(values) < size:
+                raise IdxError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
+            if stream.read(1):
+                raise IdxError(f"{path}: holds more than the {size} values {shape} that it declares")
+    except (gzip.BadGzipFile, EOFError, OSError) as error:
+        raise IdxError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:
+        if type(error).__module__ == "zlib":
+            raise IdxError(f"{path}: broken gzip data: {error}") from error
+        raise
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def read_idx_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Images `[N, H, W]` and labels `[N]`, both uint8, of `train` or `test`; None where the split has no files.
+
+    Raises:
+        IdxError: a file is broken, one of the pair is missing, or the counts differ.
+    """
+    stems = NAMES.get(split)
+    if stems is None:
+        raise IdxError(f"{folder}: IDX folders have the splits {sorted(NAMES)}, got {split!r}")
+    images_path, labels_path = (_find(folder, stem) for stem in stems)
+    if images_path is None and labels_path is None:
+        return None
+    if images_path is None or labels_path is None:
+        missing = stems[0] if images_path is None else stems[1]
+        raise IdxError(f"{folder}: {missing} (raw or .gz) is missing beside its partner")
+    images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
+    if len(images) != len(labels):
+        raise IdxError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
+    if images.size == 0:
+        raise IdxError(f"{images_path}: holds no pixels, its shape is {images.shape}")
+    return images, labels

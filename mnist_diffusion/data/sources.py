@@ -1,0 +1,338 @@
+"""Where labelled images come from: one function a kind of source, each giving undecorated splits.
+
+A source that was named and cannot be read is an error that says what was looked for and where. Only where no
+source was named, and MNIST cannot be had, do scikit-learn's embedded digits stand in, with a notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_diffusion.config import DataConfig, UserError
+from mnist_diffusion.data.idx import find_idx_folder, read_idx_split
+from mnist_diffusion.data.images import fit_to_size
+
+DEFAULT_HUB_ID = "ylecun/mnist"
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+HUB_TIMEOUT_SECONDS = 5.0
+HUB_PATIENCE_SECONDS = 12.0
+TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+class DataError(UserError):
+    """The images cannot be had or cannot be used; the message says what was looked for and where."""
+
+
+class HubUnavailableError(DataError):
+    """The Hub cannot be reached and there is no cached copy."""
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """Images as they came: uint8 `[C, H, W]` each, of any sizes, and one label each (any sortable values)."""
+
+    images: Tensor | list[Tensor]
+    labels: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class RawSource:
+    """What a source gives: a training split, a held-out one where it has it, and names where it knows them."""
+
+    identifier: str
+    """What `data.source` names it by."""
+    description: str
+    train: RawSplit
+    test: RawSplit | None
+    class_names: dict[Any, str] | None = None
+    notice: str | None = None
+
+
+def read_source(config: DataConfig) -> RawSource:
+    """Read the images that `config` names.
+
+    Raises:
+        DataError: the source cannot be found or read.
+    """
+    if config.source is None:
+        try:
+            return read_hub(DEFAULT_HUB_ID, config)
+        except HubUnavailableError as error:
+            notice = (
+                f"MNIST could not be had ({error}). FALLING BACK to the 1,797 real digits of 8 x 8 pixels that come "
+                "with scikit-learn, enlarged to 28 x 28: the results are NOT MNIST results. "
+                "Name a data set with --data.source to train on it."
+            )
+            return read_embedded_digits(notice=notice)
+    if config.source == "digits":
+        return read_embedded_digits()
+    path = Path(config.source).expanduser()
+    if path.is_dir():
+        return read_folder(path, config)
+    if path.is_file():
+        if path.suffix not in TABLE_SUFFIXES:
+            raise DataError(f"data.source={config.source!r} is a file, but not a parquet or arrow one")
+        return read_tables([path], config)
+    if HUB_ID.fullmatch(config.source):
+        return read_hub(config.source, config)
+    raise DataError(
+        f"data.source={config.source!r} was not found: there is no such folder or file (looked for {path.absolute()}), "
+        "and it is not a Hub data set id (name or user/name)"
+    )
+
+
+def read_embedded_digits(notice: str | None = None) -> RawSource:
+    """The UCI digits that ship with scikit-learn: 1,797 grey images, drawn at 20 x 20 inside 28 x 28 as MNIST's are."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import)
+
+    digits = load_digits()
+    small = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
+    images = fit_to_size(fit_to_size(small, 20, "resize"), 28, "pad")
+    train = RawSplit(images, digits.target.tolist())
+    return RawSource("digits", "scikit-learn digits (embedded)", train, None, notice=notice)
+
+
+def read_folder(folder: Path, config: DataConfig) -> RawSource:
+    """Read a local folder: IDX files, a saved `datasets` folder, parquet or arrow files, or one folder a class."""
+    idx_folder = find_idx_folder(folder)
+    if idx_folder is not None:
+        return read_idx_folder(idx_folder, config)
+    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+        from datasets import load_from_disk  # noqa: PLC0415  (slow to import)
+
+        return read_datasets(f"{folder} (datasets folder)", load_from_disk(str(folder)), config)
+    tables = [path for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES]
+    if tables:
+        return read_tables(tables, config)
+    if any(path.is_dir() for path in folder.iterdir()):
+        return read_image_folder(folder, config)
+    raise DataError(
+        f"data.source={config.source!r}: {folder.absolute()} holds no images. Looked for IDX files "
+        "(train-images-idx3-ubyte[.gz], here or in <name>/raw), parquet or arrow files, and one folder a class"
+    )
+
+
+def read_idx_folder(folder: Path, config: DataConfig) -> RawSource:
+    """Read an IDX folder; its splits are called `train` and `test`."""
+
+    def raw(split: str) -> RawSplit | None:
+        pair = read_idx_split(folder, split)
+        return pair and RawSplit(torch.from_numpy(pair[0].copy()).unsqueeze(1), pair[1].tolist())
+
+    train = raw(config.train_split)
+    if train is None:
+        raise DataError(f"{folder} has no split {config.train_split!r} (data.train_split)")
+    test = raw(config.test_split or "test")
+    if test is None and config.test_split is not None:
+        raise DataError(f"{folder} has no split {config.test_split!r} (data.test_split)")
+    return RawSource(str(config.source), f"{folder} (IDX)", train, test)
+
+
+def read_image_folder(folder: Path, config: DataConfig) -> RawSource:
+    """Read one folder a class, or such trees in folders named after the splits; class names are the folders'."""
+    train_root, test_root = folder / config.train_split, folder / (config.test_split or "test")
+    if not train_root.is_dir():
+        if config.test_split is not None:
+            raise DataError(f"data.test_split={config.test_split!r} needs the folder {train_root}, which is not there")
+        train_root, test_root = folder, folder / "no split"
+    train, names = _read_class_folders(train_root, config)
+    test = None
+    if test_root.is_dir():
+        test, test_names = _read_class_folders(test_root, config)
+        if unknown := set(test_names) - set(names):
+            raise DataError(f"{test_root} has classes that {train_root} has not: {sorted(unknown)}")
+    elif config.test_split is not None:
+        raise DataError(f"data.test_split={config.test_split!r}: there is no folder {test_root}")
+    return RawSource(str(config.source), f"{folder} (image folder)", train, test)
+
+
+def _read_class_folders(root: Path, config: DataConfig) -> tuple[RawSplit, list[str]]:
+    from torchvision.datasets import ImageFolder  # noqa: PLC0415  (slow to import)
+
+    try:
+        listing = ImageFolder(str(root))
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: {error}") from error
+    images = [_decode(Path(path).read_bytes(), config, path) for path, _ in listing.samples]
+    return RawSplit(images, [listing.classes[index] for _, index in listing.samples]), listing.classes
+
+
+def read_tables(paths: list[Path], config: DataConfig) -> RawSource:
+    """Read parquet or arrow files through `datasets`; a file belongs to the split whose name begins its own."""
+    from datasets import load_dataset  # noqa: PLC0415  (slow to import)
+
+    kinds = {TABLE_SUFFIXES[path.suffix] for path in paths}
+    if len(kinds) > 1:
+        raise DataError(f"{paths[0].parent} mixes parquet and arrow files; keep one kind")
+    wanted = [config.train_split, config.test_split or "test"]
+    by_split = {split: [str(path) for path in paths if path.name.startswith(split)] for split in wanted}
+    files = {split: found for split, found in by_split.items() if found}
+    if config.train_split not in files:
+        files = {config.train_split: [str(path) for path in paths]}
+    try:
+        tables = load_dataset(kinds.pop(), data_files=files)
+    except Exception as error:
+        raise DataError(f"{paths[0]}: cannot be read: {_cause(error)}") from error
+    return read_datasets(f"{paths[0] if len(paths) == 1 else paths[0].parent} (tables)", tables, config)
+
+
+def read_hub(name: str, config: DataConfig) -> RawSource:
+    """Read a data set of the Hub, or its cached copy where the Hub cannot be reached.
+
+    Raises:
+        HubUnavailableError: no answer from the Hub and no cached copy.
+        DataError: the Hub answers, but has no such data set or does not give it.
+    """
+    from datasets import load_dataset  # noqa: PLC0415  (slow to import)
+
+    reason = _hub_unreachable_reason(name)
+    with _offline() if reason else contextlib.nullcontext():
+        try:
+            tables = load_dataset(name)
+        except Exception as error:
+            if reason:
+                raise HubUnavailableError(
+                    f"data set {name!r}: {reason}, and there is no cached copy of it"
+                ) from error
+            raise DataError(f"data.source={name!r}: the Hub data set cannot be read: {_cause(error)}") from error
+    return read_datasets(f"{name} (Hub{', cached copy' if reason else ''})", tables, config)
+
+
+def _hub_unreachable_reason(name: str) -> str | None:
+    """Why the Hub cannot be used, or None: one short question to it, bounded even where name lookups hang."""
+    from huggingface_hub import HfApi, constants  # noqa: PLC0415  (slow to import)
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    outcome: list[str | None] = [f"{constants.ENDPOINT} gave no answer within {HUB_PATIENCE_SECONDS:.0f} seconds"]
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
+            outcome[0] = None
+        except HfHubHTTPError as error:  # it answered; what it says is reported when the data set is read
+            status = error.response.status_code if error.response is not None else 0
+            outcome[0] = f"{constants.ENDPOINT} answered {status}" if status >= 500 else None
+        except Exception as error:
+            outcome[0] = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_PATIENCE_SECONDS)
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Make `datasets` use its cache at once instead of retrying a Hub known to be out of reach."""
+    import datasets.config  # noqa: PLC0415  (slow to import)
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def read_datasets(description: str, tables: Any, config: DataConfig) -> RawSource:
+    """Read the splits of a `datasets.DatasetDict`, or a lone `datasets.Dataset` as the training split.
+
+    Raises:
+        DataError: a named split or column is missing, or there are several columns to choose from.
+    """
+    splits = tables if isinstance(tables, dict) else {config.train_split: tables}
+    test_split = config.test_split or ("test" if "test" in splits else None)
+    for name, split in (("train_split", config.train_split), ("test_split", test_split)):
+        if split is not None and split not in splits:
+            raise DataError(f"data.{name}={split!r} is not a split of {description}, which has {sorted(splits)}")
+    features = splits[config.train_split].features
+    image_column = _find_column(
+        "image_column", config.image_column, features, "Image", ("image", "img"), description
+    )
+    label_column = _find_column("label_column", config.label_column, features, "ClassLabel", ("label",), description)
+    feature = features[label_column]
+    names = dict(enumerate(feature.names)) if hasattr(feature, "names") else None
+
+    def raw(split: str) -> RawSplit:
+        return _read_rows(splits[split], image_column, label_column, f"{description} {split}", config)
+
+    return RawSource(config.source or DEFAULT_HUB_ID, description, raw(config.train_split), raw(test_split) if test_split else None, names)
+
+
+def _find_column(
+    option: str, asked: str | None, features: Any, kind: str, usual: tuple[str, ...], description: str
+) -> str:
+    if asked is not None:
+        if asked not in features:
+            raise DataError(f"data.{option}={asked!r} is not a column of {description}, which has {sorted(features)}")
+        return asked
+    found = [name for name, feature in features.items() if type(feature).__name__ == kind]
+    found = found if len(found) == 1 else [name for name in usual if name in features]
+    if not found:
+        raise DataError(f"{description}: cannot tell which of the columns {sorted(features)} to use; set data.{option}")
+    return found[0]
+
+
+def _read_rows(rows: Any, image_column: str, label_column: str, description: str, config: DataConfig) -> RawSplit:
+    from datasets import Image  # noqa: PLC0415  (slow to import)
+
+    if type(rows.features[image_column]).__name__ == "Image":
+        rows = rows.cast_column(image_column, Image(decode=False))
+    labels = list(rows[label_column])
+    images = []
+    for index, value in enumerate(rows[image_column]):
+        where = f"{description} row {index}"
+        if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+            value = {"bytes": Path(value["path"]).read_bytes()}
+        if isinstance(value, dict):
+            images.append(_decode(value["bytes"], config, where))
+        else:
+            images.append(_from_array(np.asarray(value), where))
+    return RawSplit(images, labels)
+
+
+def _from_array(values: np.ndarray, where: str) -> Tensor:
+    """A nested list or array of pixel values, `[H, W]` or `[H, W, C]`, as uint8 `[C, H, W]`."""
+    if values.ndim not in (2, 3) or values.size == 0 or values.min() < 0 or values.max() > 255:
+        raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
+    image = torch.from_numpy(values.astype(np.uint8))
+    return image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
+
+
+def _decode(encoded: bytes, config: DataConfig, where: str) -> Tensor:
+    """Decode a picture file to uint8 `[C, H, W]`: grey where the file is grey or `data.channels` is 1, else RGB."""
+    from PIL import Image, ImageOps  # noqa: PLC0415
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
+                values = np.asarray(picture).astype(np.uint32)
+                picture = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+            grey = config.channels == 1 or (config.channels is None and picture.mode in ("1", "L", "LA"))
+            pixels = np.array(picture.convert("L" if grey else "RGB"))
+    except Exception as error:
+        raise DataError(f"{where}: the picture cannot be decoded: {_cause(error)}") from error
+    return _from_array(pixels, where)
+
+
+def _cause(error: BaseException) -> str:
+    """The root of a chain of exceptions in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,109 @@
+"""How processes start: devices, threads and precision, and launches that must be refused."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from joblib import cpu_count
+
+from mnist_diffusion.config import Config, TrainConfig, UserError
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+class LaunchError(UserError):
+    """The processes were started in a way that cannot work."""
+
+
+def start_processes(config: Config) -> PartialState:
+    """Join the process group, if there is one, and give each process its share of the cores.
+
+    Raises:
+        LaunchError: several processes that know nothing of each other, or an engine that is not supported.
+    """
+    state = PartialState()
+    announced = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if announced > 1 and state.num_processes == 1:
+        raise LaunchError(
+            f"the launcher started {announced} processes, but they found no common device and would be {announced} "
+            "independent runs writing over each other. For processes on CPUs set ACCELERATE_USE_CPU=true; on a machine "
+            "without that many GPUs launch one process"
+        )
+    if state.distributed_type not in SUPPORTED:
+        raise LaunchError(
+            f"distributed_type {state.distributed_type.value} is not supported; use one process, or plain data "
+            "parallelism on CPUs or GPUs (MULTI_CPU, MULTI_GPU)"
+        )
+    set_num_threads(config.train)
+    return state
+
+
+def set_num_threads(config: TrainConfig) -> None:
+    """Use every core on a CPU: launchers set one thread a process unless told otherwise, which halves the speed.
+
+    `train.num_threads` rules; an OMP_NUM_THREADS above 1 is kept; otherwise the physical cores are shared out.
+    """
+    threads = config.num_threads
+    if threads is None and int(os.environ.get("OMP_NUM_THREADS") or 1) <= 1:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        threads = max(1, cpu_count(only_physical_cores=True) // processes)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def choose_output_dir(config: Config, recipe: str) -> Path:
+    """The run folder, the same for every process; it is not made yet.
+
+    Raises:
+        LaunchError: the folder holds something and the run is not a resumed one, or it is a file.
+    """
+    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    [folder] = broadcast_object_list([config.output_dir or str(Path("runs") / name)])
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise LaunchError(f"output_dir={folder!r} is a file")
+    if path.is_dir() and not config.train.resume and any(path.iterdir()):
+        raise LaunchError(
+            f"output_dir={folder!r} is not empty; add --train.resume true to go on with the run in it, or name another"
+        )
+    return path
+
+
+def build_accelerator(config: Config, output_dir: Path) -> Accelerator:
+    """The `Accelerator`, with the precision and the trackers of the configuration.
+
+    Raises:
+        LaunchError: the launcher and the configuration ask for different precisions, the batch does not divide among
+            processes and micro-batches, or a tracker is not installed.
+    """
+    state = PartialState()
+    asked, launched = config.train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked is not None and launched not in ("no", asked):
+        raise LaunchError(
+            f"train.mixed_precision={asked!r}, but the launcher asks for {launched!r}; leave one of them out"
+        )
+    precision = asked or launched
+    if precision == "fp16" and state.device.type == "cpu":
+        raise LaunchError("train.mixed_precision='fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
+    parts = state.num_processes * config.train.gradient_accumulation_steps
+    if config.data.batch_size % parts:
+        raise LaunchError(
+            f"data.batch_size={config.data.batch_size} must be divisible by {state.num_processes} processes x "
+            f"train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}"
+        )
+    project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs"))
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=list(config.train.trackers) or None, project_config=project
+    )
+    missing = set(config.train.trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:
+        raise LaunchError(
+            f"train.trackers: {', '.join(sorted(missing))} is not installed; pip install 'mnist-diffusion[wandb]' or "
+            "'mnist-diffusion[tensorboard]'"
+        )
+    return accelerator

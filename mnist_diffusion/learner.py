@@ -1,0 +1,188 @@
+"""What changes while training: weights, their average, the optimizer; and one update of them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from mnist_diffusion.checkpoint import Checkpoint, optimizer_state, restore_optimizer
+from mnist_diffusion.config import Config
+from mnist_diffusion.data import ImageData, draw_batch
+from mnist_diffusion.data.images import to_model_range
+from mnist_diffusion.data.stateless import mixed_seed
+from mnist_diffusion.objective import Batch, Objective
+
+MEASURED_SECONDS = 4.0
+WARM_UP_UPDATES = 3
+
+
+class Learner:
+    """A network under training.
+
+    Args:
+        config: the run.
+        accelerator: device, precision and processes.
+        data: the images.
+        unet: the network, its weights as they start.
+        objective: what it learns.
+    """
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, data: ImageData, unet: UNet2DModel, objective: Objective
+    ):
+        self.config, self.accelerator, self.data, self.objective = config, accelerator, data, objective
+        unet.to(accelerator.device)
+        if config.train.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        self.averaged_unet = copy.deepcopy(unet).eval().requires_grad_(False)
+        self.ema = EMAModel(unet.parameters(), decay=config.train.ema_decay, foreach=True)
+        optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, foreach=True
+        )
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.unet = unet
+
+    def update(self, step: int, learning_rate: float) -> dict[str, Tensor]:
+        """One optimizer update, the one after `step` others.
+
+        Returns:
+            Scalars on the device: `loss`, this process's mean, and `grad_norm` before clipping.
+        """
+        config, accelerator = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        share = config.data.batch_size // accelerator.num_processes
+        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        images, labels = draw_batch(self.data.train, config.data, seed=config.train.seed, step=step, part=mine)
+        draws = self.objective.draw(
+            (config.data.batch_size, *images.shape[1:]), seed=config.train.seed, step=step, device=accelerator.device
+        )[mine]
+        batch = self._to_device(images, labels)
+        micro_batches = config.train.gradient_accumulation_steps
+        size = share // micro_batches
+        losses = []
+        self.model.train()
+        for micro in range(micro_batches):
+            part = slice(micro * size, (micro + 1) * size)
+            last = micro == micro_batches - 1
+            torch.manual_seed(mixed_seed(config.train.seed, "dropout", step, micro, accelerator.process_index))
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self.objective.loss(self.model, Batch(batch.images[part], batch.labels[part]), draws[part])
+                accelerator.backward(loss / micro_batches)
+            losses.append(loss.detach())
+        measured = {"loss": torch.stack(losses).mean()}
+        if config.train.max_grad_norm is not None:
+            norm = accelerator.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
+            measured["grad_norm"] = norm.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._update_average(step + 1)
+        return measured
+
+    def _to_device(self, images: Tensor, labels: Tensor) -> Batch:
+        device = self.accelerator.device
+        return Batch(to_model_range(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
+
+    def _update_average(self, steps_done: int) -> None:
+        start, interval = self.config.train.ema_start_step, self.config.train.ema_update_every_steps
+        if steps_done <= start:
+            self.ema.shadow_params = [parameter.detach().clone() for parameter in self.unet.parameters()]
+        elif steps_done % interval == 0:
+            self.ema.step(self.unet.parameters())
+
+    def average(self) -> UNet2DModel:
+        """The network with the averaged weights, in evaluation mode; training goes on in another copy."""
+        self.ema.copy_to(self.averaged_unet.parameters())
+        return self.averaged_unet
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Loss of the averaged weights on held-out images, each time the same ones with the same draws.
+
+        Batches are of one size whatever the run's, so that runs can be compared.
+        """
+        unet, train = self.average(), self.config.train
+        total, count = 0.0, min(train.num_eval_images, len(self.data.test))
+        # The sources keep their order, which may go by class: spread the chosen images over all of it.
+        chosen = torch.linspace(0, len(self.data.test) - 1, count).round().long()
+        for index, part in enumerate(chosen.split(500)):
+            batch = self._to_device(self.data.test.images[part], self.data.test.labels[part])
+            draws = self.objective.draw(
+                tuple(batch.images.shape), seed=train.seed, step=index, device=self.accelerator.device, held_out=True
+            )
+            total += float(self.objective.loss(unet, batch, draws)) * len(part)
+        return total / count
+
+    def measure_speed(self) -> float:
+        """Updates a second on this machine, from real updates that are then undone.
+
+        Every process takes part; all get the main process's figure.
+        """
+        weights = [parameter.detach().clone() for parameter in self.unet.parameters()]
+        scaler = self.accelerator.scaler
+        scaler_state = scaler.state_dict() if scaler is not None else None
+        done, started = 0, 0.0
+        while True:
+            if done == WARM_UP_UPDATES:
+                self._synchronize()
+                started = time.perf_counter()
+            self.update(done, 0.0)
+            done += 1
+            if done <= WARM_UP_UPDATES:
+                continue
+            self._synchronize()
+            elapsed = time.perf_counter() - started
+            [speed] = broadcast_object_list([(done - WARM_UP_UPDATES) / elapsed if elapsed > MEASURED_SECONDS else None])
+            if speed is not None:
+                break
+        with torch.no_grad():
+            for parameter, before in zip(self.unet.parameters(), weights, strict=True):
+                parameter.copy_(before)
+        self.optimizer.state.clear()
+        if scaler is not None and scaler_state is not None:
+            scaler.load_state_dict(scaler_state)
+        self.ema.shadow_params = weights
+        self.ema.optimization_step = 0
+        return speed
+
+    def _synchronize(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything to resume from: tensors by file and name, and what JSON holds."""
+        moments, groups = optimizer_state(self.optimizer)
+        names = [name for name, _ in self.unet.named_parameters()]
+        tensors = {
+            "unet": dict(self.unet.state_dict()),
+            "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
+            "optimizer": moments,
+        }
+        scaler = self.accelerator.scaler
+        return tensors, {
+            "optimizer_groups": groups,
+            "ema_step": self.ema.optimization_step,
+            "grad_scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a checkpoint."""
+        tensors: Mapping[str, Mapping[str, Tensor]] = checkpoint.tensors
+        self.unet.load_state_dict(tensors["unet"])
+        with torch.no_grad():
+            for (name, _), shadow in zip(self.unet.named_parameters(), self.ema.shadow_params, strict=True):
+                shadow.copy_(tensors["ema"][name])
+        self.ema.optimization_step = checkpoint.state["ema_step"]
+        restore_optimizer(self.optimizer.optimizer, tensors["optimizer"], checkpoint.state["optimizer_groups"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])

@@ -1,0 +1,69 @@
+"""The network and its noising process, stock diffusers objects built from the configuration."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from mnist_diffusion.config import ConfigError, DiffusionConfig, ModelConfig
+
+
+def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_classes: int, seed: int = 0) -> UNet2DModel:
+    """A `UNet2DModel` for images `[B, channels, image_size, image_size]`, its weights a function of `seed`.
+
+    With class conditioning it has `num_classes + 1` class embeddings; the last one is the null class.
+
+    Raises:
+        ConfigError: `image_size` cannot be halved as often as the levels ask.
+    """
+    halvings = len(config.block_out_channels) - 1
+    if image_size % 2**halvings:
+        fits = image_size + -image_size % 2**halvings
+        raise ConfigError(
+            f"data.image_size={image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
+            f"model.block_out_channels ask; set data.image_size={fits}, with data.fit=pad, or use fewer levels"
+        )
+    attends = [level in config.attention_levels for level in range(len(config.block_out_channels))]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DModel(
+            sample_size=image_size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
+            up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
+            add_attention=any(attends),
+            attention_head_dim=config.attention_head_dim if any(attends) else None,
+            norm_num_groups=config.norm_num_groups,
+            act_fn=config.act_fn,
+            dropout=config.dropout,
+            num_class_embeds=num_classes + 1 if config.class_conditional else None,
+        )
+
+
+def build_noise_scheduler(config: DiffusionConfig) -> DDPMScheduler:
+    """The training scheduler, with every argument given.
+
+    What is left at its default is dropped when another scheduler is made from this one's configuration, and that
+    one's own default takes its place; nothing may be left to that. Timesteps are spaced `trailing`, which starts
+    few-step sampling at the last, noisiest step.
+    """
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        trained_betas=None if config.trained_betas is None else list(config.trained_betas),
+        variance_type="fixed_small",
+        clip_sample=config.clip_sample,
+        prediction_type=config.prediction_type,
+        thresholding=False,
+        dynamic_thresholding_ratio=0.995,
+        clip_sample_range=1.0,
+        sample_max_value=1.0,
+        timestep_spacing="trailing",
+        steps_offset=0,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )

@@ -1,0 +1,1 @@
+"""Pipelines that travel inside every export; each is one self-contained file."""

@@ -1,0 +1,518 @@
+"""Class-conditional image diffusion with classifier-free guidance, in one file that needs torch and diffusers only.
+
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
+    image = pipeline(class_labels=[3], guidance_scale=5).images[0]
+
+This file ships inside every pipeline folder, so it must not import anything of the package it comes from.
+"""
+
+import inspect
+import json
+import math
+import numbers
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+def guided_prediction(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: Any) -> torch.Tensor:
+    """Classifier-free guidance: `unconditional + guidance_scale * (conditional - unconditional)`.
+
+    Ho and Salimans (2022), https://arxiv.org/abs/2207.12598, write `(1 + w) * conditional - w * unconditional`
+    (equation 6): their `w` is `guidance_scale - 1`. Scale 1 is the conditional prediction, 0 the unconditional one.
+
+    Args:
+        conditional: prediction under the class label, `[B, C, H, W]`.
+        unconditional: prediction under the null class, `[B, C, H, W]`.
+        guidance_scale: a number, or a tensor that broadcasts to `[B, C, H, W]`.
+    """
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_rescale: float) -> torch.Tensor:
+    """Pull the guided prediction's standard deviation, image by image, back towards the conditional one's.
+
+    Lin et al. (2023), https://arxiv.org/abs/2305.08891, equations 15 and 16; `guidance_rescale` is their phi.
+    """
+    dims = tuple(range(1, guided.ndim))
+    rescaled = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+    return guidance_rescale * rescaled + (1 - guidance_rescale) * guided
+
+
+def predicted_original_sample(
+    model_output: torch.Tensor, sample: torch.Tensor, alpha_cumprod: torch.Tensor | float, prediction_type: str
+) -> torch.Tensor:
+    """The clean image that a prediction at a variance-preserving `sample` implies, all `[B, C, H, W]`.
+
+    DDPM, equation 15 for `epsilon`; Salimans and Ho (2022), https://arxiv.org/abs/2202.00512, appendix D for
+    `v_prediction`.
+    """
+    if prediction_type == "sample":
+        return model_output
+    signal, noise = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+    if prediction_type == "v_prediction":
+        return signal * sample - noise * model_output
+    return (sample - noise * model_output) / signal
+
+
+class MNISTDiffusionPipeline(DiffusionPipeline):
+    """Draws images of given classes.
+
+    Args:
+        unet: a `UNet2DModel`. With class embeddings, the last of its `num_class_embeds` is the null class; without,
+            the pipeline is unconditional.
+        scheduler: any diffusers scheduler made from the training scheduler's configuration.
+        id2label: names of the classes by index; a call may then name classes in place of numbers.
+        num_inference_steps: denoising steps where a call names none.
+        guidance_scale: guidance scale where a call names none.
+        eta: noise of the schedulers that take an eta, where a call names none.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "model_output", "pred_original_sample"]
+
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        id2label: dict | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        names = None if id2label is None else {str(index): str(name) for index, name in id2label.items()}
+        self.register_to_config(
+            id2label=names, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, eta=eta
+        )
+        self._interrupt = False
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes there are, the null class not counted; None for an unconditional model."""
+        embeddings = self.unet.config.num_class_embeds
+        return None if embeddings is None else embeddings - 1
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.unet.config.in_channels, height, width)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to stop, by setting `pipeline._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the last call."""
+        return self._num_timesteps
+
+    # Saving and loading. Diffusers copies no pipeline code into a saved folder, and asks for trust where
+    # `model_index.json` names the file that holds it. Every save is complete here, and this class never runs a
+    # folder's code: it reads the name only.
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `model_index.json` and, beside it, this file, so that plain diffusers can load the folder."""
+        super().save_config(save_directory, **kwargs)
+        source = Path(inspect.getfile(type(self)))
+        target = Path(save_directory) / "pipeline_mnist_diffusion.py"
+        if not (target.exists() and target.samefile(source)):
+            shutil.copyfile(source, target)
+        index_file = Path(save_directory) / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["_class_name"] = [target.stem, type(self).__name__]
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        values = super()._dict_from_json_file(json_file)
+        if isinstance(values.get("_class_name"), list):
+            values["_class_name"] = values["_class_name"][-1]
+        return values
+
+    # Inputs.
+
+    def label_ids(self, class_labels: Any) -> list[int] | None:
+        """Class indices for any spelling of `class_labels`: an int, a name, or a sequence, array or tensor of them.
+
+        Raises:
+            TypeError: a label is neither an integer nor a name.
+            ValueError: there is no such class, the list is empty or nested, or the model is unconditional.
+        """
+        if class_labels is None:
+            return None
+        if self.num_classes is None:
+            raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
+        if isinstance(class_labels, torch.Tensor | np.ndarray):
+            if class_labels.ndim > 1:
+                raise ValueError(f"class_labels must have at most one dimension, got shape {tuple(class_labels.shape)}")
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, str) or not isinstance(class_labels, Sequence | range):
+            class_labels = [class_labels]
+        if len(class_labels) == 0:
+            raise ValueError(f"class_labels must name at least one class, got {class_labels!r}")
+        return [self._label_id(label) for label in class_labels]
+
+    def _label_id(self, label: Any) -> int:
+        if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0:
+            label = label.item()
+        if isinstance(label, str):
+            ids = {name: int(index) for index, name in (self.config.id2label or {}).items()}
+            if label not in ids:
+                raise ValueError(f"class_labels: there is no class named {label!r}, the names are {list(ids)}")
+            return ids[label]
+        if isinstance(label, bool | np.bool_) or not isinstance(label, numbers.Integral):
+            raise TypeError(f"class_labels must be integers or class names, got {label!r} ({type(label).__name__})")
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"class_labels must be from 0 to {self.num_classes - 1}, got {label}")
+        return int(label)
+
+    def _guidance_scales(self, guidance_scale: Any, batch_size: int) -> torch.Tensor:
+        """One scale an image, float32 `[B]` on the CPU."""
+        scales = guidance_scale
+        if isinstance(scales, torch.Tensor | np.ndarray):
+            if scales.ndim > 1:
+                raise ValueError(
+                    f"guidance_scale must be a number or one an image, got shape {tuple(scales.shape)}"
+                )
+            scales = scales.tolist()
+        scales = list(scales) if isinstance(scales, list | tuple) else [scales] * batch_size
+        if len(scales) != batch_size:
+            raise ValueError(f"guidance_scale must be one number or {batch_size} (one an image), got {len(scales)}")
+        for scale in scales:
+            _check_number("guidance_scale", scale, low=0)
+        return torch.tensor([float(scale) for scale in scales], dtype=torch.float32)
+
+    def check_inputs(
+        self,
+        *,
+        batch_size: int,
+        guidance_interval: Any,
+        guidance_rescale: Any,
+        num_inference_steps: Any,
+        timesteps: Any,
+        sigmas: Any,
+        eta: Any,
+        generator: Any,
+        latents: Any,
+        output_type: Any,
+        callback_on_step_end: Any,
+        callback_on_step_end_tensor_inputs: Any,
+    ) -> None:
+        """Refuse what cannot work before any network pass.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: an argument has an impossible value, or the scheduler cannot serve it.
+        """
+        self._check_scheduler()
+        if guidance_interval is not None:
+            if not isinstance(guidance_interval, list | tuple) or len(guidance_interval) != 2:
+                raise TypeError(f"guidance_interval must be a pair (low, high), got {guidance_interval!r}")
+            for bound in guidance_interval:
+                _check_number("guidance_interval", bound, low=0, high=1)
+            if guidance_interval[0] > guidance_interval[1]:
+                raise ValueError(f"guidance_interval must not be reversed, got {guidance_interval!r}")
+        _check_number("guidance_rescale", guidance_rescale, low=0, high=1)
+        self._check_steps(num_inference_steps, timesteps, sigmas)
+        if eta is not None:
+            _check_number("eta", eta, low=0, high=1)
+            if eta > 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
+                raise ValueError(f"eta={eta!r} has no effect with {type(self.scheduler).__name__}; DDIM takes it")
+        generators = generator if isinstance(generator, list | tuple) else [generator]
+        for each in generators:
+            if not (each is None and generators == [None]) and not isinstance(each, torch.Generator):
+                raise TypeError(f"generator must be a torch.Generator or a list of them, got {each!r}")
+        if isinstance(generator, list | tuple) and len(generator) != batch_size:
+            raise ValueError(f"generator must be one or {batch_size} (one an image), got {len(generator)}")
+        if latents is not None:
+            _check_images("latents", latents, (batch_size, *self.image_shape))
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"callback_on_step_end must be callable, got {callback_on_step_end!r}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
+            )
+
+    def _check_scheduler(self) -> None:
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        arguments = inspect.signature(type(self.scheduler).__init__).parameters
+        if "beta_schedule" not in arguments or "prediction_type" not in arguments:
+            raise ValueError(
+                f"scheduler: {name} ignores the betas or the prediction type that the model was trained with; use one "
+                "that is made from them, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler"
+            )
+        if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
+            raise ValueError(
+                f"scheduler: {name} has rescale_betas_zero_snr=True with prediction_type='epsilon', but at zero SNR the "
+                "image cannot be recovered from a prediction of the noise"
+            )
+
+    def _check_steps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
+        given = {"timesteps": timesteps, "sigmas": sigmas}
+        custom = {name: value for name, value in given.items() if value is not None}
+        if len(custom) + (num_inference_steps is not None) > 1:
+            names = [*(["num_inference_steps"] if num_inference_steps is not None else []), *custom]
+            raise ValueError(f"only one of {names} can be given")
+        available = self.scheduler.config.num_train_timesteps
+        if num_inference_steps is not None:
+            if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, numbers.Integral):
+                raise TypeError(f"num_inference_steps must be an integer, got {num_inference_steps!r}")
+            if not 1 <= num_inference_steps <= available:
+                raise ValueError(f"num_inference_steps must be from 1 to {available}, got {num_inference_steps}")
+        for name, values in custom.items():
+            if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(f"{name} cannot be chosen with {type(self.scheduler).__name__}")
+            if not isinstance(values, list | tuple | np.ndarray | torch.Tensor) or len(values) == 0:
+                raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
+            top = available - 1 if name == "timesteps" else None
+            for value in values:
+                _check_number(name, value, low=0, high=top)
+            if any(later >= earlier for earlier, later in zip(values[:-1], values[1:], strict=True)):
+                raise ValueError(f"{name} must fall from step to step, got {list(values)}")
+
+    # Denoising.
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Any = None,
+        num_images_per_label: int = 1,
+        guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draw one image for each class label.
+
+        Args:
+            class_labels: an int, a class name, or a list, array or tensor of them; None draws unconditionally.
+            num_images_per_label: images for each label, next to each other in the result.
+            guidance_scale: one number or one an image. 1 is conditional and 0 unconditional, one network pass a step
+                each; anything else takes two. See [`guided_prediction`] for how other papers' `w` maps to it.
+            guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: guidance acts inside only, the
+                prediction is conditional outside. Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
+            guidance_rescale: phi of [`rescale_guidance`], from 0 (off) to 1.
+            num_inference_steps: denoising steps.
+            timesteps: the timesteps themselves, falling, where the scheduler takes them.
+            sigmas: the noise levels themselves, falling, where the scheduler takes them.
+            eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
+            generator: one for the batch, or one an image, which then does not depend on the batch.
+            latents: the noise to start from, `[B, C, H, W]` of unit variance.
+            output_type: `pil`, `np` (float `[B, H, W, C]` in [0, 1]) or `pt` (float `[B, C, H, W]` in [0, 1]).
+            return_dict: False returns a tuple `(images,)`.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; what it
+                returns replaces `latents`; setting `pipeline._interrupt = True` ends the loop.
+            callback_on_step_end_tensor_inputs: which of `latents`, `model_output`, `pred_original_sample` it gets.
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
+        """
+        labels = self.label_ids(class_labels)
+        if isinstance(num_images_per_label, bool) or not isinstance(num_images_per_label, numbers.Integral):
+            raise TypeError(f"num_images_per_label must be an integer, got {num_images_per_label!r}")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        if labels is None and guidance_scale is not None:
+            raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
+        if labels is not None:
+            labels = [label for label in labels for _ in range(num_images_per_label)]
+        batch_size = num_images_per_label if labels is None else len(labels)
+        scales = self._guidance_scales(
+            self.config.guidance_scale if guidance_scale is None else guidance_scale, batch_size
+        )
+        self.check_inputs(
+            batch_size=batch_size,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        device = self._execution_device
+        if latents is None:
+            generator_on = list(generator) if isinstance(generator, tuple) else generator
+            shape = (batch_size, *self.image_shape)
+            latents = randn_tensor(shape, generator=generator_on, device=device, dtype=torch.float32)
+        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        conditions = None if labels is None else [(torch.tensor(labels), torch.ones(batch_size))]
+        samples = self._denoise(
+            latents,
+            conditions,
+            scales,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            step_kwargs=self._step_kwargs(eta, generator),
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
+        images = self._to_images(samples, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _set_timesteps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
+        """Set the scheduler's timesteps, which stay on the CPU, where its tables are."""
+        if timesteps is not None:
+            chosen = {"timesteps": [int(timestep) for timestep in timesteps]}
+        elif sigmas is not None:
+            chosen = {"sigmas": [float(sigma) for sigma in sigmas]}
+        else:
+            chosen = {"num_inference_steps": int(num_inference_steps or self.config.num_inference_steps)}
+        try:
+            self.scheduler.set_timesteps(**chosen)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"{chosen} does not work with {type(self.scheduler).__name__}: {error}") from error
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+    def _step_kwargs(self, eta: float | None, generator: Any) -> dict[str, Any]:
+        """The arguments that this scheduler's `step` takes beside the usual three.
+
+        DDIM clips the predicted clean image but by default keeps the noise that does not belong to it any more,
+        which ruins few-step samples; `use_clipped_model_output` derives both from the same clipped image.
+        """
+        offered = {
+            "eta": self.config.eta if eta is None else float(eta),
+            "generator": list(generator) if isinstance(generator, tuple) else generator,
+            "use_clipped_model_output": True,
+        }
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        conditions: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        scales: torch.Tensor,
+        *,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        step_kwargs: dict[str, Any],
+        callback: Callable[..., dict[str, torch.Tensor]] | None = None,
+        callback_inputs: Sequence[str] = (),
+    ) -> torch.Tensor:
+        """The denoising loop: from scaled noise `[B, C, H, W]` to samples, both float32."""
+        config = self.scheduler.config
+        self._interrupt = False
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+                level = float(timestep) / config.num_train_timesteps
+                guided = guidance_interval is None or guidance_interval[0] <= level <= guidance_interval[1]
+                now = scales if guided else torch.ones_like(scales)
+                model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
+                latents = self.scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
+                if callback is not None:
+                    tensors = {"latents": latents, "model_output": model_output}
+                    if "pred_original_sample" in callback_inputs:
+                        alpha_cumprod = self.scheduler.alphas_cumprod[round(float(timestep))].to(latents.device)
+                        tensors["pred_original_sample"] = predicted_original_sample(
+                            model_output, model_input, alpha_cumprod, config.prediction_type
+                        )
+                    chosen = {name: tensors[name] for name in callback_inputs}
+                    latents = (callback(self, step, timestep, chosen) or {}).get("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def _predict(
+        self,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        scales: torch.Tensor,
+        guidance_rescale: float,
+    ) -> torch.Tensor:
+        """The guided prediction, float32 `[B, C, H, W]`, from one batched pass over just the rows that need it.
+
+        `conditions` are labels `[B]` with their share `[B]` in the conditional prediction; None is unconditional.
+        """
+        batch_size, device = len(model_input), model_input.device
+        if conditions is None:
+            null = None if self.num_classes is None else torch.full((batch_size,), self.num_classes, device=device)
+            return self._unet_pass(model_input, timestep, null)
+        conditional_rows, null_rows = (scales != 0).nonzero().flatten(), (scales != 1).nonzero().flatten()
+        asked = [(labels[conditional_rows], conditional_rows) for labels, _ in conditions]
+        asked.append((torch.full_like(null_rows, self.num_classes), null_rows))
+        labels = torch.cat([labels for labels, _ in asked]).to(device)
+        rows = torch.cat([rows for _, rows in asked]).to(device)
+        *parts, unconditional_part = self._unet_pass(model_input[rows], timestep, labels).split(
+            [len(rows) for _, rows in asked]
+        )
+        conditional, unconditional = torch.zeros_like(model_input), torch.zeros_like(model_input)
+        unconditional[null_rows.to(device)] = unconditional_part
+        for part, (_, shares) in zip(parts, conditions, strict=True):
+            conditional[conditional_rows.to(device)] += part * shares[conditional_rows].to(device).view(-1, 1, 1, 1)
+        scale = scales.to(device).view(-1, 1, 1, 1)
+        guided = guided_prediction(conditional, unconditional, scale)
+        if guidance_rescale > 0:
+            guided = torch.where(scale > 1, rescale_guidance(guided, conditional, guidance_rescale), guided)
+        return guided
+
+    def _unet_pass(self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        model_input = model_input.to(self.unet.dtype)
+        timestep = timestep.to(model_input.device)
+        return self.unet(model_input, timestep, class_labels=labels, return_dict=False)[0].float()
+
+    def _to_images(self, samples: torch.Tensor, output_type: str) -> Any:
+        images = (samples / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return arrays if output_type == "np" else self.numpy_to_pil(arrays)
+
+
+def _check_number(name: str, value: Any, *, low: float, high: float | None = None) -> None:
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not math.isfinite(value) or value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be finite and {bounds}, got {value!r}")
+
+
+def _check_images(name: str, images: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+    if tuple(images.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(images.shape)}")
+    if not torch.isfinite(images).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinite values")

@@ -1,0 +1,95 @@
+"""Samplers by name, and batched generation with one seed an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from mnist_diffusion.config import SchedulerName
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A diffusers scheduler class and the arguments that make it this sampler."""
+
+    scheduler: str
+    arguments: Mapping[str, Any]
+
+
+MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
+
+SAMPLERS: Mapping[SchedulerName, Sampler] = {
+    "ddpm": Sampler("DDPMScheduler", {}),
+    "ddim": Sampler("DDIMScheduler", {"set_alpha_to_one": True}),
+    "dpmpp": Sampler("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "dpmsolver++"}),
+    "dpmpp-sde": Sampler("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "sde-dpmsolver++"}),
+    "unipc": Sampler("UniPCMultistepScheduler", {**MULTISTEP, "solver_type": "bh2"}),
+    "deis": Sampler("DEISMultistepScheduler", {**MULTISTEP, "algorithm_type": "deis", "solver_type": "logrho"}),
+    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    "euler": Sampler("EulerDiscreteScheduler", {}),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler", {}),
+    "heun": Sampler("HeunDiscreteScheduler", {}),
+    "kdpm2": Sampler("KDPM2DiscreteScheduler", {}),
+    "lcm": Sampler("LCMScheduler", {"set_alpha_to_one": True}),
+    "tcd": Sampler("TCDScheduler", {"set_alpha_to_one": True}),
+}
+
+
+def build_sampler(name: SchedulerName, config: Mapping[str, Any]) -> Any:
+    """A fresh scheduler for sampling.
+
+    Args:
+        name: a key of `SAMPLERS`.
+        config: configuration of the training scheduler, or of any sampler made from it.
+
+    Raises:
+        ValueError: there is no such sampler.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"scheduler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    sampler = SAMPLERS[name]
+    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.arguments)
+
+
+def generate_batches(
+    pipeline: MNISTDiffusionPipeline,
+    class_labels: Sequence[int] | None,
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 250,
+    **call_arguments: Any,
+) -> Iterator[Tensor]:
+    """Draw one image for each seed, in batches; an image depends on its seed and label, not on the batch.
+
+    Args:
+        pipeline: draws them.
+        class_labels: one label a seed, or None to draw unconditionally.
+        seeds: one seed an image.
+        batch_size: images drawn together.
+        call_arguments: further arguments of the pipeline's call.
+
+    Yields:
+        float32 `[b, C, H, W]` in [0, 1], on the CPU.
+    """
+    if class_labels is not None and len(class_labels) != len(seeds):
+        raise ValueError(f"class_labels must be one for each of the {len(seeds)} seeds, got {len(class_labels)}")
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        # Generators on the CPU make the noise independent of the device that denoises it.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        labels = {"class_labels": list(class_labels[part])} if class_labels is not None else {}
+        count = {} if class_labels is not None else {"num_images_per_label": len(generators)}
+        yield pipeline(**labels, **count, generator=generators, output_type="pt", **call_arguments).images.cpu()
+
+
+def generate(
+    pipeline: MNISTDiffusionPipeline, class_labels: Sequence[int] | None, seeds: Sequence[int], **arguments: Any
+) -> Tensor:
+    """All images of `generate_batches` in one tensor, float32 `[N, C, H, W]` in [0, 1]."""
+    return torch.cat(list(generate_batches(pipeline, class_labels, seeds, **arguments)))

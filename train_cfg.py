@@ -1,0 +1,60 @@
+"""Train a class-conditional diffusion model with classifier-free guidance.
+
+    accelerate launch train_cfg.py                                       # the default recipe: five minutes on a laptop
+    accelerate launch train_cfg.py --data.source path/to/mnist           # on a folder of IDX files, or of pictures
+    accelerate launch train_cfg.py --config tiny --train.max_steps 100   # another recipe, shortened
+    accelerate launch train_cfg.py --help                                # every field and what it means
+
+Leaves `runs/<recipe>-<time>/pipeline`, a folder that `DiffusionPipeline.from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mnist_diffusion.cli import TrainArguments, parse_train_arguments, reporting_errors
+
+
+def run(arguments: TrainArguments) -> int:
+    """Assemble a run from its configuration, and train."""
+    from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy imports wait until the arguments are right)
+    from mnist_diffusion.launch import build_accelerator, choose_output_dir, start_processes  # noqa: PLC0415
+    from mnist_diffusion.learner import Learner  # noqa: PLC0415
+    from mnist_diffusion.model import build_noise_scheduler, build_unet  # noqa: PLC0415
+    from mnist_diffusion.objective import diffusion_objective  # noqa: PLC0415
+    from mnist_diffusion.training import describe, expected_cost, train  # noqa: PLC0415
+
+    config = arguments.config
+    start_processes(config)
+    output_dir = choose_output_dir(config, arguments.recipe)
+    accelerator = build_accelerator(config, output_dir)
+
+    data = load_images(config.data, seed=config.train.seed)
+    unet = build_unet(
+        config.model,
+        image_size=data.image_size,
+        channels=data.channels,
+        num_classes=data.num_classes,
+        seed=config.train.seed,
+    )
+    noise_scheduler = build_noise_scheduler(config.diffusion)
+    null_class = data.num_classes if config.model.class_conditional else None
+    objective = diffusion_objective(config.diffusion, noise_scheduler, null_class=null_class)
+    learner = Learner(config, accelerator, data, unet, objective)
+
+    accelerator.print(describe(learner, output_dir))
+    if arguments.dry_run:
+        accelerator.print(f"{expected_cost(learner)}\n\n{config.to_yaml()}")
+        return 0
+    return train(config, learner, noise_scheduler, output_dir, recipe=arguments.recipe)
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> int:
+    """Parse, print, assemble, train."""
+    arguments = parse_train_arguments(argv, prog=prog)
+    return reporting_errors(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
