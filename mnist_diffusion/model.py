@@ -50,7 +50,7 @@ def build_noise_scheduler(config: DiffusionConfig) -> DDPMScheduler:
     one's own default takes its place; nothing may be left to that. Timesteps are spaced `trailing`, which starts
     few-step sampling at the last, noisiest step.
     """
-    return DDPMScheduler(
+    scheduler = DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
@@ -67,3 +67,7 @@ def build_noise_scheduler(config: DiffusionConfig) -> DDPMScheduler:
         steps_offset=0,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
     )
+    # Not arguments of this scheduler, but of those made from its configuration, whose defaults belong to Stable
+    # Diffusion: end on the clean image, and let PNDM start without Runge-Kutta steps.
+    scheduler.register_to_config(set_alpha_to_one=True, skip_prk_steps=True)
+    return scheduler

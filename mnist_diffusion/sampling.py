@@ -26,18 +26,18 @@ MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
 
 SAMPLERS: Mapping[SchedulerName, Sampler] = {
     "ddpm": Sampler("DDPMScheduler", {}),
-    "ddim": Sampler("DDIMScheduler", {"set_alpha_to_one": True}),
+    "ddim": Sampler("DDIMScheduler", {}),
     "dpmpp": Sampler("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "dpmsolver++"}),
     "dpmpp-sde": Sampler("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "sde-dpmsolver++"}),
     "unipc": Sampler("UniPCMultistepScheduler", {**MULTISTEP, "solver_type": "bh2"}),
     "deis": Sampler("DEISMultistepScheduler", {**MULTISTEP, "algorithm_type": "deis", "solver_type": "logrho"}),
-    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    "pndm": Sampler("PNDMScheduler", {}),
     "euler": Sampler("EulerDiscreteScheduler", {}),
     "euler-a": Sampler("EulerAncestralDiscreteScheduler", {}),
     "heun": Sampler("HeunDiscreteScheduler", {}),
     "kdpm2": Sampler("KDPM2DiscreteScheduler", {}),
-    "lcm": Sampler("LCMScheduler", {"set_alpha_to_one": True}),
-    "tcd": Sampler("TCDScheduler", {"set_alpha_to_one": True}),
+    "lcm": Sampler("LCMScheduler", {}),
+    "tcd": Sampler("TCDScheduler", {}),
 }
 
 

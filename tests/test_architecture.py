@@ -1,0 +1,75 @@
+"""Imports point down only: what each floor may import is held here."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mnist_diffusion"
+
+FLOORS = {
+    "pipelines": 0,
+    "config": 0,
+    "data": 1,
+    "model": 1,
+    "objective": 2,
+    "sampling": 1,
+    "visualize": 1,
+    "records": 1,
+    "launch": 1,
+    "evaluation": 2,
+    "checkpoint": 2,
+    "export": 2,
+    "learner": 3,
+    "training": 4,
+    "cli": 5,
+    "train_cfg": 5,
+}
+
+
+def _floor(module: str) -> int:
+    return FLOORS[module.split(".")[1]]
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "mnist_diffusion":
+                found |= {f"mnist_diffusion.{alias.name}" for alias in node.names}
+            elif node.module:
+                found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("mnist_diffusion.") and not name.endswith(".__version__")}
+
+
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_down(path: Path) -> None:
+    own = path.with_suffix("").parts[0]
+    for imported in _imports(PACKAGE / path):
+        same_folder = imported.split(".")[1] == own
+        entry = own == "cli" and imported == "mnist_diffusion.train_cfg"
+        down = _floor(imported) < FLOORS[own] or (own == "train_cfg" and imported == "mnist_diffusion.cli")
+        assert same_folder or entry or down, f"{own} (floor {FLOORS[own]}) imports {imported} (floor {_floor(imported)})"
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {path.with_suffix("").parts[0] for path in MODULES} == set(FLOORS)
+
+
+def test_pipeline_file_stands_alone() -> None:
+    assert not _imports(PACKAGE / "pipelines" / "pipeline_mnist_diffusion.py")
+
+
+def test_root_links_lead_into_the_package() -> None:
+    root = PACKAGE.parent
+    assert (root / "pipelines").resolve() == PACKAGE / "pipelines"
+    assert (root / "model_card.md").resolve() == PACKAGE / "model_card.md"
+    assert (PACKAGE / "train_cfg.py").resolve() == root / "train_cfg.py"

@@ -1,0 +1,134 @@
+"""The configuration: precedence, errors that name field and value, and the way through YAML and back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mnist_diffusion.cli import parse_train_arguments
+from mnist_diffusion.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+    find_recipe,
+)
+
+BAD_FLAGS = [
+    (["--train.max_stepz", "3"], "train.max_stepz"),
+    (["--data.batch_size", "0"], "data.batch_size must be at least 1, got 0"),
+    (["--data.batch_size", "many"], "data.batch_size"),
+    (["--data.batch_size", "1.5"], "data.batch_size"),
+    (["--data.channels", "2"], "data.channels must be 1, 3 or null, got 2"),
+    (["--data.image_size", "4"], "data.image_size must be at least 8, got 4"),
+    (["--data.fit", "stretch"], "data.fit"),
+    (["--data.augment.shift", "0.9"], "data.augment.shift must be between 0 and 0.5, got 0.9"),
+    (["--data.source", ""], "data.source"),
+    (["--model.block_out_channels", "[]"], "model.block_out_channels must be positive widths, got ()"),
+    (["--model.block_out_channels", "[20]"], "model.norm_num_groups=8 must divide every width"),
+    (["--model.attention_levels", "[3]"], "model.attention_levels must be distinct levels from 0 to 2, got [3]"),
+    (["--model.dropout", "1.0"], "model.dropout must be between 0 and 0.95, got 1.0"),
+    (["--model.act_fn", "swoosh"], "model.act_fn"),
+    (["--diffusion.beta_schedule", "steep"], "diffusion.beta_schedule"),
+    (["--diffusion.beta_start", "0.5"], "diffusion.beta_start=0.5 must not exceed diffusion.beta_end=0.02"),
+    (["--diffusion.trained_betas", "[0.1]"], "diffusion.trained_betas must be num_train_timesteps=1000 values"),
+    (
+        ["--diffusion.prediction_type", "epsilon", "--diffusion.rescale_betas_zero_snr", "true"],
+        "diffusion.rescale_betas_zero_snr=true needs diffusion.prediction_type",
+    ),
+    (["--diffusion.label_dropout", "1.1"], "diffusion.label_dropout must be between 0 and 1, got 1.1"),
+    (["--sampling.scheduler", "magic"], "sampling.scheduler"),
+    (["--sampling.num_inference_steps", "2000"], "sampling.num_inference_steps=2000 must not exceed"),
+    (["--sampling.guidance_scale", ".nan"], "sampling.guidance_scale must be at least 0, got nan"),
+    (["--train.learning_rate", "0"], "train.learning_rate must be a positive number, got 0"),
+    (["--train.learning_rate", ".nan"], "train.learning_rate must be a positive number, got nan"),
+    (["--train.max_steps", "-1"], "train.max_steps must be at least 1, got -1"),
+    (["--train.max_minutes", "0"], "train.max_minutes must be a positive number, got 0"),
+    (["--train.ema_decay", "1.5"], "train.ema_decay must be between 0 and 1, got 1.5"),
+    (["--train.mixed_precision", "int4"], "train.mixed_precision"),
+    (["--train.trackers", "[abacus]"], "train.trackers"),
+    (["--train.resume", "true"], "train.resume=true needs output_dir"),
+    (["--config", "no-such-recipe"], "--config must be a YAML file or one of the recipes default, tiny"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_values_name_field_and_value(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_train_arguments(flags)
+    assert stopped.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+
+
+def test_flags_win_wherever_config_stands(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train:\n  max_steps: 5\n  seed: 3\n")
+    before = parse_train_arguments(["--train.max_steps", "7", "--config", str(file)])
+    after = parse_train_arguments(["--config", str(file), "--train.max_steps", "7"])
+    assert before.config == after.config
+    assert before.config.train.max_steps == 7
+    assert before.config.train.seed == 3
+    assert before.recipe == "mine"
+
+
+def test_later_config_wins(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("train: {seed: 1, max_steps: 5}")
+    second.write_text("train: {seed: 2}")
+    config = parse_train_arguments(["--config", str(first), "--config", str(second)]).config
+    assert (config.train.seed, config.train.max_steps) == (2, 5)
+
+
+def test_unknown_key_in_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train:\n  max_stepz: 5\n")
+    with pytest.raises(SystemExit):
+        parse_train_arguments(["--config", str(file)])
+    assert "max_stepz" in capsys.readouterr().err
+
+
+def test_default_recipe_is_the_schema() -> None:
+    assert parse_train_arguments([]).config == Config()
+    assert parse_train_arguments(["--config", "default"]).config == Config()
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_parse_and_come_back_from_yaml(recipe: str, tmp_path: Path) -> None:
+    config = parse_train_arguments(["--config", recipe]).config
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.to_yaml())
+    assert parse_train_arguments(["--config", str(saved)]).config == config
+    assert find_recipe(recipe).read_text().startswith("#")
+
+
+def test_yaml_keeps_every_kind_of_value(tmp_path: Path) -> None:
+    config = Config(
+        data=DataConfig(source="a b/é", channels=3),
+        model=ModelConfig(attention_levels=(1, 2)),
+        diffusion=DiffusionConfig(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
+        sampling=SamplingConfig(num_inference_steps=2, scheduler="euler-a"),
+        train=TrainConfig(trackers=("tensorboard", "wandb"), max_epochs=0.5, mixed_precision="bf16", learning_rate=1e-5),
+    )
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.to_yaml(), encoding="utf-8")
+    assert parse_train_arguments(["--config", str(saved)]).config == config
+
+
+def test_time_limit_is_five_minutes_where_nothing_else_limits() -> None:
+    assert TrainConfig().time_limit_minutes == 5
+    assert TrainConfig(max_steps=3).time_limit_minutes is None
+    assert TrainConfig(max_steps=3, max_minutes=2).time_limit_minutes == 2
+
+
+def test_config_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match=r"train\.weight_decay must be at least 0, got inf"):
+        TrainConfig(weight_decay=math.inf)
+    with pytest.raises(ConfigError):
+        ModelConfig(block_out_channels=(-8,))

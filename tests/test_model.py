@@ -1,0 +1,64 @@
+"""The network and the training scheduler."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from mnist_diffusion.config import ConfigError, DiffusionConfig, ModelConfig
+from mnist_diffusion.model import build_noise_scheduler, build_unet
+
+TINY = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("levels", [(), (1,)])
+def test_shapes(channels: int, levels: tuple[int, ...]) -> None:
+    model = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_levels=levels, attention_head_dim=8)
+    unet = build_unet(model, image_size=8, channels=channels, num_classes=3)
+    images = torch.zeros(2, channels, 8, 8)
+    assert unet(images, 5, class_labels=torch.tensor([0, 3])).sample.shape == images.shape
+    assert unet.config.num_class_embeds == 4
+    assert any("attentions" in name for name, _ in unet.named_parameters()) == bool(levels)
+
+
+def test_unconditional() -> None:
+    model = ModelConfig(block_out_channels=(8,), norm_num_groups=4, class_conditional=False)
+    unet = build_unet(model, image_size=8, channels=1, num_classes=3)
+    assert unet.config.num_class_embeds is None
+    assert unet(torch.zeros(1, 1, 8, 8), 5).sample.shape == (1, 1, 8, 8)
+
+
+def test_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    nets = [build_unet(TINY, image_size=8, channels=1, num_classes=2, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.rand(1), expected)
+    weights = [net.conv_in.weight for net in nets]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_size_that_cannot_be_halved() -> None:
+    model = ModelConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    with pytest.raises(ConfigError, match=r"data.image_size=28 cannot be halved 3 times.* set data.image_size=32"):
+        build_unet(model, image_size=28, channels=1, num_classes=2)
+
+
+def test_training_scheduler_leaves_no_argument_to_a_default() -> None:
+    scheduler = build_noise_scheduler(DiffusionConfig())
+    assert not scheduler.config.get("_use_default_values")
+    arguments = set(inspect.signature(DDPMScheduler.__init__).parameters) - {"self"}
+    assert arguments <= set(scheduler.config)
+
+
+def test_custom_betas_and_zero_snr() -> None:
+    betas = tuple(0.01 * (i + 1) for i in range(10))
+    config = DiffusionConfig(num_train_timesteps=10, trained_betas=betas)
+    torch.testing.assert_close(build_noise_scheduler(config).betas, torch.tensor(betas))
+    zero = build_noise_scheduler(DiffusionConfig(rescale_betas_zero_snr=True, beta_schedule="linear"))
+    assert float(zero.alphas_cumprod[-1]) < 1e-6
