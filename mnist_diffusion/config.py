@@ -263,8 +263,8 @@ class TrainConfig:
     """Micro-batches a process works through for one step."""
     mixed_precision: MixedPrecision | None = None
     """Precision of the forward pass; null takes the launcher's."""
-    channels_last: bool = True
-    """Keep convolution weights in channels-last memory order, which is faster on CPUs and tensor cores."""
+    channels_last: bool = False
+    """Keep convolution weights in channels-last memory order, which is faster on tensor cores and some CPUs."""
     num_threads: int | None = None
     """CPU threads of each process; null divides the cores between the processes of this machine."""
     ema_decay: float = 0.9995

@@ -23,7 +23,7 @@ from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.objective import Batch, Objective
 
 MEASURED_SECONDS = 4.0
-WARM_UP_UPDATES = 3
+WARM_UP_UPDATES = 10
 
 
 class Learner:

@@ -62,7 +62,7 @@ def generate_batches(
     class_labels: Sequence[int] | None,
     seeds: Sequence[int],
     *,
-    batch_size: int = 250,
+    batch_size: int = 128,
     **call_arguments: Any,
 ) -> Iterator[Tensor]:
     """Draw one image for each seed, in batches; an image depends on its seed and label, not on the batch.
