@@ -79,7 +79,7 @@ def load_newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
     A checkpoint that does not verify is set aside under the name `step-N.broken`, never removed.
     """
-    problems = []
+    problems: list[str] = []
     for step, path in _folders(root):
         try:
             return _load(path, step), problems
@@ -134,9 +134,7 @@ def _flush(path: Path) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """An optimizer's state as flat tensors `index.name`, and its parameter groups as JSON can hold them."""
     state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()
-    }
+    tensors = {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
     return tensors, state["param_groups"]
 
 

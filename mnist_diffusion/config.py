@@ -136,9 +136,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         widths = self.block_out_channels
-        _require(
-            len(widths) > 0 and all(w > 0 for w in widths), "model.block_out_channels", widths, "positive widths"
-        )
+        _require(len(widths) > 0 and all(w > 0 for w in widths), "model.block_out_channels", widths, "positive widths")
         _require_at_least(1, "model", self, "layers_per_block", "norm_num_groups", "attention_head_dim")
         _require_between(0, 0.95, "model", self, "dropout")
         for width in widths:
@@ -270,7 +268,7 @@ class TrainConfig:
     ema_decay: float = 0.9995
     """Decay of the exponential moving average of the weights, which are the ones sampled and published."""
     ema_start_step: int = 0
-    """Until this step the average is a plain copy of the weights; afterwards the decay rises from (1 + n) / (10 + n)."""
+    """Until this step the average is a plain copy of the weights; then the decay rises as (1 + n) / (10 + n)."""
     ema_update_every_steps: int = 1
     """Update the average every so many steps."""
     num_eval_images: int = 2000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 from joblib import cpu_count
 
 from mnist_diffusion.config import Config, TrainConfig, UserError
@@ -26,7 +26,7 @@ def start_processes(config: Config) -> PartialState:
     Raises:
         LaunchError: several processes that know nothing of each other, or an engine that is not supported.
     """
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     announced = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if announced > 1 and state.num_processes == 1:
         raise LaunchError(

@@ -142,7 +142,9 @@ class Learner:
                 continue
             self._synchronize()
             elapsed = time.perf_counter() - started
-            [speed] = broadcast_object_list([(done - WARM_UP_UPDATES) / elapsed if elapsed > MEASURED_SECONDS else None])
+            [speed] = broadcast_object_list(
+                [(done - WARM_UP_UPDATES) / elapsed if elapsed > MEASURED_SECONDS else None]
+            )
             if speed is not None:
                 break
         with torch.no_grad():

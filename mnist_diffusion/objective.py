@@ -44,7 +44,8 @@ class Draw(Protocol):
 
     def __call__(
         self, shape: tuple[int, ...], *, seed: int, step: int, device: torch.device | str, held_out: bool = False
-    ) -> Draws: ...
+    ) -> Draws:
+        """Draw them."""
 
 
 @dataclass(frozen=True)

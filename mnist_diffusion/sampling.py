@@ -83,9 +83,12 @@ def generate_batches(
         part = slice(start, start + batch_size)
         # Generators on the CPU make the noise independent of the device that denoises it.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        labels = {"class_labels": list(class_labels[part])} if class_labels is not None else {}
-        count = {} if class_labels is not None else {"num_images_per_label": len(generators)}
-        yield pipeline(**labels, **count, generator=generators, output_type="pt", **call_arguments).images.cpu()
+        asked: dict[str, Any] = (
+            {"class_labels": list(class_labels[part])}
+            if class_labels is not None
+            else {"num_images_per_label": len(generators)}
+        )
+        yield pipeline(**asked, generator=generators, output_type="pt", **call_arguments).images.cpu()
 
 
 def generate(

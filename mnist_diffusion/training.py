@@ -146,7 +146,9 @@ def train(
         run.planned_steps = _plan(run)
     config = run.config = _resolved(run)
     if run.step >= run.last_step:
-        accelerator.print(f"Finished at step {run.step} already; nothing to do. The pipeline is in {folder / 'pipeline'}")
+        accelerator.print(
+            f"Finished at step {run.step} already; nothing to do. The pipeline is in {folder / 'pipeline'}"
+        )
         return 0
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,9 +158,12 @@ def train(
     pending: list[dict[str, Tensor]] = []
     since, signal_number = time.perf_counter(), 0
 
-    with _stop_signal() as stop, tqdm(
-        total=run.last_step, initial=run.step, unit="step", disable=not main, dynamic_ncols=True, mininterval=0.5
-    ) as bar:
+    with (
+        _stop_signal() as stop,
+        tqdm(
+            total=run.last_step, initial=run.step, unit="step", disable=not main, dynamic_ncols=True, mininterval=0.5
+        ) as bar,
+    ):
         while run.step < run.last_step:
             pending.append(learner.update(run.step, learning_rate_at(config.train, run.step, run.planned_steps)))
             run.step += 1
@@ -245,8 +250,7 @@ def _plan(run: Run) -> int:
     left = 60 * minutes * SHARE_FOR_STEPS - run.seconds
     [planned] = broadcast_object_list([max(1, round(left * speed))])
     learner.accelerator.print(
-        f"Measured {speed * run.config.data.batch_size:.0f} images/s: "
-        f"{planned} steps fit into {minutes:g} minutes"
+        f"Measured {speed * run.config.data.batch_size:.0f} images/s: {planned} steps fit into {minutes:g} minutes"
     )
     return planned
 
@@ -358,7 +362,7 @@ def _report(
     if held_out and run.held_out_loss is not None:
         lines[-1]["held_out_loss"] = run.held_out_loss
     run.loss = sum(line["loss"] for line in lines) / len(lines)
-    accelerator.log({name: value for name, value in {**lines[-1], "loss": run.loss}.items()}, step=run.step)
+    accelerator.log(dict({**lines[-1], "loss": run.loss}.items()), step=run.step)
     return lines
 
 

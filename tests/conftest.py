@@ -72,7 +72,9 @@ def tiny_config(**train: object) -> Config:
     )
 
 
-def make_pipeline(*, conditional: bool = True, channels: int = 1, seed: int = 0, **changes: object) -> MNISTDiffusionPipeline:
+def make_pipeline(
+    *, conditional: bool = True, channels: int = 1, seed: int = 0, **changes: object
+) -> MNISTDiffusionPipeline:
     """An untrained pipeline of 10 classes and 8 x 8 pixels, whose conditional and null predictions differ."""
     config = Config(**changes)  # type: ignore[arg-type]
     model = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4, class_conditional=conditional)

@@ -57,7 +57,9 @@ def test_imports_point_down(path: Path) -> None:
         same_folder = imported.split(".")[1] == own
         entry = own == "cli" and imported == "mnist_diffusion.train_cfg"
         down = _floor(imported) < FLOORS[own] or (own == "train_cfg" and imported == "mnist_diffusion.cli")
-        assert same_folder or entry or down, f"{own} (floor {FLOORS[own]}) imports {imported} (floor {_floor(imported)})"
+        assert same_folder or entry or down, (
+            f"{own} (floor {FLOORS[own]}) imports {imported} (floor {_floor(imported)})"
+        )
 
 
 def test_every_module_has_a_floor() -> None:

@@ -59,7 +59,9 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, file: str, d
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncate" else b"")
     checkpoint, problems = load_newest_checkpoint(tmp_path)
-    flipped_text = checkpoint is not None and checkpoint.step == 2  # one flipped bit can leave a manifest's meaning alone
+    flipped_text = (
+        checkpoint is not None and checkpoint.step == 2
+    )  # one flipped bit can leave a manifest's meaning alone
     assert checkpoint is not None
     if not (flipped_text and file == "manifest.json" and damage == "flip"):
         assert checkpoint.step == 1

@@ -114,7 +114,9 @@ def test_yaml_keeps_every_kind_of_value(tmp_path: Path) -> None:
         model=ModelConfig(attention_levels=(1, 2)),
         diffusion=DiffusionConfig(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
         sampling=SamplingConfig(num_inference_steps=2, scheduler="euler-a"),
-        train=TrainConfig(trackers=("tensorboard", "wandb"), max_epochs=0.5, mixed_precision="bf16", learning_rate=1e-5),
+        train=TrainConfig(
+            trackers=("tensorboard", "wandb"), max_epochs=0.5, mixed_precision="bf16", learning_rate=1e-5
+        ),
     )
     saved = tmp_path / "config.yaml"
     saved.write_text(config.to_yaml(), encoding="utf-8")

@@ -92,7 +92,7 @@ class TestIdx:
     def test_partner_missing(self, tmp_path: Path) -> None:
         write_idx(tmp_path)
         (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-        with pytest.raises(IdxError, match="t10k-labels-idx1-ubyte .* is missing"):
+        with pytest.raises(IdxError, match=r"t10k-labels-idx1-ubyte .* is missing"):
             load(tmp_path)
 
     def test_no_pixels(self, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ class TestImageFolder:
         with pytest.raises(DataError, match=r"images of different sizes .* set data.image_size"):
             load(image_folder)
         assert load(image_folder, image_size=16).image_size == 16
-        with pytest.raises(DataError, match="data.fit='pad' cannot bring an image of 20 x 30"):
+        with pytest.raises(DataError, match=r"data.fit='pad' cannot bring an image of 20 x 30"):
             load(image_folder, image_size=16, fit="pad")
 
     def test_not_square(self, tmp_path: Path) -> None:
@@ -210,7 +210,10 @@ class TestTables:
             Image.new("L", (8, 8), value).save(buffer, "PNG")
             return buffer.getvalue()
 
-        rows = {"picture": [{"bytes": encode(i), "path": None} for i in range(count)], "kind": [i % 2 for i in range(count)]}
+        rows = {
+            "picture": [{"bytes": encode(i), "path": None} for i in range(count)],
+            "kind": [i % 2 for i in range(count)],
+        }
         features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["even", "odd"])})
         return datasets.Dataset.from_dict(rows, features=features)
 
@@ -241,7 +244,9 @@ class TestTables:
             load(tmp_path, test_split="nope")
 
     def test_ambiguous_column(self, tmp_path: Path) -> None:
-        self.table().rename_column("kind", "a").cast_column("a", datasets.Value("int64")).to_parquet(tmp_path / "x.parquet")
+        self.table().rename_column("kind", "a").cast_column("a", datasets.Value("int64")).to_parquet(
+            tmp_path / "x.parquet"
+        )
         with pytest.raises(DataError, match=r"cannot tell which of the columns .* set data.label_column"):
             load(tmp_path)
 
@@ -257,7 +262,7 @@ class TestNamedSources:
             load("/no/such/folder")
 
     def test_empty_folder_says_what_it_looked_for(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="holds no images. Looked for IDX files"):
+        with pytest.raises(DataError, match=r"holds no images\. Looked for IDX files"):
             load(tmp_path)
 
     def test_other_file(self, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers.training_utils import compute_snr
@@ -18,7 +20,9 @@ SHAPE = (6, 1, 8, 8)
 class Recorder(nn.Module):
     """Predicts zeros and remembers what it was asked."""
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, **_: object):
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, **_: object
+    ) -> Any:
         self.sample, self.timestep, self.labels = sample, timestep, class_labels
         return (torch.zeros_like(sample),)
 
@@ -63,7 +67,9 @@ def test_min_snr_changes_the_loss_by_its_weights() -> None:
     scheduler = build_noise_scheduler(plain)
     batch = make_batch()
     draws = Draws(torch.randn(SHAPE), torch.full((6,), 300), torch.zeros(6, dtype=torch.bool))
-    losses = [diffusion_objective(c, scheduler, null_class=10).loss(Recorder(), batch, draws) for c in (plain, weighted)]
+    losses = [
+        diffusion_objective(c, scheduler, null_class=10).loss(Recorder(), batch, draws) for c in (plain, weighted)
+    ]
     weight = min_snr_weights(scheduler.alphas_cumprod, "v_prediction", 5.0)[300]
     torch.testing.assert_close(losses[1], losses[0] * weight)
 
@@ -76,6 +82,7 @@ def test_labels_are_dropped_one_by_one() -> None:
     dropped = torch.tensor([True, False, True, False, False, True])
     objective = diffusion_objective(config, build_noise_scheduler(config), null_class=10)
     objective.loss(model, batch, Draws(torch.randn(SHAPE), torch.zeros(6, dtype=torch.int64), dropped))
+    assert model.labels is not None
     assert model.labels.tolist() == [10, 1, 10, 3, 4, 10]
 
 

@@ -103,7 +103,11 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"class_labels": []}, ValueError, "class_labels must name at least one class"),
     ({"class_labels": torch.tensor([])}, ValueError, "class_labels"),
     ({"class_labels": [[1, 2]]}, TypeError, "class_labels"),
-    ({"class_labels": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "class_labels must have at most one dimension"),
+    (
+        {"class_labels": torch.zeros(2, 2, dtype=torch.int64)},
+        ValueError,
+        "class_labels must have at most one dimension",
+    ),
     ({"class_labels": np.zeros((1, 1), dtype=int)}, ValueError, "class_labels"),
     ({"class_labels": torch.tensor([1.0])}, TypeError, "class_labels"),
     ({"class_labels": np.array([True])}, TypeError, "class_labels"),

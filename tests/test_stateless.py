@@ -37,7 +37,10 @@ def test_batch_larger_than_the_data() -> None:
 
 def test_every_purpose_and_place_has_its_own_seed() -> None:
     seeds = {
-        mixed_seed(seed, purpose, place) % 2**32 for seed in (0, 1, 2**32) for purpose in PURPOSES for place in range(50)
+        mixed_seed(seed, purpose, place) % 2**32
+        for seed in (0, 1, 2**32)
+        for purpose in PURPOSES
+        for place in range(50)
     }
     assert len(seeds) == 3 * len(PURPOSES) * 50
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_cfg
-from mnist_diffusion.cli import TrainArguments
+from mnist_diffusion.cli import TrainArguments, parse_train_arguments
 from mnist_diffusion.config import Config, TrainConfig, UserError
 from mnist_diffusion.data import load_images
 from mnist_diffusion.launch import build_accelerator
@@ -96,7 +96,15 @@ class TestRunFolder:
 
     def test_everything_is_there(self, folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
-        assert names == {"pipeline", "checkpoints", "snapshots", "samples", "config.yaml", "metrics.jsonl", "summary.json"}
+        assert names == {
+            "pipeline",
+            "checkpoints",
+            "snapshots",
+            "samples",
+            "config.yaml",
+            "metrics.jsonl",
+            "summary.json",
+        }
         assert {path.name for path in (folder / "snapshots").iterdir()} == {"step-2", "step-4"}
         assert {path.name for path in (folder / "samples").iterdir()} == {"step-000003.png", "step-000005.png"}
         assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-4", "step-5"}
@@ -135,7 +143,7 @@ class TestRunFolder:
         assert "not measured" not in card
 
     def test_config_reproduces_the_run_to_the_bit(self, folder: Path, tmp_path: Path) -> None:
-        arguments = train_cfg.parse_train_arguments(["--config", str(folder / "config.yaml")])
+        arguments = parse_train_arguments(["--config", str(folder / "config.yaml")])
         assert arguments.config.train.mixed_precision == "no"
         again = run(arguments.config, tmp_path / "again")
         assert losses(again) == losses(folder)
@@ -304,7 +312,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     folder = run(tiny_config(trackers=("tensorboard",)), tmp_path / "run")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    [events] = [path for path in (folder / "logs" / "mnist-diffusion").glob("events*")]
+    [events] = list((folder / "logs" / "mnist-diffusion").glob("events*"))
     recorded = EventAccumulator(str(events)).Reload()
     assert "loss" in recorded.Tags()["scalars"]
     assert "samples" in recorded.Tags()["images"]

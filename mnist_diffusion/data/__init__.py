@@ -66,7 +66,7 @@ class ImageData:
         for split in (self.train, self.test):
             for tensor in (split.images, split.labels):
                 digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-                digest.update(tensor.numpy())
+                digest.update(tensor.numpy().data)
         return digest.hexdigest()
 
     def describe(self) -> str:

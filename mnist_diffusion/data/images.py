@@ -25,7 +25,7 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def fit_to_size(images: Tensor, size: int, fit: Literal["pad", "resize"]) -> Tensor:
-    """Bring uint8 `[..., C, H, W]` to `size` × `size`.
+    """Bring uint8 `[..., C, H, W]` to `size` x `size`.
 
     `pad` centres on black; `resize` brings the shorter side to `size` (antialiased) and crops the middle.
 

@@ -202,9 +202,7 @@ def read_hub(name: str, config: DataConfig) -> RawSource:
             tables = load_dataset(name)
         except Exception as error:
             if reason:
-                raise HubUnavailableError(
-                    f"data set {name!r}: {reason}, and there is no cached copy of it"
-                ) from error
+                raise HubUnavailableError(f"data set {name!r}: {reason}, and there is no cached copy of it") from error
             raise DataError(f"data.source={name!r}: the Hub data set cannot be read: {_cause(error)}") from error
     return read_datasets(f"{name} (Hub{', cached copy' if reason else ''})", tables, config)
 
@@ -261,20 +259,28 @@ def read_datasets(description: str, tables: Any, config: DataConfig) -> RawSourc
             raise DataError(f"data.{name}={split!r} is not a split of {description}, which has {sorted(splits)}")
     features = splits[config.train_split].features
     image_column = _find_column(
-        "image_column", config.image_column, features, "Image", ("image", "img"), description
+        "image_column", config.image_column, features, kind="Image", usual=("image", "img"), description=description
     )
-    label_column = _find_column("label_column", config.label_column, features, "ClassLabel", ("label",), description)
+    label_column = _find_column(
+        "label_column", config.label_column, features, kind="ClassLabel", usual=("label",), description=description
+    )
     feature = features[label_column]
     names = dict(enumerate(feature.names)) if hasattr(feature, "names") else None
 
     def raw(split: str) -> RawSplit:
         return _read_rows(splits[split], image_column, label_column, f"{description} {split}", config)
 
-    return RawSource(config.source or DEFAULT_HUB_ID, description, raw(config.train_split), raw(test_split) if test_split else None, names)
+    return RawSource(
+        config.source or DEFAULT_HUB_ID,
+        description,
+        raw(config.train_split),
+        raw(test_split) if test_split else None,
+        names,
+    )
 
 
 def _find_column(
-    option: str, asked: str | None, features: Any, kind: str, usual: tuple[str, ...], description: str
+    option: str, asked: str | None, features: Any, *, kind: str, usual: tuple[str, ...], description: str
 ) -> str:
     if asked is not None:
         if asked not in features:
@@ -296,10 +302,9 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
     images = []
     for index, value in enumerate(rows[image_column]):
         where = f"{description} row {index}"
-        if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
-            value = {"bytes": Path(value["path"]).read_bytes()}
         if isinstance(value, dict):
-            images.append(_decode(value["bytes"], config, where))
+            encoded = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+            images.append(_decode(encoded, config, where))
         else:
             images.append(_from_array(np.asarray(value), where))
     return RawSplit(images, labels)

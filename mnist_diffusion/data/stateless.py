@@ -27,10 +27,14 @@ PURPOSES: tuple[Purpose, ...] = (
 )
 
 
+def _sequence(seed: int, purpose: Purpose, place: tuple[int, ...]) -> np.random.SeedSequence:
+    """Mix in words of fixed number and order: `SeedSequence` cuts large numbers up and ignores trailing zeros."""
+    return np.random.SeedSequence((1 + len(place), seed % 2**32, seed >> 32, PURPOSES.index(purpose), *place))
+
+
 def mixed_seed(seed: int, purpose: Purpose, *place: int) -> int:
     """A 63-bit seed that differs for each purpose and place."""
-    sequence = np.random.SeedSequence((seed, PURPOSES.index(purpose), *place))
-    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
+    return int(_sequence(seed, purpose, place).generate_state(1, np.uint64)[0]) >> 1
 
 
 def torch_generator(device: torch.device | str, seed: int, purpose: Purpose, *place: int) -> torch.Generator:
@@ -40,7 +44,7 @@ def torch_generator(device: torch.device | str, seed: int, purpose: Purpose, *pl
 
 def numpy_generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
     """A NumPy generator, seeded for this purpose and place."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, PURPOSES.index(purpose), *place))))
+    return np.random.Generator(np.random.PCG64(_sequence(seed, purpose, place)))
 
 
 @lru_cache(maxsize=2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,9 @@ class EvaluatorConfig(PretrainedConfig):
 
     model_type = "mnist_diffusion_evaluator"
 
-    def __init__(self, channels: int = 1, image_size: int = 28, widths: tuple[int, ...] = (24, 32, 48, 64, 96), **kwargs):
+    def __init__(
+        self, channels: int = 1, image_size: int = 28, widths: tuple[int, ...] = (24, 32, 48, 64, 96), **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.channels, self.image_size, self.widths = channels, image_size, list(widths)
 
@@ -50,7 +53,11 @@ class ImageEvaluator(PreTrainedModel):
         before = config.channels
         for index, width in enumerate(config.widths):
             stride = 2 if index % 2 else 1
-            layers += [nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [
+                nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
             before = width
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(before, config.num_labels)
@@ -81,7 +88,7 @@ def train_evaluator(data: ImageData, *, epochs: int = 10, seed: int = 0, progres
         seed: of weights, order and augmentation.
         progress: show a bar.
     """
-    labels = {index: name for index, name in enumerate(data.class_names)}
+    labels = dict(enumerate(data.class_names))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ImageEvaluator(

@@ -99,10 +99,15 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         self._interrupt = False
 
     @property
-    def num_classes(self) -> int | None:
-        """How many classes there are, the null class not counted; None for an unconditional model."""
+    def null_class(self) -> Any:
+        """The label that stands for no class, the last embedding; None for an unconditional model."""
         embeddings = self.unet.config.num_class_embeds
         return None if embeddings is None else embeddings - 1
+
+    @property
+    def num_classes(self) -> Any:
+        """How many classes there are, the null class not counted; None for an unconditional model."""
+        return self.null_class
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -177,7 +182,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             return ids[label]
         if isinstance(label, bool | np.bool_) or not isinstance(label, numbers.Integral):
             raise TypeError(f"class_labels must be integers or class names, got {label!r} ({type(label).__name__})")
-        if not 0 <= label < self.num_classes:
+        if not 0 <= int(label) < self.num_classes:
             raise ValueError(f"class_labels must be from 0 to {self.num_classes - 1}, got {label}")
         return int(label)
 
@@ -275,7 +280,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if num_inference_steps is not None:
             if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, numbers.Integral):
                 raise TypeError(f"num_inference_steps must be an integer, got {num_inference_steps!r}")
-            if not 1 <= num_inference_steps <= available:
+            if not 1 <= int(num_inference_steps) <= available:
                 raise ValueError(f"num_inference_steps must be from 1 to {available}, got {num_inference_steps}")
         for name, values in custom.items():
             if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
@@ -298,17 +303,17 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float = 0.0,
-        num_inference_steps: int | None = None,
+        num_inference_steps: Any = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple:
+    ) -> Any:
         """Draw one image for each class label.
 
         Args:
@@ -332,7 +337,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which of `latents`, `model_output`, `pred_original_sample` it gets.
 
         Returns:
-            `ImagePipelineOutput` with `.images`.
+            `ImagePipelineOutput` with `.images`, or the tuple.
 
         Raises:
             TypeError, ValueError: an argument cannot work; nothing has been computed yet.
@@ -387,6 +392,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     def _set_timesteps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
         """Set the scheduler's timesteps, which stay on the CPU, where its tables are."""
+        chosen: dict[str, Any]
         if timesteps is not None:
             chosen = {"timesteps": [int(timestep) for timestep in timesteps]}
         elif sigmas is not None:
@@ -466,11 +472,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """
         batch_size, device = len(model_input), model_input.device
         if conditions is None:
-            null = None if self.num_classes is None else torch.full((batch_size,), self.num_classes, device=device)
+            null = None if self.null_class is None else torch.full((batch_size,), self.null_class, device=device)
             return self._unet_pass(model_input, timestep, null)
         conditional_rows, null_rows = (scales != 0).nonzero().flatten(), (scales != 1).nonzero().flatten()
         asked = [(labels[conditional_rows], conditional_rows) for labels, _ in conditions]
-        asked.append((torch.full_like(null_rows, self.num_classes), null_rows))
+        asked.append((torch.full_like(null_rows, self.null_class), null_rows))
         labels = torch.cat([labels for labels, _ in asked]).to(device)
         rows = torch.cat([rows for _, rows in asked]).to(device)
         *parts, unconditional_part = self._unet_pass(model_input[rows], timestep, labels).split(
@@ -504,7 +510,7 @@ def _check_number(name: str, value: Any, *, low: float, high: float | None = Non
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value) or value < low or (high is not None and value > high):
+    if not math.isfinite(value) or float(value) < low or (high is not None and float(value) > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be finite and {bounds}, got {value!r}")
 

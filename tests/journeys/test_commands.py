@@ -1,0 +1,232 @@
+"""The real commands in processes of their own, as a user would start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mnist_diffusion.records import read_metrics
+from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
+
+BIN = Path(sys.executable).parent
+ACCELERATE, TORCHRUN, CONSOLE = str(BIN / "accelerate"), str(BIN / "torchrun"), str(BIN / "mnist-diffusion")
+SCRIPT = str(REPOSITORY / "train_cfg.py")
+SHORT = [
+    *("--config", "tiny", "--data.source", "digits", "--train.max_steps", "3", "--train.num_eval_images", "16"),
+    *("--train.samples_per_class", "1"),
+]
+
+
+def command(
+    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMP_"))}
+    result = subprocess.run(
+        arguments,
+        cwd=cwd,
+        env={**kept, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+LAUNCHES = {
+    "accelerate": [ACCELERATE, "launch", SCRIPT],
+    "accelerate-config": [ACCELERATE, "launch", "--config_file", str(REPOSITORY / "accelerate_config.yaml"), SCRIPT],
+    "python": [sys.executable, SCRIPT],
+    "console": [CONSOLE, "train"],
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_every_way_to_launch(launch: str, tmp_path: Path) -> None:
+    result = command(*LAUNCHES[launch], *SHORT, cwd=tmp_path)
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("tiny-")
+    assert (folder / "pipeline" / "model_index.json").is_file()
+    assert f'DiffusionPipeline.from_pretrained("{Path("runs") / folder.name / "pipeline"}"' in result.stdout
+
+
+def test_printed_lines_work_as_they_stand(tmp_path: Path) -> None:
+    result = command(sys.executable, SCRIPT, *SHORT, "--output_dir", "run", cwd=tmp_path)
+    lines = [line.strip() for line in result.stdout.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    command(sys.executable, "-c", "\n".join(lines), cwd=tmp_path)
+    assert (tmp_path / "sample.png").is_file()
+
+
+def test_all_cores_are_used_though_a_launcher_sets_one_thread(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from mnist_diffusion.config import TrainConfig\n"
+        "from mnist_diffusion.launch import set_num_threads\n"
+        "set_num_threads(TrainConfig())\n"
+        "print(torch.get_num_threads())"
+    )
+    script = tmp_path / "threads.py"
+    script.write_text(code)
+    plain = command(sys.executable, str(script), cwd=tmp_path, environment={"OMP_NUM_THREADS": ""}).stdout
+    launched = command(ACCELERATE, "launch", str(script), cwd=tmp_path).stdout
+    one_of_two = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
+    shared = command(sys.executable, str(script), cwd=tmp_path, environment=one_of_two).stdout
+    assert int(launched) == int(plain)
+    assert int(shared) == max(1, int(plain) // 2)
+
+
+def test_dry_run_makes_nothing(tmp_path: Path) -> None:
+    result = command(sys.executable, SCRIPT, *SHORT, "--dry_run", cwd=tmp_path)
+    for part in ("17,657 parameters", "1617 to train on", "expected     3 steps", "beta_schedule: squaredcos_cap_v2"):
+        assert part in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.source", "/no/such"], "error: data.source='/no/such' was not found"),
+        (["--train.max_stepz", "3"], "--train.max_stepz"),
+        (
+            ["--data.batch_size", "7", "--train.gradient_accumulation_steps", "2"],
+            "error: data.batch_size=7 must be divisible",
+        ),
+    ],
+)
+def test_errors_are_messages(flags: list[str], message: str, tmp_path: Path) -> None:
+    result = command(sys.executable, SCRIPT, *SHORT, *flags, cwd=tmp_path, code=2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hub_out_of_reach(tmp_path: Path) -> None:
+    """With no source named: a loud notice, digits, and the notice again in summary and card."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    unnamed = [flag for flag in SHORT if flag not in ("--data.source", "digits")]
+    result = command(sys.executable, SCRIPT, *unnamed, "--output_dir", "run", cwd=tmp_path, environment=nowhere)
+    assert result.stdout.count("FALLING BACK") == 2
+    assert "FALLING BACK" in json.loads((tmp_path / "run" / "summary.json").read_text())["notice"]
+    assert "FALLING BACK" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    named = [*unnamed, "--data.source", "ylecun/mnist", "--output_dir", "other"]
+    result = command(sys.executable, SCRIPT, *named, cwd=tmp_path, environment=nowhere, code=2)
+    assert "data set 'ylecun/mnist': http://127.0.0.1:9 cannot be reached" in result.stderr
+    assert not (tmp_path / "other").exists()
+
+
+class TestTwoProcesses:
+    CPU = {"ACCELERATE_USE_CPU": "true"}  # noqa: RUF012
+
+    def test_same_samples_and_draws_as_one(self, tmp_path: Path) -> None:
+        flags = [*SHORT, "--train.ema_decay", "0.9", "--train.max_steps", "5"]
+        command(sys.executable, SCRIPT, *flags, "--output_dir", "one", cwd=tmp_path)
+        launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", SCRIPT]
+        command(*launch, *flags, "--output_dir", "two", cwd=tmp_path, environment=self.CPU)
+        one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+        assert [line["step"] for line in two] == [1, 2, 3, 4, 5]
+        # Equal weights and equal samples and draws make equal losses, up to the rounding of two sums.
+        for mine, theirs in zip(one, two, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+            assert mine["learning_rate"] == theirs["learning_rate"]
+        assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
+        names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+        assert names[0] == names[1]
+        weights = [
+            load_file(tmp_path / name / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+            for name in ("one", "two")
+        ]
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=1e-3)
+
+    def test_independent_runs_are_refused(self, tmp_path: Path) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("with a GPU this launch is a good one")
+        config = tmp_path / "two_gpus.yaml"
+        config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n")
+        launch = [ACCELERATE, "launch", "--config_file", str(config), "--main_process_port", "0", SCRIPT]
+        result = command(*launch, *SHORT, "--output_dir", "run", cwd=tmp_path, code=1)
+        assert "2 independent runs writing over each other" in result.stderr
+        assert not (tmp_path / "run").exists()
+
+    def test_batch_must_divide(self, tmp_path: Path) -> None:
+        launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", SCRIPT]
+        result = command(*launch, *SHORT, "--data.batch_size", "15", cwd=tmp_path, environment=self.CPU, code=1)
+        assert "data.batch_size=15 must be divisible by 2 processes" in result.stderr
+
+
+def test_interrupt_and_resume(tmp_path: Path) -> None:
+    flags = [*SHORT, "--train.max_steps", "100000", "--train.log_every_steps", "1", "--output_dir", "run"]
+    with subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and metrics.stat().st_size > 0) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped_by_signal"] == 2
+    steps = summary["step"]
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
+    more = str(steps + 2)
+    resumed = [*SHORT, "--train.max_steps", more, "--output_dir", "run", "--train.resume", "true"]
+    command(sys.executable, SCRIPT, *resumed, cwd=tmp_path)
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 3))
+    assert "Finished at step" in command(sys.executable, SCRIPT, *resumed, cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path, conditional: bool) -> None:
+    """The installed class, plain diffusers where the project cannot be imported, and a folder saved again."""
+    make_pipeline(conditional=conditional).save_pretrained(tmp_path / "folder")
+    labels = "class_labels=[3, 'h'], guidance_scale=5" if conditional else "num_images_per_label=2"
+    draw = (
+        f"images = pipeline({labels}, num_inference_steps=4, generator=torch.Generator().manual_seed(0), "
+        "output_type='np').images\n"
+        "print(hashlib.sha256(images.tobytes()).hexdigest())\n"
+    )
+    plain = (
+        "import hashlib, importlib.abc, sys, torch\n"
+        "class Missing(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'mnist_diffusion': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipeline = DiffusionPipeline.from_pretrained({folder!r}, trust_remote_code=True)\n"
+    )
+    own = (
+        "import hashlib, torch\n"
+        "from mnist_diffusion import MNISTDiffusionPipeline\n"
+        "pipeline = MNISTDiffusionPipeline.from_pretrained({folder!r})\n"
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {"HF_HOME": str(tmp_path / "cache")}
+
+    def fingerprint(code: str, folder: Path, then: str = "") -> str:
+        arguments = [sys.executable, "-c", code.format(folder=str(folder)) + draw + then]
+        return command(*arguments, cwd=empty, environment=environment).stdout.split()[-1]
+
+    with_class = fingerprint(own, tmp_path / "folder", f"pipeline.save_pretrained({str(tmp_path / 'own')!r})")
+    with_diffusers = fingerprint(plain, tmp_path / "folder", f"pipeline.save_pretrained({str(tmp_path / 'plain')!r})")
+    assert with_class == with_diffusers
+    for saved_again in ("own", "plain"):
+        assert fingerprint(own, tmp_path / saved_again) == with_class
+        assert fingerprint(plain, tmp_path / saved_again) == with_class
+
+
+def test_a_folder_of_pictures_from_nothing(tmp_path: Path) -> None:
+    make_image_folder(tmp_path / "my pictures é")
+    flags = ["--config", "tiny", "--data.source", "my pictures é", "--train.max_steps", "2", "--output_dir", "run"]
+    result = command(sys.executable, SCRIPT, *flags, cwd=tmp_path)
+    assert "blue: 5, green: 5, red: 5" in result.stdout
