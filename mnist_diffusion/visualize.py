@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -35,10 +36,8 @@ def image_grid(
         left = int(max(font.getlength(label) for label in row_labels)) + 4 * MARGIN
     mode = "L" if images.shape[1] == 1 else "RGB"
     sheet = Image.new(mode, (left + columns * cell_width + MARGIN, rows * cell_height + MARGIN), 0)
-    pixels = (images.clamp(0, 1) * 255).round().byte().cpu()
-    for index, image in enumerate(pixels):
-        array = image[0].numpy() if mode == "L" else image.permute(1, 2, 0).numpy()
-        tile = Image.fromarray(array).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+    for index, picture in enumerate(to_pictures(images)):
+        tile = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
         row, column = divmod(index, columns)
         sheet.paste(tile, (left + MARGIN + column * cell_width, MARGIN + row * cell_height))
     draw = ImageDraw.Draw(sheet)
@@ -47,3 +46,17 @@ def image_grid(
         middle = MARGIN + row * cell_height + cell_height // 2
         draw.text((2 * MARGIN, middle), label, fill=ink, font=font, anchor="lm")
     return sheet
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """PIL images, mode L or RGB, of float `[N, C, H, W]` in [0, 1]."""
+    pixels = (images.clamp(0, 1) * 255).round().byte().cpu()
+    return [
+        Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()) for image in pixels
+    ]
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 150) -> None:
+    """Write frames as a looping GIF that rests on its last frame."""
+    durations = [milliseconds] * (len(frames) - 1) + [8 * milliseconds]
+    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

@@ -22,6 +22,7 @@ FLOORS = {
     "evaluation": 2,
     "checkpoint": 2,
     "export": 2,
+    "drawing": 2,
     "learner": 3,
     "training": 4,
     "cli": 5,

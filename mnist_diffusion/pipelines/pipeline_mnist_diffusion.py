@@ -14,12 +14,15 @@ import math
 import numbers
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -63,6 +66,36 @@ def predicted_original_sample(
     if prediction_type == "v_prediction":
         return signal * sample - noise * model_output
     return (sample - noise * model_output) / signal
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation between two noises `[C, H, W]` at each of `weights` `[F]`, giving `[F, C, H, W]`.
+
+    Shoemake (1985). Unlike a straight line it keeps the norm, which for Gaussian noise is where the mass is.
+    """
+    cosine = (start * end).sum() / (start.norm() * end.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    weights = weights.to(start).view(-1, *([1] * start.ndim))
+    if angle.sin() < 1e-4:
+        return start + weights * (end - start)
+    return (((1 - weights) * angle).sin() * start + (weights * angle).sin() * end) / angle.sin()
+
+
+@dataclass
+class TrajectoryOutput(BaseOutput):
+    """A denoising trajectory of `S` steps.
+
+    Args:
+        images: the results, as `output_type` asks.
+        latents: what the scheduler held after each step, float32 `[S, B, C, H, W]` on the CPU.
+        pred_original_samples: the clean image predicted at each step, float32 `[S, B, C, H, W]` on the CPU.
+        timesteps: the timesteps, `[S]`.
+    """
+
+    images: Any
+    latents: torch.Tensor
+    pred_original_samples: torch.Tensor
+    timesteps: torch.Tensor
 
 
 class MNISTDiffusionPipeline(DiffusionPipeline):
@@ -293,7 +326,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             if any(later >= earlier for earlier, later in zip(values[:-1], values[1:], strict=True)):
                 raise ValueError(f"{name} must fall from step to step, got {list(values)}")
 
-    # Denoising.
+    # Drawing.
 
     @torch.no_grad()
     def __call__(
@@ -343,18 +376,55 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             TypeError, ValueError: an argument cannot work; nothing has been computed yet.
         """
         labels = self.label_ids(class_labels)
-        if isinstance(num_images_per_label, bool) or not isinstance(num_images_per_label, numbers.Integral):
-            raise TypeError(f"num_images_per_label must be an integer, got {num_images_per_label!r}")
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        _check_count("num_images_per_label", num_images_per_label)
         if labels is None and guidance_scale is not None:
             raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
+        conditions = None
+        batch_size = int(num_images_per_label)
         if labels is not None:
-            labels = [label for label in labels for _ in range(num_images_per_label)]
-        batch_size = num_images_per_label if labels is None else len(labels)
-        scales = self._guidance_scales(
-            self.config.guidance_scale if guidance_scale is None else guidance_scale, batch_size
+            repeated = torch.tensor(labels).repeat_interleave(batch_size)
+            batch_size = len(repeated)
+            conditions = [(repeated, torch.ones(batch_size))]
+        return self._sample(
+            conditions,
+            batch_size,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+
+    def _sample(
+        self,
+        conditions: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        batch_size: int,
+        *,
+        guidance_scale: Any = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        num_inference_steps: Any = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float | None = None,
+        generator: Any = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Check, denoise, decode: the call with its labels resolved to `conditions`, see [`_predict`]."""
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        scales = self._guidance_scales(scale, batch_size)
         self.check_inputs(
             batch_size=batch_size,
             guidance_interval=guidance_interval,
@@ -371,14 +441,13 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         )
         self._set_timesteps(num_inference_steps, timesteps, sigmas)
         device = self._execution_device
+        if isinstance(generator, tuple):  # diffusers' schedulers know lists only
+            generator = list(generator)
         if latents is None:
-            generator_on = list(generator) if isinstance(generator, tuple) else generator
             shape = (batch_size, *self.image_shape)
-            latents = randn_tensor(shape, generator=generator_on, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
-        conditions = None if labels is None else [(torch.tensor(labels), torch.ones(batch_size))]
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         samples = self._denoise(
-            latents,
+            latents.to(device, torch.float32) * self.scheduler.init_noise_sigma,
             conditions,
             scales,
             guidance_interval=guidance_interval,
@@ -389,6 +458,144 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         )
         images = self._to_images(samples, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # Beyond drawing.
+
+    def sample_trajectory(self, class_labels: Any = None, *, output_type: str = "pil", **arguments: Any) -> TrajectoryOutput:
+        """Draw images and keep what every step held and predicted.
+
+        Args:
+            class_labels: as in a call.
+            output_type: as in a call.
+            arguments: further arguments of a call, the callback's excepted.
+
+        Raises:
+            TypeError, ValueError: as a call does.
+        """
+        latents, predicted = [], []
+
+        def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            latents.append(tensors["latents"].cpu())
+            predicted.append(tensors["pred_original_sample"].cpu())
+            return {}
+
+        images = self(
+            class_labels,
+            output_type=output_type,
+            callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=("latents", "pred_original_sample"),
+            **arguments,
+        ).images
+        return TrajectoryOutput(
+            images=images,
+            latents=torch.stack(latents),
+            pred_original_samples=torch.stack(predicted),
+            timesteps=self.scheduler.timesteps.clone(),
+        )
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        class_labels: Any,
+        num_frames: int = 8,
+        *,
+        latents: torch.Tensor | None = None,
+        generator: Any = None,
+        **arguments: Any,
+    ) -> Any:
+        """Draw images on the way from one noise or class to another.
+
+        Args:
+            class_labels: one label, or two: then the guided prediction is mixed from the first to the second.
+            num_frames: images, both ends included.
+            latents: the noise, `[1, C, H, W]` for all frames or `[2, C, H, W]` for the two ends; see [`slerp`].
+            generator: draws the noise where `latents` are not given: one for all frames, or two for the two ends.
+            arguments: further arguments of a call.
+
+        Returns:
+            As a call, `.images` of `num_frames` images.
+
+        Raises:
+            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
+        """
+        labels = self.label_ids(class_labels)
+        if labels is None or len(labels) > 2:
+            raise ValueError(f"class_labels must be one label or two to interpolate, got {class_labels!r}")
+        _check_count("num_frames", num_frames, low=2)
+        ends = latents
+        if ends is None:
+            generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+            if not 1 <= len(generators) <= 2 or not all(g is None or isinstance(g, torch.Generator) for g in generators):
+                raise TypeError(f"generator must be a torch.Generator or a list of two, got {generator!r}")
+            ends = torch.cat([randn_tensor((1, *self.image_shape), generator=g) for g in generators])
+        elif not isinstance(ends, torch.Tensor) or len(ends) not in (1, 2):
+            raise ValueError(f"latents must be a tensor of one noise or two, got {getattr(ends, 'shape', ends)}")
+        _check_images("latents", ends, (len(ends), *self.image_shape))
+        weights = torch.linspace(0, 1, int(num_frames))
+        frames = slerp(ends[0].float(), ends[-1].float(), weights)
+        first, last = (torch.full((int(num_frames),), label) for label in (labels[0], labels[-1]))
+        conditions = [(first, 1 - weights), (last, weights)] if len(labels) == 2 else [(first, torch.ones_like(weights))]
+        return self._sample(conditions, int(num_frames), latents=frames, **arguments)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: torch.Tensor,
+        class_labels: Any = None,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        num_iterations: int = 5,
+    ) -> torch.Tensor:
+        """The noise from which DDIM (eta 0) draws given images.
+
+        DDIM's step is a rotation, `x_s = cos(d) x_t - sin(d) v(x_t)`, by the angle `d` between the two noise levels.
+        Each is undone by solving `x_t = (x_s + sin(d) v(x_t)) / cos(d)` by fixed-point iteration. Song et al. (2020),
+        https://arxiv.org/abs/2010.02502, section 4.3; Pan et al. (2023), https://arxiv.org/abs/2309.04907.
+
+        Args:
+            images: float `[B, C, H, W]` in [0, 1].
+            class_labels: one label an image, or None.
+            num_inference_steps: steps; draw with as many to come back.
+            guidance_scale: the scale at which the images will be drawn again.
+            num_iterations: fixed-point iterations a step, one network pass an image each (two when guided).
+
+        Returns:
+            float32 latents `[B, C, H, W]` for a call with a `DDIMScheduler` made from this scheduler's configuration.
+
+        Raises:
+            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
+        """
+        labels = self.label_ids(class_labels)
+        _check_images("images", images, (len(images) if isinstance(images, torch.Tensor) else 0, *self.image_shape))
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError(f"images must be from 0 to 1, got {float(images.min())} to {float(images.max())}")
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"class_labels must be one for each of the {len(images)} images, got {len(labels)}")
+        _check_count("num_iterations", num_iterations)
+        scales = self._guidance_scales(guidance_scale, len(images))
+        self._check_scheduler()
+        self._check_steps(num_inference_steps, None, None)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(int(num_inference_steps))
+        conditions = None if labels is None else [(torch.tensor(labels), torch.ones(len(labels)))]
+        sample = images.to(self._execution_device, torch.float32) * 2 - 1
+        before = torch.tensor(1.0)
+        for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
+            alpha = scheduler.alphas_cumprod[timestep]
+            angle = torch.arccos(alpha.sqrt()) - torch.arccos(before.sqrt())
+            target, sample = sample, sample / angle.cos()
+            for _ in range(int(num_iterations)):
+                output = self._predict(sample, timestep, conditions, scales, 0.0)
+                clean = predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)
+                if scheduler.config.clip_sample:
+                    clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
+                velocity = (alpha.sqrt() * sample - clean) / (1 - alpha).sqrt()
+                sample = (target + angle.sin() * velocity) / angle.cos()
+            before = alpha
+        return sample
+
+    # Denoising.
 
     def _set_timesteps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
         """Set the scheduler's timesteps, which stay on the CPU, where its tables are."""
@@ -415,7 +622,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """
         offered = {
             "eta": self.config.eta if eta is None else float(eta),
-            "generator": list(generator) if isinstance(generator, tuple) else generator,
+            "generator": generator,
             "use_clipped_model_output": True,
         }
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -445,6 +652,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 guided = guidance_interval is None or guidance_interval[0] <= level <= guidance_interval[1]
                 now = scales if guided else torch.ones_like(scales)
                 model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
+                self._set_ddim_stride(step)
                 latents = self.scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback is not None:
                     tensors = {"latents": latents, "model_output": model_output}
@@ -457,6 +665,17 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     latents = (callback(self, step, timestep, chosen) or {}).get("latents", latents)
                 progress_bar.update()
         return latents
+
+    def _set_ddim_stride(self, step: int) -> None:
+        """Make DDIM step to the timestep that comes next.
+
+        Its own previous timestep is `timestep - num_train_timesteps // num_inference_steps`, which misses the next
+        one where the steps do not divide the training steps. The quotient of a `Fraction` is the true gap, exactly.
+        """
+        if type(self.scheduler) is DDIMScheduler:
+            timesteps = self.scheduler.timesteps.tolist()
+            gap = timesteps[step] - (timesteps[step + 1] if step + 1 < len(timesteps) else -1)
+            self.scheduler.num_inference_steps = Fraction(self.scheduler.config.num_train_timesteps, gap)
 
     def _predict(
         self,
@@ -513,6 +732,13 @@ def _check_number(name: str, value: Any, *, low: float, high: float | None = Non
     if not math.isfinite(value) or float(value) < low or (high is not None and float(value) > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be finite and {bounds}, got {value!r}")
+
+
+def _check_count(name: str, value: Any, *, low: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if int(value) < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
 
 
 def _check_images(name: str, images: Any, shape: tuple[int, ...]) -> None:
