@@ -124,9 +124,9 @@ class Drawing:
         """A GIF of the predicted clean images, step by step."""
         count = min(self.request.num_images, ANIMATION_IMAGES)
         labels = self.image_labels[:count] if self.image_labels is not None else None
-        asked = {"class_labels": labels} if labels is not None else {"num_images_per_label": count}
+        asked: dict[str, Any] = {"num_images_per_label": count} if labels is None else {"class_labels": labels}
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds[:count]]
-        trajectory = self.pipeline.sample_trajectory(**asked, generator=generators, **self.arguments)  # type: ignore[arg-type]
+        trajectory = self.pipeline.sample_trajectory(**asked, generator=generators, **self.arguments)
         columns = max(1, round(count**0.5))
         frames = [image_grid(step / 2 + 0.5, columns) for step in trajectory.pred_original_samples]
         save_animation(frames, path)
@@ -203,9 +203,10 @@ def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffus
     """
     try:
         logging.disable_progress_bar()
-        pipeline = MNISTDiffusionPipeline.from_pretrained(source, use_safetensors=True)
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        pipeline.to(chosen, getattr(torch, dtype))
+        pipeline = MNISTDiffusionPipeline.from_pretrained(
+            source, use_safetensors=True, torch_dtype=getattr(torch, dtype)
+        )
+        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"pipeline {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -40,7 +40,7 @@ from mnist_diffusion.sampling import generate
 from mnist_diffusion.visualize import image_grid
 
 # With `max_minutes` alone, this share of the time is planned for steps; the rest is for grids, evaluation and saving.
-SHARE_FOR_STEPS = 0.92
+SHARE_FOR_STEPS = 0.86
 
 
 def learning_rate_at(config: TrainConfig, step: int, planned_steps: int) -> float:

@@ -236,9 +236,9 @@ class TestInversion:
             sampling=SamplingConfig(scheduler="ddim"), diffusion=DiffusionConfig(clip_sample=False)
         )
         images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        guidance = {} if labels is None else {"guidance_scale": scale}
+        guidance: dict[str, Any] = {} if labels is None else {"guidance_scale": scale}
         latents = pipeline.invert(images, labels, num_inference_steps=50, **guidance)
-        count = {"num_images_per_label": 2} if labels is None else {}
+        count: dict[str, Any] = {"num_images_per_label": 2} if labels is None else {}
         back = pipeline(labels, latents=latents, num_inference_steps=50, output_type="pt", **guidance, **count).images
         assert -10 * math.log10(float((back - images).square().mean())) > 40
 
