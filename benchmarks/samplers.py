@@ -25,6 +25,7 @@ from mnist_diffusion.sampling import SAMPLERS, build_sampler, generate
 def main(
     pipeline: str,
     data: str,
+    *,
     evaluator: Path = Path("runs/evaluator"),
     images_per_class: int = 100,
     steps: tuple[int, ...] = (5, 10, 20, 50),
@@ -49,9 +50,10 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(images.num_classes).repeat_interleave(images_per_class)
     config = pipe.scheduler.config
+    machine, share = machine_description(pipe.device, 1), accuracy(classifier, images.test)
     lines = [
-        f"{len(labels)} images a cell at guidance {pipe.config.guidance_scale}, on {machine_description(pipe.device, 1)}; "
-        f"the classifier reads {accuracy(classifier, images.test):.2%} of the held-out images right.",
+        f"{len(labels)} images a cell at guidance {pipe.config.guidance_scale}, on {machine}; the classifier reads "
+        f"{share:.2%} of the held-out images right.",
         "",
         "| sampler | " + " | ".join(f"{count} steps" for count in steps) + " |",
         "| --- |" + " --- |" * len(steps),

@@ -136,7 +136,7 @@ class Drawing:
         rows, names = [], []
         kept = self.pipeline.scheduler
         for sampler in ("ddpm", "ddim"):
-            self.pipeline.scheduler = build_sampler(sampler, kept.config)  # type: ignore[arg-type]
+            self.pipeline.scheduler = build_sampler(sampler, kept.config)
             for steps in SHEET_STEPS:
                 rows.append(self._row(num_inference_steps=steps))
                 names.append(f"{sampler} {steps}")

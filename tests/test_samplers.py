@@ -152,8 +152,9 @@ def test_solvers_of_higher_order_agree_in_the_limit() -> None:
     for name in names:
         pipeline.scheduler = build_sampler(name, config)
         drawn[name] = generate(pipeline, [1, 2], [3, 4], num_inference_steps=100, guidance_scale=1)
-    for name, images in drawn.items():
-        torch.testing.assert_close(images, drawn["heun"], atol=0.03, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+    for name in names:
+        difference = float((drawn[name] - drawn["heun"]).abs().max())
+        assert difference < 0.03, f"{name} differs from heun by {difference}"
 
 
 def test_registry_has_the_configurations_names() -> None:
