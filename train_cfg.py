@@ -19,7 +19,12 @@ from mnist_diffusion.cli import TrainArguments, parse_train_arguments, reporting
 def run(arguments: TrainArguments) -> int:
     """Assemble a run from its configuration, and train."""
     from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy imports wait until the arguments are right)
-    from mnist_diffusion.launch import build_accelerator, choose_output_dir, start_processes  # noqa: PLC0415
+    from mnist_diffusion.launch import (  # noqa: PLC0415
+        build_accelerator,
+        choose_output_dir,
+        require_same_data,
+        start_processes,
+    )
     from mnist_diffusion.learner import Learner  # noqa: PLC0415
     from mnist_diffusion.model import build_noise_scheduler, build_unet  # noqa: PLC0415
     from mnist_diffusion.objective import diffusion_objective  # noqa: PLC0415
@@ -30,7 +35,9 @@ def run(arguments: TrainArguments) -> int:
     output_dir = choose_output_dir(config, arguments.recipe)
     accelerator = build_accelerator(config, output_dir)
 
-    data = load_images(config.data, seed=config.train.seed)
+    with accelerator.main_process_first():  # which fetches; the others find it in the cache
+        data = load_images(config.data, seed=config.train.seed)
+    require_same_data(data.fingerprint)
     unet = build_unet(
         config.model,
         image_size=data.image_size,

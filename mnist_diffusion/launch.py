@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 from joblib import cpu_count
 
 from mnist_diffusion.config import Config, TrainConfig, UserError
@@ -107,3 +113,14 @@ def build_accelerator(config: Config, output_dir: Path) -> Accelerator:
             "'mnist-diffusion[tensorboard]'"
         )
     return accelerator
+
+
+def require_same_data(fingerprint: str) -> None:
+    """Make sure that every process read the same images.
+
+    Raises:
+        LaunchError: they did not, as when one machine of several has no data and fell back.
+    """
+    found = gather_object([fingerprint])
+    if len(set(found)) > 1:
+        raise LaunchError(f"the processes read different images: fingerprints {sorted({each[:16] for each in found})}")

@@ -430,7 +430,7 @@ def _card(run: Run, folder: Path) -> dict[str, Any]:
     return {
         "title": f"{folder.parent.name} ({run.recipe})" if folder.name == "pipeline" else folder.name,
         "location": "this-folder-or-repository",
-        "datasets": [data.source_id] if "/" in data.source_id and config.data.source == data.source_id else None,
+        "datasets": [data.hub_id] if data.hub_id is not None else None,
         "num_classes": data.num_classes if config.model.class_conditional else None,
         "class_names": ", ".join(data.class_names),
         "example_label": min(3, data.num_classes - 1),

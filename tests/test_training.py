@@ -137,6 +137,7 @@ class TestRunFolder:
         card = (folder / "pipeline" / "README.md").read_text()
         header = yaml.safe_load(card.split("---")[1])
         assert header["library_name"] == "diffusers"
+        assert "datasets" not in header  # which are the Hub's; these images are not
         assert "| steps | 5 of 8 images" in card
         assert "scikit-learn digits" in card
         assert "{{" not in card

@@ -43,6 +43,7 @@ class ImageData:
     source_id: str
     source: str
     notice: str | None = None
+    hub_id: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -124,7 +125,7 @@ def load_images(config: DataConfig, *, seed: int) -> ImageData:
         test = ImageSplit(test_images, labels_of(source.test))
     else:
         train, test = _hold_out(train, names, seed, source.description)
-    return ImageData(train, test, names, source.identifier, source.description, source.notice)
+    return ImageData(train, test, names, source.identifier, source.description, source.notice, source.hub_id)
 
 
 def _stack(split: RawSplit, channels: int, config: DataConfig, description: str) -> Tensor:

@@ -7,6 +7,7 @@ source was named, and MNIST cannot be had, do scikit-learn's embedded digits sta
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import threading
@@ -57,6 +58,7 @@ class RawSource:
     test: RawSplit | None
     class_names: dict[Any, str] | None = None
     notice: str | None = None
+    hub_id: str | None = None
 
 
 def read_source(config: DataConfig) -> RawSource:
@@ -204,7 +206,8 @@ def read_hub(name: str, config: DataConfig) -> RawSource:
             if reason:
                 raise HubUnavailableError(f"data set {name!r}: {reason}, and there is no cached copy of it") from error
             raise DataError(f"data.source={name!r}: the Hub data set cannot be read: {_cause(error)}") from error
-    return read_datasets(f"{name} (Hub{', cached copy' if reason else ''})", tables, config)
+    description = f"{name} (Hub{', cached copy' if reason else ''})"
+    return dataclasses.replace(read_datasets(description, tables, config), hub_id=name)
 
 
 def _hub_unreachable_reason(name: str) -> str | None:

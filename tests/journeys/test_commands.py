@@ -159,6 +159,23 @@ class TestTwoProcesses:
         assert "2 independent runs writing over each other" in result.stderr
         assert not (tmp_path / "run").exists()
 
+    def test_processes_must_read_the_same_images(self, tmp_path: Path) -> None:
+        script = tmp_path / "different.py"
+        script.write_text(
+            "import os\n"
+            "from mnist_diffusion.config import Config\n"
+            "from mnist_diffusion.launch import require_same_data, start_processes\n"
+            "start_processes(Config())\n"
+            "require_same_data('same')\n"
+            "require_same_data(os.environ['RANK'] * 64)\n"
+        )
+        launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", str(script)]
+        result = command(*launch, cwd=tmp_path, environment=self.CPU, code=1)
+        assert (
+            "the processes read different images: fingerprints ['0000000000000000', '1111111111111111']"
+            in result.stderr
+        )
+
     def test_batch_must_divide(self, tmp_path: Path) -> None:
         launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", SCRIPT]
         result = command(*launch, *SHORT, "--data.batch_size", "15", cwd=tmp_path, environment=self.CPU, code=1)
