@@ -221,7 +221,7 @@ class SamplingConfig:
     """The sampler, by its short name."""
     num_inference_steps: int = 10
     """Denoising steps."""
-    guidance_scale: float = 1.5
+    guidance_scale: float = 2.0
     """Strength of classifier-free guidance: 1 is conditional, 0 unconditional, above 1 sharpens the class."""
     eta: float = 0.0
     """Noise added by the samplers that take an eta (DDIM, TCD): 0 is deterministic."""

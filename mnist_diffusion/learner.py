@@ -22,9 +22,6 @@ from mnist_diffusion.data.images import to_model_range
 from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.objective import Batch, Objective
 
-MEASURED_SECONDS = 4.0
-WARM_UP_UPDATES = 10
-
 
 class Learner:
     """A network under training.
@@ -123,30 +120,28 @@ class Learner:
             total += float(self.objective.loss(unet, batch, draws)) * len(part)
         return total / count
 
-    def measure_speed(self) -> float:
+    def measure_speed(self, seconds: float) -> float:
         """Updates a second on this machine, from real updates that are then undone.
 
         Every process takes part; all get the main process's figure.
+
+        Args:
+            seconds: how long to measure; the first third is warm-up and not counted.
         """
         weights = [parameter.detach().clone() for parameter in self.unet.parameters()]
         scaler = self.accelerator.scaler
         scaler_state = scaler.state_dict() if scaler is not None else None
-        done, started = 0, 0.0
-        while True:
-            if done == WARM_UP_UPDATES:
-                self._synchronize()
-                started = time.perf_counter()
+        speed, done, counted_from = None, 0, 0
+        started = warm = time.perf_counter()
+        while speed is None:
             self.update(done, 0.0)
             done += 1
-            if done <= WARM_UP_UPDATES:
-                continue
             self._synchronize()
-            elapsed = time.perf_counter() - started
-            [speed] = broadcast_object_list(
-                [(done - WARM_UP_UPDATES) / elapsed if elapsed > MEASURED_SECONDS else None]
-            )
-            if speed is not None:
-                break
+            now = time.perf_counter()
+            if counted_from == 0 and now - started >= seconds / 3:
+                counted_from, warm = done, now
+            over = counted_from and done > counted_from and now - started >= seconds
+            [speed] = broadcast_object_list([(done - counted_from) / (now - warm) if over else None])
         with torch.no_grad():
             for parameter, before in zip(self.unet.parameters(), weights, strict=True):
                 parameter.copy_(before)

@@ -40,7 +40,9 @@ from mnist_diffusion.sampling import generate
 from mnist_diffusion.visualize import image_grid
 
 # With `max_minutes` alone, this share of the time is planned for steps; the rest is for grids, evaluation and saving.
-SHARE_FOR_STEPS = 0.86
+SHARE_FOR_STEPS = 0.93
+# Of the planned time, what measuring the speed may take.
+SHARE_FOR_MEASURING = 0.04
 
 
 def learning_rate_at(config: TrainConfig, step: int, planned_steps: int) -> float:
@@ -220,7 +222,7 @@ def describe(learner: Learner, folder: Path) -> str:
 def expected_cost(learner: Learner) -> str:
     """Steps and minutes that the run would take here, from a few seconds of real updates that are then undone."""
     config, train = learner.config, learner.config.train
-    speed = learner.measure_speed()
+    speed = learner.measure_speed(6.0)
     minutes = train.time_limit_minutes
     if train.max_steps is not None:
         steps = train.max_steps
@@ -228,8 +230,8 @@ def expected_cost(learner: Learner) -> str:
         steps = steps_of_epochs(train.max_epochs, len(learner.data.train), config.data.batch_size)
     else:
         assert minutes is not None
-        steps = round(60 * minutes * SHARE_FOR_STEPS * speed)
-    expected = steps / speed / SHARE_FOR_STEPS / 60
+        steps = round(60 * minutes * (SHARE_FOR_STEPS - SHARE_FOR_MEASURING) * speed)
+    expected = steps / speed / (SHARE_FOR_STEPS - SHARE_FOR_MEASURING) / 60
     limited = f", cut at {minutes:g} minutes" if minutes is not None and minutes < 0.99 * expected else ""
     return (
         f"expected     {steps} steps at {speed * config.data.batch_size:.0f} images/s: "
@@ -246,7 +248,7 @@ def _plan(run: Run) -> int:
         return steps_of_epochs(train.max_epochs, len(learner.data.train), run.config.data.batch_size)
     minutes = train.time_limit_minutes
     assert minutes is not None
-    speed = learner.measure_speed()
+    speed = learner.measure_speed(60 * minutes * SHARE_FOR_MEASURING)
     left = 60 * minutes * SHARE_FOR_STEPS - run.seconds
     [planned] = broadcast_object_list([max(1, round(left * speed))])
     learner.accelerator.print(
