@@ -144,21 +144,33 @@ def test_euler(steps: int) -> None:
 
 
 def test_solvers_agree_in_the_limit() -> None:
-    """They solve one differential equation: with many steps they draw the same images from the same noise.
-
-    Not so soon the solvers in sigma of second order (Heun, KDPM2), which the cosine schedule's first sigma is too
-    large for.
-    """
+    """They solve one differential equation: with many steps they draw the same images from the same noise."""
     pipeline = make_pipeline(diffusion=DiffusionConfig(clip_sample=False))
     config = pipeline.scheduler.config
     drawn = {}
-    names: list[SchedulerName] = ["dpmpp", "unipc", "deis", "ddim", "pndm", "euler"]
+    names: list[SchedulerName] = ["dpmpp", "unipc", "deis", "ddim", "pndm", "euler", "heun", "kdpm2"]
     for name in names:
         pipeline.scheduler = build_sampler(name, config)
         drawn[name] = generate(pipeline, [1, 2], [3, 4], num_inference_steps=100, guidance_scale=1)
     for name in names:
         difference = float((drawn[name] - drawn["dpmpp"]).abs().max())
         assert difference < 0.02, f"{name} differs from dpmpp by {difference}"
+
+
+@pytest.mark.parametrize("name", ["heun", "kdpm2"])
+def test_second_order_solvers_get_karras_spacing(name: SchedulerName) -> None:
+    pipeline = make_pipeline(sampling=SamplingConfig(scheduler=name))
+    before = dict(pipeline.scheduler.config)
+    generate(pipeline, [1], [0], num_inference_steps=6)
+    sigmas = pipeline.scheduler.sigmas.unique().flip(0)[:-1]
+    assert float(sigmas[0]) == pytest.approx(80, rel=1e-4)
+    ratios = sigmas[:-1] / sigmas[1:]
+    assert ratios.max() < 20  # the default spacing's first ratio is 3,000
+    after = dict(pipeline.scheduler.config)
+    assert {key: value for key, value in after.items() if value is not None or key in before} == before
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_exponential_sigmas=True)
+    generate(pipeline, [1], [0], num_inference_steps=6)
+    assert float(pipeline.scheduler.sigmas[0]) > 1000  # a spacing that was chosen is kept
 
 
 def test_registry_has_the_configurations_names() -> None:
