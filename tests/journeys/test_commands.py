@@ -27,7 +27,7 @@ SHORT = [
 
 
 def command(
-    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, code: int = 0, timeout: float = 120
+    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMP_"))}
     result = subprocess.run(
