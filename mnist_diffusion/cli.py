@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from mnist_diffusion.config import Config, SchedulerName, UserError, find_recipe
+from mnist_diffusion.config import Config, DataConfig, SchedulerName, TrainConfig, UserError, find_recipe
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "tra
         epilog="Example: %(prog)s --config tiny --data.source digits --train.max_steps 100",
     )
     parser.add_argument("--config", action="config", help="a YAML file, or the name of a recipe such as 'tiny'")
-    parser.add_argument(
-        "--dry_run", type=bool, default=False, nargs="?", const=True, help="show what would be done, and stop"
-    )
+    add_switch(parser, "--dry_run", "show what would be done, and stop")
     parser.add_class_arguments(Config, as_group=False)
     recipes, flags = _take_config(argv)
     try:
@@ -94,12 +92,12 @@ def sample_parser(prog: str) -> ArgumentParser:
     add("--device", type=str | None, help="such as cpu or cuda:0; a GPU where there is one")
     add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="precision of the network")
     add("--out", type=Path, default=Path("samples"), help="the folder to write to")
-    add("--files", type=bool, default=False, nargs="?", const=True, help="also each image, digit_3_000.png")
-    add("--gif", type=bool, default=False, nargs="?", const=True, help="also an animation of the denoising")
-    add("--compare_schedulers", type=bool, default=False, nargs="?", const=True, help="also DDPM against DDIM")
+    add_switch(parser, "--files", "also each image, digit_3_000.png")
+    add_switch(parser, "--gif", "also an animation of the denoising")
+    add_switch(parser, "--compare_schedulers", "also DDPM against DDIM")
     add("--guidance_sweep", type=list[NonNegativeFloat], default=[], help="also these scales, such as '[0,1,2,5]'")
     add("--interpolation", type=NonNegativeInt, default=0, help="also so many frames from each class to the next")
-    add("--as_dataset", type=bool, default=False, nargs="?", const=True, help="a labelled data set instead of a grid")
+    add_switch(parser, "--as_dataset", "a labelled data set instead of a grid")
     return parser
 
 
@@ -137,6 +135,99 @@ def sample(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
+def evaluate_parser(prog: str) -> ArgumentParser:
+    """The arguments of `mnist-diffusion evaluate`."""
+    parser = ArgumentParser(
+        prog=prog,
+        description="Measure generated images against real ones: a table, report.json, report.md with pictures.",
+        epilog="Several schedulers, steps or scales make a sweep: --num_inference_steps 5 10 20 --guidance_scale 1 2",
+    )
+    add = parser.add_argument
+    add(
+        "source",
+        type=str,
+        help="a pipeline folder, a Hub id, or images that any program made: one folder a class, parquet, or files "
+        "named digit_<class>_<number>.png",
+    )
+    parser.add_class_arguments(DataConfig, "data", skip={"batch_size", "augment"})
+    add("--num_images", type=PositiveInt, default=10_000, help="images to draw, the same number of each class")
+    add("--scheduler", type=SchedulerName, nargs="+", default=[], help="samplers; the folder's own where left out")
+    add("--num_inference_steps", type=PositiveInt, nargs="+", default=[], help="denoising steps")
+    add("--guidance_scale", type=NonNegativeFloat, nargs="+", default=[], help="guidance scales")
+    add("--seed", type=NonNegativeInt, default=0, help="of the images drawn, and of choices among the real ones")
+    add("--batch_size", type=PositiveInt, default=128, help="images drawn together; changes nothing but the speed")
+    add("--device", type=str | None, help="such as cpu or cuda:0; a GPU where there is one")
+    add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="precision of the network")
+    add("--evaluator", type=Path | None, help="a folder that train_evaluator left, in place of the data set's own")
+    add_switch(parser, "--train_on_synthetic", "also train a classifier on the images and test it on real ones")
+    add_switch(parser, "--imagenet_fid", "also ImageNet-Inception FID, which says little of such images")
+    add_switch(parser, "--write_card", "write the results into the pipeline folder's card")
+    add(
+        "--out", type=Path, default=Path("evaluation"), help="the folder to write to; images found there are used again"
+    )
+    return parser
+
+
+def evaluate(argv: Sequence[str], *, prog: str) -> int:
+    """Measure images and write a report."""
+    values = evaluate_parser(prog).parse_args(list(argv))
+    card = Path(values.source) / "README.md"
+    if values.write_card and not card.is_file():
+        raise UserError(f"--write_card needs a pipeline folder with a card, but there is no {card}")
+    from rich.console import Console  # noqa: PLC0415  (heavy)
+
+    from mnist_diffusion.evaluation.report import card_text, print_table  # noqa: PLC0415
+    from mnist_diffusion.evaluation.runner import Request, run  # noqa: PLC0415
+    from mnist_diffusion.export import write_results_to_card  # noqa: PLC0415
+    from mnist_diffusion.launch import set_num_threads  # noqa: PLC0415
+
+    set_num_threads(TrainConfig())
+    fields = {name: values[name] for name in Request.__dataclass_fields__ if name != "data"}
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    report = run(Request(data=DataConfig(**values.data.as_dict()), **{**fields, **lists}))
+    print_table(report, Console())
+    if values.write_card:
+        about = report["data"]
+        write_results_to_card(
+            card.parent,
+            report["results"],
+            text=card_text(report),
+            dataset=about["source"],
+            dataset_id=about["hub_id"] or about["fingerprint"][:16],
+        )
+    print(f"The report is in {values.out / 'report.md'}" + (f", the card is {card}" if values.write_card else ""))
+    return 0
+
+
+def train_evaluator(argv: Sequence[str], *, prog: str) -> int:
+    """Train the classifier that evaluations read images with, and save it."""
+    parser = ArgumentParser(
+        prog=prog, description="Train the classifier that evaluations use, on the training split of labelled images."
+    )
+    parser.add_class_arguments(DataConfig, "data", skip={"batch_size", "augment"})
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to; it must not be there")
+    values = parser.parse_args(list(argv))
+    if values.out.exists():
+        raise UserError(f"--out {values.out} is there already")
+    from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy)
+    from mnist_diffusion.evaluation import evaluator  # noqa: PLC0415
+    from mnist_diffusion.launch import set_num_threads  # noqa: PLC0415
+
+    set_num_threads(TrainConfig())
+    data = load_images(DataConfig(**values.data.as_dict()), seed=values.seed)
+    print(data.describe())
+    model = evaluator.train_evaluator(data, seed=values.seed)
+    evaluator.save_evaluator(model, values.out)
+    print(f"{evaluator.accuracy(model, data.test):.2%} of {len(data.test)} held-out images read right; in {values.out}")
+    return 0
+
+
+def add_switch(parser: ArgumentParser, name: str, text: str) -> None:
+    """An option that stands alone for true, and also takes true or false."""
+    parser.add_argument(name, type=bool, default=False, nargs="?", const=True, help=text)
+
+
 def train(argv: Sequence[str], *, prog: str) -> int:
     """Train, as `train_cfg.py` does."""
     from mnist_diffusion import train_cfg  # noqa: PLC0415  (heavy)
@@ -147,6 +238,8 @@ def train(argv: Sequence[str], *, prog: str) -> int:
 VERBS: dict[str, tuple[Callable[..., int], str]] = {
     "train": (train, "train a model; the same as train_cfg.py"),
     "sample": (sample, "draw images with a pipeline folder or a Hub repository"),
+    "evaluate": (evaluate, "measure a pipeline's images, or any program's, against real ones"),
+    "train_evaluator": (train_evaluator, "train the classifier that evaluations read images with"),
 }
 
 
@@ -166,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mnist-diffusion",
         description="Class-conditional diffusion on Hugging Face diffusers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="verbs:\n" + "\n".join(f"  {verb:10} {text}" for verb, (_, text) in VERBS.items()),
+        epilog="verbs:\n" + "\n".join(f"  {verb:16} {text}" for verb, (_, text) in VERBS.items()),
     )
     parser.add_argument("verb", choices=VERBS, metavar="verb", help="what to do; `<verb> --help` tells more")
     verb = parser.parse_args(argv[:1]).verb

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import SchedulerName, UserError
 from mnist_diffusion.data.stateless import mixed_seed
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
-from mnist_diffusion.sampling import build_sampler, generate, generate_batches
+from mnist_diffusion.sampling import build_sampler, generate, generate_batches, load_pipeline
 from mnist_diffusion.visualize import image_grid, save_animation, to_pictures
 
 SHEET_STEPS = (5, 10, 20, 50)
@@ -193,21 +191,3 @@ class Drawing:
                     index += 1
                 bar.update(len(batch))
             writer.finalize()
-
-
-def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffusionPipeline:
-    """Load a pipeline folder or Hub repository, without running any code from it.
-
-    Raises:
-        UserError: it cannot be loaded, or there is no such device.
-    """
-    try:
-        logging.disable_progress_bar()
-        pipeline = MNISTDiffusionPipeline.from_pretrained(
-            source, use_safetensors=True, torch_dtype=getattr(torch, dtype)
-        )
-        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"pipeline {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
-from mnist_diffusion.config import SamplingConfig
+from mnist_diffusion.config import SamplingConfig, UserError
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.sampling import build_sampler
 
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 SAMPLES = "samples.png"
+EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
+CARD_METRICS = {
+    "accuracy": "Share read as asked",
+    "fid": "Fréchet distance in the evaluator's features",
+    "fid_floor": "Fréchet distance of as many held-out images",
+    "precision": "Precision",
+    "recall": "Recall",
+}
 
 
 def build_pipeline(
@@ -77,3 +86,47 @@ def render_card(values: Mapping[str, Any]) -> ModelCard:
         datasets=values.get("datasets"),
     )
     return ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), **values)
+
+
+def write_results_to_card(
+    folder: Path, results: Sequence[Mapping[str, Any]], *, text: str, dataset: str, dataset_id: str
+) -> None:
+    """Put measured values into the card of a pipeline folder, as metadata and as text, in place of earlier ones.
+
+    Args:
+        folder: the pipeline folder.
+        results: entries of an evaluation report.
+        text: Markdown for the card's section on evaluation.
+        dataset: what the images were measured against, for people.
+        dataset_id: its id on the Hub, or another name without spaces.
+
+    Raises:
+        UserError: the folder has no card with a section on evaluation.
+    """
+    path = folder / "README.md"
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    changed, count = EVALUATION_SECTION.subn(lambda match: f"{match[1]}\n{text}\n{match[2]}", content)
+    if count != 1:
+        raise UserError(f"{path} has no section on evaluation, between {EVALUATION_SECTION.pattern!r}, to write to")
+    card = ModelCard(changed)
+    settings = ("scheduler", "num_inference_steps", "guidance_scale", "num_images")
+    measured = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=dataset_id,
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(result[metric], 5),
+            metric_args={key: result[key] for key in settings},
+        )
+        for result in results
+        for metric, name in CARD_METRICS.items()
+        if result.get(metric) is not None
+    ]
+    about = {**card.data.to_dict(), "model_name": folder.parent.name, "eval_results": measured}
+    about.pop("model-index", None)
+    card.data = ModelCardData(**about)
+    temporary = path.with_name(".README.md.partial")
+    card.save(temporary)
+    temporary.replace(path)

@@ -6,6 +6,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from mnist_diffusion.config import ConfigError, DiffusionConfig, ModelConfig
+from mnist_diffusion.data.stateless import mixed_seed
 
 
 def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_classes: int, seed: int = 0) -> UNet2DModel:
@@ -25,7 +26,7 @@ def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_class
         )
     attends = [level in config.attention_levels for level in range(len(config.block_out_channels))]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(mixed_seed(seed, "init"))
         return UNet2DModel(
             sample_size=image_size,
             in_channels=channels,

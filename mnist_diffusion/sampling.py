@@ -8,9 +8,10 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
-from mnist_diffusion.config import SchedulerName
+from mnist_diffusion.config import SchedulerName, UserError
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 
 
@@ -21,6 +22,8 @@ class Sampler:
     scheduler: str
     arguments: Mapping[str, Any]
 
+
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
 
@@ -55,6 +58,16 @@ def build_sampler(name: SchedulerName, config: Mapping[str, Any]) -> Any:
         raise ValueError(f"scheduler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     sampler = SAMPLERS[name]
     return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.arguments)
+
+
+def sampler_name(scheduler: Any) -> str:
+    """The short name of a scheduler, or its class name where it is none of `SAMPLERS`."""
+    for name, sampler in SAMPLERS.items():
+        arguments = {**sampler.arguments, "scheduler": sampler.scheduler}
+        asked = {**{key: scheduler.config.get(key) for key in sampler.arguments}, "scheduler": type(scheduler).__name__}
+        if asked == arguments:
+            return name
+    return type(scheduler).__name__
 
 
 def generate_batches(
@@ -96,3 +109,19 @@ def generate(
 ) -> Tensor:
     """All images of `generate_batches` in one tensor, float32 `[N, C, H, W]` in [0, 1]."""
     return torch.cat(list(generate_batches(pipeline, class_labels, seeds, **arguments)))
+
+
+def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffusionPipeline:
+    """Load a pipeline folder or Hub repository, without running any code from it.
+
+    Raises:
+        UserError: it cannot be loaded, or there is no such device.
+    """
+    try:
+        logging.disable_progress_bar()
+        pipeline = MNISTDiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=getattr(torch, dtype))
+        pipeline.to(device or DEFAULT_DEVICE)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"pipeline {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

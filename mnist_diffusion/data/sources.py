@@ -166,7 +166,7 @@ def _read_class_folders(root: Path, config: DataConfig) -> tuple[RawSplit, list[
         listing = ImageFolder(str(root))
     except FileNotFoundError as error:
         raise DataError(f"{root}: {error}") from error
-    images = [_decode(Path(path).read_bytes(), config, path) for path, _ in listing.samples]
+    images = [decode_picture(Path(path).read_bytes(), config, path) for path, _ in listing.samples]
     return RawSplit(images, [listing.classes[index] for _, index in listing.samples]), listing.classes
 
 
@@ -307,7 +307,7 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
         where = f"{description} row {index}"
         if isinstance(value, dict):
             encoded = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-            images.append(_decode(encoded, config, where))
+            images.append(decode_picture(encoded, config, where))
         else:
             images.append(_from_array(np.asarray(value), where))
     return RawSplit(images, labels)
@@ -321,7 +321,7 @@ def _from_array(values: np.ndarray, where: str) -> Tensor:
     return image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
 
 
-def _decode(encoded: bytes, config: DataConfig, where: str) -> Tensor:
+def decode_picture(encoded: bytes, config: DataConfig, where: str) -> Tensor:
     """Decode a picture file to uint8 `[C, H, W]`: grey where the file is grey or `data.channels` is 1, else RGB."""
     from PIL import Image, ImageOps  # noqa: PLC0415
 

@@ -6,43 +6,61 @@ image of 28 pixels too fast. It never sees a generated image.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from mnist_diffusion.config import UserError
 from mnist_diffusion.data import ImageData, ImageSplit
 from mnist_diffusion.data.images import to_model_range
-from mnist_diffusion.data.stateless import numpy_generator, torch_generator
+from mnist_diffusion.data.stateless import indices_of_step, mixed_seed, torch_generator
 
+SHIPPED = Path(__file__).parent / "mnist"
+STEPS = 4000
 BATCH_SIZE = 128
+PEAK_LEARNING_RATE = 6e-3
+WEIGHT_DECAY = 1e-2
 MAX_ROTATION_DEGREES = 12.0
 MAX_SHIFT = 0.1
 MAX_SCALE = 0.1
-LABEL_SMOOTHING = 0.05
+LABEL_SMOOTHING = 0.0
 
 
 class EvaluatorConfig(PretrainedConfig):
-    """Shape of an `ImageEvaluator`."""
+    """Shape of an `ImageEvaluator`: width, kernel size and stride of each convolution, first to last."""
 
     model_type = "mnist_diffusion_evaluator"
 
     def __init__(
-        self, channels: int = 1, image_size: int = 28, widths: tuple[int, ...] = (24, 32, 48, 64, 96), **kwargs: Any
+        self,
+        *,
+        channels: int = 1,
+        image_size: int = 28,
+        widths: Sequence[int] = (32, 32, 64, 64, 96),
+        kernel_sizes: Sequence[int] = (5, 3, 3, 3, 3),
+        strides: Sequence[int] = (2, 1, 2, 1, 1),
+        data_fingerprint: str | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.channels, self.image_size, self.widths = channels, image_size, list(widths)
+        self.channels, self.image_size, self.data_fingerprint = channels, image_size, data_fingerprint
+        self.widths, self.kernel_sizes, self.strides = list(widths), list(kernel_sizes), list(strides)
 
 
 class ImageEvaluator(PreTrainedModel):
-    """Convolutions with batch normalisation, halved after every second one; mean pooling; a linear head."""
+    """Convolutions with batch normalisation; mean pooling; a linear head."""
 
     config_class = EvaluatorConfig
     main_input_name = "pixel_values"
@@ -51,10 +69,9 @@ class ImageEvaluator(PreTrainedModel):
         super().__init__(config)
         layers: list[nn.Module] = []
         before = config.channels
-        for index, width in enumerate(config.widths):
-            stride = 2 if index % 2 else 1
+        for width, kernel, stride in zip(config.widths, config.kernel_sizes, config.strides, strict=True):
             layers += [
-                nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False),
+                nn.Conv2d(before, width, kernel, stride=stride, padding=kernel // 2, bias=False),
                 nn.BatchNorm2d(width),
                 nn.ReLU(),
             ]
@@ -79,45 +96,45 @@ class ImageEvaluator(PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(features,))
 
 
-def train_evaluator(data: ImageData, *, epochs: int = 10, seed: int = 0, progress: bool = True) -> ImageEvaluator:
+def train_evaluator(data: ImageData, *, steps: int = STEPS, seed: int = 0, progress: bool = True) -> ImageEvaluator:
     """Train an evaluator on the training split: AdamW, one-cycle learning rate, small random affine changes.
 
     Args:
         data: the images; the held-out split is not touched.
-        epochs: passes over the training split.
+        steps: updates of 128 images.
         seed: of weights, order and augmentation.
         progress: show a bar.
     """
     labels = dict(enumerate(data.class_names))
+    config = EvaluatorConfig(
+        channels=data.channels,
+        image_size=data.image_size,
+        # Larger images are halved once more, so that the last convolutions see the whole of them.
+        strides=(2, 1, 2, 1, 1) if data.image_size <= 32 else (2, 1, 2, 1, 2),
+        data_fingerprint=data.fingerprint,
+        id2label=labels,
+        num_labels=len(labels),
+    )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ImageEvaluator(
-            EvaluatorConfig(channels=data.channels, image_size=data.image_size, id2label=labels, num_labels=len(labels))
-        )
-    batches_an_epoch = math.ceil(len(data.train) / BATCH_SIZE)
-    steps = epochs * batches_an_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps, pct_start=0.2)
+        torch.manual_seed(mixed_seed(seed, "init"))
+        model = ImageEvaluator(config)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2
+    )
     model.train()
-    for images, targets, step in tqdm(
-        _training_batches(data.train, epochs, seed), total=steps, unit="step", disable=not progress, desc="evaluator"
-    ):
-        augmented = _random_affine(images, torch_generator("cpu", seed, "augment", step))
-        loss = model(augmented, targets).loss
+    for step in tqdm(range(steps), unit="step", disable=not progress, desc="evaluator"):
+        chosen = torch.from_numpy(indices_of_step(seed, step, BATCH_SIZE, len(data.train))[0])
+        images = _random_affine(
+            to_model_range(data.train.images[chosen]), torch_generator("cpu", seed, "augment", step)
+        )
+        loss = model(images, data.train.labels[chosen]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
-
-
-def _training_batches(split: ImageSplit, epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    step = 0
-    for epoch in range(epochs):
-        order = torch.from_numpy(numpy_generator(seed, "order", epoch).permutation(len(split)))
-        for chosen in order.split(BATCH_SIZE):
-            yield to_model_range(split.images[chosen]), split.labels[chosen], step
-            step += 1
+    return model.eval().to(memory_format=torch.contiguous_format)
 
 
 def _random_affine(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -145,6 +162,59 @@ def accuracy(model: ImageEvaluator, split: ImageSplit) -> float:
     return float((logits.argmax(dim=1) == split.labels).float().mean())
 
 
-def load_evaluator(folder: str | Path) -> ImageEvaluator:
-    """Load a saved evaluator, for inference."""
-    return ImageEvaluator.from_pretrained(folder, use_safetensors=True).eval()
+@dataclass(frozen=True)
+class TrustedEvaluator:
+    """An evaluator, the SHA-256 of its weights, and where it comes from."""
+
+    model: ImageEvaluator
+    sha256: str
+    origin: str
+
+
+def load_evaluator(folder: Path) -> TrustedEvaluator:
+    """Load a saved evaluator, for inference.
+
+    Raises:
+        UserError: there is none in the folder.
+    """
+    weights = folder / "model.safetensors"
+    try:
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        model = ImageEvaluator.from_pretrained(folder, use_safetensors=True).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"evaluator {str(folder)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return TrustedEvaluator(model, digest, str(folder))
+
+
+def evaluator_for(data: ImageData) -> TrustedEvaluator:
+    """The evaluator of a data set: the one that ships with the package for MNIST, else one trained once and kept.
+
+    It is kept in the Hugging Face cache, by the data's fingerprint and the recipe of its training.
+    """
+    shipped = EvaluatorConfig.from_pretrained(SHIPPED)
+    if shipped.data_fingerprint == data.fingerprint:
+        return replace(load_evaluator(SHIPPED), origin="shipped with the package")
+    recipe = (STEPS, BATCH_SIZE, PEAK_LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, EvaluatorConfig().to_dict())
+    key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
+    folder = Path(HF_HOME) / "mnist_diffusion" / "evaluators" / key
+    if not (folder / "model.safetensors").is_file():
+        save_evaluator(train_evaluator(data), folder)
+    return replace(load_evaluator(folder), origin="trained on the training split")
+
+
+def save_evaluator(model: ImageEvaluator, folder: Path) -> None:
+    """Save an evaluator as a transformers folder that is there whole or not at all.
+
+    Raises:
+        UserError: the folder is there already and holds something.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        whole = Path(temporary) / "evaluator"
+        model.save_pretrained(whole)
+        # The saved file is readable by its owner alone, which would not do for one that is shipped.
+        (whole / "model.safetensors").chmod(0o644)
+        try:
+            whole.rename(folder)
+        except OSError as error:
+            raise UserError(f"{folder} is there already") from error

@@ -1,0 +1,248 @@
+"""Metrics as pure functions of feature tensors, logits and pixels; each names its source.
+
+Features and logits are those of an `ImageEvaluator`. Nothing here knows a model, a sampler or a trainer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import binomtest, wasserstein_distance
+from sklearn.metrics import pairwise_distances_chunked
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+WORKING_MEMORY_MIB = 256
+CONFIDENCE = 0.95
+
+
+# They warn of features kept in memory, which is what they are given, and of the deviation over one split.
+warnings.filterwarnings("ignore", message="Metric `(Kernel Inception Distance|InceptionScore)` will save")
+warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom", module="torchmetrics")
+
+
+class _AsTheyAre(nn.Module):
+    """Stands where torchmetrics expects a feature extractor, for features that are already there."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Squared Fréchet distance between Gaussians fitted to two sets of features, in float64.
+
+    Heusel et al. (2017), https://arxiv.org/abs/1706.08500, equation 6, in the features given. It is biased upwards by
+    about the inverse of the number of images: compare it with a real sample of the same size.
+
+    Args:
+        real: `[N, D]`.
+        generated: `[M, D]`.
+
+    Raises:
+        ValueError: fewer than two rows, different widths, or values that are not finite.
+    """
+    _check_features(real, generated, at_least=2)
+    metric = FrechetInceptionDistance(feature=_AsTheyAre(real.shape[1])).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return float(metric.compute())
+
+
+def kernel_distance(
+    real: Tensor, generated: Tensor, *, subsets: int = 50, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Unbiased squared maximum mean discrepancy with the kernel (x·y / D + 1)³, in float64.
+
+    Binkowski et al. (2018), https://arxiv.org/abs/1801.01401, section 4: the mean over random subsets, and the
+    standard deviation over them. Near 0, and as often below it as above, where the two distributions are the same.
+
+    Args:
+        real: `[N, D]`.
+        generated: `[M, D]`.
+        subsets: how many subsets.
+        subset_size: rows of each, at most those there are.
+        seed: chooses the subsets.
+
+    Raises:
+        ValueError: fewer than two rows, different widths, or values that are not finite.
+    """
+    _check_features(real, generated, at_least=2)
+    size = min(subset_size, len(real), len(generated))
+    metric = KernelInceptionDistance(feature=_AsTheyAre(real.shape[1]), subsets=subsets, subset_size=size)
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp E KL(p(y|x) || p(y)), from 1 to the number of classes.
+
+    Salimans et al. (2016), https://arxiv.org/abs/1606.03498, section 4, with the evaluator's classes in place of
+    ImageNet's. It sees no real image, so that it cannot tell one good image of each class from a good model.
+
+    Args:
+        logits: `[N, classes]`.
+    """
+    metric = InceptionScore(feature=_AsTheyAre(logits.shape[1]), splits=1)
+    metric.update(logits.double())
+    return float(metric.compute()[0])
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """How two sets of features cover each other."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighbourhoods:
+    """Precision and recall, density and coverage, from balls around each point that reach its k-th neighbour.
+
+    Precision is the share of generated points inside a ball of a real one, recall the share of real points inside a
+    ball of a generated one: Kynkäänniemi et al. (2019), https://arxiv.org/abs/1904.06991, equation 2. Density counts
+    the balls of real points around each generated one, over k; coverage is the share of real balls with a generated
+    point inside: Naeem et al. (2020), https://arxiv.org/abs/2002.09797, section 3.
+
+    Args:
+        real: `[N, D]`.
+        generated: `[M, D]`; N and M should be the same for the figures to be compared.
+        k: which neighbour; the point itself is not counted.
+
+    Raises:
+        ValueError: not more than `k` rows, different widths, or values that are not finite.
+    """
+    _check_features(real, generated, at_least=k + 1)
+    reals, fakes = real.double().numpy(), generated.double().numpy()
+    real_radii, fake_radii = _neighbour_distances(reals, k), _neighbour_distances(fakes, k)
+    nearest_fake = np.full(len(reals), np.inf)
+    recalled = np.zeros(len(reals), dtype=bool)
+    balls_around: list[np.ndarray] = []
+    start = 0
+    for distances in pairwise_distances_chunked(fakes, reals, working_memory=WORKING_MEMORY_MIB):  # [chunk, N]
+        stop = start + len(distances)
+        balls_around.append((distances <= real_radii).sum(axis=1))
+        nearest_fake = np.minimum(nearest_fake, distances.min(axis=0))
+        recalled |= (distances <= fake_radii[start:stop, None]).any(axis=0)
+        start = stop
+    counts = np.concatenate(balls_around)
+    return Neighbourhoods(
+        precision=float((counts > 0).mean()),
+        recall=float(recalled.mean()),
+        density=float(counts.mean() / k),
+        coverage=float((nearest_fake <= real_radii).mean()),
+    )
+
+
+def _neighbour_distances(points: np.ndarray, k: int) -> np.ndarray:
+    """Distance of each point to its k-th nearest other one, `[N]`."""
+    distances, _ = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors()
+    return distances[:, -1]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of successes with its 95% Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson_share(successes: int, trials: int) -> Share:
+    """A share with its Wilson (1927) score interval, which holds its level near 0 and 1 and for few trials.
+
+    Raises:
+        ValueError: no trials, or more successes than trials.
+    """
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
+    interval = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
+    return Share(successes / trials, float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class PixelStatistics:
+    """What the grey values of a set of images are like, on a scale from 0 to 1."""
+
+    mean: float
+    deviation: float
+    black_share: float
+    histogram: np.ndarray
+
+
+def pixel_statistics(images: Tensor) -> PixelStatistics:
+    """Mean, standard deviation, share of pixels that are exactly 0, and the histogram `[256]` of uint8 images."""
+    histogram = torch.bincount(images.flatten().long(), minlength=256).double().numpy()
+    histogram /= histogram.sum()
+    values = np.arange(256) / 255
+    mean = float(histogram @ values)
+    return PixelStatistics(mean, float(np.sqrt(histogram @ (values - mean) ** 2)), float(histogram[0]), histogram)
+
+
+def histogram_distance(real: PixelStatistics, generated: PixelStatistics) -> float:
+    """Wasserstein-1 distance between the grey values of two sets, on a scale from 0 to 1."""
+    values = np.arange(256) / 255
+    return float(wasserstein_distance(values, values, real.histogram, generated.histogram))
+
+
+@dataclass(frozen=True)
+class NearestImages:
+    """The training images that each image of a set is nearest to."""
+
+    distances: np.ndarray
+    """Root-mean-square pixel difference to the nearest, on a scale from 0 to 1, `[N]`."""
+    relative: np.ndarray
+    """That over the mean to the nearest ten: near 1 for a new image, near 0 for a copy, `[N]`."""
+    indices: np.ndarray
+    """Which training image is nearest, `[N]`."""
+
+
+def nearest_images(images: Tensor, training: Tensor, *, neighbours: int = 10) -> NearestImages:
+    """Find the nearest training images, pixel by pixel.
+
+    The relative distance follows Carlini et al. (2023), https://arxiv.org/abs/2301.13188, equation 2: smooth, typical
+    images are near to many training images, a copy is near to one.
+
+    Args:
+        images: uint8 `[N, C, H, W]`.
+        training: uint8 `[M, C, H, W]`.
+        neighbours: over how many the mean is taken, at most those there are.
+    """
+    search = NearestNeighbors(n_neighbors=min(neighbours, len(training)), algorithm="brute").fit(_flat(training))
+    distances, indices = search.kneighbors(_flat(images))
+    scale = np.sqrt(images[0].numel())
+    mean = distances.mean(axis=1)
+    relative = np.divide(distances[:, 0], mean, out=np.zeros_like(mean), where=mean > 0)
+    return NearestImages(distances[:, 0] / scale, relative, indices[:, 0])
+
+
+def _flat(images: Tensor) -> np.ndarray:
+    return images.flatten(1).float().div(255).numpy()
+
+
+def _check_features(real: Tensor, generated: Tensor, *, at_least: int) -> None:
+    for name, features in (("real", real), ("generated", generated)):
+        if features.ndim != 2:
+            raise ValueError(f"{name} must be [N, D], got shape {tuple(features.shape)}")
+        if len(features) < at_least:
+            raise ValueError(f"{name} must have at least {at_least} rows, got {len(features)}")
+        if not torch.isfinite(features).all():
+            raise ValueError(f"{name} has values that are not finite")
+    if real.shape[1] != generated.shape[1]:
+        raise ValueError(f"real and generated must have one width, got {real.shape[1]} and {generated.shape[1]}")

@@ -1,0 +1,293 @@
+"""The protocol: what is measured on a set of images, and how it is set against real ones.
+
+The reference is the training split. The floor is what held-out real images score, as many as are judged, measured
+by the same function: no model can be expected to do better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_diffusion.data import DataError, ImageData, ImageSplit
+from mnist_diffusion.data.stateless import numpy_generator
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, logits_and_features, train_evaluator
+from mnist_diffusion.evaluation.metrics import (
+    Share,
+    frechet_distance,
+    histogram_distance,
+    inception_score,
+    kernel_distance,
+    nearest_images,
+    neighbourhoods,
+    pixel_statistics,
+    wilson_share,
+)
+from mnist_diffusion.evaluation.samples import Sample
+
+BOOTSTRAPS = 20
+SMALL_SAMPLE = 5000
+MAX_NEIGHBOURHOOD = 10_000
+MAX_COPY_CHECK = 2000
+COPY_QUANTILE = 0.01
+SYNTHETIC_STEPS = 1500
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Images with what the evaluator makes of them: logits `[N, classes]` and features `[N, D]`."""
+
+    images: Tensor
+    labels: Tensor | None
+    logits: Tensor
+    features: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, indices: Tensor) -> Judged:
+        """Some of the images."""
+        labels = None if self.labels is None else self.labels[indices]
+        return Judged(self.images[indices], labels, self.logits[indices], self.features[indices])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on a set of images, and what pictures of it need."""
+
+    values: dict[str, Any]
+    """Plain numbers by name, and `warnings` in words."""
+    read: Tensor
+    """The class that each image is read as, int64 `[N]`."""
+    relative: np.ndarray
+    """Distance to the nearest training image relative to the nearest ten, of the first 2,000 images."""
+    nearest: np.ndarray
+    """Which training image is nearest to each of those."""
+
+
+def judge(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> Judged:
+    """Run the evaluator over uint8 images `[N, C, H, W]`.
+
+    Raises:
+        DataError: every pixel of every image has the same value.
+    """
+    if images.min() == images.max():
+        raise DataError(f"all {len(images)} images are of one value, {int(images.min())} of 255: nothing to measure")
+    return Judged(images, labels, *logits_and_features(evaluator, images))
+
+
+class Reference:
+    """The real side of every measurement.
+
+    Args:
+        data: the real images.
+        evaluator: gives logits and features.
+        seed: chooses subsets.
+    """
+
+    def __init__(self, data: ImageData, evaluator: ImageEvaluator, *, seed: int = 0):
+        self.data, self.evaluator, self.seed = data, evaluator, seed
+        self.train = judge(evaluator, data.train.images, data.train.labels)
+        self.held_out = judge(evaluator, data.test.images, data.test.labels)
+        self._floors: dict[int, Measured] = {}
+
+    def floor(self, num_images: int) -> Measured:
+        """What `num_images` held-out images score (all of them where there are fewer), with their labels."""
+        count = min(num_images, len(self.held_out))
+        if count not in self._floors:
+            assert self.held_out.labels is not None
+            counts = torch.bincount(self.held_out.labels, minlength=self.data.num_classes)
+            chosen = self._choose(self.held_out, counts, count)
+            self._floors[count] = self.measure(self.held_out.subset(chosen))
+        return self._floors[count]
+
+    def report(self, sample: Sample, *, train_on_synthetic: bool = False) -> Measured:
+        """Everything that is measured on a sample, with its floor.
+
+        Args:
+            sample: uint8 images and the classes asked for.
+            train_on_synthetic: also train a classifier on the sample and test it on real images.
+
+        Returns:
+            With values such as `fid`, `fid_floor` and `fid_ratio`.
+        """
+        judged = self.judge(sample)
+        measured, floor = self.measure(judged), self.floor(len(judged))
+        copies = self._copies(measured, floor)
+        entry = dict(measured.values)
+        entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in FLOORED and name in entry}
+        entry["fid_ratio"] = entry["fid"] / entry["fid_floor"]
+        entry |= {"copied_share": copies.value, "copied_share_floor": COPY_QUANTILE}
+        entry["copies_suspected"] = copies.low > 5 * COPY_QUANTILE
+        if train_on_synthetic:
+            entry |= self._train_on_synthetic(judged)
+        entry["warnings"] = self._warnings(entry)
+        return replace(measured, values=entry)
+
+    def measure(self, judged: Judged) -> Measured:
+        """The metrics of one set of images against the training split, without a floor."""
+        real = self.matched(judged)
+        distances = nearest_images(judged.images[:MAX_COPY_CHECK], self.data.train.images)
+        size = min(len(judged), len(real), MAX_NEIGHBOURHOOD)
+        near = neighbourhoods(self._some(real, size).features, self._some(judged, size).features)
+        kernel, deviation = kernel_distance(real.features, judged.features, seed=self.seed)
+        pixels, real_pixels = pixel_statistics(judged.images), pixel_statistics(real.images)
+        values = {
+            "num_images": len(judged),
+            **self._read_as_asked(judged),
+            "fid": frechet_distance(real.features, judged.features),
+            "fid_standard_error": self._fid_standard_error(real, judged),
+            "kernel_distance": kernel,
+            "kernel_distance_deviation": deviation,
+            **self._by_class(judged),
+            "inception_score": inception_score(judged.logits),
+            "precision": near.precision,
+            "recall": near.recall,
+            "density": near.density,
+            "coverage": near.coverage,
+            "pixel_mean": pixels.mean,
+            "pixel_deviation": pixels.deviation,
+            "black_share": pixels.black_share,
+            "pixel_histogram_distance": histogram_distance(real_pixels, pixels),
+            "nearest_distance": float(np.median(distances.distances)),
+        }
+        return Measured(values, judged.logits.argmax(dim=1), distances.relative, distances.indices)
+
+    def _copies(self, measured: Measured, floor: Measured) -> Share:
+        """Images nearer to one training image, next to the others around, than one in a hundred held-out images is."""
+        threshold = float(np.quantile(floor.relative, COPY_QUANTILE))
+        return wilson_share(int((measured.relative <= threshold).sum()), len(measured.relative))
+
+    def _read_as_asked(self, judged: Judged) -> dict[str, Any]:
+        if judged.labels is None:
+            return {"accuracy": None}
+        right = judged.logits.argmax(dim=1) == judged.labels
+        overall = wilson_share(int(right.sum()), len(right))
+        by_class = {}
+        for label, name in enumerate(self.data.class_names):
+            asked = right[judged.labels == label]
+            share = wilson_share(int(asked.sum()), len(asked))
+            by_class[name] = {"accuracy": share.value, "low": share.low, "high": share.high, "num_images": len(asked)}
+        return {
+            "accuracy": overall.value,
+            "accuracy_low": overall.low,
+            "accuracy_high": overall.high,
+            "class_accuracy": by_class,
+        }
+
+    def _by_class(self, judged: Judged) -> dict[str, Any]:
+        """Fréchet and kernel distance of the images asked of each class to the real ones of that class."""
+        if judged.labels is None or self.train.labels is None:
+            return {}
+        frechet: dict[str, float | None] = {}
+        kernel: dict[str, float | None] = {}
+        for label, name in enumerate(self.data.class_names):
+            real, drawn = self.train.features[self.train.labels == label], judged.features[judged.labels == label]
+            if min(len(real), len(drawn)) < 2:
+                frechet[name] = kernel[name] = None
+                continue
+            frechet[name] = frechet_distance(real, drawn)
+            kernel[name] = kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
+        return {"class_fid": frechet, "class_kernel_distance": kernel}
+
+    def _fid_standard_error(self, real: Judged, judged: Judged) -> float:
+        """Standard deviation of the Fréchet distance when the images are drawn again with replacement."""
+        generator = numpy_generator(self.seed, "eval", 1)
+        draws = [torch.from_numpy(generator.integers(len(judged), size=len(judged))) for _ in range(BOOTSTRAPS)]
+        return float(np.std([frechet_distance(real.features, judged.features[draw]) for draw in draws], ddof=1))
+
+    def judge(self, sample: Sample) -> Judged:
+        """Run the evaluator over a sample."""
+        return judge(self.evaluator, sample.images, sample.labels)
+
+    def matched(self, judged: Judged) -> Judged:
+        """The largest part of the training split with the class proportions of `judged`; all without labels."""
+        if judged.labels is None:
+            return self.train
+        counts = torch.bincount(judged.labels, minlength=self.data.num_classes)
+        return self.train.subset(self._choose(self.train, counts, None))
+
+    def _choose(self, pool: Judged, counts: Tensor, total: int | None) -> Tensor:
+        """Images of `pool` with classes in proportion to `counts`: `total` of them, or as many as there can be."""
+        assert pool.labels is not None
+        available = torch.bincount(pool.labels, minlength=len(counts))
+        wanted = counts > 0
+        factor = float((available[wanted] / counts[wanted]).min())
+        if total is not None:
+            factor = min(factor, total / float(counts.sum()))
+        generator = numpy_generator(self.seed, "eval", 2)
+        chosen = []
+        for label, share in enumerate((counts * factor).round().long().tolist()):
+            where = np.flatnonzero(pool.labels.numpy() == label)
+            chosen.append(generator.permutation(where)[:share])
+        return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+    def _some(self, judged: Judged, size: int) -> Judged:
+        """`size` of the images, evenly chosen."""
+        if size == len(judged):
+            return judged
+        return judged.subset(torch.from_numpy(numpy_generator(self.seed, "eval", 3).permutation(len(judged))[:size]))
+
+    def _train_on_synthetic(self, judged: Judged) -> dict[str, Any]:
+        """Test accuracy on real images of a classifier trained on the sample, and on as many real images.
+
+        Ravuri and Vinyals (2019), https://arxiv.org/abs/1905.10887: the classification accuracy score.
+        """
+        if judged.labels is None:
+            return {"train_on_synthetic_accuracy": None}
+        real = self._some(self.train, min(len(judged), len(self.train)))
+        shares = []
+        for name, training in (("synthetic", judged), ("as many real", real)):
+            assert training.labels is not None
+            split = ImageSplit(training.images, training.labels)
+            data = ImageData(split, self.data.test, self.data.class_names, name, name)
+            classifier = train_evaluator(data, steps=SYNTHETIC_STEPS, seed=self.seed)
+            logits, _ = logits_and_features(classifier, self.data.test.images)
+            shares.append(float((logits.argmax(dim=1) == self.data.test.labels).float().mean()))
+        return {"train_on_synthetic_accuracy": shares[0], "train_on_synthetic_accuracy_floor": shares[1]}
+
+    def _warnings(self, entry: dict[str, Any]) -> list[str]:
+        found = []
+        count, real_count = entry["num_images"], entry["num_images_floor"]
+        if count < SMALL_SAMPLE:
+            found.append(
+                f"{count} images are few: distances are biased upwards, by an amount that depends on the number. "
+                f"{real_count} real images score {entry['fid_floor']:.3g}. Compare figures of one number only, and "
+                "report 10,000 images or more."
+            )
+        if real_count < count:
+            found.append(
+                f"the floor is of {real_count} held-out images, all there are, for {count} judged: it is higher than "
+                "it would be with as many, and the ratio lower."
+            )
+        if entry["copies_suspected"]:
+            found.append(
+                f"{entry['copied_share']:.1%} of the images are nearer to one training image than {COPY_QUANTILE:.0%} "
+                "of held-out images are: look for copies of training images."
+            )
+        return found
+
+
+FLOORED: Sequence[str] = (
+    "num_images",
+    "accuracy",
+    "fid",
+    "kernel_distance",
+    "class_fid",
+    "class_kernel_distance",
+    "inception_score",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "pixel_mean",
+    "pixel_deviation",
+    "black_share",
+    "pixel_histogram_distance",
+    "nearest_distance",
+)

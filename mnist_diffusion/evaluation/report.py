@@ -1,0 +1,238 @@
+"""What an evaluation leaves: a table on the screen, `report.json`, and `report.md` with pictures and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mnist_diffusion.evaluation.samples import Sample
+from mnist_diffusion.records import write_whole
+from mnist_diffusion.visualize import image_grid
+
+IMAGES_A_ROW = 10
+
+
+def _number(pattern: str, scale: float = 1.0) -> Callable[[Any], str]:
+    return lambda value: "" if value is None else pattern.format(value * scale)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "name": ("images", str),
+    "passes_per_image": ("passes", _number("{:g}")),
+    "num_images": ("number", _number("{:d}")),
+    "accuracy": ("read as asked", lambda value: "" if value is None else f"{value:.2%}"),
+    "fid": ("FID", _number("{:.3f}")),
+    "fid_standard_error": ("± s.e.", _number("{:.3f}")),
+    "fid_ratio": ("ratio to floor", _number("{:.1f}")),
+    "kernel_distance": ("1000 KID", _number("{:.2f}", 1000)),
+    "imagenet_fid": ("ImageNet FID", _number("{:.2f}")),
+    "precision": ("precision", _percent),
+    "recall": ("recall", _percent),
+    "density": ("density", _number("{:.2f}")),
+    "coverage": ("coverage", _percent),
+    "copied_share": ("copies", _percent),
+    "train_on_synthetic_accuracy": ("trains to", lambda value: "" if value is None else f"{value:.2%}"),
+    "seconds": ("seconds", _number("{:.0f}")),
+}
+
+
+def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each result, after one for as many real images: what the table shows."""
+    first = report["results"][0]
+    floor = {name: first.get(f"{name}_floor") for name in COLUMNS}
+    floor |= {"name": "held-out real images", "fid_ratio": 1.0}
+    return [floor, *report["results"]]
+
+
+def cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and the text of each row, without the columns that are empty throughout."""
+    table = [
+        [show(row.get(name)) if row.get(name) is not None else "" for name, (_, show) in COLUMNS.items()]
+        for row in rows(report)
+    ]
+    headings = [heading for heading, _ in COLUMNS.values()]
+    used = [index for index in range(len(headings)) if any(row[index] for row in table)]
+    return [headings[index] for index in used], [[row[index] for index in used] for row in table]
+
+
+def print_table(report: Mapping[str, Any], console: Console) -> None:
+    """Show the results on the screen."""
+    headings, table = cells(report)
+    shown = Table(title=f"{report['source']} against {report['data']['source']}")
+    for index, heading in enumerate(headings):
+        shown.add_column(heading, justify="right" if index else "left")
+    for row in table:
+        shown.add_row(*row)
+    console.print(shown)
+    for warning in sorted({warning for result in report["results"] for warning in result["warnings"]}):
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def markdown_table(report: Mapping[str, Any]) -> str:
+    """The results as a Markdown table."""
+    headings, table = cells(report)
+    lines = [headings, ["---"] * len(headings), *table]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def card_text(report: Mapping[str, Any]) -> str:
+    """The results for the card of a pipeline folder."""
+    return "\n".join([markdown_table(report), "", *(f"- {text}" for text in _explanations(report))])
+
+
+def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]], folder: Path) -> None:
+    """Write `report.json`, and `report.md` with its pictures.
+
+    Args:
+        report: the results and what they were measured with.
+        pictures: for each kind of picture, one grid a result, or None where there is nothing to show.
+        folder: where to; it must be there.
+    """
+    write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    lines = [f"# {report['source']}", "", markdown_table(report), ""]
+    lines += [f"- {text}" for text in _explanations(report)]
+    for plot, draw in (("quality_against_passes.png", plot_passes), ("guidance.png", plot_guidance)):
+        figure = draw(report["results"])
+        if figure is not None:
+            figure.savefig(folder / plot, dpi=100)
+            lines += ["", f"![{plot.removesuffix('.png').replace('_', ' ')}]({plot})"]
+    for index, result in enumerate(report["results"]):
+        lines += ["", f"## {result['name']}", ""]
+        for kind, grids in pictures.items():
+            if grids[index] is not None:
+                name = f"{kind}-{index}.png"
+                grids[index].save(folder / name)
+                lines += [f"![{kind.replace('_', ' ')}]({name})", "", f"*{CAPTIONS[kind]}*", ""]
+        if "class_accuracy" in result:
+            lines += [_class_table(result)]
+    write_whole(folder / "report.md", "\n".join(lines) + "\n")
+
+
+CAPTIONS = {
+    "samples": "The first images, a row a class.",
+    "misread": "Images that the evaluator reads as another class than was asked.",
+    "nearest": "The images most like a copy, each above the training image nearest to it.",
+}
+
+
+def _explanations(report: Mapping[str, Any]) -> list[str]:
+    evaluator, data = report["evaluator"], report["data"]
+    warnings = sorted({warning for result in report["results"] for warning in result["warnings"]})
+    return [
+        f"Data: {data['source']}, fingerprint `{data['fingerprint'][:16]}`; reference: {data['num_train_images']} "
+        "training images, in the class proportions of the images judged; floor: as many held-out images.",
+        f"Evaluator: {evaluator['origin']}, SHA-256 `{evaluator['sha256'][:16]}`, reads "
+        f"{evaluator['accuracy']:.2%} of the held-out images right.",
+        "FID and KID are Fréchet and kernel distance in this evaluator's features, not ImageNet's: they compare with "
+        "figures of the same evaluator and number of images only.",
+        f"Seed {report['seed']}; {report['machine']}; "
+        + ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+        *[f"**Warning:** {warning}" for warning in warnings],
+    ]
+
+
+def _class_table(result: Mapping[str, Any]) -> str:
+    lines = ["| class | read as asked | 95% interval | FID | floor |", "| --- | --- | --- | --- | --- |"]
+    for name, share in result["class_accuracy"].items():
+        frechet, floor = result["class_fid"][name], result["class_fid_floor"][name]
+        lines.append(
+            f"| {name} | {share['accuracy']:.1%} | {share['low']:.1%} to {share['high']:.1%} | "
+            f"{_number('{:.3f}')(frechet)} | {_number('{:.3f}')(floor)} |"
+        )
+    return "\n".join(lines)
+
+
+def sample_grid(sample: Sample, class_names: Sequence[str]) -> Any:
+    """The first images: a row a class, or a square without classes."""
+    images = sample.images.float() / 255
+    if sample.labels is None:
+        return image_grid(images[: IMAGES_A_ROW**2], IMAGES_A_ROW)
+    rows_of_classes, names = [], []
+    for label, name in enumerate(class_names[:20]):
+        chosen = images[sample.labels == label][:IMAGES_A_ROW]
+        blank = torch.zeros(IMAGES_A_ROW - len(chosen), *images.shape[1:])
+        rows_of_classes.append(torch.cat([chosen, blank]))
+        names.append(name)
+    return image_grid(torch.cat(rows_of_classes), IMAGES_A_ROW, row_labels=names)
+
+
+def misread_grid(sample: Sample, read: Tensor) -> Any:
+    """The first images read as another class than asked, at most five rows; None if there are none.
+
+    Args:
+        sample: the images.
+        read: what each was read as, int64 `[N]`.
+    """
+    if sample.labels is None:
+        return None
+    wrong = torch.nonzero(read != sample.labels).flatten()[: 5 * IMAGES_A_ROW]
+    return image_grid(sample.images[wrong].float() / 255, IMAGES_A_ROW) if len(wrong) else None
+
+
+def nearest_grid(sample: Sample, training: Tensor, relative: np.ndarray, nearest: np.ndarray) -> Any:
+    """The images most like a copy, above the training images nearest to them.
+
+    Args:
+        sample: the images.
+        training: uint8 `[M, C, H, W]`.
+        relative: how near each of the first images is to its nearest training image, `[n]`.
+        nearest: which one that is, `[n]`.
+    """
+    first = np.argsort(relative)[:IMAGES_A_ROW]
+    pairs = torch.cat([sample.images[torch.from_numpy(first)], training[torch.from_numpy(nearest[first])]])
+    return image_grid(pairs.float() / 255, len(first), row_labels=["judged", "nearest"])
+
+
+def plot_passes(results: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Fréchet distance and share read as asked against passes an image; None where all have the same."""
+    return _plot(results, "passes_per_image", "network passes an image", ("scheduler", "guidance_scale"), log=True)
+
+
+def plot_guidance(results: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Fréchet distance and share read as asked against the guidance scale; None where all have the same."""
+    return _plot(results, "guidance_scale", "guidance scale", ("scheduler", "num_inference_steps"), log=False)
+
+
+def _plot(
+    results: Sequence[Mapping[str, Any]], across: str, label: str, lines: tuple[str, str], *, log: bool
+) -> Figure | None:
+    if len({result.get(across) for result in results}) < 2:
+        return None
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key in dict.fromkeys(tuple(result[name] for name in lines) for result in results):
+        chosen = sorted((r for r in results if tuple(r[name] for name in lines) == key), key=lambda r: r[across])
+        name = f"{key[0]}, " + (f"guidance {key[1]:g}" if lines[1] == "guidance_scale" else f"{key[1]} steps")
+        xs = [result[across] for result in chosen]
+        left.errorbar(
+            xs,
+            [result["fid"] for result in chosen],
+            yerr=[result["fid_standard_error"] for result in chosen],
+            marker="o",
+            label=name,
+        )
+        if all(result["accuracy"] is not None for result in chosen):
+            right.plot(xs, [100 * result["accuracy"] for result in chosen], marker="o", label=name)
+    left.axhline(results[0]["fid_floor"], color="grey", linestyle=":", label="real images")
+    left.set(xlabel=label, ylabel="FID (evaluator's features)", yscale="log")
+    right.set(xlabel=label, ylabel="read as asked, %")
+    if results[0]["accuracy"] is not None:
+        right.axhline(100 * results[0]["accuracy_floor"], color="grey", linestyle=":")
+    if log:
+        left.set_xscale("log")
+        right.set_xscale("log")
+    left.legend(fontsize="small")
+    return figure

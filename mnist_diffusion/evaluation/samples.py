@@ -1,0 +1,255 @@
+"""The images to be judged: drawn with a pipeline, or read from files that any program made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mnist_diffusion.config import DataConfig, SchedulerName, UserError
+from mnist_diffusion.data import DataError, ImageData
+from mnist_diffusion.data.sources import decode_picture, read_source
+from mnist_diffusion.data.stateless import mixed_seed
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.sampling import build_sampler, generate, sampler_name
+
+IMAGES_A_PART = 500
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+LABELLED_NAME = re.compile(r"digit_(?P<name>.+)_\d+")
+MIN_IMAGES = 50
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images to be judged, uint8 `[N, C, H, W]`, and the class asked of each, int64 `[N]`."""
+
+    images: Tensor
+    labels: Tensor | None
+    passes_per_image: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of drawing: the sampler, its steps and the guidance."""
+
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+
+    @property
+    def name(self) -> str:
+        """In a few words."""
+        return f"{self.scheduler}, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}"
+
+
+class Artist:
+    """Draws the images of one pipeline in each way asked for.
+
+    Image `i` has class `i` modulo the classes and a seed that follows from `seed` and `i` alone, so that every way,
+    and every pipeline, starts from the same noise.
+
+    Args:
+        pipeline: draws them.
+        data: the images that the pipeline is measured against.
+        num_images: how many; a multiple of the number of classes.
+        seed: of all of them.
+        batch_size: images drawn together.
+        folder: where finished parts are kept, to be taken up again.
+
+    Raises:
+        UserError: pipeline and data do not fit together, or `num_images` is not the same number for each class.
+    """
+
+    def __init__(
+        self,
+        pipeline: MNISTDiffusionPipeline,
+        data: ImageData,
+        *,
+        num_images: int,
+        seed: int,
+        batch_size: int,
+        folder: Path | None = None,
+    ):
+        self.pipeline, self.num_images, self.seed = pipeline, num_images, seed
+        self.batch_size, self.folder, self.classes = batch_size, folder, pipeline.num_classes
+        self.training_config = pipeline.scheduler.config
+        size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.out_channels
+        if (channels, size) != (data.channels, data.image_size):
+            raise UserError(
+                f"the pipeline draws images of {size} x {size} with {channels} channels, but data.source has "
+                f"{data.image_size} x {data.image_size} with {data.channels}; set data.source, data.image_size, "
+                "data.channels to what it was trained on"
+            )
+        if self.classes is not None and self.classes != data.num_classes:
+            raise UserError(f"the pipeline knows {self.classes} classes, but data.source has {data.num_classes}")
+        if num_images < MIN_IMAGES:
+            raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
+        if self.classes is not None and num_images % self.classes:
+            raise UserError(
+                f"num_images must be a multiple of the {self.classes} classes, for equal counts a class, "
+                f"got {num_images}"
+            )
+
+    def way(
+        self, scheduler: SchedulerName | None, num_inference_steps: int | None, guidance_scale: float | None
+    ) -> Way:
+        """A way of drawing, the pipeline's own defaults standing for None."""
+        own = self.pipeline.config
+        return Way(
+            scheduler or sampler_name(self.pipeline.scheduler),
+            num_inference_steps or own.num_inference_steps,
+            own.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+
+    def draw(self, way: Way) -> Sample:
+        """Draw the images in one way, quantised to uint8, counting the network's passes.
+
+        Raises:
+            UserError: the way cannot work, or the network gives values that are not finite.
+        """
+        own = self.pipeline.scheduler
+        if way.scheduler != sampler_name(own):
+            self.pipeline.scheduler = build_sampler(way.scheduler, self.training_config)  # type: ignore[arg-type]
+        try:
+            parts = [
+                self._part(way, range(start, min(start + IMAGES_A_PART, self.num_images)))
+                for start in tqdm(range(0, self.num_images, IMAGES_A_PART), desc="drawing", unit="part", leave=False)
+            ]
+        except ValueError as error:  # the pipeline's own, which name argument and value
+            raise UserError(str(error)) from error
+        finally:
+            self.pipeline.scheduler = own
+        images = torch.cat([torch.from_numpy(part["images"]) for part in parts])
+        labels = None if self.classes is None else torch.arange(self.num_images) % self.classes
+        passes, seconds = (sum(float(part[name]) for part in parts) for name in ("passes", "seconds"))
+        return Sample(images, labels, passes / self.num_images, seconds)
+
+    def _part(self, way: Way, indices: range) -> dict[str, np.ndarray]:
+        """Some of the images, taken from the folder where they are there already."""
+        path = None
+        if self.folder is not None:
+            path = self.folder / self._identity(way) / f"{indices.start:06d}-{indices.stop:06d}.npz"
+            if path.is_file():
+                with np.load(path, allow_pickle=False) as kept:
+                    return dict(kept)
+        passes = 0
+
+        def count(module: Any, arguments: tuple[Any, ...]) -> None:
+            nonlocal passes
+            passes += len(arguments[0])
+
+        labels = None if self.classes is None else [index % self.classes for index in indices]
+        seeds = [mixed_seed(self.seed, "eval", index) for index in indices]
+        started = time.perf_counter()
+        hook = self.pipeline.unet.register_forward_pre_hook(count)
+        try:
+            images = generate(
+                self.pipeline,
+                labels,
+                seeds,
+                batch_size=self.batch_size,
+                num_inference_steps=way.num_inference_steps,
+                guidance_scale=way.guidance_scale if labels is not None else None,
+            )
+        finally:
+            hook.remove()
+        if not torch.isfinite(images).all():
+            raise UserError("the pipeline gave images with values that are not finite (NaN or infinity)")
+        part = {
+            "images": (images * 255).round().byte().numpy(),
+            "passes": np.array(passes),
+            "seconds": np.array(time.perf_counter() - started),
+        }
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.partial")
+            with temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, **part)
+            temporary.replace(path)
+        return part
+
+    def _identity(self, way: Way) -> str:
+        """A name for what decides the images: weights, sampler, steps, guidance and seed."""
+        scheduler = self.pipeline.scheduler
+        weights = {name: value.contiguous() for name, value in self.pipeline.unet.state_dict().items()}
+        digest = hashlib.sha256(safetensors.torch.save(weights))
+        settings = [type(scheduler).__name__, dict(scheduler.config), repr(way), self.seed, self.pipeline.config.eta]
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        return f"{way.scheduler}-{way.num_inference_steps}-{way.guidance_scale:g}-{digest.hexdigest()[:12]}"
+
+
+def read_sample(path: Path, data: ImageData) -> Sample:
+    """Read images that some program wrote: one folder a class, parquet or arrow with labels, or a flat folder.
+
+    In a flat folder the class is read from names such as `digit_3_000.png`, which `mnist-diffusion sample --files`
+    writes; with other names there is no class, and nothing is said about how the images read.
+
+    Raises:
+        DataError: the images cannot be read, are too few, or differ from the data in size, channels or classes.
+    """
+    images, names = _read_flat(path) if _is_flat(path) else _read_labelled(path)
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise DataError(f"{path}: images of different shapes (C, H, W): {sorted(shapes)[:3]}")
+    stacked = _to_channels_of(torch.stack(images), data, path)
+    if tuple(stacked.shape[1:]) != (expected := tuple(data.train.images.shape[1:])):
+        raise DataError(f"{path}: images are {tuple(stacked.shape[1:])} (C, H, W), but the real ones {expected}")
+    labels = None
+    if names is not None:
+        known = {name: index for index, name in enumerate(data.class_names)}
+        if unknown := sorted(set(names) - set(known)):
+            raise DataError(f"{path}: classes {unknown[:5]} are not among the real ones {list(known)[:20]}")
+        if missing := sorted(set(known) - set(names)):
+            raise DataError(f"{path}: no images of the classes {missing[:20]}")
+        labels = torch.tensor([known[name] for name in names])
+    if len(stacked) < MIN_IMAGES:
+        raise DataError(f"{path}: {len(stacked)} images are too few to measure; there must be at least {MIN_IMAGES}")
+    return Sample(stacked, labels)
+
+
+def _is_flat(path: Path) -> bool:
+    return path.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in path.iterdir())
+
+
+def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    images = [
+        decode_picture(file.read_bytes(), DataConfig(), str(file)) for file in tqdm(files, desc="reading", leave=False)
+    ]
+    found = [LABELLED_NAME.fullmatch(file.stem) for file in files]
+    # A grid among the files has no class, and no place here.
+    if any(found) and not all(found):
+        stray = next(file.name for file, match in zip(files, found, strict=True) if match is None)
+        raise DataError(f"{folder}: {stray!r} names no class, but other files do (digit_<class>_<number>.png)")
+    return images, [match["name"] for match in found if match] or None
+
+
+def _read_labelled(path: Path) -> tuple[list[Tensor], Sequence[str]]:
+    if not path.exists():
+        raise DataError(f"{str(path)!r} is neither a pipeline folder, a Hub id, nor a folder or parquet of images")
+    source = read_source(DataConfig(source=str(path)))
+    if len(source.train.images) == 0:
+        raise DataError(f"{path} holds no images")
+    names = source.class_names or {}
+    return list(source.train.images), [str(names.get(label, label)) for label in source.train.labels]
+
+
+def _to_channels_of(images: Tensor, data: ImageData, path: Path) -> Tensor:
+    """Take one channel of grey pictures that were saved as RGB; anything else stays as it is."""
+    if data.channels == 1 and images.shape[1] == 3:
+        if not (images == images[:, :1]).all():
+            raise DataError(f"{path}: the images have colours, but the real ones are grey")
+        return images[:, :1]
+    return images
