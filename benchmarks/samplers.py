@@ -50,8 +50,8 @@ def main(
     floor = reference.floor(num_images).values
     lines = [
         f"{num_images} images a cell at guidance {pipe.config.guidance_scale:g}, "
-        f"on {machine_description(pipe.device, 1)}: the share read as asked, and the Fréchet distance in the evaluator's features "
-        f"(as many held-out images: {floor['accuracy']:.1%}, {floor['fid']:.2f}).",
+        f"on {machine_description(pipe.device, 1)}: the share read as asked, and the Fréchet "
+        f"distance in the evaluator's features (as many held-out images: {floor['accuracy']:.1%}, {floor['fid']:.2f}).",
         "",
         "| sampler | " + " | ".join(f"{count} steps" for count in steps) + " |",
         "| --- |" + " --- |" * len(steps),

@@ -155,6 +155,9 @@ def evaluate_parser(prog: str) -> ArgumentParser:
     add("--num_inference_steps", type=PositiveInt, nargs="+", default=[], help="denoising steps")
     add("--guidance_scale", type=NonNegativeFloat, nargs="+", default=[], help="guidance scales")
     add("--seed", type=NonNegativeInt, default=0, help="of the images drawn, and of choices among the real ones")
+    add(
+        "--split_seed", type=NonNegativeInt, default=0, help="the run's train.seed, where data.source has no test split"
+    )
     add("--batch_size", type=PositiveInt, default=128, help="images drawn together; changes nothing but the speed")
     add("--device", type=str | None, help="such as cpu or cuda:0; a GPU where there is one")
     add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="precision of the network")
@@ -185,7 +188,8 @@ def evaluate(argv: Sequence[str], *, prog: str) -> int:
     fields = {name: values[name] for name in Request.__dataclass_fields__ if name != "data"}
     lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     report = run(Request(data=DataConfig(**values.data.as_dict()), **{**fields, **lists}))
-    print_table(report, Console())
+    console = Console()
+    print_table(report, console if console.is_terminal else Console(width=120))
     if values.write_card:
         about = report["data"]
         write_results_to_card(

@@ -315,8 +315,11 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
 
 def _from_array(values: np.ndarray, where: str) -> Tensor:
     """A nested list or array of pixel values, `[H, W]` or `[H, W, C]`, as uint8 `[C, H, W]`."""
-    if values.ndim not in (2, 3) or values.size == 0 or values.min() < 0 or values.max() > 255:
+    # NaN passes no comparison.
+    if values.ndim not in (2, 3) or values.size == 0 or not ((values >= 0) & (values <= 255)).all():
         raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
+    if values.dtype.kind == "f" and (values != np.floor(values)).any():
+        raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")
     image = torch.from_numpy(values.astype(np.uint8))
     return image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
 

@@ -198,7 +198,7 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
     key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     folder = Path(HF_HOME) / "mnist_diffusion" / "evaluators" / key
     if not (folder / "model.safetensors").is_file():
-        save_evaluator(train_evaluator(data), folder)
+        save_evaluator(train_evaluator(data, steps=STEPS), folder)
     return replace(load_evaluator(folder), origin="trained on the training split")
 
 

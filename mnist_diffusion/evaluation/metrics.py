@@ -97,8 +97,11 @@ def inception_score(logits: Tensor) -> float:
         logits: `[N, classes]`.
     """
     metric = InceptionScore(feature=_AsTheyAre(logits.shape[1]), splits=1)
-    metric.update(logits.double())
-    return float(metric.compute()[0])
+    # Probabilities that round to 0 for every image would make the logarithm of their mean infinite.
+    metric.update(logits.double().log_softmax(dim=1).clamp(min=-600))
+    with torch.random.fork_rng(devices=[]):  # it shuffles
+        torch.manual_seed(0)
+        return float(metric.compute()[0])
 
 
 @dataclass(frozen=True)

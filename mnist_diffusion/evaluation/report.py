@@ -32,7 +32,7 @@ def _percent(value: float | None) -> str:
 COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "name": ("images", str),
     "passes_per_image": ("passes", _number("{:g}")),
-    "num_images": ("number", _number("{:d}")),
+    "num_images": ("count", str),
     "accuracy": ("read as asked", lambda value: "" if value is None else f"{value:.2%}"),
     "fid": ("FID", _number("{:.3f}")),
     "fid_standard_error": ("± s.e.", _number("{:.3f}")),
@@ -57,28 +57,33 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [floor, *report["results"]]
 
 
-def cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+ON_SCREEN = ("name", "passes_per_image", "accuracy", "fid", "fid_standard_error", "fid_ratio", "precision", "recall")
+
+
+def cells(report: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -> tuple[list[str], list[list[str]]]:
     """Headings and the text of each row, without the columns that are empty throughout."""
+    chosen = [COLUMNS[name] for name in columns]
     table = [
-        [show(row.get(name)) if row.get(name) is not None else "" for name, (_, show) in COLUMNS.items()]
+        ["" if row.get(name) is None else show(row[name]) for name, (_, show) in zip(columns, chosen, strict=True)]
         for row in rows(report)
     ]
-    headings = [heading for heading, _ in COLUMNS.values()]
+    headings = [heading for heading, _ in chosen]
     used = [index for index in range(len(headings)) if any(row[index] for row in table)]
     return [headings[index] for index in used], [[row[index] for index in used] for row in table]
 
 
 def print_table(report: Mapping[str, Any], console: Console) -> None:
     """Show the results on the screen."""
-    headings, table = cells(report)
-    shown = Table(title=f"{report['source']} against {report['data']['source']}")
+    headings, table = cells(report, ON_SCREEN)
+    console.print(f"{report['source']} against {report['data']['source']}", markup=False, soft_wrap=True)
+    shown = Table()
     for index, heading in enumerate(headings):
         shown.add_column(heading, justify="right" if index else "left")
     for row in table:
         shown.add_row(*row)
     console.print(shown)
     for warning in sorted({warning for result in report["results"] for warning in result["warnings"]}):
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ class Request:
     num_inference_steps: tuple[int, ...]
     guidance_scale: tuple[float, ...]
     seed: int
+    split_seed: int
     batch_size: int
     device: str | None
     dtype: str
@@ -54,7 +55,7 @@ def run(request: Request) -> dict[str, Any]:
         UserError: something that the user can put right.
     """
     imagenet = ImageNetDistance() if request.imagenet_fid else None
-    data = load_images(request.data, seed=request.seed)
+    data = load_images(request.data, seed=request.split_seed)
     if data.notice:
         print(f"\n{'!' * 100}\n{data.notice}\n{'!' * 100}\n")
     samples = _samples(request, data)

@@ -1,0 +1,217 @@
+"""Metrics against closed forms, independent computations, and sets small enough to count by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+from torch import Tensor
+
+from mnist_diffusion.evaluation.metrics import (
+    frechet_distance,
+    histogram_distance,
+    inception_score,
+    kernel_distance,
+    nearest_images,
+    neighbourhoods,
+    pixel_statistics,
+    wilson_share,
+)
+
+
+def features(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Correlated features with unequal scales."""
+    random = np.random.default_rng(seed)
+    mixing = random.normal(size=(columns, columns))
+    return torch.from_numpy(random.normal(size=(rows, columns)) @ mixing + random.normal(size=columns))
+
+
+def exact_gaussian(rows: int, mean: list[float], deviations: list[float], seed: int = 0) -> Tensor:
+    """Points whose own mean and covariance are those of the Gaussian, to rounding."""
+    points = np.random.default_rng(seed).normal(size=(rows, len(mean)))
+    points -= points.mean(axis=0)
+    white = points @ np.linalg.inv(np.linalg.cholesky(np.cov(points, rowvar=False))).T
+    return torch.from_numpy(white * deviations + mean)
+
+
+class TestFrechetDistance:
+    def test_closed_form_of_gaussians(self) -> None:
+        real = exact_gaussian(500, [0.0, 1.0, -2.0], [1.0, 0.5, 3.0])
+        generated = exact_gaussian(400, [0.5, 1.0, 2.0], [2.0, 0.1, 3.0], seed=1)
+        expected = 0.5**2 + 4**2 + 1**2 + 0.4**2
+        assert frechet_distance(real, generated) == pytest.approx(expected, rel=1e-6)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_against_scipy(self, seed: int) -> None:
+        real, generated = features(300, 16, seed).numpy(), features(200, 16, seed + 10).numpy()
+        first, second = np.cov(real, rowvar=False), np.cov(generated, rowvar=False)
+        shift = ((real.mean(axis=0) - generated.mean(axis=0)) ** 2).sum()
+        expected = shift + np.trace(first + second - 2 * linalg.sqrtm(first @ second).real)
+        assert frechet_distance(torch.from_numpy(real), torch.from_numpy(generated)) == pytest.approx(
+            expected, rel=1e-6
+        )
+
+    def test_same_features(self) -> None:
+        assert frechet_distance(features(100, 8), features(100, 8)) == pytest.approx(0, abs=1e-6)
+
+    def test_features_that_never_vary(self) -> None:
+        real = torch.cat([features(100, 4), torch.zeros(100, 4)], dim=1)
+        assert frechet_distance(real, real + 1) == pytest.approx(8, rel=1e-6)
+
+
+class TestKernelDistance:
+    def test_closed_form_of_gaussians(self) -> None:
+        """The kernel's means need moments up to the third, which corners of a box share with a Gaussian."""
+        corners = np.array(list(itertools.product([-1.0, 1.0], repeat=3)))
+        means, deviations = ([0.0, 0.5, 1.0], [1.0, 0.0, -1.0]), ([1.0, 2.0, 0.5], [0.5, 1.0, 1.5])
+        real, generated = (corners * d + m for m, d in zip(means, deviations, strict=True))
+
+        def expectation(mean_x: np.ndarray, cov_x: np.ndarray, mean_y: np.ndarray, cov_y: np.ndarray) -> float:
+            """E (x·y / D + 1)³ of independent Gaussians, by conditioning on x: x·y is Gaussian then."""
+            second_x = cov_x + np.outer(mean_x, mean_x)
+            first = mean_x @ mean_y
+            second = np.trace(second_x @ (cov_y + np.outer(mean_y, mean_y)))
+            # E (x·m)³ and E (x·m)(x'Cx) of a Gaussian x.
+            cubed = (mean_x @ mean_y) ** 3 + 3 * (mean_x @ mean_y) * (mean_y @ cov_x @ mean_y)
+            mixed = first * (np.trace(cov_y @ second_x)) + 2 * mean_y @ cov_x @ cov_y @ mean_x
+            return 1 + 3 * first / 3 + 3 * second / 9 + (cubed + 3 * mixed) / 27
+
+        moments = [(np.array(m), np.diag(np.array(d) ** 2)) for m, d in zip(means, deviations, strict=True)]
+        xx, yy, xy = (expectation(*moments[i], *moments[j]) for i, j in ((0, 0), (1, 1), (0, 1)))
+        count = len(corners)
+
+        def unbiased(mean: float, points: np.ndarray) -> float:
+            """Take the pairs of a point with itself out of the mean over all pairs."""
+            own = (((points**2).sum(axis=1) / 3 + 1) ** 3).sum()
+            return (count**2 * mean - own) / (count * (count - 1))
+
+        expected = unbiased(xx, real) + unbiased(yy, generated) - 2 * xy
+        value, _ = kernel_distance(torch.from_numpy(real), torch.from_numpy(generated), subsets=1)
+        assert value == pytest.approx(expected, rel=1e-6)
+
+    def test_against_sums_over_pairs(self) -> None:
+        real, generated = features(40, 6).numpy(), features(40, 6, seed=1).numpy()
+
+        def kernel(x: np.ndarray, y: np.ndarray) -> float:
+            return float((x @ y / 6 + 1) ** 3)
+
+        def over_pairs(points: np.ndarray) -> float:
+            return float(np.mean([kernel(x, y) for x, y in itertools.permutations(points, 2)]))
+
+        across = np.mean([kernel(x, y) for x, y in itertools.product(real, generated)])
+        value, _ = kernel_distance(torch.from_numpy(real), torch.from_numpy(generated), subsets=1)
+        assert value == pytest.approx(over_pairs(real) + over_pairs(generated) - 2 * across, rel=1e-6)
+
+    def test_subsets_follow_the_seed_and_leave_the_global_generator(self) -> None:
+        real, generated = features(300, 6), features(200, 6, seed=1)
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = kernel_distance(real, generated, subset_size=50, seed=3)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert kernel_distance(real, generated, subset_size=50, seed=3) == first
+        assert kernel_distance(real, generated, subset_size=50, seed=4) != first
+
+
+class TestNeighbourhoods:
+    def test_half_of_the_fakes_are_far_off(self) -> None:
+        real, fake = line(0, 1, 10, 11), line(0.5, 10.5, 100, 101)
+        found = neighbourhoods(real, fake, k=1)
+        assert (found.precision, found.recall, found.density, found.coverage) == (0.5, 1.0, 1.0, 1.0)
+
+    def test_a_dropped_mode(self) -> None:
+        real, fake = line(0, 1, 10, 11), line(0.30, 0.41, 0.60, 0.71)
+        found = neighbourhoods(real, fake, k=1)
+        assert (found.precision, found.recall, found.density, found.coverage) == (1.0, 0.0, 2.0, 0.5)
+
+    def test_second_neighbour(self) -> None:
+        real, fake = line(0, 1, 3), line(-2.5, 0.5, 4.5)
+        # Balls of real points reach 3, 2 and 3; those of fake ones 7, 4 and 7.
+        found = neighbourhoods(real, fake, k=2)
+        assert found.precision == 1.0
+        assert found.recall == 1.0
+        assert found.density == pytest.approx((1 + 3 + 1) / 3 / 2)
+        assert found.coverage == 1.0
+
+    def test_same_set_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, fake = features(400, 4), features(300, 4, seed=1)
+        whole = neighbourhoods(real, fake)
+        monkeypatch.setattr("mnist_diffusion.evaluation.metrics.WORKING_MEMORY_MIB", 0.05)
+        assert neighbourhoods(real, fake) == whole
+        assert neighbourhoods(real, real).coverage == 1.0
+
+
+def line(*positions: float) -> Tensor:
+    return torch.tensor(positions).double().unsqueeze(1)
+
+
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, neighbourhoods])
+@pytest.mark.parametrize(
+    ("real", "generated", "message"),
+    [
+        (torch.zeros(9), torch.zeros(9, 3), r"real must be \[N, D\], got shape \(9,\)"),
+        (torch.zeros(9, 3), torch.zeros(1, 3), "generated must have at least .* got 1"),
+        (torch.zeros(9, 3), torch.zeros(9, 4), "one width, got 3 and 4"),
+        (torch.full((9, 3), math.nan), torch.zeros(9, 3), "real has values that are not finite"),
+        (torch.zeros(9, 3), torch.full((9, 3), math.inf), "generated has values that are not finite"),
+    ],
+)
+def test_bad_features(metric: object, real: Tensor, generated: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metric(real, generated)  # type: ignore[operator]
+
+
+class TestInceptionScore:
+    def test_sure_of_every_class(self) -> None:
+        assert inception_score(torch.eye(10).repeat(5, 1) * 1000) == pytest.approx(10, rel=1e-6)
+
+    def test_always_the_same_class_or_never_sure(self) -> None:
+        assert inception_score(torch.eye(10)[:1].repeat(50, 1) * 1000) == pytest.approx(1)
+        assert inception_score(torch.zeros(50, 10)) == pytest.approx(1)
+
+
+class TestWilsonShare:
+    @pytest.mark.parametrize(
+        ("successes", "trials", "low", "high"),
+        [(10, 10, 0.7225, 1.0), (0, 10, 0.0, 0.2775), (81, 263, 0.2553, 0.3662)],  # the last is Newcombe's (1998)
+    )
+    def test_published_values(self, successes: int, trials: int, low: float, high: float) -> None:
+        share = wilson_share(successes, trials)
+        assert share.value == successes / trials
+        assert (share.low, share.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+    def test_no_trials(self) -> None:
+        with pytest.raises(ValueError, match="trials must be at least 1, got 0"):
+            wilson_share(0, 0)
+
+
+class TestPixels:
+    def test_statistics(self) -> None:
+        images = torch.tensor([0, 0, 0, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+        found = pixel_statistics(images)
+        assert (found.mean, found.black_share) == (0.25, 0.75)
+        assert found.deviation == pytest.approx(math.sqrt(3) / 4)
+
+    def test_distance_of_a_shift(self) -> None:
+        images = torch.randint(0, 200, (5, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        distance = histogram_distance(pixel_statistics(images), pixel_statistics(images + 51))
+        assert distance == pytest.approx(0.2)
+
+
+class TestNearestImages:
+    def test_a_copy_is_found(self) -> None:
+        training = torch.randint(0, 256, (50, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+        new = torch.randint(0, 256, (1, 1, 8, 8), generator=torch.Generator().manual_seed(1)).byte()
+        found = nearest_images(torch.cat([training[7:8], new]), training)
+        assert found.indices[0] == 7
+        assert found.distances[0] == pytest.approx(0, abs=1e-6)
+        assert found.relative[0] == pytest.approx(0, abs=1e-6)
+        assert 0.8 < found.relative[1] <= 1
+
+    def test_distance_is_the_root_mean_square_of_the_pixels(self) -> None:
+        training = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+        found = nearest_images(torch.full((1, 1, 4, 4), 51, dtype=torch.uint8), training)
+        assert found.distances[0] == pytest.approx(0.2, rel=1e-5)

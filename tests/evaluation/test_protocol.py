@@ -1,0 +1,159 @@
+"""The protocol on real digits: floors, order, what each figure reacts to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data import DataError, ImageData, ImageSplit, load_images
+from mnist_diffusion.evaluation.evaluator import evaluator_for
+from mnist_diffusion.evaluation.protocol import Reference, judge
+from mnist_diffusion.evaluation.samples import Sample
+
+WORSE_WHEN_HIGHER = ("fid", "kernel_distance", "pixel_histogram_distance")
+WORSE_WHEN_LOWER = ("recall", "coverage", "density")
+
+
+@pytest.fixture(scope="module")
+def mnist(mnist_folder: Path) -> Reference:
+    data = load_images(DataConfig(source=str(mnist_folder)), seed=0)
+    return Reference(data, evaluator_for(data).model)
+
+
+def held_out(reference: Reference, count: int = 1000) -> Sample:
+    """Evenly over the split: MNIST's first test images are cleaner than its last."""
+    test = reference.data.test
+    chosen = torch.linspace(0, len(test) - 1, count).round().long()
+    return Sample(test.images[chosen], test.labels[chosen])
+
+
+def noise(images: Tensor) -> Tensor:
+    return torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).byte()
+
+
+def test_order_of_damage_on_mnist(mnist: Reference) -> None:
+    sample = held_out(mnist)
+    levels = [
+        sample.images,
+        gaussian_blur(sample.images, 5, 0.7),
+        gaussian_blur(sample.images, 7, 1.5),
+        noise(sample.images),
+    ]
+    values = [mnist.measure(judge(mnist.evaluator, images, sample.labels)).values for images in levels]
+    for name in WORSE_WHEN_HIGHER:
+        measured = [value[name] for value in values]
+        assert measured == sorted(measured), (name, measured)
+    for name in WORSE_WHEN_LOWER:
+        measured = [value[name] for value in values]
+        assert measured == sorted(measured, reverse=True), (name, measured)
+    # A slight blur leaves digits as readable as they were.
+    _, slight, strong, nothing = (value["accuracy"] for value in values)
+    assert slight > strong > nothing
+
+
+def test_floor_is_held_out_images_of_the_same_number(digits_reference: Reference) -> None:
+    floor = digits_reference.floor(100)
+    assert floor.values["num_images"] == 100
+    assert digits_reference.floor(100) is floor
+    assert digits_reference.floor(5000).values["num_images"] == 180
+
+
+def test_held_out_images_score_as_their_floor(mnist: Reference) -> None:
+    values = mnist.report(held_out(mnist, 2000)).values
+    assert 0.5 < values["fid_ratio"] < 2
+    assert not values["copies_suspected"]
+    assert abs(values["precision"] - values["precision_floor"]) < 0.03
+    assert values["accuracy"] > 0.99
+
+
+def test_class_swap_drops_accuracy_and_leaves_the_distance(digits_reference: Reference) -> None:
+    train = digits_reference.data.train
+    chosen = torch.cat([torch.nonzero(train.labels == label).flatten()[:20] for label in range(10)])
+    images, labels = train.images[chosen], train.labels[chosen]
+    right = digits_reference.report(Sample(images, labels)).values
+    swapped = digits_reference.report(Sample(images, (labels + 1) % 10)).values
+    assert right["accuracy"] > 0.95
+    assert swapped["accuracy"] < 0.05
+    assert swapped["fid"] == right["fid"]
+    assert swapped["class_fid"]["3"] > 5 * right["class_fid"]["3"]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_copies_of_training_images_are_flagged(digits_reference: Reference, shift: int) -> None:
+    train = digits_reference.data.train
+    brighter = (train.images[:200].int() + shift).clamp(max=255).byte()
+    values = digits_reference.report(Sample(brighter, train.labels[:200])).values
+    assert values["copies_suspected"]
+    assert values["copied_share"] == 1.0
+    assert any("copies of training images" in warning for warning in values["warnings"])
+
+
+def test_without_labels(digits_reference: Reference) -> None:
+    values = digits_reference.report(Sample(digits_reference.data.test.images, None)).values
+    assert values["accuracy"] is None
+    assert "class_fid" not in values
+    assert values["fid_ratio"] < 2
+
+
+def test_small_samples_carry_their_floor_in_a_warning(digits_reference: Reference) -> None:
+    values = digits_reference.report(held_out(digits_reference, 100)).values
+    [few] = values["warnings"]
+    assert "100 images are few" in few
+    assert f"{values['fid_floor']:.3g}" in few
+    more = Sample(digits_reference.data.train.images[:500], digits_reference.data.train.labels[:500])
+    assert any("the floor is of 180" in warning for warning in digits_reference.report(more).values["warnings"])
+
+
+def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) -> None:
+    """The bootstrap's spread is of the size of the spread over disjoint sets of images."""
+    train = digits_reference.data.train
+    parts = [slice(start, start + 200) for start in range(0, 1600, 200)]
+    values = [
+        digits_reference.measure(judge(digits_reference.evaluator, train.images[p], train.labels[p])).values
+        for p in parts
+    ]
+    spread = torch.tensor([value["fid"] for value in values]).std()
+    mean = torch.tensor([value["fid_standard_error"] for value in values]).mean()
+    assert 1 / 4 < mean / spread < 4
+
+
+def test_same_seed_same_figures(digits: ImageData, digits_reference: Reference) -> None:
+    again = Reference(digits, digits_reference.evaluator)
+    sample = held_out(digits_reference, 150)
+    assert again.report(sample).values == digits_reference.report(sample).values
+
+
+def test_train_on_synthetic(digits_reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnist_diffusion.evaluation.protocol.SYNTHETIC_STEPS", 120)
+    train = digits_reference.data.train
+    values = digits_reference.report(Sample(train.images, train.labels), train_on_synthetic=True).values
+    assert values["train_on_synthetic_accuracy"] == values["train_on_synthetic_accuracy_floor"] > 0.8
+    mixed = Sample(train.images, train.labels.roll(1))
+    values = digits_reference.report(mixed, train_on_synthetic=True).values
+    assert values["train_on_synthetic_accuracy"] < 0.5
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_images_of_one_value(digits_reference: Reference, value: int) -> None:
+    images = torch.full((60, 1, 28, 28), value, dtype=torch.uint8)
+    with pytest.raises(DataError, match=f"all 60 images are of one value, {value} of 255"):
+        digits_reference.report(Sample(images, torch.arange(60) % 10))
+
+
+def test_reference_takes_the_class_proportions_of_the_sample(digits: ImageData, digits_reference: Reference) -> None:
+    labels = torch.tensor([0] * 30 + [1] * 10)
+    chosen = torch.cat(
+        [torch.nonzero(digits.train.labels == label).flatten()[:count] for label, count in ((0, 30), (1, 10))]
+    )
+    split = ImageSplit(digits.train.images[chosen], labels)
+    matched = digits_reference.matched(judge(digits_reference.evaluator, split.images, split.labels))
+    assert matched.labels is not None
+    counts = torch.bincount(matched.labels, minlength=10).tolist()
+    assert sum(counts[2:]) == 0
+    assert counts[0] / counts[1] == pytest.approx(3, rel=0.02)
+    assert counts[0] == (digits.train.labels == 0).sum()

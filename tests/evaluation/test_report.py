@@ -1,0 +1,161 @@
+"""`mnist-diffusion evaluate`: what it leaves, and that it says what is wrong before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.cli import main
+from mnist_diffusion.config import Config, ModelConfig, SamplingConfig
+from mnist_diffusion.data import ImageData
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
+from mnist_diffusion.export import build_pipeline, export_pipeline
+from mnist_diffusion.model import build_noise_scheduler, build_unet
+
+CARD = {
+    "title": "test", "location": "folder", "datasets": None, "num_classes": 10, "class_names": "0 to 9",
+    "example_label": 3, "example_scale": 5, "image_size": 28, "channels": 1, "parameters": 1, "num_inference_steps": 2,
+    "guidance_scale": 2, "scheduler": "dpmpp", "source": "digits", "notice": None, "num_train_images": 1, "epochs": 1,
+    "fingerprint": "", "steps": 1, "batch_size": 1, "minutes": 1, "machine": "", "loss": 1, "held_out_loss": 1,
+    "versions": "", "config": "",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, digits: ImageData, digits_evaluator: ImageEvaluator
+) -> tuple[Path, Path]:
+    """An untrained pipeline folder of 28 x 28 pixels, and the evaluator's."""
+    root = tmp_path_factory.mktemp("evaluation")
+    model = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4)
+    unet = build_unet(model, image_size=28, channels=1, num_classes=10)
+    scheduler = build_noise_scheduler(Config().diffusion)
+    pipeline = build_pipeline(unet, scheduler, SamplingConfig(num_inference_steps=2), digits.class_names)
+    export_pipeline(pipeline, root / "run" / "pipeline", card=CARD)
+    save_evaluator(digits_evaluator, root / "evaluator")
+    return root / "run" / "pipeline", root / "evaluator"
+
+
+def evaluate(source: Path, evaluator: Path, out: Path, *flags: Any, code: int = 0) -> Path:
+    common = ["--data.source", "digits", "--evaluator", str(evaluator), "--num_images", "60", "--out", str(out)]
+    assert main(["evaluate", str(source), *common, *map(str, flags)]) == code
+    return out
+
+
+def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = evaluate(*folders, tmp_path, "--num_inference_steps", 1, 2, "--guidance_scale", 0, 2, "--scheduler", "ddim")
+    report = json.loads((out / "report.json").read_text())
+    assert [result["name"] for result in report["results"]] == [
+        f"ddim, {steps} steps, guidance {scale}" for steps in (1, 2) for scale in (0, 2)
+    ]
+    assert [result["passes_per_image"] for result in report["results"]] == [1, 2, 2, 4]
+    wanted = {"accuracy", "accuracy_low", "accuracy_high", "fid", "fid_floor", "fid_ratio", "fid_standard_error"}
+    wanted |= {"kernel_distance", "precision", "recall", "density", "coverage", "inception_score", "seconds"}
+    wanted |= {"num_images", "nearest_distance", "nearest_distance_floor", "copied_share", "pixel_mean", "warnings"}
+    for result in report["results"]:
+        assert wanted <= set(result)
+        assert result["fid_ratio"] == result["fid"] / result["fid_floor"]
+    assert len(report["evaluator"]["sha256"]) == 64
+    assert report["data"]["fingerprint"]
+    text = (out / "report.md").read_text()
+    linked = re.findall(r"\]\(([^)]+\.png)\)", text)
+    assert {"quality_against_passes.png", "guidance.png", "samples-3.png", "misread-0.png", "nearest-0.png"} <= set(
+        linked
+    )
+    for name in linked:
+        with Image.open(out / name) as picture:
+            assert picture.getextrema() not in ((0, 0), (255, 255))
+    shown = capsys.readouterr().out
+    assert "held-out real images" in shown
+    assert "60 images are few" in shown.replace("\n", " ")
+
+
+def test_images_of_another_program(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pipeline, evaluator = folders
+    assert main(["sample", str(pipeline), "--num_images", "60", "--files", "--out", str(tmp_path / "images")]) == 0
+    (tmp_path / "images" / "grid.png").unlink()
+    out = evaluate(tmp_path / "images", evaluator, tmp_path / "report")
+    [result] = json.loads((out / "report.json").read_text())["results"]
+    assert (result["num_images"], result["passes_per_image"]) == (60, None)
+    assert result["accuracy"] is not None
+
+
+def test_same_command_gives_the_same_figures(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def figures(out: Path) -> dict[str, Any]:
+        [result] = json.loads((evaluate(*folders, out) / "report.json").read_text())["results"]
+        return {name: value for name, value in result.items() if not name.endswith("seconds")}
+
+    assert figures(tmp_path / "first") == figures(tmp_path / "second")
+
+
+def test_card(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pipeline, _ = folders
+    assert "Not evaluated yet" in (pipeline / "README.md").read_text()
+    for seed in (0, 1):
+        out = evaluate(*folders, tmp_path / str(seed), "--write_card", "--seed", seed)
+    [result] = json.loads((out / "report.json").read_text())["results"]
+    card = ModelCard.load(pipeline / "README.md")
+    assert "Not evaluated yet" not in card.content
+    assert card.content.count("held-out real images") == 1
+    measured = {entry.metric_type: entry.metric_value for entry in card.data.eval_results or []}
+    assert measured["accuracy"] == pytest.approx(result["accuracy"], abs=1e-4)
+    assert measured["fid"] == pytest.approx(result["fid"], abs=1e-4)
+    assert card.data.library_name == "diffusers"
+    assert card.data.license == "mit"
+    MNISTDiffusionPipeline.from_pretrained(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_images", "20"], "num_images must be at least 50, got 20"),
+        (["--num_images", "65"], "multiple of the 10 classes"),
+        (
+            ["--data.image_size", "32"],
+            "the pipeline draws images of 28 x 28 with 1 channels, but data.source has 32 x 32",
+        ),
+        (["--data.source", "/nowhere/at/all"], "'/nowhere/at/all' was not found"),
+        (["--num_inference_steps", "1001"], "num_inference_steps"),
+        (["--evaluator", "/nowhere"], "evaluator '/nowhere' cannot be loaded"),
+    ],
+)
+def test_what_cannot_be(
+    folders: tuple[Path, Path], tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(*folders, tmp_path, *flags, code=2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_card_is_looked_for_before_any_work(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(tmp_path, folders[1], tmp_path / "out", "--write_card", code=2)
+    assert "--write_card needs a pipeline folder with a card" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--num_images", "many"], ["--scheduler", "euler", "oiler"], ["--guidance_scale", "-1"]]
+)
+def test_parser(folders: tuple[Path, Path], flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", str(folders[0]), *flags])
+    assert stopped.value.code == 2
+    assert flags[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_imagenet_weights_that_cannot_be_had(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    evaluate(*folders, tmp_path / "out", "--imagenet_fid", code=2)
+    said = capsys.readouterr().err
+    assert "imagenet_fid=true needs the weights of the Inception network, which cannot be had" in said

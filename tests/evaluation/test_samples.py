@@ -1,0 +1,238 @@
+"""Images to be judged: drawn so that drawing can go on, or read from what any program wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mnist_diffusion.config import UserError
+from mnist_diffusion.data import DataError, ImageData, ImageSplit
+from mnist_diffusion.evaluation.samples import Artist, Way, read_sample
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
+from tests.conftest import make_pipeline
+
+LETTERS = "abcdefghij"
+
+
+@pytest.fixture(scope="module")
+def letters() -> ImageData:
+    """Ten classes of 8 x 8 pixels, as the tests' pipelines draw them."""
+    images = torch.randint(0, 256, (100, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    split = ImageSplit(images, torch.arange(100) % 10)
+    return ImageData(split, split, tuple(LETTERS), "letters", "letters")
+
+
+def artist(pipeline: MNISTDiffusionPipeline, data: ImageData, folder: Path | None = None, **changes: int) -> Artist:
+    arguments = {"num_images": 60, "seed": 0, "batch_size": 16, **changes}
+    return Artist(pipeline, data, **arguments, folder=folder)
+
+
+class TestDrawing:
+    def test_equal_counts_quantised_and_passes_counted(
+        self, pipeline: MNISTDiffusionPipeline, letters: ImageData
+    ) -> None:
+        sample = artist(pipeline, letters).draw(Way("ddim", 3, 2.0))
+        assert sample.images.dtype == torch.uint8
+        assert sample.labels is not None
+        assert torch.bincount(sample.labels).tolist() == [6] * 10
+        assert sample.passes_per_image == 6
+        assert artist(pipeline, letters).draw(Way("heun", 3, 1.0)).passes_per_image == 5
+
+    def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
+        assert artist(pipeline, letters).way(None, None, None) == Way("dpmpp", 10, 2.0)
+        assert artist(pipeline, letters).way("ddim", 4, 0.0) == Way("ddim", 4, 0.0)
+
+    def test_the_sampler_is_put_back(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
+        before = pipeline.scheduler
+        artist(pipeline, letters).draw(Way("ddpm", 2, 1.0))
+        assert pipeline.scheduler is before
+
+    def test_goes_on_where_it_stopped(
+        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_A_PART", 20)
+        way = Way("ddim", 2, 2.0)
+        whole = artist(pipeline, letters, tmp_path).draw(way)
+        [folder] = tmp_path.iterdir()
+        parts = sorted(folder.iterdir())
+        assert len(parts) == 3
+        parts[1].unlink()
+        drawn = 0
+
+        def count(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
+            nonlocal drawn
+            drawn += len(arguments[0])
+
+        with pipeline.unet.register_forward_pre_hook(count):
+            again = artist(pipeline, letters, tmp_path).draw(way)
+        assert drawn == 20 * 4
+        assert torch.equal(again.images, whole.images)
+        assert again.passes_per_image == whole.passes_per_image
+
+    def test_more_images_take_up_those_that_are_there(
+        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_A_PART", 20)
+        few = artist(pipeline, letters, tmp_path).draw(Way("ddim", 2, 2.0))
+        more = artist(pipeline, letters, tmp_path, num_images=80).draw(Way("ddim", 2, 2.0))
+        assert torch.equal(more.images[:60], few.images)
+
+    @pytest.mark.parametrize("change", ["weights", "seed", "scale", "sampler setting"])
+    def test_other_images_are_not_taken_for_these(self, change: str, letters: ImageData, tmp_path: Path) -> None:
+        def draw(seed: int = 0, scale: float = 2.0, weights: int = 0, spacing: str = "trailing") -> torch.Tensor:
+            pipe = make_pipeline(seed=weights)
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
+            return artist(pipe, letters, tmp_path, seed=seed).draw(Way("dpmpp", 4, scale)).images
+
+        changes = {
+            "weights": {"weights": 1},
+            "seed": {"seed": 1},
+            "scale": {"scale": 3.0},
+            "sampler setting": {"spacing": "leading"},
+        }
+        first = draw()
+        assert not torch.equal(draw(**changes[change]), first)  # type: ignore[arg-type]
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_unconditional(self, letters: ImageData) -> None:
+        pipeline = make_pipeline(conditional=False)
+        sample = artist(pipeline, letters, num_images=55).draw(artist(pipeline, letters).way(None, 2, None))
+        assert sample.labels is None
+        assert (len(sample.images), sample.passes_per_image) == (55, 2)
+
+    def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
+        with torch.no_grad():
+            next(iter(pipeline.unet.parameters())).fill_(torch.nan)
+        with pytest.raises(UserError, match="values that are not finite"):
+            artist(pipeline, letters).draw(Way("ddim", 2, 2.0))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_images": 40}, "num_images must be at least 50, got 40"),
+            ({"num_images": 75}, "multiple of the 10 classes, for equal counts a class, got 75"),
+        ],
+    )
+    def test_bad_numbers(
+        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, changes: dict[str, int], message: str
+    ) -> None:
+        with pytest.raises(UserError, match=message):
+            artist(pipeline, letters, **changes)
+
+    def test_pipeline_and_data_must_fit(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
+        wide = ImageSplit(torch.zeros(10, 1, 16, 16, dtype=torch.uint8), torch.arange(10))
+        with pytest.raises(UserError, match=r"8 x 8 with 1 channels, but data.source has 16 x 16"):
+            artist(pipeline, ImageData(wide, wide, tuple(LETTERS), "", ""))
+        with pytest.raises(UserError, match="8 x 8 with 3 channels"):
+            artist(make_pipeline(channels=3), letters)
+        three = ImageSplit(letters.train.images[:3], torch.arange(3))
+        with pytest.raises(UserError, match=r"knows 10 classes, but data.source has 3"):
+            artist(pipeline, ImageData(three, three, ("a", "b", "c"), "", ""))
+
+    def test_steps_that_cannot_be(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
+        with pytest.raises(UserError, match="num_inference_steps"):
+            artist(pipeline, letters).draw(Way("ddim", 1001, 2.0))
+
+
+def write_pictures(folder: Path, *, each: int = 6, mode: str = "L", size: int = 8, names: str = LETTERS) -> Path:
+    random = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for index in range(each):
+            grey = Image.fromarray(random.integers(0, 256, (size, size)).astype(np.uint8))
+            grey.convert(mode).save(folder / name / f"{index}.png")
+    return folder
+
+
+class TestReading:
+    def test_one_folder_a_class(self, letters: ImageData, tmp_path: Path) -> None:
+        sample = read_sample(write_pictures(tmp_path), letters)
+        assert sample.labels is not None
+        assert torch.bincount(sample.labels).tolist() == [6] * 10
+        assert sample.passes_per_image is None
+
+    def test_grey_saved_as_rgb(self, letters: ImageData, tmp_path: Path) -> None:
+        grey = read_sample(write_pictures(tmp_path / "grey"), letters)
+        rgb = read_sample(write_pictures(tmp_path / "rgb", mode="RGB"), letters)
+        assert torch.equal(grey.images, rgb.images)
+
+    def test_flat_folder_with_classes_in_names(self, letters: ImageData, tmp_path: Path) -> None:
+        for index in range(60):
+            Image.new("L", (8, 8), index).save(tmp_path / f"digit_{LETTERS[index % 10]}_{index // 10:03d}.png")
+        sample = read_sample(tmp_path, letters)
+        assert sample.labels is not None
+        assert {int(image[0, 0, 0]) % 10 for image in sample.images[sample.labels == 3]} == {3}
+        Image.new("L", (80, 80)).save(tmp_path / "grid.png")
+        with pytest.raises(DataError, match=r"'grid.png' names no class, but other files do"):
+            read_sample(tmp_path, letters)
+
+    def test_flat_folder_without_classes(self, letters: ImageData, tmp_path: Path) -> None:
+        for index in range(60):
+            Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
+        sample = read_sample(tmp_path, letters)
+        assert sample.labels is None
+        assert len(sample.images) == 60
+
+    def test_parquet(self, letters: ImageData, tmp_path: Path) -> None:
+        import datasets
+
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LETTERS))})
+        rows = {"image": [Image.new("L", (8, 8), i) for i in range(60)], "label": [i % 10 for i in range(60)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+        for path in (tmp_path, tmp_path / "train.parquet"):
+            sample = read_sample(path, letters)
+            assert sample.labels is not None
+            assert torch.equal(sample.labels, torch.arange(60) % 10)
+
+    def test_too_few(self, letters: ImageData, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="40 images are too few to measure; there must be at least 50"):
+            read_sample(write_pictures(tmp_path, each=4), letters)
+
+    def test_missing_and_unknown_classes(self, letters: ImageData, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"no images of the classes \['i', 'j'\]"):
+            read_sample(write_pictures(tmp_path / "few", names="abcdefgh"), letters)
+        with pytest.raises(DataError, match=r"classes \['x'\] are not among the real ones"):
+            read_sample(write_pictures(tmp_path / "more", names=LETTERS + "x"), letters)
+
+    def test_wrong_size_and_colours(self, letters: ImageData, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"images are \(1, 16, 16\) \(C, H, W\), but the real ones \(1, 8, 8\)"):
+            read_sample(write_pictures(tmp_path / "large", size=16), letters)
+        coloured = write_pictures(tmp_path / "coloured", mode="RGB")
+        Image.new("RGB", (8, 8), (255, 0, 0)).save(coloured / "a" / "0.png")
+        with pytest.raises(DataError, match="the images have colours, but the real ones are grey"):
+            read_sample(coloured, letters)
+        mixed = write_pictures(tmp_path / "mixed")
+        Image.new("L", (16, 16)).save(mixed / "a" / "0.png")
+        with pytest.raises(DataError, match="images of different shapes"):
+            read_sample(mixed, letters)
+
+    @pytest.mark.parametrize("flat", [True, False])
+    def test_corrupt_picture_is_named(self, letters: ImageData, tmp_path: Path, flat: bool) -> None:
+        folder = write_pictures(tmp_path)
+        broken = (folder if flat else folder / "c") / "broken.png"
+        broken.write_bytes((folder / "a" / "0.png").read_bytes()[:40])
+        with pytest.raises(DataError, match=r"broken\.png: the picture cannot be decoded"):
+            read_sample(folder, letters)
+
+    def test_not_a_number(self, letters: ImageData, tmp_path: Path) -> None:
+        import datasets
+
+        rows = {"image": [[[float("nan")] * 8] * 8] * 60, "label": list(LETTERS) * 6}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(DataError, match=r"row 0: not an image with values from 0 to 255"):
+            read_sample(tmp_path, letters)
+        rows["image"] = [[[0.5] * 8] * 8] * 60
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(DataError, match="whole numbers from 0 to 255, got fractions"):
+            read_sample(tmp_path, letters)
+
+    def test_nothing_there(self, letters: ImageData, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="neither a pipeline folder, a Hub id, nor a folder or parquet"):
+            read_sample(tmp_path / "nowhere", letters)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(DataError, match="holds no images"):
+            read_sample(tmp_path / "empty", letters)
