@@ -287,6 +287,14 @@ class TrainConfig:
     """Draw the sample grid and measure the held-out loss every so many epochs."""
     samples_per_class: int = 8
     """Columns of the sample grid, which has one row a class."""
+    evaluate_every_steps: int | None = None
+    """Draw and measure images every so many steps, and at the end; the best so far is kept in `pipeline_best/`."""
+    evaluate_every_epochs: float | None = None
+    """Draw and measure images every so many epochs, and at the end. The time comes on top of a planned run's."""
+    num_evaluation_images: int = 1000
+    """How many images each evaluation draws, from the same seeds; the same number of each class."""
+    best_metric: Literal["fid", "accuracy"] = "fid"
+    """What the best is told by: the lowest Fréchet distance, or the largest share read as asked."""
     snapshot_every_steps: int | None = None
     """Keep a pipeline folder of the averaged weights every so many steps."""
     snapshot_every_epochs: float | None = None
@@ -297,19 +305,26 @@ class TrainConfig:
     """Go on from the newest checkpoint in `output_dir`; without one, start at step 0."""
 
     def __post_init__(self) -> None:
-        optional = ("max_steps", "num_threads", "checkpoint_every_steps", "sample_every_steps", "snapshot_every_steps")
+        events = ("checkpoint", "sample", "evaluate", "snapshot")
+        optional = ("max_steps", "num_threads", *(f"{event}_every_steps" for event in events))
         counts = ("gradient_accumulation_steps", "ema_update_every_steps", "log_every_steps", "keep_checkpoints")
         _require_at_least(1, "train", self, *optional, *counts, "samples_per_class")
         _require_at_least(0, "train", self, "seed", "warmup_steps", "ema_start_step", "num_eval_images", "weight_decay")
         positive = ("max_epochs", "max_minutes", "learning_rate", "max_grad_norm", "final_lr_factor")
-        for name in (*positive, "checkpoint_every_epochs", "sample_every_epochs", "snapshot_every_epochs"):
+        for name in (*positive, *(f"{event}_every_epochs" for event in events)):
             value = getattr(self, name)
             if value is not None:
                 _require(math.isfinite(value) and value > 0, f"train.{name}", value, "a positive number")
         _require_between(0, 1, "train", self, "final_lr_factor", "ema_decay")
+        _require_at_least(50, "train", self, "num_evaluation_images")
         _require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
         unique = len(set(self.trackers)) == len(self.trackers)
         _require(unique, "train.trackers", list(self.trackers), f"distinct names from {get_args(TrackerName)}")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether images are measured during training."""
+        return self.evaluate_every_steps is not None or self.evaluate_every_epochs is not None
 
     @property
     def time_limit_minutes(self) -> float | None:
@@ -341,6 +356,8 @@ class Config:
             raise ConfigError(
                 f"sampling.num_inference_steps={steps} must not exceed diffusion.num_train_timesteps={available}"
             )
+        if self.train.best_metric == "accuracy" and not self.model.class_conditional:
+            raise ConfigError("train.best_metric='accuracy' needs model.class_conditional=true, got false")
         if self.train.resume and self.output_dir is None:
             raise ConfigError("train.resume=true needs output_dir, the run folder to go on with, got null")
 

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from mnist_diffusion.checkpoint import CheckpointError, load_newest_checkpoint, save_checkpoint
 from mnist_diffusion.config import Config, TrainConfig
 from mnist_diffusion.data.stateless import mixed_seed
+from mnist_diffusion.evaluation.monitor import Monitor
 from mnist_diffusion.export import build_pipeline, export_pipeline
 from mnist_diffusion.learner import Learner
 from mnist_diffusion.records import (
@@ -92,6 +93,9 @@ class Run:
     loss: float | None = None
     held_out_loss: float | None = None
     grid: Image.Image | None = None
+    monitor: Monitor | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -153,6 +157,8 @@ def train(
         )
         return 0
     if main:
+        if config.train.evaluates:
+            run.monitor = _monitor(run)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", _reproducible(config).to_yaml())
     log = MetricsLog(folder / "metrics.jsonl", run.step) if main else None
@@ -175,11 +181,16 @@ def train(
             over = bool(signal_number or out_of_time) or run.step == run.last_step
             sample = run.due("sample") or over
 
+            evaluate = run.due("evaluate") or (config.train.evaluates and over and not signal_number)
+
+            seconds = time.perf_counter() - since
             if sample:
+                _sample(run)
+            if evaluate:
                 _evaluate(run)
-            if run.step % config.train.log_every_steps == 0 or sample or run.due("checkpoint"):
-                images_per_second = len(pending) * config.data.batch_size / (time.perf_counter() - since)
-                lines = _report(run, pending, images_per_second, held_out=sample)
+            if run.step % config.train.log_every_steps == 0 or sample or evaluate or run.due("checkpoint"):
+                images_per_second = len(pending) * config.data.batch_size / seconds
+                lines = _report(run, pending, images_per_second)
                 if log is not None:
                     log.append(lines)
                 bar.set_postfix(loss=f"{run.loss:.4f}", img_s=f"{images_per_second:.0f}")
@@ -302,6 +313,7 @@ def _resume(run: Run) -> None:
             )
     run.learner.restore(checkpoint)
     run.step, run.seconds_before = checkpoint.step, checkpoint.state["seconds"]
+    run.best = checkpoint.state["best"]
     train = run.config.train
     run.planned_steps = (
         _plan(run) if train.max_steps is not None or train.max_epochs is not None else checkpoint.state["planned_steps"]
@@ -344,9 +356,7 @@ def _agree(learner: Learner, *numbers: int) -> list[int]:
     return learner.accelerator.gather(mine).amax(dim=0).tolist()
 
 
-def _report(
-    run: Run, pending: list[dict[str, Tensor]], images_per_second: float, *, held_out: bool
-) -> list[dict[str, Any]]:
+def _report(run: Run, pending: list[dict[str, Tensor]], images_per_second: float) -> list[dict[str, Any]]:
     """The lines of the steps since the last report, losses averaged over processes, one exchange for all."""
     accelerator, train = run.learner.accelerator, run.config.train
     names = list(pending[0])
@@ -361,19 +371,19 @@ def _report(
         line["learning_rate"] = learning_rate_at(train, step - 1, run.planned_steps)
         lines.append(line)
     lines[-1]["images_per_second"] = round(images_per_second, 1)
-    if held_out and run.held_out_loss is not None:
-        lines[-1]["held_out_loss"] = run.held_out_loss
+    lines[-1] |= run.measured
+    run.measured = {}
     run.loss = sum(line["loss"] for line in lines) / len(lines)
     accelerator.log(dict({**lines[-1], "loss": run.loss}.items()), step=run.step)
     return lines
 
 
-def _evaluate(run: Run) -> None:
+def _sample(run: Run) -> None:
     """Held-out loss and the sample grid, by the main process while the others wait."""
     accelerator = run.learner.accelerator
     if accelerator.is_main_process:
         if run.config.train.num_eval_images > 0:
-            run.held_out_loss = run.learner.held_out_loss()
+            run.held_out_loss = run.measured["held_out_loss"] = run.learner.held_out_loss()
         run.grid = _sample_grid(run)
         path = run.folder / "samples" / f"step-{run.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -382,10 +392,29 @@ def _evaluate(run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
+def _monitor(run: Run) -> Monitor:
+    """Made before the first step, so that what cannot work is said before any work is lost."""
+    train = run.config.train
+    return Monitor(_pipeline(run), run.learner.data, num_images=train.num_evaluation_images, seed=train.seed)
+
+
+def _evaluate(run: Run) -> None:
+    """Measure images of the averaged weights, and keep the pipeline if none was better."""
+    if run.monitor is not None:
+        run.learner.average()
+        measured = run.monitor.measure()
+        run.measured |= measured
+        metric = run.config.train.best_metric
+        better = min if metric == "fid" else max
+        if run.best is None or better(measured[metric], run.best) != run.best:
+            run.best = measured[metric]
+            _write_pipeline(run, run.folder / "pipeline_best")
+    run.learner.accelerator.wait_for_everyone()
+
+
 def _sample_grid(run: Run) -> Image.Image:
     """One row a class (at most 20), the same seeds each time, drawn by the pipeline as it will be exported."""
     pipeline = _pipeline(run)
-    pipeline.set_progress_bar_config(disable=True)
     columns, names = run.config.train.samples_per_class, run.learner.data.class_names[:20]
     conditional = pipeline.num_classes is not None
     labels = [label for label in range(len(names)) for _ in range(columns)]
@@ -396,7 +425,9 @@ def _sample_grid(run: Run) -> Image.Image:
 
 def _pipeline(run: Run) -> Any:
     names = run.learner.data.class_names
-    return build_pipeline(run.learner.average(), run.noise_scheduler, run.config.sampling, names)
+    pipeline = build_pipeline(run.learner.average(), run.noise_scheduler, run.config.sampling, names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _checkpoint(run: Run) -> None:
@@ -410,6 +441,7 @@ def _checkpoint(run: Run) -> None:
                 **state,
                 "planned_steps": run.planned_steps,
                 "seconds": run.seconds,
+                "best": run.best,
                 "config": run.config.to_dict(),
                 "data_fingerprint": run.learner.data.fingerprint,
                 "versions": package_versions(),
@@ -421,8 +453,12 @@ def _checkpoint(run: Run) -> None:
 
 def _export(run: Run, folder: Path) -> None:
     if run.learner.accelerator.is_main_process:
-        export_pipeline(_pipeline(run), folder, card=_card(run, folder), samples=run.grid)
+        _write_pipeline(run, folder)
     run.learner.accelerator.wait_for_everyone()
+
+
+def _write_pipeline(run: Run, folder: Path) -> None:
+    export_pipeline(_pipeline(run), folder, card=_card(run, folder), samples=run.grid)
 
 
 def _card(run: Run, folder: Path) -> dict[str, Any]:

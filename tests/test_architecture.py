@@ -13,7 +13,7 @@ FLOORS = {
     "pipelines": 0,
     "config": 0,
     "data": 1,
-    "model": 1,
+    "model": 2,
     "objective": 2,
     "sampling": 1,
     "visualize": 1,

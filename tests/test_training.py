@@ -21,6 +21,7 @@ import train_cfg
 from mnist_diffusion.cli import TrainArguments, parse_train_arguments
 from mnist_diffusion.config import Config, TrainConfig, UserError
 from mnist_diffusion.data import load_images
+from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.launch import build_accelerator
 from mnist_diffusion.learner import Learner
 from mnist_diffusion.model import build_noise_scheduler, build_unet
@@ -37,6 +38,7 @@ def fresh_accelerate_state() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+EVALUATE_EVERY_TWO: dict[str, Any] = {"evaluate_every_steps": 2, "num_evaluation_images": 50}
 LOSSES = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
 
@@ -199,6 +201,63 @@ class TestResume:
             run(other, folder, resume=True)
         with pytest.raises(UserError, match="trained on other images"):
             run(config, folder, resume=True, seed=5)
+
+
+class TestEvaluation:
+    """Images measured while training, with an evaluator of a few steps."""
+
+    @pytest.fixture(autouse=True)
+    def quick_evaluator(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(evaluator, "STEPS", 20)
+
+    def test_logged_and_the_best_kept(self, tmp_path: Path) -> None:
+        folder = run(tiny_config(**EVALUATE_EVERY_TWO, max_steps=5), tmp_path / "run", learning_rate=0.05)
+        lines = read_metrics(folder / "metrics.jsonl")
+        measured = {line["step"]: line["fid"] for line in lines if "fid" in line}
+        assert set(measured) == {2, 4, 5}
+        assert {"accuracy", "fid_ratio", "precision", "recall"} <= set(lines[1])
+        best = min(measured, key=lambda step: measured[step])
+        card = (folder / "pipeline_best" / "README.md").read_text()
+        assert f"| steps | {best} of 8 images" in card
+        MNISTDiffusionPipeline.from_pretrained(folder / "pipeline_best")
+
+    def test_same_figures_after_a_resume(self, tmp_path: Path) -> None:
+        whole = run(tiny_config(**EVALUATE_EVERY_TWO, checkpoint_every_steps=3, max_steps=6), tmp_path / "whole")
+        cut = tmp_path / "cut"
+        shutil.copytree(whole, cut)
+        shutil.rmtree(cut / "checkpoints" / "step-6")
+        run(tiny_config(**EVALUATE_EVERY_TWO, checkpoint_every_steps=3, max_steps=6), cut, resume=True)
+        first, second = (
+            [(line["step"], line["fid"]) for line in read_metrics(folder / "metrics.jsonl") if "fid" in line]
+            for folder in (whole, cut)
+        )
+        assert first == second
+        assert (whole / "pipeline_best" / "README.md").is_file()
+
+    @pytest.mark.parametrize(
+        ("train", "message"),
+        [
+            ({"num_evaluation_images": 55}, "multiple of the 10 classes"),
+            ({"num_evaluation_images": 40}, r"train.num_evaluation_images must be at least 50, got 40"),
+        ],
+    )
+    def test_bad_numbers_are_refused_before_the_first_step(
+        self, tmp_path: Path, train: dict[str, int], message: str
+    ) -> None:
+        with pytest.raises(UserError, match=message):
+            run(tiny_config(evaluate_every_steps=2), tmp_path / "run", **train)
+        assert not (tmp_path / "run").exists()
+
+    def test_unconditional_has_no_accuracy(self, tmp_path: Path) -> None:
+        config = tiny_config(**EVALUATE_EVERY_TWO, max_steps=2)
+        model = dataclasses.replace(config.model, class_conditional=False)
+        folder = run(dataclasses.replace(config, model=model), tmp_path / "run")
+        last = read_metrics(folder / "metrics.jsonl")[-1]
+        assert "fid" in last
+        assert "accuracy" not in last
+        with pytest.raises(UserError, match=r"train.best_metric='accuracy' needs model.class_conditional=true"):
+            dataclasses.replace(config, model=model, train=TrainConfig(best_metric="accuracy"))
 
 
 class TestLength:

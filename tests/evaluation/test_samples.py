@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ class TestDrawing:
         ],
     )
     def test_bad_numbers(
-        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, changes: dict[str, int], message: str
+        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, changes: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(UserError, match=message):
             artist(pipeline, letters, **changes)
