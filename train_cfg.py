@@ -28,7 +28,9 @@ def run(arguments: TrainArguments) -> int:
     from mnist_diffusion.learner import Learner  # noqa: PLC0415
     from mnist_diffusion.model import build_noise_scheduler, build_unet  # noqa: PLC0415
     from mnist_diffusion.objective import diffusion_objective  # noqa: PLC0415
-    from mnist_diffusion.training import describe, expected_cost, train  # noqa: PLC0415
+    from mnist_diffusion.planning import expected_cost  # noqa: PLC0415
+    from mnist_diffusion.summary import describe  # noqa: PLC0415
+    from mnist_diffusion.training import train  # noqa: PLC0415
 
     config = arguments.config
     start_processes(config)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mnist_diffusion.config import UserError
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"
 
@@ -42,9 +43,15 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `root/step-N`, then remove all but the newest `keep` checkpoints.
+    """Write `root/step-N`, verify it, then remove all but the newest `keep` checkpoints.
 
     Args:
         root: the folder of checkpoints.
@@ -52,62 +59,116 @@ def save_checkpoint(
         tensors: for each file, its tensors by name.
         state: what JSON can hold.
         keep: how many checkpoints to keep.
+        about: what the manifest says of the run besides, such as its `run_id`.
+
+    Raises:
+        CheckpointError: it could not be written, as on a full disk; the earlier checkpoints are as they were.
     """
     target, temporary = root / f"step-{step}", root / f".step-{step}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, group in tensors.items():
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
-        save_file(contiguous, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()}
-    manifest = {"format": FORMAT, "step": step, "files": files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    if target.exists():  # the same step again, after a resume: equal content, so the old one may go
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _flush(root)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, group in tensors.items():
+            contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+            save_file(contiguous, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()}
+        manifest = {**(about or {}), "format": FORMAT, "step": step, "files": files}
+        (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        _verify(temporary, step)
+        if target.exists():  # it did not verify when the run was taken up, or it would have gone on from there
+            _set_aside(target)
+        temporary.rename(target)
+        _flush(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        others = [path.name for _, path in _folders(root)]
+        intact = f"{', '.join(others)} in {root} are as they were" if others else "there is no earlier one"
+        raise CheckpointError(f"the checkpoint of step {step} could not be written: {error}; {intact}") from error
     for _, old in _folders(root)[keep:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def load_newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and what was found wrong with newer ones.
+def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | None, list[str]]:
+    """The step of the newest checkpoint that verifies, and what was found wrong with newer ones.
 
-    A checkpoint that does not verify is set aside under the name `step-N.broken`, never removed.
+    One that does not verify, or is another run's, is set aside under the name `step-N.broken`, never removed.
+
+    Args:
+        root: the folder of checkpoints.
+        run_id: what its manifest must say; None takes any.
     """
     problems: list[str] = []
     for step, path in _folders(root):
         try:
-            return _load(path, step), problems
+            manifest = _verify(path, step)
+            if run_id is not None and manifest.get("run_id") != run_id:
+                raise CheckpointError(f"it belongs to another run, {manifest.get('run_id')!r}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            aside = path.with_name(f"{path.name}.broken")
-            problems.append(f"{path} does not verify ({error}); set aside as {aside.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            problems.append(f"{path} does not verify ({error}); set aside as {_set_aside(path).name}")
+        else:
+            return step, problems
     return None, problems
 
 
-def _load(path: Path, step: int) -> Checkpoint:
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+def load_checkpoint(root: Path, step: int) -> Checkpoint:
+    """Load the checkpoint of a step, verified once more.
+
+    Raises:
+        CheckpointError: it does not verify.
+    """
+    path = root / f"step-{step}"
+    try:
+        manifest = _verify(path, step)
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        tensors = {
+            name.removesuffix(".safetensors"): load_file(path / name)
+            for name in manifest["files"]
+            if name.endswith(".safetensors")
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} does not verify ({error})") from error
+    return Checkpoint(step, path, tensors, state)
+
+
+def _verify(path: Path, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint, every file of which is the one that was written."""
+    text = (path / MANIFEST).read_text(encoding="utf-8")
+    manifest: dict[str, Any] = json.loads(text)
+    del manifest["sha256"]
+    if _manifest_text(manifest) != text:
+        raise CheckpointError(f"{MANIFEST} is not the file that was written")
     if manifest["format"] != FORMAT or manifest["step"] != step:
         raise CheckpointError(f"manifest is of format {manifest['format']} for step {manifest['step']}")
-    for name, expected in manifest["files"].items():
+    expected = manifest["files"]
+    if found := {file.name for file in path.iterdir()} - set(expected) - {MANIFEST}:
+        raise CheckpointError(f"{sorted(found)} are not in the manifest")
+    if "state.json" not in expected:
+        raise CheckpointError("state.json is not in the manifest")
+    for name, written in expected.items():
         file = path / name
-        if file.parent != path or not file.is_file():
+        if file.parent != path or not file.is_file() or file.is_symlink():
             raise CheckpointError(f"{name} is missing")
-        if file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != written["size"] or _sha256(file) != written["sha256"]:
             raise CheckpointError(f"{name} is not the file that was written")
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = {
-        name.removesuffix(".safetensors"): load_file(path / name)
-        for name in manifest["files"]
-        if name.endswith(".safetensors")
-    }
-    return Checkpoint(step, path, tensors, state)
+    return manifest
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    """A manifest as JSON, with the hash of itself."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """Move a folder out of the way, under a name that nothing has yet."""
+    number = 0
+    while (aside := path.with_name(f"{path.name}.broken{f'-{number}' if number else ''}")).exists():
+        number += 1
+    return path.rename(aside)
 
 
 def _folders(root: Path) -> list[tuple[int, Path]]:

@@ -257,6 +257,9 @@ class TrainConfig:
     """The last learning rate as a share of the peak (linear, cosine, exponential)."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient's norm to this; null leaves it alone."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """When the loss or its gradient is NaN or infinite: stop at the next report, before anything is saved, or skip the
+    update, which makes each step wait for its loss."""
     gradient_accumulation_steps: int = 1
     """Micro-batches a process works through for one step."""
     mixed_precision: MixedPrecision | None = None

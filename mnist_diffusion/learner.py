@@ -48,12 +48,18 @@ class Learner:
         )
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.unet = unet
+        # The first step whose loss or gradient was not finite, -1 for none: read when the run reports or saves.
+        self.first_bad_step = torch.tensor(-1, device=accelerator.device)
 
     def update(self, step: int, learning_rate: float) -> dict[str, Tensor]:
         """One optimizer update, the one after `step` others.
 
+        Where `train.on_non_finite` is `skip`, an update whose loss or gradient is not finite on any process leaves
+        weights, average and optimizer as they were.
+
         Returns:
-            Scalars on the device: `loss`, this process's mean, and `grad_norm` before clipping.
+            Scalars on the device: `loss`, this process's mean, and `grad_norm` before clipping; `skipped`, 0 or 1,
+            where such updates are skipped.
         """
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
@@ -81,10 +87,24 @@ class Learner:
         if config.train.max_grad_norm is not None:
             norm = accelerator.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
             measured["grad_norm"] = norm.detach()
-        self.optimizer.step()
+        bad = self._is_bad(measured)
+        self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, step + 1, self.first_bad_step)
+        skipped = False
+        if config.train.on_non_finite == "skip":
+            skipped = bool(accelerator.reduce(bad.float(), reduction="sum") > 0)
+            measured["skipped"] = torch.tensor(float(skipped), device=accelerator.device)
+        if not skipped:
+            self.optimizer.step()
+            self._update_average(step + 1)
         self.optimizer.zero_grad()
-        self._update_average(step + 1)
         return measured
+
+    def _is_bad(self, measured: Mapping[str, Tensor]) -> Tensor:
+        """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which overflows at times."""
+        watched = [measured["loss"]]
+        if self.accelerator.scaler is None and "grad_norm" in measured:
+            watched.append(measured["grad_norm"])
+        return ~torch.isfinite(torch.stack(watched)).all()
 
     def _to_device(self, images: Tensor, labels: Tensor) -> Batch:
         device = self.accelerator.device
@@ -150,6 +170,7 @@ class Learner:
             scaler.load_state_dict(scaler_state)
         self.ema.shadow_params = weights
         self.ema.optimization_step = 0
+        self.first_bad_step.fill_(-1)
         return speed
 
     def _synchronize(self) -> None:

@@ -127,7 +127,8 @@ def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, nu
         target = diffusion_target(scheduler, batch.images, draws.noise, draws.timesteps)
         labels = None if null_class is None else torch.where(draws.dropped, null_class, batch.labels)
         prediction = model(noisy, draws.timesteps, class_labels=labels, return_dict=False)[0]
-        errors = (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        errors = (prediction - target).square().mean(dim=(1, 2, 3))
         if weights is not None:
             errors = errors * weights.to(errors.device)[draws.timesteps]
         return errors.mean()

@@ -32,9 +32,11 @@ class MetricsLog:
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, lines: list[dict[str, Any]]) -> None:
-        """Add lines and hand them to the operating system."""
+        """Add lines, on the disk before a checkpoint may count on them."""
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

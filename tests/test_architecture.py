@@ -23,10 +23,17 @@ FLOORS = {
     "checkpoint": 2,
     "export": 2,
     "drawing": 2,
+    "folder": 1,
+    "signals": 1,
+    "together": 1,
     "learner": 3,
-    "training": 4,
-    "cli": 5,
-    "train_cfg": 5,
+    "planning": 4,
+    "run": 5,
+    "resuming": 6,
+    "summary": 6,
+    "training": 7,
+    "cli": 8,
+    "train_cfg": 8,
 }
 
 

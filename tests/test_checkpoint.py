@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_diffusion.checkpoint import load_newest_checkpoint, optimizer_state, restore_optimizer, save_checkpoint
+from mnist_diffusion.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    newest_verified,
+    optimizer_state,
+    restore_optimizer,
+    save_checkpoint,
+)
 
 TENSORS = {"unet": {"weight": torch.arange(6.0).view(2, 3)}, "ema": {"weight": torch.ones(2)}}
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
     return save_checkpoint(root, step, TENSORS, {"seconds": 1.5}, keep=keep)
+
+
+def load_newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    step, problems = newest_verified(root)
+    return (None if step is None else load_checkpoint(root, step)), problems
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from mnist_diffusion.learner import Learner
 from mnist_diffusion.model import build_noise_scheduler, build_unet
 from mnist_diffusion.objective import diffusion_objective
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.planning import learning_rate_at, steps_of_epochs
 from mnist_diffusion.records import read_metrics
-from mnist_diffusion.training import learning_rate_at, steps_of_epochs
 from tests.conftest import tiny_config
 
 
@@ -99,6 +99,8 @@ class TestRunFolder:
     def test_everything_is_there(self, folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
         assert names == {
+            ".lock",
+            "run_id",
             "pipeline",
             "checkpoints",
             "snapshots",

@@ -27,7 +27,7 @@ SHORT = [
 
 
 def command(
-    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, code: int = 0
+    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, code: int = 0, timeout: int = 120
 ) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "OMP_"))}
     result = subprocess.run(
@@ -36,7 +36,7 @@ def command(
         env={**kept, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"

@@ -1,0 +1,61 @@
+"""The run folder: claimed by one run at a time, and marked as its own."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from mnist_diffusion.config import UserError
+
+LOCK = ".lock"
+RUN_ID = "run_id"
+
+
+class FolderError(UserError):
+    """The run folder cannot be used."""
+
+
+class RunFolder:
+    """A run folder held by this run until it is released or the process ends, however it ends.
+
+    Args:
+        path: the folder; made where it is not there.
+        accelerator: its main process holds the lock; all learn of it.
+
+    Raises:
+        FolderError: another run holds it, or it cannot be written to.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator):
+        self.path, self.lock = path, FileLock(path / LOCK)
+        problem, run_id = None, None
+        if accelerator.is_main_process:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                self.lock.acquire(timeout=0)
+                run_id = self._run_id()
+            except Timeout:
+                problem = f"another run is writing to {path}; wait for it, or name another output_dir"
+            except OSError as error:
+                reason = errno.errorcode.get(error.errno or 0, "")
+                problem = f"output_dir={str(path)!r} cannot be written to: {error.strerror} ({reason})"
+        problem, run_id = broadcast_object_list([problem, run_id])
+        if problem is not None:
+            raise FolderError(problem)
+        self.run_id: str | None = run_id
+
+    def _run_id(self) -> str:
+        """The mark of the run that began this folder."""
+        file = self.path / RUN_ID
+        if not file.is_file():
+            file.write_text(uuid.uuid4().hex, encoding="utf-8")
+        return file.read_text(encoding="utf-8").strip()
+
+    def release(self) -> None:
+        """Let another run have it."""
+        self.lock.release()

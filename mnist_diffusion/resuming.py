@@ -1,0 +1,95 @@
+"""Going on from a checkpoint: verified before anything changes, and the same decision on every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from mnist_diffusion.checkpoint import Checkpoint, CheckpointError, load_checkpoint, newest_verified
+from mnist_diffusion.planning import plan_steps
+from mnist_diffusion.run import Run
+
+FIXED = (
+    "model",
+    "diffusion",
+    "data.batch_size",
+    "data.image_size",
+    "data.channels",
+    "data.fit",
+    "data.augment",
+    "train.seed",
+    "train.ema_start_step",
+    "train.ema_update_every_steps",
+)
+"""What a resumed run may not change: shapes, the noise schedule, and which images and draws a step sees."""
+
+UNTOLD = ("output_dir", "train.resume", "data.source")
+"""Where the run is, and how its images are found, which their fingerprint decides on."""
+
+
+def resume(run: Run) -> None:
+    """Take up the newest checkpoint of the run folder that verifies, if there is one.
+
+    Raises:
+        CheckpointError: it is of another configuration or other images, or not every process can read it.
+    """
+    accelerator, root = run.learner.accelerator, run.folder / "checkpoints"
+    decision: list[Any] = [None, []]
+    if accelerator.is_main_process:
+        decision = list(newest_verified(root, run_id=run.run_id))
+    step, problems = broadcast_object_list(decision)
+    for problem in problems:
+        accelerator.print(f"warning: {problem}")
+    if step is None:
+        accelerator.print(f"No checkpoint in {root}: starting at step 0")
+        return
+    checkpoint, problem = None, None
+    try:
+        checkpoint = load_checkpoint(root, step)
+        _require_same_run(run, checkpoint)
+    except CheckpointError as error:
+        problem = str(error)
+    # One process that cannot go on keeps all from it.
+    if found := [each for each in gather_object([problem]) if each is not None]:
+        raise CheckpointError(found[0])
+    assert checkpoint is not None
+    run.learner.restore(checkpoint)
+    run.step, run.seconds_before = checkpoint.step, checkpoint.state["seconds"]
+    run.best = checkpoint.state["best"]
+    train = run.config.train
+    counted = train.max_steps is not None or train.max_epochs is not None
+    run.planned_steps = (
+        plan_steps(run.learner, seconds_used=run.seconds) if counted else checkpoint.state["planned_steps"]
+    )
+    accelerator.print(f"Resuming from {checkpoint.path}")
+
+
+def _require_same_run(run: Run, checkpoint: Checkpoint) -> None:
+    """Make sure that the run can go on from the checkpoint, and say what is different about it."""
+    fingerprint = run.learner.data.fingerprint
+    if checkpoint.state["data_fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on other images (fingerprint {checkpoint.state['data_fingerprint'][:16]}, "
+            f"now {fingerprint[:16]})"
+        )
+    changes = differences(checkpoint.state["config"], run.config.to_dict())
+    fixed = [change for name, change in changes.items() if name.startswith(FIXED)]
+    free = [change for name, change in changes.items() if not name.startswith(FIXED)]
+    if fixed:
+        allowed = f"; these may change: {', '.join(free)}" if free else ""
+        raise CheckpointError(
+            f"{checkpoint.path} cannot be gone on from with another configuration: {', '.join(fixed)}{allowed}"
+        )
+    if free:
+        run.learner.accelerator.print(f"Changed since: {', '.join(free)}")
+
+
+def differences(before: Any, after: Any, name: str = "") -> dict[str, str]:
+    """The fields that differ between two plain configurations, by dotted name, each in words."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found: dict[str, str] = {}
+        for key in [*before, *(key for key in after if key not in before)]:
+            found |= differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+        return found
+    return {} if before == after or name in UNTOLD else {name: f"{name} was {before!r}, now {after!r}"}

@@ -1,0 +1,87 @@
+"""One training run on its way: what it was asked, where it stands, when something is due."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from mnist_diffusion.config import Config
+from mnist_diffusion.evaluation.monitor import Monitor
+from mnist_diffusion.learner import Learner
+from mnist_diffusion.planning import steps_of_epochs
+
+
+@dataclass
+class Run:
+    """One training run on its way.
+
+    Args:
+        config: the run.
+        learner: network, average and optimizer.
+        noise_scheduler: the training scheduler, from which samplers are made.
+        folder: the run folder.
+        recipe: name of the recipe, for titles.
+        run_id: tells its checkpoints from those of other runs.
+        planned_steps: how many updates the learning rate is shaped for.
+        step: updates done.
+        seconds_before: training time of earlier launches.
+    """
+
+    config: Config
+    learner: Learner
+    noise_scheduler: DDPMScheduler
+    folder: Path
+    recipe: str
+    run_id: str | None = None
+    planned_steps: int = 0
+    step: int = 0
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    loss: float | None = None
+    held_out_loss: float | None = None
+    grid: Image.Image | None = None
+    monitor: Monitor | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all launches, planning included."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run is finished."""
+        ends = [self.planned_steps]
+        if self.config.train.max_epochs is not None:
+            images, batch_size = len(self.learner.data.train), self.config.data.batch_size
+            ends.append(steps_of_epochs(self.config.train.max_epochs, images, batch_size))
+        return min(ends)
+
+    def due(self, what: str) -> bool:
+        """Whether `what` (checkpoint, sample, snapshot) comes after this step."""
+        steps = getattr(self.config.train, f"{what}_every_steps")
+        epochs = getattr(self.config.train, f"{what}_every_epochs")
+        if steps is not None and self.step % steps == 0:
+            return True
+        if epochs is None:
+            return False
+        images, batch_size = len(self.learner.data.train), self.config.data.batch_size
+        passed = [math.floor(step * batch_size / images / epochs) for step in (self.step - 1, self.step)]
+        return passed[0] < passed[1]
+
+    def out_of_time(self) -> bool:
+        """Whether `max_minutes`, beside a number of steps or epochs, has passed."""
+        minutes = self.config.train.time_limit_minutes
+        return minutes is not None and self.seconds > 60 * minutes
+
+
+def reproducible(config: Config) -> Config:
+    """The configuration to save: a run from it is this run again, in a folder of its own."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=False), output_dir=None)

@@ -1,0 +1,95 @@
+"""The whole way on the real MNIST with the default network: train, sample, measure, invert. Minutes, so marked slow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torchvision.transforms.functional import gaussian_blur
+
+from mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data import load_images
+from mnist_diffusion.evaluation.evaluator import evaluator_for
+from mnist_diffusion.evaluation.protocol import Reference
+from mnist_diffusion.evaluation.samples import Artist, Sample
+from tests.journeys.test_commands import ACCELERATE, CONSOLE, SCRIPT, command
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, mnist_folder: Path) -> Path:
+    """A shortened default run, with a snapshot at a quarter of it."""
+    folder = tmp_path_factory.mktemp("mnist") / "run"
+    flags = ["--data.source", str(mnist_folder.resolve()), "--output_dir", str(folder), "--train.max_steps", "480"]
+    flags += ["--train.snapshot_every_steps", "120", "--train.sample_every_steps", "null"]
+    command(ACCELERATE, "launch", SCRIPT, *flags, cwd=folder.parent, timeout=900)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(mnist_folder: Path) -> Reference:
+    data = load_images(DataConfig(source=str(mnist_folder)), seed=0)
+    return Reference(data, evaluator_for(data).model)
+
+
+def load(folder: Path) -> MNISTDiffusionPipeline:
+    pipeline = MNISTDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_evaluate_says_that_digits_read_as_asked(run: Path, mnist_folder: Path, tmp_path: Path) -> None:
+    data = ["--data.source", str(mnist_folder.resolve())]
+    flags = ["--num_images", "500", "--scheduler", "ddim", "--num_inference_steps", "20", "--out", "report"]
+    command(CONSOLE, "evaluate", str(run / "pipeline"), *data, *flags, "--write_card", cwd=tmp_path, timeout=900)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    [result] = report["results"]
+    assert result["accuracy"] > 0.95
+    assert result["passes_per_image"] == 40
+    assert not result["copies_suspected"]
+    assert report["evaluator"]["origin"] == "shipped with the package"
+    assert f"{result['fid']:.3f}" in (run / "pipeline" / "README.md").read_text()
+
+
+def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) -> None:
+    """Real, then trained, then half-trained, then blurred, then noise."""
+
+    def drawn(folder: Path) -> Sample:
+        artist = Artist(load(folder), reference.data, num_images=500, seed=0, batch_size=100)
+        return artist.draw(artist.way(None, None, 1.0))
+
+    test = reference.data.test
+    chosen = torch.linspace(0, len(test) - 1, 500).round().long()
+    real, labels = test.images[chosen], test.labels[chosen]
+    noise = torch.randint(0, 256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
+    levels = {
+        "real": Sample(real, labels),
+        "trained": drawn(run / "pipeline"),
+        "half-trained": drawn(run / "snapshots" / "step-120"),
+        "blurred": Sample(gaussian_blur(real, 15, 3.0), labels),
+        "noise": Sample(noise, labels),
+    }
+    values: dict[str, dict[str, Any]] = {
+        name: reference.measure(reference.judge(sample)).values for name, sample in levels.items()
+    }
+    for metric, direction in {"fid": 1, "kernel_distance": 1, "accuracy": -1, "coverage": -1, "recall": -1}.items():
+        measured = {name: direction * value[metric] for name, value in values.items()}
+        assert list(measured) == sorted(measured, key=lambda name: measured[name]), (metric, measured)
+
+
+def test_inversion_gives_real_digits_back(run: Path, reference: Reference) -> None:
+    test = reference.data.test
+    chosen = torch.linspace(0, len(test) - 1, 30).round().long()
+    images, labels = test.images[chosen].float() / 255, test.labels[chosen]
+    pipeline = load(run / "pipeline")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    latents = pipeline.invert(images, labels, num_inference_steps=50)
+    again = pipeline(labels, latents=latents, guidance_scale=1, num_inference_steps=50, output_type="pt").images
+    psnr = -10 * (again - images).square().mean(dim=(1, 2, 3)).log10()
+    assert psnr.mean() > 30
