@@ -210,20 +210,19 @@ def chain_of_kills(
         Counts, and whether the end is that of a run never killed, to the bit.
     """
     random.seed(0)
-    steps = 2 * len(deaths) + 10
+    # Enough that no launch but the last comes to the end.
+    steps = sum(60 if death is None else death.save + 1 for death in deaths) + 10
     arguments = [*FLAGS, "--train.max_steps", str(steps), *flags]
     whole, cut, log = root / "whole", root / "cut", root / "log.txt"
-    started = time.monotonic()
     assert nursery.finish([*arguments, "--output_dir", str(whole)], log=log, ranks=ranks) == [0] * ranks, (
         log.read_text()
     )
-    launch_seconds = time.monotonic() - started
     newest, landed, elsewhere = -1, 0, 0
     again = [*arguments, "--output_dir", str(cut), "--train.resume", "true"]
     for death in deaths:
         processes = nursery.start(again, log=log, ranks=ranks, death=death)
         if death is None:
-            time.sleep(random.uniform(0, launch_seconds))
+            _wait_for_a_moment(cut, newest)
             random.choice(processes).kill()
         codes = join(processes)
         landed += -signal.SIGKILL in codes
@@ -236,6 +235,22 @@ def chain_of_kills(
     first, second = final_state(whole), final_state(cut)
     different = [name for name in first if first[name] != second.get(name)]
     return {"kills": landed, "ended before": elsewhere, "steps": steps, "different": different}
+
+
+def _wait_for_a_moment(folder: Path, newest: int) -> None:
+    """A random time of a launch: while it starts, for one in four, else a little after its first checkpoint."""
+    if random.random() < 0.25:
+        time.sleep(random.uniform(0, 1))
+        return
+    deadline = time.monotonic() + 30
+    while not any(_step(path) > newest for path in (folder / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline, "no new checkpoint within 30 s"
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.3))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def operations_of_a_save() -> int:
