@@ -49,6 +49,11 @@ def main(
     artist = Artist(pipe, real, num_images=num_images, seed=0, batch_size=128, folder=images)
     floor = reference.floor(num_images).values
     lines = [
+        "# Samplers and steps",
+        "",
+        f"`python benchmarks/samplers.py PIPELINE path/to/mnist --num_images {num_images} --out docs/samplers.md`,",
+        "on the default recipe after five minutes of training on MNIST:",
+        "",
         f"{num_images} images a cell at guidance {pipe.config.guidance_scale:g}, "
         f"on {machine_description(pipe.device, 1)}: the share read as asked, and the Fréchet "
         f"distance in the evaluator's features (as many held-out images: {floor['accuracy']:.1%}, {floor['fid']:.2f}).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from mnist_diffusion.records import read_metrics
 from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
+from tests.survival import FLAGS
 
 BIN = Path(sys.executable).parent
 ACCELERATE, TORCHRUN, CONSOLE = str(BIN / "accelerate"), str(BIN / "torchrun"), str(BIN / "mnist-diffusion")
@@ -247,3 +249,38 @@ def test_a_folder_of_pictures_from_nothing(tmp_path: Path) -> None:
     flags = ["--config", "tiny", "--data.source", "my pictures é", "--train.max_steps", "2", "--output_dir", "run"]
     result = command(sys.executable, SCRIPT, *flags, cwd=tmp_path)
     assert "blue: 5, green: 5, red: 5" in result.stdout
+
+
+def test_two_torchrun_nodes_on_loopback(tmp_path: Path) -> None:
+    """Each sees its half of what one process sees, and both end with the same weights, to the bit."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("import sys\nfrom tests.test_survival import recording_batches\n")
+    worker.write_text(worker.read_text() + "sys.exit(recording_batches(sys.argv[1:]))\n")
+    environment = {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"}
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    flags = [*FLAGS, "--train.max_steps", "4", "--output_dir"]
+    group = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    nodes = [
+        subprocess.Popen(
+            [TORCHRUN, *group, "--node_rank", str(node), str(worker), *flags, str(tmp_path / "two")],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    command(sys.executable, str(worker), *flags, str(tmp_path / "one"), cwd=tmp_path, environment=environment)
+    one = torch.load(tmp_path / "one" / "seen-0.pt", weights_only=True)
+    two = [torch.load(tmp_path / "two" / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
+    for name in ("images", "noise", "timesteps", "labels", "dropped"):
+        for step, value in enumerate(one[name]):
+            assert torch.equal(value, torch.cat([half[name][step] for half in two])), name
+    for first, second, whole in zip(two[0]["weights"], two[1]["weights"], one["weights"], strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, whole, atol=1e-3, rtol=0)

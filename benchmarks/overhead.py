@@ -1,0 +1,88 @@
+"""What surviving costs: saves, agreement, the log and the check of the loss, as a share of training time.
+
+python benchmarks/overhead.py path/to/mnist
+
+All parts are timed in one process with the default recipe, and set against its updates at the default intervals.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+
+from mnist_diffusion.checkpoint import save_checkpoint
+from mnist_diffusion.config import Config, DataConfig, ModelConfig
+from mnist_diffusion.data import load_images
+from mnist_diffusion.launch import build_accelerator, start_processes
+from mnist_diffusion.learner import Learner
+from mnist_diffusion.model import build_noise_scheduler, build_unet
+from mnist_diffusion.objective import diffusion_objective
+from mnist_diffusion.records import MetricsLog, machine_description
+from mnist_diffusion.together import Together
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The median time of several runs, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def main(data: str, updates: int = 60) -> None:
+    """Print each part and the share of all.
+
+    Args:
+        data: labelled images.
+        updates: how many updates to time.
+    """
+    config = Config(data=DataConfig(source=data), model=ModelConfig())
+    start_processes(config)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        accelerator, images = build_accelerator(config, root), load_images(config.data, seed=0)
+        unet = build_unet(config.model, image_size=images.image_size, channels=images.channels, num_classes=10)
+        scheduler = build_noise_scheduler(config.diffusion)
+        objective = diffusion_objective(config.diffusion, scheduler, null_class=10)
+        learner, together = Learner(config, accelerator, images, unet, objective), Together(accelerator)
+        log, measured = MetricsLog(root / "metrics.jsonl", 0), learner.update(0, 1e-3)
+
+        def check() -> None:
+            bad = learner._is_bad(measured)
+            learner.first_bad_step = torch.where((learner.first_bad_step < 0) & bad, 1, learner.first_bad_step)
+
+        def save() -> None:
+            tensors, state = learner.state()
+            save_checkpoint(root / "checkpoints", 1, tensors, {**state, "config": config.to_dict()}, keep=2)
+
+        seconds = {
+            "update": median_seconds(lambda: learner.update(1, 1e-3), updates),
+            "check of the loss": median_seconds(check, 200),
+            "agreement": median_seconds(lambda: together.largest(0, 0), 200),
+            "log": median_seconds(lambda: log.append([{"step": 1, "loss": 0.1, "grad_norm": 0.1}] * 50), 20),
+            "checkpoint": median_seconds(save, 10),
+        }
+    train = config.train
+    assert train.checkpoint_every_steps is not None
+    every = {"log": train.log_every_steps, "checkpoint": train.checkpoint_every_steps}
+    shares = {name: value / every.get(name, 1) / seconds["update"] for name, value in seconds.items()}
+    print(f"on {machine_description(accelerator.device, 1)}, {config.data.batch_size} images an update\n")
+    print("| part | milliseconds | every | share of training |\n| --- | --- | --- | --- |")
+    for name, value in seconds.items():
+        interval = f"{every[name]} steps" if name in every else "step"
+        share = "" if name == "update" else f"{shares[name]:.3%}"
+        print(f"| {name} | {1000 * value:.3f} | {interval} | {share} |")
+    print(f"| all but the update | | | {sum(shares.values()) - 1:.2%} |")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
