@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
-from mnist_diffusion.config import SamplingConfig, UserError
+from mnist_diffusion.config import SamplingConfig
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.sampling import build_sampler
 
@@ -99,16 +99,12 @@ def write_results_to_card(
         text: Markdown for the card's section on evaluation.
         dataset: what the images were measured against, for people.
         dataset_id: its id on the Hub, or another name without spaces.
-
-    Raises:
-        UserError: the folder has no card with a section on evaluation.
     """
     path = folder / "README.md"
-    content = path.read_text(encoding="utf-8") if path.is_file() else ""
-    changed, count = EVALUATION_SECTION.subn(lambda match: f"{match[1]}\n{text}\n{match[2]}", content)
-    if count != 1:
-        raise UserError(f"{path} has no section on evaluation, between {EVALUATION_SECTION.pattern!r}, to write to")
-    card = ModelCard(changed)
+    content = path.read_text(encoding="utf-8")
+    if not EVALUATION_SECTION.search(content):
+        content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"
+    card = ModelCard(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))
     settings = ("scheduler", "num_inference_steps", "guidance_scale", "num_images")
     measured = [
         EvalResult(

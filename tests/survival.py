@@ -1,6 +1,7 @@
 """Real runs, really killed: what the survival tests start, and a long chain of kills for the docs.
 
-    python -m tests.survival --kills 200
+    python -m tests.survival kills --count 200
+    python -m tests.survival elastic
 
 Runs are forked from one process that has imported everything, so that a launch costs a second and a chain of
 hundreds of kills minutes. It has run no torch operation before, whose threads would not survive a fork.
@@ -19,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 
-from mnist_diffusion.checkpoint import newest_verified
+from mnist_diffusion.checkpoint import load_checkpoint, newest_verified
 from mnist_diffusion.records import read_metrics
 
 FLAGS = [
@@ -292,18 +294,62 @@ def every_operation() -> list[Death]:
     return [Death(1, operation, after) for operation in range(operations_of_a_save()) for after in (False, True)]
 
 
-def main(kills: int = 200) -> None:
+def elastic_runs(nursery: Nursery, root: Path, *, dtype: str) -> tuple[Path, Path]:
+    """Twenty steps by one process, and by one until step 7, two until step 14, and one: the two run folders."""
+    whole, elastic, log = root / "whole", root / "elastic", root / "log.txt"
+    flags = [*FLAGS, "--model.dropout", "0.0", "--train.max_steps", "20"]
+    work = partial(run_until, dtype=dtype)
+    assert nursery.finish([*flags, "--output_dir", str(whole)], log=log, work=work) == [0], log.read_text()
+    for ranks, until in ((1, 7), (2, 14), (1, 20)):
+        part = [*flags, "--output_dir", str(elastic), "--train.resume", "true"]
+        codes = nursery.finish(part, log=log, ranks=ranks, work=partial(work, until=until))
+        assert codes == [0 if until == 20 else 128 + signal.SIGTERM] * ranks, log.read_text()[-3000:]
+        found, _ = newest_verified(elastic / "checkpoints")
+        assert found == until
+    return whole, elastic
+
+
+def run_until(arguments: list[str], *, dtype: str, until: int | None = None) -> int:
+    """A run of some precision, told to stop after step `until`."""
+    import torch
+
+    import train_cfg
+    from mnist_diffusion import learner as module
+    from mnist_diffusion.objective import Batch, Objective
+
+    learner_class, kind = module.Learner, getattr(torch, dtype)
+
+    class StoppingLearner(learner_class):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any, accelerator: Any, data: Any, unet: Any, objective: Objective):
+            def loss(model: Any, batch: Batch, draws: Any) -> Any:
+                images = Batch(batch.images.to(kind), batch.labels)
+                return objective.loss(model, images, dataclasses.replace(draws, noise=draws.noise.to(kind)))
+
+            super().__init__(config, accelerator, data, unet.to(kind), Objective(objective.draw, loss))
+
+        def update(self, step: int, learning_rate: float) -> Any:
+            measured = super().update(step, learning_rate)
+            if step + 1 == until != self.config.train.max_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+            return measured
+
+    module.Learner = StoppingLearner  # type: ignore[misc]
+    return train_cfg.main(arguments)
+
+
+def kills(count: int = 200) -> None:
     """Print what became of a chain of kills.
 
     Args:
-        kills: how many; before and after each file operation of a save first, then at random times.
+        count: how many; before and after each file operation of a save first, then at random times.
     """
     nursery = Nursery()
     deaths: list[Death | None] = [*every_operation()]
-    deaths += [None] * max(0, kills - len(deaths))
+    deaths += [None] * max(0, count - len(deaths))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = chain_of_kills(nursery, Path(folder), deaths[:kills])
+        result = chain_of_kills(nursery, Path(folder), deaths[:count])
     seconds = time.monotonic() - started
     same = "equal to the bit to a run never killed" if not result["different"] else f"DIFFERENT: {result['different']}"
     print(
@@ -313,5 +359,16 @@ def main(kills: int = 200) -> None:
     )
 
 
+def elastic() -> None:
+    """Print how far 20 steps of one, two and one processes end from 20 steps of one."""
+    nursery = Nursery()
+    for dtype in ("float64", "float32"):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = elastic_runs(nursery, Path(folder), dtype=dtype)
+            first, second = (load_checkpoint(run / "checkpoints", 20).tensors["unet"] for run in runs)
+        largest = max(float((value - second[name]).abs().max()) for name, value in first.items())
+        print(f"{dtype}: weights differ by at most {largest:.1e} after 20 steps")
+
+
 if __name__ == "__main__":
-    jsonargparse.auto_cli(main)
+    jsonargparse.auto_cli([kills, elastic])

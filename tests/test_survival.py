@@ -18,7 +18,7 @@ import torch
 
 from mnist_diffusion.checkpoint import load_checkpoint, newest_verified
 from mnist_diffusion.records import read_metrics
-from tests.survival import FLAGS, Death, Nursery, chain_of_kills, every_operation, join
+from tests.survival import FLAGS, Death, Nursery, chain_of_kills, elastic_runs, every_operation, join
 
 
 @pytest.fixture(scope="module")
@@ -150,28 +150,16 @@ def steps_of_a_minute(arguments: list[str]) -> int:
 
 
 class TestElastic:
-    STEPS = 20
-
     def test_one_to_two_to_one_in_float64(self, nursery: Nursery, tmp_path: Path) -> None:
         """Same samples, draws and learning rates in the same order, so the same weights to rounding."""
-        whole, elastic, log = tmp_path / "whole", tmp_path / "elastic", tmp_path / "log.txt"
-        flags = [*FLAGS, "--model.dropout", "0.0", "--train.warmup_steps", "2"]
-        shaped = [*flags, "--train.max_steps", str(self.STEPS)]
-        assert nursery.finish([*shaped, "--output_dir", str(whole)], log=log, work=in_float64) == [0], log.read_text()
-        for ranks, until in ((1, 7), (2, 14), (1, self.STEPS)):
-            part = [*shaped, "--output_dir", str(elastic), "--train.resume", "true"]
-            work = partial(in_float64, until=until)
-            codes = nursery.finish(part, log=log, ranks=ranks, work=work)
-            assert codes == [0 if until == self.STEPS else 128 + signal.SIGTERM] * ranks, log.read_text()[-3000:]
-            assert newest_step(elastic) == until
-        first, second = (load_checkpoint(folder / "checkpoints", self.STEPS).tensors for folder in (whole, elastic))
+        whole, elastic = elastic_runs(nursery, tmp_path, dtype="float64")
+        first, second = (load_checkpoint(folder / "checkpoints", 20).tensors for folder in (whole, elastic))
         assert first["unet"]["conv_in.weight"].dtype == torch.float64
         for group in ("unet", "ema"):
             for name, value in first[group].items():
                 torch.testing.assert_close(second[group][name], value, rtol=0, atol=1e-6)
-        for mine, theirs in zip(
-            read_metrics(whole / "metrics.jsonl"), read_metrics(elastic / "metrics.jsonl"), strict=True
-        ):
+        one, other = (read_metrics(folder / "metrics.jsonl") for folder in (whole, elastic))
+        for mine, theirs in zip(one, other, strict=True):
             assert (mine["step"], mine["learning_rate"]) == (theirs["step"], theirs["learning_rate"])
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
@@ -191,33 +179,6 @@ class TestElastic:
                 assert torch.equal(value, torch.cat([half[name][step] for half in halves])), name
         for mine, theirs in zip(halves[0]["weights"], halves[1]["weights"], strict=True):
             assert torch.equal(mine, theirs)
-
-
-def in_float64(arguments: list[str], *, until: int | None = None) -> int:
-    """A run in float64, told to stop after step `until`."""
-    import train_cfg
-    from mnist_diffusion import learner as module
-    from mnist_diffusion.objective import Batch, Objective
-
-    learner_class = module.Learner
-
-    class Float64Learner(learner_class):  # type: ignore[misc,valid-type]
-        def __init__(self, config: Any, accelerator: Any, data: Any, unet: Any, objective: Objective):
-            def loss(model: Any, batch: Batch, draws: Any) -> Any:
-                images = Batch(batch.images.double(), batch.labels)
-                return objective.loss(model, images, dataclasses.replace(draws, noise=draws.noise.double()))
-
-            super().__init__(config, accelerator, data, unet.double(), Objective(objective.draw, loss))
-
-        def update(self, step: int, learning_rate: float) -> Any:
-            measured = super().update(step, learning_rate)
-            if until is not None and step + 1 == until and until < self.config.train.max_steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.2)
-            return measured
-
-    module.Learner = Float64Learner  # type: ignore[misc]
-    return train_cfg.main(arguments)
 
 
 def recording_batches(arguments: list[str]) -> int:
