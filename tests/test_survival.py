@@ -261,6 +261,19 @@ class TestBadTimes:
         assert time.monotonic() - started < 75
         assert newest_step(folder) in (2, 3)
 
+    @pytest.mark.slow
+    def test_a_process_that_hangs_in_mid_save(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "50", "--output_dir", str(folder)]
+        first, second = nursery.start(flags, log=log, ranks=2, work=hanging_in_the_third_save)
+        wait_for_step(folder, 3)
+        try:
+            assert join([first], seconds=75) == [2], log.read_text()
+        finally:
+            second.kill()
+        assert "another process ended, or gave no answer within 60 s" in log.read_text()
+        assert newest_step(folder) == 3
+
     def test_not_finite_stops_before_a_save(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"
         flags = [*FLAGS, "--train.max_steps", "9", "--train.checkpoint_every_steps", "2", "--output_dir", str(folder)]
@@ -313,12 +326,29 @@ def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
     return train_cfg.main(arguments)
 
 
+def hanging_in_the_third_save(arguments: list[str]) -> int:
+    """A run whose second process never comes to the end of the third save."""
+    import train_cfg
+    from mnist_diffusion import training
+
+    checkpoint, count = training._checkpoint, 0
+
+    def hanging(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3 and os.environ["RANK"] == "1":
+            time.sleep(3600)
+        checkpoint(*arguments)
+
+    training._checkpoint = hanging
+    return train_cfg.main(arguments)
+
+
 def nan_at_step_six(arguments: list[str]) -> int:
     """A run whose sixth update sees NaN on its last process."""
     import train_cfg
     from mnist_diffusion import learner as module
 
-    draw_batch = module.draw_batch
     last = int(os.environ.get("WORLD_SIZE", "1")) - 1
     to_device = module.Learner._to_device
 
@@ -335,5 +365,4 @@ def nan_at_step_six(arguments: list[str]) -> int:
     update = module.Learner.update
     module.Learner.update = remembering  # type: ignore[method-assign]
     module.Learner._to_device = spoiled  # type: ignore[method-assign]
-    assert draw_batch
     return train_cfg.main(arguments)
