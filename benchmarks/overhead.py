@@ -54,7 +54,7 @@ def main(data: str, updates: int = 60) -> None:
         scheduler = build_noise_scheduler(config.diffusion)
         objective = diffusion_objective(config.diffusion, scheduler, null_class=10)
         learner, together = Learner(config, accelerator, images, unet, objective), Together(accelerator)
-        log, measured = MetricsLog(root / "metrics.jsonl", 0), learner.update(0, 1e-3)
+        log, measured = MetricsLog(root / "metrics.jsonl"), learner.update(0, 1e-3)
 
         def check() -> None:
             bad = learner._is_bad(measured)

@@ -66,7 +66,8 @@ def save_checkpoint(
     """
     target, temporary = root / f"step-{step}", root / f".step-{step}.partial"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_behind in root.glob(".step-*.partial"):
+            shutil.rmtree(left_behind, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
@@ -82,13 +83,14 @@ def save_checkpoint(
             _set_aside(target)
         temporary.rename(target)
         _flush(root)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         others = [path.name for _, path in _folders(root)]
         intact = f"{', '.join(others)} in {root} are as they were" if others else "there is no earlier one"
         raise CheckpointError(f"the checkpoint of step {step} could not be written: {error}; {intact}") from error
     for _, old in _folders(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -112,6 +114,16 @@ def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | Non
         else:
             return step, problems
     return None, problems
+
+
+def newest_run_id(root: Path) -> str | None:
+    """The run that the newest checkpoint which verifies belongs to, changing nothing; None where there is none."""
+    for step, path in _folders(root):
+        try:
+            return _verify(path, step).get("run_id")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
 
 
 def load_checkpoint(root: Path, step: int) -> Checkpoint:

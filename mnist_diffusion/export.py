@@ -52,13 +52,14 @@ def export_pipeline(
 
     Args:
         pipeline: what to save, as safetensors only.
-        folder: where to; a reader sees the old folder or the new one, nothing between.
+        folder: where to; a reader sees the old folder or the new one, or none for a moment, but never a part of one.
         card: the values of the card's template.
         samples: the picture on the card.
     """
     temporary, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
     # Safetensors refuses weights in channels-last order.
     unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
     type(pipeline)(**{**pipeline.components, "unet": unet}, **_defaults(pipeline)).save_pretrained(temporary)
@@ -66,6 +67,7 @@ def export_pipeline(
         samples.save(temporary / SAMPLES)
     render_card({**card, "samples": SAMPLES if samples is not None else None}).save(temporary / "README.md")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)

@@ -10,10 +10,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from mnist_diffusion.checkpoint import newest_run_id
 from mnist_diffusion.config import UserError
+from mnist_diffusion.records import write_whole
 
 LOCK = ".lock"
 RUN_ID = "run_id"
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a run folder holds nothing, or only what an attempt to start left."""
+    return not path.is_dir() or {file.name for file in path.iterdir()} <= {LOCK}
 
 
 class FolderError(UserError):
@@ -26,19 +33,24 @@ class RunFolder:
     Args:
         path: the folder; made where it is not there.
         accelerator: its main process holds the lock; all learn of it.
+        resume: go on with the run in it; without that it must hold nothing.
 
     Raises:
-        FolderError: another run holds it, or it cannot be written to.
+        FolderError: another run holds it, it cannot be written to, or it is not empty.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator):
+    def __init__(self, path: Path, accelerator: Accelerator, *, resume: bool):
         self.path, self.lock = path, FileLock(path / LOCK)
         problem, run_id = None, None
         if accelerator.is_main_process:
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 self.lock.acquire(timeout=0)
-                run_id = self._run_id()
+                if not resume and not is_empty(path):
+                    self.lock.release()
+                    problem = f"another run has begun in {path}; name another output_dir"
+                else:
+                    run_id = self._run_id()
             except Timeout:
                 problem = f"another run is writing to {path}; wait for it, or name another output_dir"
             except OSError as error:
@@ -50,11 +62,13 @@ class RunFolder:
         self.run_id: str | None = run_id
 
     def _run_id(self) -> str:
-        """The mark of the run that began this folder."""
+        """The mark of the run that began this folder; where it was lost, that of its newest checkpoint."""
         file = self.path / RUN_ID
-        if not file.is_file():
-            file.write_text(uuid.uuid4().hex, encoding="utf-8")
-        return file.read_text(encoding="utf-8").strip()
+        known = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        if not known:
+            known = newest_run_id(self.path / "checkpoints") or uuid.uuid4().hex
+            write_whole(file, known)
+        return known
 
     def release(self) -> None:
         """Let another run have it."""

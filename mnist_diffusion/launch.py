@@ -18,6 +18,7 @@ from accelerate.utils import (
 from joblib import cpu_count
 
 from mnist_diffusion.config import Config, TrainConfig, UserError
+from mnist_diffusion.folder import is_empty
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -73,7 +74,7 @@ def choose_output_dir(config: Config, recipe: str) -> Path:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise LaunchError(f"output_dir={folder!r} is a file")
-    if path.is_dir() and not config.train.resume and any(path.iterdir()):
+    if not config.train.resume and not is_empty(path):
         raise LaunchError(
             f"output_dir={folder!r} is not empty; add --train.resume true to go on with the run in it, or name another"
         )

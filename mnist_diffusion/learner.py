@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -84,17 +85,18 @@ class Learner:
                 accelerator.backward(loss / micro_batches)
             losses.append(loss.detach())
         measured = {"loss": torch.stack(losses).mean()}
-        if config.train.max_grad_norm is not None:
-            norm = accelerator.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
-            measured["grad_norm"] = norm.detach()
+        limit = config.train.max_grad_norm
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        measured["grad_norm"] = norm.detach()
         bad = self._is_bad(measured)
         self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, step + 1, self.first_bad_step)
         skipped = False
         if config.train.on_non_finite == "skip":
             skipped = bool(accelerator.reduce(bad.float(), reduction="sum") > 0)
             measured["skipped"] = torch.tensor(float(skipped), device=accelerator.device)
-        if not skipped:
+        if not skipped or accelerator.scaler is not None:  # a gradient scaler skips by itself, and must be told
             self.optimizer.step()
+        if not skipped:
             self._update_average(step + 1)
         self.optimizer.zero_grad()
         return measured
@@ -102,7 +104,7 @@ class Learner:
     def _is_bad(self, measured: Mapping[str, Tensor]) -> Tensor:
         """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which overflows at times."""
         watched = [measured["loss"]]
-        if self.accelerator.scaler is None and "grad_norm" in measured:
+        if self.accelerator.scaler is None:
             watched.append(measured["grad_norm"])
         return ~torch.isfinite(torch.stack(watched)).all()
 
@@ -202,5 +204,7 @@ class Learner:
                 shadow.copy_(tensors["ema"][name])
         self.ema.optimization_step = checkpoint.state["ema_step"]
         restore_optimizer(self.optimizer.optimizer, tensors["optimizer"], checkpoint.state["optimizer_groups"])
-        if self.accelerator.scaler is not None:
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.train.weight_decay
+        if self.accelerator.scaler is not None and checkpoint.state["grad_scaler"] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])

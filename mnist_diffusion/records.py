@@ -23,13 +23,15 @@ class MetricsLog:
 
     Args:
         path: the file.
-        start_step: lines of later steps are dropped; they belong to work that is done again.
     """
 
-    def __init__(self, path: Path, start_step: int):
+    def __init__(self, path: Path):
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= start_step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def cut_after(self, step: int) -> None:
+        """Drop the lines of later steps, which belong to work that is done again."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Add lines, on the disk before a checkpoint may count on them."""
@@ -50,15 +52,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, nothing between."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], run_name: str) -> None:
-    """Start the trackers that the accelerator was built with, with the flattened configuration."""
+def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], *, run_name: str, run_id: str | None) -> None:
+    """Start the trackers that the accelerator was built with, with the flattened configuration.
+
+    wandb goes on with the run of the same id, where there is one.
+    """
     if not accelerator.log_with:
         return
-    wandb = {"name": run_name, "dir": accelerator.project_dir}
+    wandb = {"name": run_name, "dir": accelerator.project_dir, "id": run_id, "resume": "allow"}
     accelerator.init_trackers("mnist-diffusion", config=_flat(config), init_kwargs={"wandb": wandb})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 
 from mnist_diffusion.checkpoint import Checkpoint, CheckpointError, load_checkpoint, newest_verified
 from mnist_diffusion.planning import plan_steps
@@ -14,9 +15,6 @@ FIXED = (
     "model",
     "diffusion",
     "data.batch_size",
-    "data.image_size",
-    "data.channels",
-    "data.fit",
     "data.augment",
     "train.seed",
     "train.ema_start_step",
@@ -24,8 +22,21 @@ FIXED = (
 )
 """What a resumed run may not change: shapes, the noise schedule, and which images and draws a step sees."""
 
-UNTOLD = ("output_dir", "train.resume", "data.source")
-"""Where the run is, and how its images are found, which their fingerprint decides on."""
+LEADS_TO_IMAGES = (
+    "data.source",
+    "data.image_column",
+    "data.label_column",
+    "data.train_split",
+    "data.test_split",
+    "data.image_size",
+    "data.fit",
+    "data.channels",
+)
+"""How the images are found and brought to one shape, which their fingerprint decides on."""
+UNTOLD = ("output_dir", "train.resume")
+"""Where the run is."""
+DECIDED = ("train.max_steps", "train.max_epochs", "train.max_minutes", "train.mixed_precision")
+"""What a run decides where nothing is asked: null is no change of it."""
 
 
 def resume(run: Run) -> None:
@@ -41,6 +52,11 @@ def resume(run: Run) -> None:
     step, problems = broadcast_object_list(decision)
     for problem in problems:
         accelerator.print(f"warning: {problem}")
+    if step is None and problems:
+        raise CheckpointError(
+            f"no checkpoint in {root} verifies, and starting again would overwrite what the run has left: move "
+            f"{run.folder} away, or name another output_dir"
+        )
     if step is None:
         accelerator.print(f"No checkpoint in {root}: starting at step 0")
         return
@@ -56,26 +72,31 @@ def resume(run: Run) -> None:
     assert checkpoint is not None
     run.learner.restore(checkpoint)
     run.step, run.seconds_before = checkpoint.step, checkpoint.state["seconds"]
-    run.best = checkpoint.state["best"]
+    run.best, run.loss, run.held_out_loss = (checkpoint.state[name] for name in ("best", "loss", "held_out_loss"))
+    if pictures := sorted((run.folder / "samples").glob("step-*.png")):
+        with Image.open(pictures[-1]) as picture:
+            run.grid = picture.copy()
     train = run.config.train
     counted = train.max_steps is not None or train.max_epochs is not None
     run.planned_steps = (
         plan_steps(run.learner, seconds_used=run.seconds) if counted else checkpoint.state["planned_steps"]
     )
+    if not counted:
+        accelerator.print(f"{run.planned_steps} steps were planned; --train.max_steps sets another length")
     accelerator.print(f"Resuming from {checkpoint.path}")
 
 
 def _require_same_run(run: Run, checkpoint: Checkpoint) -> None:
     """Make sure that the run can go on from the checkpoint, and say what is different about it."""
-    fingerprint = run.learner.data.fingerprint
-    if checkpoint.state["data_fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained on other images (fingerprint {checkpoint.state['data_fingerprint'][:16]}, "
-            f"now {fingerprint[:16]})"
-        )
+    then, now = checkpoint.state["data_fingerprint"], run.learner.data.fingerprint
     changes = differences(checkpoint.state["config"], run.config.to_dict())
-    fixed = [change for name, change in changes.items() if name.startswith(FIXED)]
-    free = [change for name, change in changes.items() if not name.startswith(FIXED)]
+    # The same images however they are named: what leads to them does not matter.
+    fixed_names = FIXED if then == now else (*FIXED, *LEADS_TO_IMAGES)
+    told = {name: text for name, text in changes.items() if then != now or name not in LEADS_TO_IMAGES}
+    fixed = [change for name, change in told.items() if name.startswith(fixed_names)]
+    free = [change for name, change in told.items() if not name.startswith(fixed_names)]
+    if then != now:
+        fixed.append(f"the images' fingerprint was {then[:16]}, now {now[:16]}")
     if fixed:
         allowed = f"; these may change: {', '.join(free)}" if free else ""
         raise CheckpointError(
@@ -92,4 +113,5 @@ def differences(before: Any, after: Any, name: str = "") -> dict[str, str]:
         for key in [*before, *(key for key in after if key not in before)]:
             found |= differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
         return found
-    return {} if before == after or name in UNTOLD else {name: f"{name} was {before!r}, now {after!r}"}
+    unasked = after is None and name in DECIDED
+    return {} if before == after or unasked or name in UNTOLD else {name: f"{name} was {before!r}, now {after!r}"}

@@ -52,6 +52,8 @@ def card_values(run: Run, folder: Path) -> dict[str, Any]:
         "guidance_scale": config.sampling.guidance_scale,
         "scheduler": config.sampling.scheduler,
         "source": data.source,
+        "source_id": data.source_id,
+        "seed": config.train.seed,
         "notice": data.notice,
         "num_train_images": len(data.train),
         "fingerprint": data.fingerprint[:16],
@@ -103,4 +105,4 @@ def summarise(run: Run, signal_number: int) -> None:
         f'    pipeline({call}).images[0].save("sample.png")\n'
     )
     if signal_number:
-        print(f"Go on with: --train.resume true --output_dir {run.folder}\n")
+        print(f"Go on with: --config {run.folder / 'config.yaml'} --train.resume true --output_dir {run.folder}\n")

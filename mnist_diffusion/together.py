@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -9,10 +10,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from mnist_diffusion.config import UserError
+
 PATIENCE = timedelta(hours=6)
 """How long a process waits for one that evaluates or draws."""
 SAVE_PATIENCE = timedelta(seconds=60)
 """How long a process waits for one that saves."""
+
+
+class TogetherError(UserError):
+    """Another process had a problem, or is no more."""
 
 
 class Together:
@@ -23,7 +30,7 @@ class Together:
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.alone = accelerator.num_processes == 1
+        self.alone, self.main = accelerator.num_processes == 1, accelerator.is_main_process
         if not self.alone:
             self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
             self.brisk: Any = dist.new_group(backend="gloo", timeout=SAVE_PATIENCE)
@@ -36,21 +43,32 @@ class Together:
         dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.patient)
         return mine.tolist()
 
-    def wait(self) -> None:
-        """Go on when all have come here; for hours, where one evaluates."""
-        if not self.alone:
-            dist.barrier(group=self.patient)
+    def on_main(self, work: Callable[[], object], *, saving: bool = False) -> None:
+        """Do something on the main process while the others wait, and let all of them fail alike.
 
-    def problem(self, mine: str | None) -> str | None:
-        """The first problem that a process has with a save, or None; known within a minute of it.
+        Args:
+            work: what to do.
+            saving: wait for a minute only, not for hours.
 
-        A process that has ended, or gives no answer in that time, is a problem too.
+        Raises:
+            UserError: the work had a problem that the user can put right, or a process has ended.
         """
+        problem = None
+        if self.main:
+            try:
+                work()
+            except (UserError, OSError) as error:
+                if self.alone:
+                    raise
+                problem = str(error)
         if self.alone:
-            return mine
+            return
         found: list[str | None] = [None] * dist.get_world_size()
         try:
-            dist.all_gather_object(found, mine, group=self.brisk)
+            dist.all_gather_object(found, problem, group=self.brisk if saving else self.patient)
         except RuntimeError as error:
-            return mine or f"another process ended, or gave no answer within {SAVE_PATIENCE.seconds} s: {error}"
-        return next((each for each in found if each is not None), None)
+            limit = SAVE_PATIENCE if saving else PATIENCE
+            gone = f"another process ended, or gave no answer within {limit.total_seconds():.0f} s: {error}"
+            raise TogetherError(problem or gone) from error
+        if told := next((each for each in found if each is not None), None):
+            raise TogetherError(told)

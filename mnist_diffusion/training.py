@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mnist_diffusion.checkpoint import CheckpointError, save_checkpoint
+from mnist_diffusion.checkpoint import save_checkpoint
 from mnist_diffusion.config import Config, UserError
 from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.evaluation.monitor import Monitor
@@ -52,7 +52,8 @@ def train(
     Returns:
         The exit code: 0 finished, 128 + the signal's number where one ended it.
     """
-    held = RunFolder(folder, learner.accelerator) if config.train.resume else None
+    together = Together(learner.accelerator)
+    held = RunFolder(folder, learner.accelerator, resume=True) if config.train.resume else None
     try:
         run = Run(config, learner, noise_scheduler, folder, recipe)
         if held is not None:
@@ -62,28 +63,36 @@ def train(
             run.planned_steps = plan_steps(learner, seconds_used=run.seconds)
         run.config = _resolved(run)
         if run.step >= run.last_step:
-            learner.accelerator.print(
-                f"Finished at step {run.step} already; nothing to do. The pipeline is in {folder / 'pipeline'}"
-            )
+            together.on_main(lambda: _complete(run))
             return 0
-        if learner.accelerator.is_main_process and config.train.evaluates:
-            run.monitor = _monitor(run)
-        held = held or RunFolder(folder, learner.accelerator)
+        if config.train.evaluates:
+            together.on_main(lambda: _make_monitor(run))
+        held = held or RunFolder(folder, learner.accelerator, resume=False)
         run.run_id = held.run_id
-        return _loop(run)
+        return _loop(run, together)
     finally:
         if held is not None:
             held.release()
 
 
-def _loop(run: Run) -> int:
+def _complete(run: Run) -> None:
+    """Say that a run is finished; write again what it was killed before writing."""
+    summary = run.folder / "summary.json"
+    told = json.loads(summary.read_text(encoding="utf-8"))["step"] if summary.is_file() else None
+    if told != run.step or not (run.folder / "pipeline" / "model_index.json").is_file():
+        _write_pipeline(run, run.folder / "pipeline")
+        summarise(run, 0)
+    print(f"Finished at step {run.step} already; nothing to do. The pipeline is in {run.folder / 'pipeline'}")
+
+
+def _loop(run: Run, together: Together) -> int:
     """Step, report, save, until done; the exit code."""
     config, learner, folder = run.config, run.learner, run.folder
-    main, together = learner.accelerator.is_main_process, Together(learner.accelerator)
-    if main:
-        write_whole(folder / "config.yaml", reproducible(config).to_yaml())
-    log = MetricsLog(folder / "metrics.jsonl", run.step) if main else None
-    start_trackers(learner.accelerator, config.to_dict(), folder.name)
+    main = learner.accelerator.is_main_process
+    together.on_main(lambda: write_whole(folder / "config.yaml", reproducible(config).to_yaml()))
+    log = MetricsLog(folder / "metrics.jsonl")
+    together.on_main(lambda: log.cut_after(run.step))
+    start_trackers(learner.accelerator, config.to_dict(), run_name=folder.name, run_id=run.run_id)
     pending: list[dict[str, Tensor]] = []
     since, signal_number = time.perf_counter(), 0
 
@@ -101,36 +110,36 @@ def _loop(run: Run) -> int:
             signal_number, out_of_time = together.largest(stop.number, int(run.out_of_time()))
             over = bool(signal_number or out_of_time) or run.step == run.last_step
             finished = over and not signal_number  # who sends a signal does not want to wait for pictures
-            sample, evaluate = (
-                run.due("sample") or finished,
-                run.due("evaluate") or (config.train.evaluates and finished),
-            )
+            sample = not signal_number and (run.due("sample") or finished)
+            evaluate = not signal_number and (run.due("evaluate") or (config.train.evaluates and finished))
             checkpoint, snapshot = run.due("checkpoint") or over, run.due("snapshot")
             report = run.step % config.train.log_every_steps == 0
 
             if report or sample or evaluate or checkpoint or snapshot:
-                lines = _collect(run, together, pending)
+                lines = _collect(run, together, pending, log)
                 lines[-1]["images_per_second"] = round(
                     len(lines) * config.data.batch_size / (time.perf_counter() - since), 1
                 )
                 if sample:
-                    _sample(run, together)
+                    together.on_main(lambda: _sample(run))
                 if evaluate:
-                    _evaluate(run, together)
-                _log(run, log, lines)
+                    together.on_main(lambda: _evaluate(run))
+                _log(run, together, log, lines)
                 bar.set_postfix(loss=f"{run.loss:.4f}", img_s=f"{lines[-1]['images_per_second']:.0f}")
                 pending, since = [], time.perf_counter()
             if checkpoint:
-                _checkpoint(run, together)
+                together.on_main(lambda: _checkpoint(run), saving=True)
             if snapshot:
-                _export(run, together, folder / "snapshots" / f"step-{run.step}")
+                together.on_main(lambda: _write_pipeline(run, folder / "snapshots" / f"step-{run.step}"))
             if over:
                 break
 
-        _export(run, together, folder / "pipeline")
-    if main:
-        summarise(run, signal_number)
-    learner.accelerator.end_training()
+        together.on_main(lambda: _write_pipeline(run, folder / "pipeline"))
+        together.on_main(lambda: summarise(run, signal_number))
+        # All wait for the trackers: a launcher ends the others as soon as one has ended with a signal's code.
+        together.on_main(lambda: [tracker.finish() for tracker in learner.accelerator.trackers])
+        learner.accelerator.trackers.clear()
+        learner.accelerator.end_training()
     return 128 + signal_number if signal_number else 0
 
 
@@ -144,26 +153,32 @@ def _resolved(run: Run) -> Config:
     return dataclasses.replace(run.config, train=train, data=data)
 
 
+NEVER = 2**62
+
+
 class NonFiniteError(UserError):
     """The loss or its gradient became NaN or infinite."""
 
 
-def _collect(run: Run, together: Together, pending: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+def _collect(run: Run, together: Together, pending: list[dict[str, Tensor]], log: MetricsLog) -> list[dict[str, Any]]:
     """The lines of the steps since the last report, losses averaged over processes, one exchange for all.
 
     Raises:
-        NonFiniteError: a step was not finite, and the run is to stop there.
+        NonFiniteError: a step was not finite, and the run is to stop there; the lines before it are written.
     """
     accelerator, train = run.learner.accelerator, run.config.train
     names = list(pending[0])
     stacked = torch.stack([torch.stack([measured[name].float() for name in names]) for measured in pending])
     values = accelerator.reduce(stacked, reduction="mean").tolist()
-    [bad_step] = together.largest(int(run.learner.first_bad_step))
+    # The smallest over the processes: a bad gradient of one makes all of them bad a step later.
+    first_bad = int(run.learner.first_bad_step)
+    bad_step = -together.largest(-first_bad if first_bad >= 0 else -NEVER)[0]
     batch_size, images = run.config.data.batch_size, len(run.learner.data.train)
     lines: list[dict[str, Any]] = []
     for offset, row in enumerate(values):
         step = run.step - len(values) + offset + 1
         if step == bad_step and train.on_non_finite == "stop":
+            together.on_main(lambda: log.append(lines))
             cause = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
             raise NonFiniteError(
                 f"step {step} was not finite ({cause}); stopped before anything of it was saved. Go on from an earlier "
@@ -177,7 +192,7 @@ def _collect(run: Run, together: Together, pending: list[dict[str, Tensor]]) -> 
     return lines
 
 
-def _log(run: Run, log: MetricsLog | None, lines: list[dict[str, Any]]) -> None:
+def _log(run: Run, together: Together, log: MetricsLog, lines: list[dict[str, Any]]) -> None:
     """Write the lines, and what was measured after the last of them, to the file and the trackers."""
     lines[-1] |= run.measured
     run.measured = {}
@@ -185,42 +200,37 @@ def _log(run: Run, log: MetricsLog | None, lines: list[dict[str, Any]]) -> None:
     run.loss = sum(finite) / len(finite) if finite else math.nan
     told = {**lines[-1], "loss": run.loss}
     run.learner.accelerator.log({name: value for name, value in told.items() if value is not None}, step=run.step)
-    if log is not None:
-        log.append(lines)
+    together.on_main(lambda: log.append(lines))
 
 
-def _sample(run: Run, together: Together) -> None:
-    """Held-out loss and the sample grid, by the main process while the others wait."""
-    accelerator = run.learner.accelerator
-    if accelerator.is_main_process:
-        if run.config.train.num_eval_images > 0:
-            run.held_out_loss = run.measured["held_out_loss"] = run.learner.held_out_loss()
-        run.grid = _sample_grid(run)
-        path = run.folder / "samples" / f"step-{run.step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        run.grid.save(path)
-        track_picture(accelerator, "samples", run.grid, run.step)
-    together.wait()
+def _sample(run: Run) -> None:
+    """Held-out loss and the sample grid."""
+    if run.config.train.num_eval_images > 0:
+        run.held_out_loss = run.measured["held_out_loss"] = run.learner.held_out_loss()
+    run.grid = _sample_grid(run)
+    path = run.folder / "samples" / f"step-{run.step:06d}.png"
+    path.parent.mkdir(exist_ok=True)
+    run.grid.save(path)
+    track_picture(run.learner.accelerator, "samples", run.grid, run.step)
 
 
-def _monitor(run: Run) -> Monitor:
-    """Made before the first step, so that what cannot work is said before any work is lost."""
+def _make_monitor(run: Run) -> None:
+    """Before the first step, so that what cannot work is said before any work is lost."""
     train = run.config.train
-    return Monitor(_pipeline(run), run.learner.data, num_images=train.num_evaluation_images, seed=train.seed)
+    run.monitor = Monitor(_pipeline(run), run.learner.data, num_images=train.num_evaluation_images, seed=train.seed)
 
 
-def _evaluate(run: Run, together: Together) -> None:
+def _evaluate(run: Run) -> None:
     """Measure images of the averaged weights, and keep the pipeline if none was better."""
-    if run.monitor is not None:
-        run.learner.average()
-        measured = run.monitor.measure()
-        run.measured |= measured
-        metric = run.config.train.best_metric
-        better = min if metric == "fid" else max
-        if run.best is None or better(measured[metric], run.best) != run.best:
-            run.best = measured[metric]
-            _write_pipeline(run, run.folder / "pipeline_best")
-    together.wait()
+    assert run.monitor is not None
+    run.learner.average()
+    measured = run.monitor.measure()
+    run.measured |= measured
+    metric = run.config.train.best_metric
+    better = min if metric == "fid" else max
+    if run.best is None or better(measured[metric], run.best) != run.best:
+        run.best = measured[metric]
+        _write_pipeline(run, run.folder / "pipeline_best")
 
 
 def _sample_grid(run: Run) -> Image.Image:
@@ -241,49 +251,27 @@ def _pipeline(run: Run) -> Any:
     return pipeline
 
 
-def _checkpoint(run: Run, together: Together) -> None:
-    """Save the state to resume from; the processes learn within a minute whether that went well.
-
-    Raises:
-        CheckpointError: it could not be written, or a process has ended.
-    """
-    problem = None
-    if run.learner.accelerator.is_main_process:
-        tensors, state = run.learner.state()
-        config = run.config.to_dict()
-        state |= {
-            "planned_steps": run.planned_steps,
-            "seconds": run.seconds,
-            "best": run.best,
-            "config": config,
-            "data_fingerprint": run.learner.data.fingerprint,
-        }
-        about = {
-            "run_id": run.run_id,
-            "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-            "processes": run.learner.accelerator.num_processes,
-            "versions": package_versions(),
-        }
-        try:
-            save_checkpoint(
-                run.folder / "checkpoints",
-                run.step,
-                tensors,
-                state,
-                keep=run.config.train.keep_checkpoints,
-                about=about,
-            )
-        except CheckpointError as error:
-            problem = str(error)
-    problem = together.problem(problem)
-    if problem is not None:
-        raise CheckpointError(problem)
-
-
-def _export(run: Run, together: Together, folder: Path) -> None:
-    if run.learner.accelerator.is_main_process:
-        _write_pipeline(run, folder)
-    together.wait()
+def _checkpoint(run: Run) -> None:
+    """Save the state to resume from."""
+    tensors, state = run.learner.state()
+    state |= {
+        "planned_steps": run.planned_steps,
+        "seconds": run.seconds,
+        "best": run.best,
+        "loss": run.loss,
+        "held_out_loss": run.held_out_loss,
+        "config": run.config.to_dict(),
+        "data_fingerprint": run.learner.data.fingerprint,
+    }
+    settings = json.dumps(reproducible(run.config).to_dict(), sort_keys=True)
+    about = {
+        "run_id": run.run_id,
+        "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+        "processes": run.learner.accelerator.num_processes,
+        "versions": package_versions(),
+    }
+    keep = run.config.train.keep_checkpoints
+    save_checkpoint(run.folder / "checkpoints", run.step, tensors, state, keep=keep, about=about)
 
 
 def _write_pipeline(run: Run, folder: Path) -> None:

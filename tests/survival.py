@@ -138,8 +138,9 @@ def _child(
 
 def _plan_death(death: Death) -> None:
     """Make this process kill itself before or after a file operation of a save."""
-    from mnist_diffusion import training
+    from mnist_diffusion import training as module
 
+    training: Any = module
     saves, operations, saving = -1, 0, False
     save_checkpoint = training.save_checkpoint
 
@@ -187,7 +188,9 @@ def final_state(folder: Path) -> dict[str, Any]:
     step, problems = newest_verified(folder / "checkpoints")
     assert not problems, problems
     checkpoint = folder / "checkpoints" / f"step-{step}"
-    state = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.suffix == ".safetensors"}
+    state: dict[str, Any] = {
+        path.name: path.read_bytes() for path in checkpoint.iterdir() if path.suffix == ".safetensors"
+    }
     kept = json.loads((checkpoint / "state.json").read_text())
     state |= {name: kept[name] for name in ("optimizer_groups", "ema_step", "planned_steps", "step")}
     state["pipeline"] = (folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -213,12 +216,12 @@ def chain_of_kills(
     """
     random.seed(0)
     # Enough that no launch but the last comes to the end.
-    steps = sum(60 if death is None else death.save + 1 for death in deaths) + 10
+    steps = sum(40 if death is None else death.save + 1 for death in deaths) + 10
     arguments = [*FLAGS, "--train.max_steps", str(steps), *flags]
     whole, cut, log = root / "whole", root / "cut", root / "log.txt"
-    assert nursery.finish([*arguments, "--output_dir", str(whole)], log=log, ranks=ranks) == [0] * ranks, (
-        log.read_text()
-    )
+    assert nursery.finish([*arguments, "--output_dir", str(whole)], log=log, ranks=ranks, seconds=900) == (
+        [0] * ranks
+    ), log.read_text()
     newest, landed, elsewhere = -1, 0, 0
     again = [*arguments, "--output_dir", str(cut), "--train.resume", "true"]
     for death in deaths:

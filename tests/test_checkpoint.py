@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -90,9 +91,14 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, file: str, d
 def test_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     path = save(tmp_path, 2)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["../../secret"] = {"size": 1, "sha256": ""}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    assert load_newest_checkpoint(tmp_path)[0] is None
+    del manifest["sha256"]
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x")
+    manifest["files"]["../secret"] = {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (path / "manifest.json").write_text(checkpoint_module._manifest_text(manifest))
+    checkpoint, [problem] = load_newest_checkpoint(tmp_path)
+    assert checkpoint is None
+    assert "../secret is missing" in problem
 
 
 def test_optimizer_comes_back_to_the_bit(tmp_path: Path) -> None:
@@ -124,6 +130,18 @@ def test_optimizer_comes_back_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(mine, theirs)
     moment = other_optimizer.state[next(other.parameters())]["exp_avg"]
     assert moment.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_one_just_saved_is_never_rotated_away(tmp_path: Path) -> None:
+    for step in (100, 110, 50):
+        save(tmp_path, step)
+    assert (tmp_path / "step-50").is_dir()
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".step-3.partial").mkdir()
+    save(tmp_path, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-4"}
 
 
 class TestCorruption:
@@ -167,8 +185,8 @@ class TestCorruption:
                     path.unlink()
                 else:
                     path.write_bytes(bad)
-                step, problems = newest_verified(root)
-                assert (step, len(problems)) == (1, 1), (file, kind)
+                newest, problems = newest_verified(root)
+                assert (newest, len(problems)) == (1, 1), (file, kind)
                 assert {p.name for p in root.iterdir()} == {"step-1", "step-2.broken"}
                 assert load_checkpoint(root, 1).state["seconds"] == 1
                 shutil.rmtree(root)
@@ -179,8 +197,8 @@ class TestCorruption:
         for step in (1, 2, 3):
             save_checkpoint(tmp_path, step, TENSORS, {}, keep=3, about={"run_id": "mine" if step < 3 else "theirs"})
         (tmp_path / "step-2").rename(tmp_path / "step-9")
-        step, problems = newest_verified(tmp_path, run_id="mine")
-        assert step == 1
+        newest, problems = newest_verified(tmp_path, run_id="mine")
+        assert newest == 1
         assert len(problems) == 2
         assert "belongs to another run, 'theirs'" in problems[1]
         assert {path.name for path in tmp_path.iterdir()} == {"step-1", "step-9.broken", "step-3.broken"}

@@ -201,7 +201,7 @@ class TestResume:
         other = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, beta_schedule="linear"))
         with pytest.raises(UserError, match=r"diffusion.beta_schedule was 'squaredcos_cap_v2', now 'linear'"):
             run(other, folder, resume=True)
-        with pytest.raises(UserError, match="trained on other images"):
+        with pytest.raises(UserError, match="the images' fingerprint was"):
             run(config, folder, resume=True, seed=5)
 
 
