@@ -65,11 +65,13 @@ def main(
     for name in SAMPLERS:
         cells = []
         for count in steps:
+            way = artist.way(name, count, None)
             try:
-                sample = artist.draw(artist.way(name, count, None))
+                artist.check(way)
             except UserError:
                 cells.append("refused")
                 continue
+            sample = artist.draw(way)
             judged = reference.judge(sample)
             assert sample.labels is not None
             right = float((judged.logits.argmax(dim=1) == sample.labels).float().mean())

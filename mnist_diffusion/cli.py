@@ -151,7 +151,7 @@ def evaluate_parser(prog: str) -> ArgumentParser:
         "named digit_<class>_<number>.png",
     )
     parser.add_class_arguments(DataConfig, "data", skip={"batch_size", "augment"})
-    add("--num_images", type=PositiveInt, default=10_000, help="images to draw, the same number of each class")
+    add("--num_images", type=PositiveInt | None, help="images to draw, the same number of each class; 10,000")
     add("--scheduler", type=SchedulerName, nargs="+", default=[], help="samplers; the folder's own where left out")
     add("--num_inference_steps", type=PositiveInt, nargs="+", default=[], help="denoising steps")
     add("--guidance_scale", type=NonNegativeFloat, nargs="+", default=[], help="guidance scales")
@@ -176,7 +176,7 @@ def evaluate(argv: Sequence[str], *, prog: str) -> int:
     """Measure images and write a report."""
     values = evaluate_parser(prog).parse_args(list(argv))
     card = Path(values.source) / "README.md"
-    if values.write_card and not card.is_file():
+    if values.write_card and not (card.is_file() and card.with_name("model_index.json").is_file()):
         raise UserError(f"--write_card needs a pipeline folder with a card, but there is no {card}")
     from rich.console import Console  # noqa: PLC0415  (heavy)
 
@@ -211,6 +211,9 @@ def train_evaluator(argv: Sequence[str], *, prog: str) -> int:
     )
     parser.add_class_arguments(DataConfig, "data", skip={"batch_size", "augment"})
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of weights, order and augmentation")
+    parser.add_argument(
+        "--split_seed", type=NonNegativeInt, default=0, help="the run's train.seed, where data.source has no test split"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to; it must not be there")
     values = parser.parse_args(list(argv))
     if values.out.exists():
@@ -220,7 +223,7 @@ def train_evaluator(argv: Sequence[str], *, prog: str) -> int:
     from mnist_diffusion.launch import set_num_threads  # noqa: PLC0415
 
     set_num_threads(TrainConfig())
-    data = load_images(DataConfig(**values.data.as_dict()), seed=values.seed)
+    data = load_images(DataConfig(**values.data.as_dict()), seed=values.split_seed)
     print(data.describe())
     model = evaluator.train_evaluator(data, seed=values.seed)
     evaluator.save_evaluator(model, values.out)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mnist_diffusion.config import SchedulerName, UserError
 from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.sampling import build_sampler, generate, generate_batches, load_pipeline
-from mnist_diffusion.visualize import image_grid, save_animation, to_pictures
+from mnist_diffusion.visualize import image_grid, safe_name, save_animation, to_pictures
 
 SHEET_STEPS = (5, 10, 20, 50)
 ANIMATION_IMAGES = 64
@@ -114,9 +114,7 @@ class Drawing:
             label = self.image_labels[index]
             number = counts.setdefault(label, 0)
             counts[label] += 1
-            picture.save(
-                folder / f"digit_{''.join(c if c.isalnum() else '_' for c in self.name(label))}_{number:03d}.png"
-            )
+            picture.save(folder / f"digit_{safe_name(self.name(label))}_{number:03d}.png")
 
     def animation(self, path: Path) -> None:
         """A GIF of the predicted clean images, step by step."""

@@ -116,13 +116,13 @@ def write_results_to_card(
             metric_type=metric,
             metric_name=name,
             metric_value=round(result[metric], 5),
-            metric_args={key: result[key] for key in settings},
+            metric_args={key: result[key] for key in settings if result[key] is not None},
         )
         for result in results
         for metric, name in CARD_METRICS.items()
         if result.get(metric) is not None
     ]
-    about = {**card.data.to_dict(), "model_name": folder.parent.name, "eval_results": measured}
+    about = {**card.data.to_dict(), "model_name": folder.resolve().parent.name, "eval_results": measured}
     about.pop("model-index", None)
     card.data = ModelCardData(**about)
     temporary = path.with_name(".README.md.partial")

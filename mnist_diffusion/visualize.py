@@ -8,6 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+SHEETS = ("grid.png", "schedulers.png", "guidance.png", "interpolation.png")
+"""The pictures that `mnist-diffusion sample` writes beside single files."""
 MARGIN = 2
 INK = 235
 
@@ -46,6 +48,11 @@ def image_grid(
         middle = MARGIN + row * cell_height + cell_height // 2
         draw.text((2 * MARGIN, middle), label, fill=ink, font=font, anchor="lm")
     return sheet
+
+
+def safe_name(name: str) -> str:
+    """The name of a class as it stands in a file name."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

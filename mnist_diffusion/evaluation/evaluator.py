@@ -6,16 +6,19 @@ image of 28 pixels too fast. It never sees a generated image.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -35,7 +38,6 @@ WEIGHT_DECAY = 1e-2
 MAX_ROTATION_DEGREES = 12.0
 MAX_SHIFT = 0.1
 MAX_SCALE = 0.1
-LABEL_SMOOTHING = 0.0
 
 
 class EvaluatorConfig(PretrainedConfig):
@@ -92,7 +94,7 @@ class ImageEvaluator(PreTrainedModel):
         """
         features = self.features(pixel_values).mean(dim=(2, 3))
         logits = self.head(features)
-        loss = None if labels is None else F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(features,))
 
 
@@ -171,42 +173,61 @@ class TrustedEvaluator:
     origin: str
 
 
-def load_evaluator(folder: Path) -> TrustedEvaluator:
-    """Load a saved evaluator, for inference.
+def load_evaluator(folder: Path, data: ImageData) -> TrustedEvaluator:
+    """Load a saved evaluator of a data set, for inference.
 
     Raises:
-        UserError: there is none in the folder.
+        UserError: there is none in the folder, or it reads other classes or images of another shape.
     """
     weights = folder / "model.safetensors"
     try:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        model = ImageEvaluator.from_pretrained(folder, use_safetensors=True).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+        model, info = ImageEvaluator.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"evaluator {str(folder)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    return TrustedEvaluator(model, digest, str(folder))
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise UserError(f"evaluator {str(folder)!r} holds the weights of another kind of model")
+    config = model.config
+    reads = (config.channels, config.image_size, tuple(config.id2label[index] for index in range(config.num_labels)))
+    wanted = (data.channels, data.image_size, data.class_names)
+    if reads != wanted:
+        raise UserError(
+            f"evaluator {str(folder)!r} reads (channels, size, classes) {reads}, but the images have {wanted}"
+        )
+    return TrustedEvaluator(model.eval(), digest, str(folder))
 
 
 def evaluator_for(data: ImageData) -> TrustedEvaluator:
     """The evaluator of a data set: the one that ships with the package for MNIST, else one trained once and kept.
 
     It is kept in the Hugging Face cache, by the data's fingerprint and the recipe of its training.
+
+    Raises:
+        UserError: there is one class only, which says nothing about features.
     """
+    if data.num_classes < 2:
+        raise UserError(f"an evaluator needs images of two classes or more, and data.source has {data.num_classes}")
     shipped = EvaluatorConfig.from_pretrained(SHIPPED)
     if shipped.data_fingerprint == data.fingerprint:
-        return replace(load_evaluator(SHIPPED), origin="shipped with the package")
-    recipe = (STEPS, BATCH_SIZE, PEAK_LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING, EvaluatorConfig().to_dict())
+        return replace(load_evaluator(SHIPPED, data), origin="shipped with the package")
+    shape = EvaluatorConfig()
+    recipe = (
+        *(STEPS, BATCH_SIZE, PEAK_LEARNING_RATE, WEIGHT_DECAY, MAX_ROTATION_DEGREES, MAX_SHIFT, MAX_SCALE),
+        *(shape.widths, shape.kernel_sizes),
+    )
     key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     folder = Path(HF_HOME) / "mnist_diffusion" / "evaluators" / key
     if not (folder / "model.safetensors").is_file():
-        save_evaluator(train_evaluator(data, steps=STEPS), folder)
-    return replace(load_evaluator(folder), origin="trained on the training split")
+        with suppress(FileExistsError):  # another evaluation was faster
+            save_evaluator(train_evaluator(data, steps=STEPS), folder)
+    return replace(load_evaluator(folder, data), origin="trained on the training split")
 
 
 def save_evaluator(model: ImageEvaluator, folder: Path) -> None:
     """Save an evaluator as a transformers folder that is there whole or not at all.
 
     Raises:
-        UserError: the folder is there already and holds something.
+        FileExistsError: the folder is there already and holds something.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -217,4 +238,6 @@ def save_evaluator(model: ImageEvaluator, folder: Path) -> None:
         try:
             whole.rename(folder)
         except OSError as error:
-            raise UserError(f"{folder} is there already") from error
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise FileExistsError(f"{folder} is there already") from error

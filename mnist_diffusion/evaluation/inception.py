@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm.auto import tqdm
 
 from mnist_diffusion.config import UserError
 
@@ -19,13 +20,17 @@ BATCH_SIZE = 100
 class ImageNetDistance:
     """Fréchet distance in ImageNet-Inception features.
 
+    Args:
+        device: runs the network.
+
     Raises:
         UserError: torch-fidelity is not installed, or its weights cannot be had.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         try:
-            self.metric = FrechetInceptionDistance(feature=2048, reset_real_features=False)
+            self.metric = FrechetInceptionDistance(feature=2048, reset_real_features=False).to(device)
         except ModuleNotFoundError as error:
             raise UserError(
                 "imagenet_fid=true needs torch-fidelity: pip install 'mnist-diffusion[inception]'"
@@ -49,5 +54,5 @@ class ImageNetDistance:
 
     @torch.no_grad()
     def _update(self, images: Tensor, *, real: bool) -> None:
-        for part in images.split(BATCH_SIZE):
-            self.metric.update(part.expand(-1, 3, -1, -1), real=real)
+        for part in tqdm(images.split(BATCH_SIZE), desc="Inception", unit="batch", leave=False):
+            self.metric.update(part.expand(-1, 3, -1, -1).to(self.device), real=real)

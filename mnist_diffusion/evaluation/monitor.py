@@ -27,6 +27,7 @@ class Monitor:
     def __init__(self, pipeline: MNISTDiffusionPipeline, data: ImageData, *, num_images: int, seed: int):
         self.artist = Artist(pipeline, data, num_images=num_images, seed=seed, batch_size=128)
         self.reference = Reference(data, evaluator_for(data).model, seed=seed)
+        self.reference.floor(num_images)
 
     def measure(self) -> dict[str, float]:
         """The figures to follow, by name."""

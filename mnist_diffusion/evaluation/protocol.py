@@ -34,6 +34,7 @@ BOOTSTRAPS = 20
 SMALL_SAMPLE = 5000
 MAX_NEIGHBOURHOOD = 10_000
 MAX_COPY_CHECK = 2000
+MIN_HELD_OUT = 50
 COPY_QUANTILE = 0.01
 SYNTHETIC_STEPS = 1500
 
@@ -64,10 +65,12 @@ class Measured:
     """Plain numbers by name, and `warnings` in words."""
     read: Tensor
     """The class that each image is read as, int64 `[N]`."""
+    looked_at: Tensor
+    """Which images, at most 2,000, were looked at for copies, int64 `[n]`."""
     relative: np.ndarray
-    """Distance to the nearest training image relative to the nearest ten, of the first 2,000 images."""
+    """Distance to the nearest training image relative to the nearest ten, of each of those, `[n]`."""
     nearest: np.ndarray
-    """Which training image is nearest to each of those."""
+    """Which training image is nearest to each of those, `[n]`."""
 
 
 def judge(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> Judged:
@@ -88,10 +91,18 @@ class Reference:
         data: the real images.
         evaluator: gives logits and features.
         seed: chooses subsets.
+
+    Raises:
+        DataError: there are too few held-out images.
     """
 
     def __init__(self, data: ImageData, evaluator: ImageEvaluator, *, seed: int = 0):
         self.data, self.evaluator, self.seed = data, evaluator, seed
+        if len(data.test) < MIN_HELD_OUT:
+            raise DataError(
+                f"data.source has {len(data.test)} held-out images, too few for a floor; there must be at least "
+                f"{MIN_HELD_OUT}"
+            )
         self.train = judge(evaluator, data.train.images, data.train.labels)
         self.held_out = judge(evaluator, data.test.images, data.test.labels)
         self._floors: dict[int, Measured] = {}
@@ -132,7 +143,8 @@ class Reference:
     def measure(self, judged: Judged) -> Measured:
         """The metrics of one set of images against the training split, without a floor."""
         real = self.matched(judged)
-        distances = nearest_images(judged.images[:MAX_COPY_CHECK], self.data.train.images)
+        looked_at = self._permutation(len(judged))[:MAX_COPY_CHECK]
+        distances = nearest_images(judged.images[looked_at], self.data.train.images)
         size = min(len(judged), len(real), MAX_NEIGHBOURHOOD)
         near = neighbourhoods(self._some(real, size).features, self._some(judged, size).features)
         kernel, deviation = kernel_distance(real.features, judged.features, seed=self.seed)
@@ -156,7 +168,8 @@ class Reference:
             "pixel_histogram_distance": histogram_distance(real_pixels, pixels),
             "nearest_distance": float(np.median(distances.distances)),
         }
-        return Measured(values, judged.logits.argmax(dim=1), distances.relative, distances.indices)
+        read = judged.logits.argmax(dim=1)
+        return Measured(values, read, looked_at, distances.relative, distances.indices)
 
     def _copies(self, measured: Measured, floor: Measured) -> Share:
         """Images nearer to one training image, next to the others around, than one in a hundred held-out images is."""
@@ -168,9 +181,12 @@ class Reference:
             return {"accuracy": None}
         right = judged.logits.argmax(dim=1) == judged.labels
         overall = wilson_share(int(right.sum()), len(right))
-        by_class = {}
+        by_class: dict[str, dict[str, Any]] = {}
         for label, name in enumerate(self.data.class_names):
             asked = right[judged.labels == label]
+            if len(asked) == 0:
+                by_class[name] = {"accuracy": None, "low": None, "high": None, "num_images": 0}
+                continue
             share = wilson_share(int(asked.sum()), len(asked))
             by_class[name] = {"accuracy": share.value, "low": share.low, "high": share.high, "num_images": len(asked)}
         return {
@@ -220,9 +236,15 @@ class Reference:
         factor = float((available[wanted] / counts[wanted]).min())
         if total is not None:
             factor = min(factor, total / float(counts.sum()))
+        exact = counts.double() * factor
+        shares = exact.floor().long()
+        # The largest remainders make up the sum.
+        left = round(float(exact.sum())) - int(shares.sum())
+        shares[(exact - shares).argsort(descending=True)[:left]] += 1
+        shares = torch.minimum(shares, available)
         generator = numpy_generator(self.seed, "eval", 2)
         chosen = []
-        for label, share in enumerate((counts * factor).round().long().tolist()):
+        for label, share in enumerate(shares.tolist()):
             where = np.flatnonzero(pool.labels.numpy() == label)
             chosen.append(generator.permutation(where)[:share])
         return torch.from_numpy(np.sort(np.concatenate(chosen)))
@@ -231,7 +253,10 @@ class Reference:
         """`size` of the images, evenly chosen."""
         if size == len(judged):
             return judged
-        return judged.subset(torch.from_numpy(numpy_generator(self.seed, "eval", 3).permutation(len(judged))[:size]))
+        return judged.subset(self._permutation(len(judged))[:size])
+
+    def _permutation(self, size: int) -> Tensor:
+        return torch.from_numpy(numpy_generator(self.seed, "eval", 3).permutation(size))
 
     def _train_on_synthetic(self, judged: Judged) -> dict[str, Any]:
         """Test accuracy on real images of a classifier trained on the sample, and on as many real images.
@@ -239,7 +264,7 @@ class Reference:
         Ravuri and Vinyals (2019), https://arxiv.org/abs/1905.10887: the classification accuracy score.
         """
         if judged.labels is None:
-            return {"train_on_synthetic_accuracy": None}
+            raise DataError("train_on_synthetic=true needs images with classes, and these have none")
         real = self._some(self.train, min(len(judged), len(self.train)))
         shares = []
         for name, training in (("synthetic", judged), ("as many real", real)):

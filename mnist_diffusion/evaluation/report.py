@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mnist_diffusion.evaluation.protocol import Measured
 from mnist_diffusion.evaluation.samples import Sample
 from mnist_diffusion.records import write_whole
 from mnist_diffusion.visualize import image_grid
@@ -154,7 +155,7 @@ def _class_table(result: Mapping[str, Any]) -> str:
     for name, share in result["class_accuracy"].items():
         frechet, floor = result["class_fid"][name], result["class_fid_floor"][name]
         lines.append(
-            f"| {name} | {share['accuracy']:.1%} | {share['low']:.1%} to {share['high']:.1%} | "
+            f"| {name} | {_percent(share['accuracy'])} | {_percent(share['low'])} to {_percent(share['high'])} | "
             f"{_number('{:.3f}')(frechet)} | {_number('{:.3f}')(floor)} |"
         )
     return "\n".join(lines)
@@ -187,17 +188,16 @@ def misread_grid(sample: Sample, read: Tensor) -> Any:
     return image_grid(sample.images[wrong].float() / 255, IMAGES_A_ROW) if len(wrong) else None
 
 
-def nearest_grid(sample: Sample, training: Tensor, relative: np.ndarray, nearest: np.ndarray) -> Any:
+def nearest_grid(sample: Sample, training: Tensor, measured: Measured) -> Any:
     """The images most like a copy, above the training images nearest to them.
 
     Args:
         sample: the images.
         training: uint8 `[M, C, H, W]`.
-        relative: how near each of the first images is to its nearest training image, `[n]`.
-        nearest: which one that is, `[n]`.
+        measured: says how near each is to its nearest training image, and which that is.
     """
-    first = np.argsort(relative)[:IMAGES_A_ROW]
-    pairs = torch.cat([sample.images[torch.from_numpy(first)], training[torch.from_numpy(nearest[first])]])
+    first = np.argsort(measured.relative)[:IMAGES_A_ROW]
+    pairs = torch.cat([sample.images[measured.looked_at[first]], training[torch.from_numpy(measured.nearest[first])]])
     return image_grid(pairs.float() / 255, len(first), row_labels=["judged", "nearest"])
 
 

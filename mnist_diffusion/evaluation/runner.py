@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from mnist_diffusion.config import DataConfig, SchedulerName
+from mnist_diffusion.config import DataConfig, SchedulerName, UserError
 from mnist_diffusion.data import ImageData, load_images
 from mnist_diffusion.evaluation.evaluator import accuracy, evaluator_for, load_evaluator
 from mnist_diffusion.evaluation.inception import ImageNetDistance
@@ -23,6 +23,9 @@ from mnist_diffusion.evaluation.samples import Artist, Sample, read_sample
 from mnist_diffusion.records import machine_description, package_versions
 from mnist_diffusion.sampling import DEFAULT_DEVICE, load_pipeline
 
+NUM_IMAGES = 10_000
+TRUSTED_ACCURACY = 0.9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -30,7 +33,7 @@ class Request:
 
     source: str
     data: DataConfig
-    num_images: int
+    num_images: int | None
     scheduler: tuple[SchedulerName, ...]
     num_inference_steps: tuple[int, ...]
     guidance_scale: tuple[float, ...]
@@ -54,14 +57,18 @@ def run(request: Request) -> dict[str, Any]:
     Raises:
         UserError: something that the user can put right.
     """
-    imagenet = ImageNetDistance() if request.imagenet_fid else None
+    device = _device(request.device)
+    request.out.mkdir(parents=True, exist_ok=True)
+    imagenet = ImageNetDistance(device) if request.imagenet_fid else None
     data = load_images(request.data, seed=request.split_seed)
     if data.notice:
         print(f"\n{'!' * 100}\n{data.notice}\n{'!' * 100}\n")
     samples = _samples(request, data)
-    evaluator = evaluator_for(data) if request.evaluator is None else load_evaluator(request.evaluator)
-    request.out.mkdir(parents=True, exist_ok=True)
+    evaluator = evaluator_for(data) if request.evaluator is None else load_evaluator(request.evaluator, data)
     reference = Reference(data, evaluator.model, seed=request.seed)
+    reads = accuracy(evaluator.model, data.test)
+    if reads < TRUSTED_ACCURACY:
+        print(f"warning: the evaluator reads {reads:.1%} of the held-out images right: its figures say little")
     if imagenet is not None:
         imagenet.set_reference(data.train.images)
     results: list[dict[str, Any]] = []
@@ -73,46 +80,57 @@ def run(request: Request) -> dict[str, Any]:
         values = dict(measured.values)
         if imagenet is not None:
             values["imagenet_fid"] = imagenet(sample.images)
+            values["imagenet_fid_floor"] = imagenet(data.test.images[: len(sample.images)])
         cost = {"passes_per_image": sample.passes_per_image, "seconds": sample.seconds}
         results.append({**about, **cost, "metrics_seconds": time.perf_counter() - started, **values})
         pictures["samples"].append(sample_grid(sample, data.class_names))
         pictures["misread"].append(misread_grid(sample, measured.read))
-        pictures["nearest"].append(nearest_grid(sample, data.train.images, measured.relative, measured.nearest))
-    report = {
-        "source": request.source,
-        "data": {
-            "source": data.source,
-            "hub_id": data.hub_id,
-            "fingerprint": data.fingerprint,
-            "notice": data.notice,
-            "num_train_images": len(data.train),
-            "num_held_out_images": len(data.test),
-        },
-        "evaluator": {
-            "sha256": evaluator.sha256,
-            "origin": evaluator.origin,
-            "accuracy": accuracy(evaluator.model, data.test),
-        },
-        "seed": request.seed,
-        "machine": machine_description(torch.device(request.device or DEFAULT_DEVICE), 1),
-        "versions": package_versions(),
-        "results": results,
-    }
-    write_report(report, pictures, request.out)
+        pictures["nearest"].append(nearest_grid(sample, data.train.images, measured))
+        # After each result, so that an interrupted sweep has a report of what is done.
+        report = {
+            "source": request.source,
+            "data": {
+                "source": data.source,
+                "hub_id": data.hub_id,
+                "fingerprint": data.fingerprint,
+                "notice": data.notice,
+                "num_train_images": len(data.train),
+                "num_held_out_images": len(data.test),
+            },
+            "evaluator": {"sha256": evaluator.sha256, "origin": evaluator.origin, "accuracy": reads},
+            "seed": request.seed,
+            "dtype": request.dtype,
+            "machine": machine_description(device, 1),
+            "versions": package_versions(),
+            "results": results,
+        }
+        write_report(report, pictures, request.out)
     return report
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or DEFAULT_DEVICE)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _samples(request: Request, data: ImageData) -> list[tuple[dict[str, Any], Callable[[], Sample]]]:
     """What is judged: a description of each set of images, and how to get it."""
     path = Path(request.source)
     if path.exists() and not (path / "model_index.json").is_file():
+        asked = ("num_images", "scheduler", "num_inference_steps", "guidance_scale")
+        if idle := [name for name in asked if getattr(request, name)]:
+            raise UserError(f"{', '.join(idle)} can only be given for a pipeline, and {str(path)!r} holds images")
         sample = read_sample(path, data)
         return [({"name": path.name}, lambda: sample)]
     pipeline = load_pipeline(request.source, device=request.device, dtype=request.dtype)
     artist = Artist(
         pipeline,
         data,
-        num_images=request.num_images,
+        num_images=request.num_images or NUM_IMAGES,
         seed=request.seed,
         batch_size=request.batch_size,
         folder=request.out / "images",
@@ -123,4 +141,6 @@ def _samples(request: Request, data: ImageData) -> list[tuple[dict[str, Any], Ca
             request.scheduler or (None,), request.num_inference_steps or (None,), request.guidance_scale or (None,)
         )
     ]
+    for way in ways:
+        artist.check(way)
     return [({"name": way.name, **asdict(way)}, partial(artist.draw, way)) for way in ways]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import safetensors.torch
@@ -23,8 +26,10 @@ from mnist_diffusion.data.sources import decode_picture, read_source
 from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.sampling import build_sampler, generate, sampler_name
+from mnist_diffusion.visualize import SHEETS, safe_name
 
 IMAGES_A_PART = 500
+PARTS_OF_A_RUN = ("unet", "scheduler", "pipeline", "config.yaml")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LABELLED_NAME = re.compile(r"digit_(?P<name>.+)_\d+")
 MIN_IMAGES = 50
@@ -46,12 +51,14 @@ class Way:
 
     scheduler: str
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | None
+    """None for an unconditional model."""
 
     @property
     def name(self) -> str:
         """In a few words."""
-        return f"{self.scheduler}, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}"
+        guided = "" if self.guidance_scale is None else f", guidance {self.guidance_scale:g}"
+        return f"{self.scheduler}, {self.num_inference_steps} steps{guided}"
 
 
 class Artist:
@@ -85,6 +92,7 @@ class Artist:
         self.pipeline, self.num_images, self.seed = pipeline, num_images, seed
         self.batch_size, self.folder, self.classes = batch_size, folder, pipeline.num_classes
         self.training_config = pipeline.scheduler.config
+        self._weights_hash: str | None = None
         size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.out_channels
         if (channels, size) != (data.channels, data.image_size):
             raise UserError(
@@ -94,6 +102,13 @@ class Artist:
             )
         if self.classes is not None and self.classes != data.num_classes:
             raise UserError(f"the pipeline knows {self.classes} classes, but data.source has {data.num_classes}")
+        names = pipeline.config.id2label or {}
+        known = tuple(names.get(str(index), str(index)) for index in range(data.num_classes))
+        if self.classes is not None and names and known != data.class_names:
+            raise UserError(
+                f"the pipeline's classes are {', '.join(known[:12])}, but those of data.source are "
+                f"{', '.join(data.class_names[:12])}, in this order"
+            )
         if num_images < MIN_IMAGES:
             raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
         if self.classes is not None and num_images % self.classes:
@@ -107,10 +122,55 @@ class Artist:
     ) -> Way:
         """A way of drawing, the pipeline's own defaults standing for None."""
         own = self.pipeline.config
+        if self.classes is None:
+            if guidance_scale is not None:
+                raise UserError(f"guidance_scale={guidance_scale:g} has nothing to guide: the model is unconditional")
+        elif guidance_scale is None:
+            guidance_scale = own.guidance_scale
         return Way(
             scheduler or sampler_name(self.pipeline.scheduler),
             num_inference_steps or own.num_inference_steps,
-            own.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale,
+        )
+
+    def check(self, way: Way) -> None:
+        """Take the first step of one image, so that what cannot work is said before others are drawn.
+
+        Raises:
+            UserError: the way cannot work.
+        """
+
+        def stop(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            pipeline._interrupt = True
+            return values
+
+        with self._drawing(way):
+            self._generate(way, range(1), callback_on_step_end=stop)
+
+    @contextmanager
+    def _drawing(self, way: Way) -> Iterator[None]:
+        """The pipeline with the way's sampler; its errors name the way."""
+        own = self.pipeline.scheduler
+        if way.scheduler != sampler_name(own):
+            self.pipeline.scheduler = build_sampler(way.scheduler, self.training_config)  # type: ignore[arg-type]
+        try:
+            yield
+        except ValueError as error:  # the pipeline's own, which name argument and value
+            raise UserError(f"{way.name}: {error}") from error
+        finally:
+            self.pipeline.scheduler = own
+
+    def _generate(self, way: Way, indices: range, **options: Any) -> Tensor:
+        labels = None if self.classes is None else [index % self.classes for index in indices]
+        seeds = [mixed_seed(self.seed, "eval", index) for index in indices]
+        return generate(
+            self.pipeline,
+            labels,
+            seeds,
+            batch_size=self.batch_size,
+            num_inference_steps=way.num_inference_steps,
+            guidance_scale=way.guidance_scale,
+            **options,
         )
 
     def draw(self, way: Way) -> Sample:
@@ -119,18 +179,9 @@ class Artist:
         Raises:
             UserError: the way cannot work, or the network gives values that are not finite.
         """
-        own = self.pipeline.scheduler
-        if way.scheduler != sampler_name(own):
-            self.pipeline.scheduler = build_sampler(way.scheduler, self.training_config)  # type: ignore[arg-type]
-        try:
-            parts = [
-                self._part(way, range(start, min(start + IMAGES_A_PART, self.num_images)))
-                for start in tqdm(range(0, self.num_images, IMAGES_A_PART), desc="drawing", unit="part", leave=False)
-            ]
-        except ValueError as error:  # the pipeline's own, which name argument and value
-            raise UserError(str(error)) from error
-        finally:
-            self.pipeline.scheduler = own
+        with self._drawing(way):
+            starts = tqdm(range(0, self.num_images, IMAGES_A_PART), desc="drawing", unit="part", leave=False)
+            parts = [self._part(way, range(start, min(start + IMAGES_A_PART, self.num_images))) for start in starts]
         images = torch.cat([torch.from_numpy(part["images"]) for part in parts])
         labels = None if self.classes is None else torch.arange(self.num_images) % self.classes
         passes, seconds = (sum(float(part[name]) for part in parts) for name in ("passes", "seconds"))
@@ -141,32 +192,23 @@ class Artist:
         path = None
         if self.folder is not None:
             path = self.folder / self._identity(way) / f"{indices.start:06d}-{indices.stop:06d}.npz"
-            if path.is_file():
-                with np.load(path, allow_pickle=False) as kept:
-                    return dict(kept)
+            if (kept := _read_part(path, len(indices))) is not None:
+                return kept
         passes = 0
 
         def count(module: Any, arguments: tuple[Any, ...]) -> None:
             nonlocal passes
             passes += len(arguments[0])
 
-        labels = None if self.classes is None else [index % self.classes for index in indices]
-        seeds = [mixed_seed(self.seed, "eval", index) for index in indices]
+        def check_finite(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            # Before the images are clipped to [0, 1], which makes infinity white.
+            if not torch.isfinite(values["latents"]).all():
+                raise ValueError(f"values that are not finite (NaN or infinity) in step {step + 1}")
+            return values
+
         started = time.perf_counter()
-        hook = self.pipeline.unet.register_forward_pre_hook(count)
-        try:
-            images = generate(
-                self.pipeline,
-                labels,
-                seeds,
-                batch_size=self.batch_size,
-                num_inference_steps=way.num_inference_steps,
-                guidance_scale=way.guidance_scale if labels is not None else None,
-            )
-        finally:
-            hook.remove()
-        if not torch.isfinite(images).all():
-            raise UserError("the pipeline gave images with values that are not finite (NaN or infinity)")
+        with self.pipeline.unet.register_forward_pre_hook(count):
+            images = self._generate(way, indices, callback_on_step_end=check_finite)
         part = {
             "images": (images * 255).round().byte().numpy(),
             "passes": np.array(passes),
@@ -177,17 +219,43 @@ class Artist:
             temporary = path.with_name(f".{path.name}.partial")
             with temporary.open("wb") as file:
                 np.savez(file, allow_pickle=False, **part)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
         return part
 
     def _identity(self, way: Way) -> str:
         """A name for what decides the images: weights, sampler, steps, guidance and seed."""
-        scheduler = self.pipeline.scheduler
-        weights = {name: value.contiguous() for name, value in self.pipeline.unet.state_dict().items()}
-        digest = hashlib.sha256(safetensors.torch.save(weights))
-        settings = [type(scheduler).__name__, dict(scheduler.config), repr(way), self.seed, self.pipeline.config.eta]
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        return f"{way.scheduler}-{way.num_inference_steps}-{way.guidance_scale:g}-{digest.hexdigest()[:12]}"
+        pipeline, scheduler = self.pipeline, self.pipeline.scheduler
+        if self._weights_hash is None:
+            weights = {name: value.contiguous() for name, value in pipeline.unet.state_dict().items()}
+            self._weights_hash = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
+        network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
+        settings = [
+            type(scheduler).__name__,
+            dict(scheduler.config),
+            repr(way),
+            self.seed,
+            pipeline.config.eta,
+            network,
+        ]
+        said = self._weights_hash + json.dumps(settings, sort_keys=True, default=str)
+        guided = "" if way.guidance_scale is None else f"-{way.guidance_scale:g}"
+        digest = hashlib.sha256(said.encode()).hexdigest()
+        return f"{way.scheduler}-{way.num_inference_steps}{guided}-{digest[:12]}"
+
+
+def _read_part(path: Path, count: int) -> dict[str, np.ndarray] | None:
+    """A part that was drawn before; None where there is none, or it is damaged and must be drawn again."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            part = {name: kept[name] for name in ("images", "passes", "seconds")}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        print(f"warning: {path} is damaged ({error}); its images are drawn again")
+        return None
+    return part if len(part["images"]) == count else None
 
 
 def read_sample(path: Path, data: ImageData) -> Sample:
@@ -209,11 +277,12 @@ def read_sample(path: Path, data: ImageData) -> Sample:
     labels = None
     if names is not None:
         known = {name: index for index, name in enumerate(data.class_names)}
+        known |= {safe_name(name): index for name, index in known.items()} if _is_flat(path) else {}
         if unknown := sorted(set(names) - set(known)):
             raise DataError(f"{path}: classes {unknown[:5]} are not among the real ones {list(known)[:20]}")
-        if missing := sorted(set(known) - set(names)):
-            raise DataError(f"{path}: no images of the classes {missing[:20]}")
         labels = torch.tensor([known[name] for name in names])
+        if missing := [name for index, name in enumerate(data.class_names) if index not in labels]:
+            raise DataError(f"{path}: no images of the classes {missing[:20]}")
     if len(stacked) < MIN_IMAGES:
         raise DataError(f"{path}: {len(stacked)} images are too few to measure; there must be at least {MIN_IMAGES}")
     return Sample(stacked, labels)
@@ -224,12 +293,12 @@ def _is_flat(path: Path) -> bool:
 
 
 def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = (file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = sorted(file for file in pictures if file.name not in SHEETS)
     images = [
         decode_picture(file.read_bytes(), DataConfig(), str(file)) for file in tqdm(files, desc="reading", leave=False)
     ]
     found = [LABELLED_NAME.fullmatch(file.stem) for file in files]
-    # A grid among the files has no class, and no place here.
     if any(found) and not all(found):
         stray = next(file.name for file, match in zip(files, found, strict=True) if match is None)
         raise DataError(f"{folder}: {stray!r} names no class, but other files do (digit_<class>_<number>.png)")
@@ -237,9 +306,15 @@ def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:
 
 
 def _read_labelled(path: Path) -> tuple[list[Tensor], Sequence[str]]:
-    if not path.exists():
-        raise DataError(f"{str(path)!r} is neither a pipeline folder, a Hub id, nor a folder or parquet of images")
-    source = read_source(DataConfig(source=str(path)))
+    if any((path / name).exists() for name in PARTS_OF_A_RUN):
+        raise DataError(
+            f"source={str(path)!r} looks like a run folder or an incomplete pipeline folder: name the pipeline folder "
+            "in it, which has a model_index.json"
+        )
+    try:
+        source = read_source(DataConfig(source=str(path)))
+    except DataError as error:
+        raise DataError(f"source: {str(error).replace('data.source=', '')}") from error
     if len(source.train.images) == 0:
         raise DataError(f"{path} holds no images")
     names = source.class_names or {}

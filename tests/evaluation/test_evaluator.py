@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mnist_diffusion.config import DataConfig, UserError
 from mnist_diffusion.data import ImageData, load_images
@@ -61,15 +63,31 @@ def test_loss_and_features() -> None:
     assert (logits.shape, features.shape) == ((5, 4), (5, 96))
 
 
-def test_save_and_load(digits_evaluator: ImageEvaluator, tmp_path: Path) -> None:
+def test_save_and_load(digits: ImageData, digits_evaluator: ImageEvaluator, tmp_path: Path) -> None:
     save_evaluator(digits_evaluator, tmp_path / "evaluator")
-    loaded = load_evaluator(tmp_path / "evaluator").model
+    loaded = load_evaluator(tmp_path / "evaluator", digits).model
     images = torch.arange(2 * 784).view(2, 1, 28, 28).remainder(256).byte()
     assert torch.equal(logits_and_features(loaded, images)[0], logits_and_features(digits_evaluator, images)[0])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(FileExistsError, match="is there already"):
         save_evaluator(digits_evaluator, tmp_path / "evaluator")
     with pytest.raises(UserError, match="nowhere' cannot be loaded"):
-        load_evaluator(tmp_path / "nowhere")
+        load_evaluator(tmp_path / "nowhere", digits)
+    reversed_names = dataclasses.replace(digits, class_names=digits.class_names[::-1])
+    with pytest.raises(UserError, match=r"reads \(channels, size, classes\) .* but the images have"):
+        load_evaluator(tmp_path / "evaluator", reversed_names)
+    weights = tmp_path / "evaluator" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({"another": tensors["head.weight"]}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="weights of another kind of model"):
+        load_evaluator(tmp_path / "evaluator", digits)
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_evaluator(tmp_path / "evaluator", digits)
+
+
+def test_one_class_has_no_evaluator(digits: ImageData) -> None:
+    with pytest.raises(UserError, match=r"two classes or more, and data.source has 1"):
+        evaluator_for(dataclasses.replace(digits, class_names=("0",)))
 
 
 def test_trained_once_and_kept_by_data_and_recipe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,46 @@ def test_copies_of_training_images_are_flagged(digits_reference: Reference, shif
     assert any("copies of training images" in warning for warning in values["warnings"])
 
 
+def test_copies_are_looked_for_in_every_class(digits_reference: Reference) -> None:
+    """Copies of the last class alone, in images sorted by class, as folders give them."""
+    data = digits_reference.data
+    order = data.test.labels.argsort()
+    images, labels = data.test.images[order].repeat(20, 1, 1, 1), data.test.labels[order].repeat(20)
+    order = labels.argsort()
+    images, labels = images[order], labels[order]
+    nines = data.train.images[data.train.labels == 9]
+    images[labels == 9] = nines.repeat(10, 1, 1, 1)[: int((labels == 9).sum())]
+    values = digits_reference.report(Sample(images, labels)).values
+    assert values["copied_share"] > 0.08
+    assert values["copies_suspected"]
+
+
+@pytest.mark.parametrize("count", [50, 77, 140, 299])
+def test_floor_has_exactly_as_many(mnist: Reference, count: int) -> None:
+    labels = mnist.held_out.labels
+    assert labels is not None
+    chosen = mnist._choose(mnist.held_out, torch.bincount(labels), count)
+    assert len(chosen) == len(set(chosen.tolist())) == count
+
+
+def test_held_out_class_without_images_and_too_few(digits: ImageData, digits_reference: Reference) -> None:
+    nine_out = dataclasses.replace(
+        digits, test=ImageSplit(digits.test.images[digits.test.labels < 9], digits.test.labels[digits.test.labels < 9])
+    )
+    floor = Reference(nine_out, digits_reference.evaluator).floor(100).values
+    assert floor["class_accuracy"]["9"]["accuracy"] is None
+    few = dataclasses.replace(digits, test=ImageSplit(digits.test.images[:20], digits.test.labels[:20]))
+    with pytest.raises(DataError, match="20 held-out images, too few for a floor"):
+        Reference(few, digits_reference.evaluator)
+
+
 def test_without_labels(digits_reference: Reference) -> None:
     values = digits_reference.report(Sample(digits_reference.data.test.images, None)).values
     assert values["accuracy"] is None
     assert "class_fid" not in values
     assert values["fid_ratio"] < 2
+    with pytest.raises(DataError, match="train_on_synthetic=true needs images with classes"):
+        digits_reference.report(Sample(digits_reference.data.test.images, None), train_on_synthetic=True)
 
 
 def test_small_samples_carry_their_floor_in_a_warning(digits_reference: Reference) -> None:

@@ -43,8 +43,9 @@ def folders(
     return root / "run" / "pipeline", root / "evaluator"
 
 
-def evaluate(source: Path, evaluator: Path, out: Path, *flags: Any, code: int = 0) -> Path:
-    common = ["--data.source", "digits", "--evaluator", str(evaluator), "--num_images", "60", "--out", str(out)]
+def evaluate(source: Path, evaluator: Path, out: Path, *flags: Any, code: int = 0, num_images: int | None = 60) -> Path:
+    common = ["--data.source", "digits", "--evaluator", str(evaluator), "--out", str(out)]
+    common += [] if num_images is None else ["--num_images", str(num_images)]
     assert main(["evaluate", str(source), *common, *map(str, flags)]) == code
     return out
 
@@ -80,8 +81,7 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
 def test_images_of_another_program(folders: tuple[Path, Path], tmp_path: Path) -> None:
     pipeline, evaluator = folders
     assert main(["sample", str(pipeline), "--num_images", "60", "--files", "--out", str(tmp_path / "images")]) == 0
-    (tmp_path / "images" / "grid.png").unlink()
-    out = evaluate(tmp_path / "images", evaluator, tmp_path / "report")
+    out = evaluate(tmp_path / "images", evaluator, tmp_path / "report", num_images=None)
     [result] = json.loads((out / "report.json").read_text())["results"]
     assert (result["num_images"], result["passes_per_image"]) == (60, None)
     assert result["accuracy"] is not None
@@ -122,7 +122,9 @@ def test_card(folders: tuple[Path, Path], tmp_path: Path) -> None:
             "the pipeline draws images of 28 x 28 with 1 channels, but data.source has 32 x 32",
         ),
         (["--data.source", "/nowhere/at/all"], "'/nowhere/at/all' was not found"),
-        (["--num_inference_steps", "1001"], "num_inference_steps"),
+        (["--num_inference_steps", "1", "1001"], "dpmpp, 1001 steps, guidance 2: num_inference_steps"),
+        (["--guidance_scale", "2", "inf"], "guidance_scale"),
+        (["--device", "gpu"], "device='gpu' cannot be used"),
         (["--evaluator", "/nowhere"], "evaluator '/nowhere' cannot be loaded"),
     ],
 )
@@ -131,7 +133,15 @@ def test_what_cannot_be(
 ) -> None:
     evaluate(*folders, tmp_path, *flags, code=2)
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "report.json").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_drawing_options_for_images_are_refused(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    evaluate(tmp_path / "images", folders[1], tmp_path / "out", "--guidance_scale", 2, code=2)
+    assert "num_images, guidance_scale can only be given for a pipeline" in capsys.readouterr().err
 
 
 def test_card_is_looked_for_before_any_work(
@@ -148,7 +158,7 @@ def test_parser(folders: tuple[Path, Path], flags: list[str], capsys: pytest.Cap
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", str(folders[0]), *flags])
     assert stopped.value.code == 2
-    assert flags[0].lstrip("-") in capsys.readouterr().err
+    assert flags[-1] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_imagenet_weights_that_cannot_be_had(

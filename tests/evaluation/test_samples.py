@@ -78,9 +78,27 @@ class TestDrawing:
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_A_PART", 20)
-        few = artist(pipeline, letters, tmp_path).draw(Way("ddim", 2, 2.0))
-        more = artist(pipeline, letters, tmp_path, num_images=80).draw(Way("ddim", 2, 2.0))
-        assert torch.equal(more.images[:60], few.images)
+        few = artist(pipeline, letters, tmp_path, num_images=70).draw(Way("ddim", 2, 2.0))
+        drawn = 0
+
+        def count(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
+            nonlocal drawn
+            drawn += len(arguments[0])
+
+        with pipeline.unet.register_forward_pre_hook(count):
+            more = artist(pipeline, letters, tmp_path, num_images=80).draw(Way("ddim", 2, 2.0))
+        assert drawn == 20 * 4
+        assert torch.equal(more.images[:70], few.images)
+
+    def test_damaged_parts_are_drawn_again(
+        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        whole = artist(pipeline, letters, tmp_path).draw(Way("ddim", 2, 2.0))
+        [path] = tmp_path.rglob("*.npz")
+        for damaged in (b"", path.read_bytes()[:300]):
+            path.write_bytes(damaged)
+            assert torch.equal(artist(pipeline, letters, tmp_path).draw(Way("ddim", 2, 2.0)).images, whole.images)
+            assert f"{path} is damaged" in capsys.readouterr().out
 
     @pytest.mark.parametrize("change", ["weights", "seed", "scale", "sampler setting"])
     def test_other_images_are_not_taken_for_these(self, change: str, letters: ImageData, tmp_path: Path) -> None:
@@ -104,11 +122,14 @@ class TestDrawing:
         sample = artist(pipeline, letters, num_images=55).draw(artist(pipeline, letters).way(None, 2, None))
         assert sample.labels is None
         assert (len(sample.images), sample.passes_per_image) == (55, 2)
+        with pytest.raises(UserError, match="guidance_scale=2 has nothing to guide: the model is unconditional"):
+            artist(pipeline, letters).way(None, 2, 2.0)
 
-    def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData, value: float) -> None:
         with torch.no_grad():
-            next(iter(pipeline.unet.parameters())).fill_(torch.nan)
-        with pytest.raises(UserError, match="values that are not finite"):
+            pipeline.unet.conv_out.bias.fill_(value)
+        with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2: values that are not finite"):
             artist(pipeline, letters).draw(Way("ddim", 2, 2.0))
 
     @pytest.mark.parametrize(
@@ -131,6 +152,9 @@ class TestDrawing:
         with pytest.raises(UserError, match="8 x 8 with 3 channels"):
             artist(make_pipeline(channels=3), letters)
         three = ImageSplit(letters.train.images[:3], torch.arange(3))
+        backwards = ImageData(letters.train, letters.test, tuple(LETTERS[::-1]), "", "")
+        with pytest.raises(UserError, match=r"the pipeline's classes are a, b, .* but those of data.source are j, i"):
+            artist(pipeline, backwards)
         with pytest.raises(UserError, match=r"knows 10 classes, but data.source has 3"):
             artist(pipeline, ImageData(three, three, ("a", "b", "c"), "", ""))
 
@@ -167,8 +191,10 @@ class TestReading:
         sample = read_sample(tmp_path, letters)
         assert sample.labels is not None
         assert {int(image[0, 0, 0]) % 10 for image in sample.images[sample.labels == 3]} == {3}
-        Image.new("L", (80, 80)).save(tmp_path / "grid.png")
-        with pytest.raises(DataError, match=r"'grid.png' names no class, but other files do"):
+        Image.new("L", (80, 80)).save(tmp_path / "grid.png")  # which the command writes beside them
+        assert len(read_sample(tmp_path, letters).images) == 60
+        Image.new("L", (8, 8)).save(tmp_path / "stray.png")
+        with pytest.raises(DataError, match=r"'stray.png' names no class, but other files do"):
             read_sample(tmp_path, letters)
 
     def test_flat_folder_without_classes(self, letters: ImageData, tmp_path: Path) -> None:
@@ -232,8 +258,9 @@ class TestReading:
             read_sample(tmp_path, letters)
 
     def test_nothing_there(self, letters: ImageData, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="neither a pipeline folder, a Hub id, nor a folder or parquet"):
-            read_sample(tmp_path / "nowhere", letters)
+        (tmp_path / "run" / "pipeline").mkdir(parents=True)
+        with pytest.raises(DataError, match="looks like a run folder or an incomplete pipeline folder"):
+            read_sample(tmp_path / "run", letters)
         (tmp_path / "empty").mkdir()
         with pytest.raises(DataError, match="holds no images"):
             read_sample(tmp_path / "empty", letters)
