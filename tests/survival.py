@@ -216,7 +216,7 @@ def chain_of_kills(
     """
     random.seed(0)
     # Enough that no launch but the last comes to the end.
-    steps = sum(40 if death is None else death.save + 1 for death in deaths) + 10
+    steps = sum(25 if death is None else death.save + 1 for death in deaths) + 10
     arguments = [*FLAGS, "--train.max_steps", str(steps), *flags]
     whole, cut, log = root / "whole", root / "cut", root / "log.txt"
     assert nursery.finish([*arguments, "--output_dir", str(whole)], log=log, ranks=ranks, seconds=900) == (
@@ -236,7 +236,7 @@ def chain_of_kills(
         assert not problems, problems
         assert (found if found is not None else -1) >= newest, f"the checkpoint of step {newest} is lost"
         newest = found if found is not None else -1
-    assert nursery.finish(again, log=log, ranks=ranks) == [0] * ranks, log.read_text()[-3000:]
+    assert nursery.finish(again, log=log, ranks=ranks, seconds=900) == [0] * ranks, log.read_text()[-3000:]
     first, second = final_state(whole), final_state(cut)
     different = [name for name in first if first[name] != second.get(name)]
     return {"kills": landed, "ended before": elsewhere, "steps": steps, "different": different}
