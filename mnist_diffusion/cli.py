@@ -225,7 +225,7 @@ def train_evaluator(argv: Sequence[str], *, prog: str) -> int:
     set_num_threads(TrainConfig())
     data = load_images(DataConfig(**values.data.as_dict()), seed=values.split_seed)
     print(data.describe())
-    model = evaluator.train_evaluator(data, seed=values.seed)
+    model = evaluator.train_evaluator(data, steps=evaluator.STEPS, seed=values.seed)
     evaluator.save_evaluator(model, values.out)
     print(f"{evaluator.accuracy(model, data.test):.2%} of {len(data.test)} held-out images read right; in {values.out}")
     return 0

@@ -15,7 +15,7 @@ from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import Config, ModelConfig, SamplingConfig
 from mnist_diffusion.data import ImageData
-from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, load_evaluator, save_evaluator
 from mnist_diffusion.export import build_pipeline, export_pipeline
 from mnist_diffusion.model import build_noise_scheduler, build_unet
 
@@ -159,6 +159,18 @@ def test_parser(folders: tuple[Path, Path], flags: list[str], capsys: pytest.Cap
         main(["evaluate", str(folders[0]), *flags])
     assert stopped.value.code == 2
     assert flags[-1] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_train_evaluator_command(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mnist_diffusion.evaluation.evaluator.STEPS", 3)
+    arguments = ["train_evaluator", "--data.source", "digits", "--out", str(tmp_path / "evaluator")]
+    assert main(arguments) == 0
+    assert "of 180 held-out images read right" in capsys.readouterr().out
+    assert load_evaluator(tmp_path / "evaluator", digits).model.config.data_fingerprint == digits.fingerprint
+    assert main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_imagenet_weights_that_cannot_be_had(
