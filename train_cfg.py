@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from mnist_diffusion.cli import TrainArguments, parse_train_arguments, reporting_errors
+from mnist_diffusion.cli import RunArguments, parse_train_arguments, reporting_errors
+from mnist_diffusion.config import Config
 
 
-def run(arguments: TrainArguments) -> int:
+def run(arguments: RunArguments[Config]) -> int:
     """Assemble a run from its configuration, and train."""
     from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy imports wait until the arguments are right)
+    from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
     from mnist_diffusion.launch import (  # noqa: PLC0415
         build_accelerator,
         choose_output_dir,
@@ -56,7 +59,8 @@ def run(arguments: TrainArguments) -> int:
     if arguments.dry_run:
         accelerator.print(f"{expected_cost(learner)}\n\n{config.to_yaml()}")
         return 0
-    return train(config, learner, noise_scheduler, output_dir, recipe=arguments.recipe)
+    make_pipeline = partial(build_pipeline, noise_scheduler, config.sampling, data.class_names)
+    return train(config, learner, make_pipeline, output_dir, recipe=arguments.recipe)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> int:

@@ -10,64 +10,93 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Generic, Literal, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from mnist_diffusion.config import Config, DataConfig, SchedulerName, TrainConfig, UserError, find_recipe
+from mnist_diffusion.config import (
+    RECIPES,
+    Config,
+    DataConfig,
+    DistillConfig,
+    RunConfig,
+    SchedulerName,
+    TrainConfig,
+    UserError,
+    find_recipe,
+)
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 @dataclass(frozen=True)
-class TrainArguments:
-    """What a training command was asked for."""
+class RunArguments(Generic[AnyConfig]):
+    """What a command that starts a run was asked for."""
 
-    config: Config
+    config: AnyConfig
     recipe: str
     dry_run: bool
 
 
-def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> TrainArguments:
-    """Read a run's configuration from the command line.
+def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> RunArguments[Config]:
+    """Read a training run's configuration from the command line.
 
     Exits with status 2 and a message that names field and value where something is wrong.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
         description="Train a class-conditional diffusion model and leave a pipeline folder that diffusers loads.",
         epilog="Example: %(prog)s --config tiny --data.source digits --train.max_steps 100",
     )
+    return _parse_run(parser, Config, list(sys.argv[1:] if argv is None else argv), recipes=RECIPES)
+
+
+def parse_distill_arguments(argv: Sequence[str], *, prog: str) -> RunArguments[DistillConfig]:
+    """Read a distillation's configuration from the command line.
+
+    Exits with status 2 and a message that names field and value where something is wrong.
+    """
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} PIPELINE [--out FOLDER] [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
+        description="Distil a trained pipeline (a folder, or a Hub id) into a student that draws in one pass or a few.",
+        epilog="PIPELINE is short for --distillation.teacher, and --out for --output_dir.",
+    )
+    short = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    short.add_argument("--out")
+    found, flags = short.parse_known_args(list(argv))
+    if flags and not flags[0].startswith("-"):
+        flags = ["--distillation.teacher", *flags]
+    if found.out is not None:
+        flags += ["--output_dir", found.out]
+    return _parse_run(parser, DistillConfig, flags, recipes=RECIPES / "distillation")
+
+
+def _parse_run(
+    parser: ArgumentParser, schema: type[AnyConfig], argv: list[str], *, recipes: Path
+) -> RunArguments[AnyConfig]:
+    """Read a configuration of `schema`: defaults, then recipes, then flags, which win wherever `--config` stands."""
     parser.add_argument("--config", action="config", help="a YAML file, or the name of a recipe such as 'tiny'")
     add_switch(parser, "--dry_run", "show what would be done, and stop")
-    parser.add_class_arguments(Config, as_group=False)
-    recipes, flags = _take_config(argv)
-    try:
-        files = [find_recipe(name) for name in recipes]
-        values = parser.parse_args([*(item for file in files for item in ("--config", str(file))), *flags])
-        values.pop("config")
-        dry_run = values.pop("dry_run")
-        config = _build(parser, values)
-    except UserError as error:
-        parser.error(str(error))
-    return TrainArguments(config, _recipe_name(files[-1]) if files else "default", dry_run)
-
-
-def _take_config(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separate `--config` from the other flags, which are read after it and so win wherever it stands."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
+    parser.add_class_arguments(schema, as_group=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     found, flags = first.parse_known_args(argv)
-    return found.config, flags
-
-
-def _build(parser: ArgumentParser, values: Any) -> Config:
-    built = parser.instantiate_classes(values)
-    return Config(**{name: built[name] for name in Config.__dataclass_fields__})
+    try:
+        files = [find_recipe(name, recipes) for name in found.config]
+        values = parser.parse_args([*(item for file in files for item in ("--config", str(file))), *flags])
+        built = parser.instantiate_classes(values)
+        config = schema(**{field.name: built[field.name] for field in fields(schema)})
+    except UserError as error:
+        parser.error(str(error))
+    return RunArguments(config, _recipe_name(files[-1]) if files else "default", values.dry_run)
 
 
 def _recipe_name(file: Path) -> str:
@@ -243,10 +272,18 @@ def train(argv: Sequence[str], *, prog: str) -> int:
     return train_cfg.main(argv, prog=prog)
 
 
+def distill(argv: Sequence[str], *, prog: str) -> int:
+    """Distil a pipeline into a student."""
+    from mnist_diffusion import distill_cfg  # noqa: PLC0415  (imports this module)
+
+    return distill_cfg.main(argv, prog=prog)
+
+
 VERBS: dict[str, tuple[Callable[..., int], str]] = {
     "train": (train, "train a model; the same as train_cfg.py"),
     "sample": (sample, "draw images with a pipeline folder or a Hub repository"),
     "evaluate": (evaluate, "measure a pipeline's images, or any program's, against real ones"),
+    "distill": (distill, "turn a trained pipeline into one that draws in one pass or a few"),
     "train_evaluator": (train_evaluator, "train the classifier that evaluations read images with"),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 
@@ -233,6 +233,52 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FewStepConfig:
+    """What a student's pipeline folder does when it is called without further arguments."""
+
+    scheduler: SchedulerName = "lcm"
+    """The sampler, by its short name."""
+    num_inference_steps: int = 1
+    """Denoising steps, one network pass each."""
+    eta: float = 0.0
+    """Noise added by the samplers that take an eta (DDIM, TCD): 0 is deterministic."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, "sampling", self, "num_inference_steps")
+        _require_between(0, 1, "sampling", self, "eta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What a student learns from its teacher."""
+
+    teacher: str
+    """The teacher: a pipeline folder, or a Hub id such as `user/name`."""
+    guidance_scale: float = 1.5
+    """The guidance of the teacher that the student learns to draw with, in one pass a step."""
+    scheduler: SchedulerName = "dpmpp"
+    """The sampler that draws the teacher's trajectories, by its short name."""
+    num_teacher_steps: int = 8
+    """Steps of a trajectory, and so the number of points from which the student learns to see the image at its end."""
+    clean_within: float = 0.04
+    """How near to black or white, of a range from -1 to 1, a pixel of the teacher is taken for it."""
+    huber_c: float = 0.5
+    """Where the pseudo-Huber loss of a pixel turns from square to linear."""
+    label_dropout: float = 0.1
+    """Share of the labels replaced by the null class, from which the student learns to draw without a class."""
+
+    def __post_init__(self) -> None:
+        _require(self.teacher != "", "distillation.teacher", "", "a pipeline folder or a Hub id")
+        _require_at_least(0, "distillation", self, "guidance_scale")
+        _require_at_least(1, "distillation", self, "num_teacher_steps")
+        _require_between(0, 0.5, "distillation", self, "clean_within")
+        _require_between(0, 1, "distillation", self, "label_dropout")
+        _require(
+            math.isfinite(self.huber_c) and self.huber_c > 0, "distillation.huber_c", self.huber_c, "a positive number"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop: how long, how fast, how often it reports and saves. A step is one optimizer update."""
 
@@ -336,8 +382,20 @@ class TrainConfig:
         return 5.0 if unlimited else self.max_minutes
 
 
+class Saved:
+    """What both kinds of run can do with their fields: become plain data and YAML."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain dicts, lists and scalars."""
+        return _plain(asdict(self))  # type: ignore[call-overload]
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that `--config` reads back to an equal one."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Saved):
     """A whole run."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -353,6 +411,9 @@ class Config:
     output_dir: str | None = None
     """The run folder; null makes `runs/<recipe>-<time>`."""
 
+    FIXED: ClassVar[tuple[str, ...]] = ("model", "diffusion")
+    """What a resumed run may not change, beside what no run may."""
+
     def __post_init__(self) -> None:
         steps, available = self.sampling.num_inference_steps, self.diffusion.num_train_timesteps
         if steps > available:
@@ -361,16 +422,43 @@ class Config:
             )
         if self.train.best_metric == "accuracy" and not self.model.class_conditional:
             raise ConfigError("train.best_metric='accuracy' needs model.class_conditional=true, got false")
-        if self.train.resume and self.output_dir is None:
-            raise ConfigError("train.resume=true needs output_dir, the run folder to go on with, got null")
+        _require_folder(self.train, self.output_dir)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain dicts, lists and scalars."""
-        return _plain(asdict(self))
 
-    def to_yaml(self) -> str:
-        """The configuration as YAML that `--config` reads back to an equal one."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Saved):
+    """A whole run of distilling, in which network and noising process are the teacher's."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=8))
+    """The images; where no source is named, those of the teacher's run folder, or else as for training. A batch is as
+    many trajectories of the teacher."""
+    distillation: DistillationConfig
+    """What is learned from the teacher."""
+    sampling: FewStepConfig = field(default_factory=FewStepConfig)
+    """What the pipeline folder does by default."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            learning_rate=2e-3, weight_decay=0.0, warmup_steps=30, ema_decay=0.995, num_eval_images=64
+        )
+    )
+    """The loop."""
+    output_dir: str | None = None
+    """The run folder; null makes `runs/<recipe>-<time>`."""
+
+    FIXED: ClassVar[tuple[str, ...]] = tuple(
+        f"distillation.{name}" for name in DistillationConfig.__dataclass_fields__ if name != "teacher"
+    )
+
+    def __post_init__(self) -> None:
+        _require_folder(self.train, self.output_dir)
+
+
+RunConfig = Config | DistillConfig
+
+
+def _require_folder(train: TrainConfig, output_dir: str | None) -> None:
+    if train.resume and output_dir is None:
+        raise ConfigError("train.resume=true needs output_dir, the run folder to go on with, got null")
 
 
 def _plain(value: Any) -> Any:
@@ -379,8 +467,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def find_recipe(name_or_path: str) -> Path:
-    """The YAML file of a recipe: a path, or the name of one that ships with the package.
+def find_recipe(name_or_path: str, recipes: Path = RECIPES) -> Path:
+    """The YAML file of a recipe: a path, or the name of one in `recipes` that ships with the package.
 
     Raises:
         ConfigError: there is no such file or recipe; the message lists the recipes.
@@ -388,8 +476,8 @@ def find_recipe(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    shipped = RECIPES / f"{name_or_path}.yaml"
-    if shipped.is_file() and shipped.parent == RECIPES:
+    shipped = recipes / f"{name_or_path}.yaml"
+    if shipped.is_file() and shipped.parent == recipes:
         return shipped
-    known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+    known = ", ".join(sorted(recipe.stem for recipe in recipes.glob("*.yaml")))
     raise ConfigError(f"--config must be a YAML file or one of the recipes {known}, got {name_or_path!r}")

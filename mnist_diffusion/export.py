@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mnist_diffusion.sampling import build_sampler
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 SAMPLES = "samples.png"
 EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
+DEFAULTS = ("id2label", "num_inference_steps", "guidance_scale", "eta", "guidance_distilled")
 CARD_METRICS = {
     "accuracy": "Share read as asked",
     "fid": "Fréchet distance in the evaluator's features",
@@ -30,10 +31,21 @@ CARD_METRICS = {
 }
 
 
+MakePipeline = Callable[[UNet2DModel], MNISTDiffusionPipeline]
+
+
 def build_pipeline(
-    unet: UNet2DModel, noise_scheduler: DDPMScheduler, config: SamplingConfig, class_names: tuple[str, ...]
+    noise_scheduler: DDPMScheduler,
+    config: SamplingConfig,
+    class_names: tuple[str, ...],
+    unet: UNet2DModel,
+    *,
+    guidance_distilled: bool = False,
 ) -> MNISTDiffusionPipeline:
-    """A pipeline around `unet` (not a copy) with a fresh sampler and the configured defaults."""
+    """A pipeline around `unet` (not a copy) with a fresh sampler and the configured defaults.
+
+    With `guidance_distilled` the network has learned to draw as if guided at the configured scale.
+    """
     conditional = unet.config.num_class_embeds is not None
     return MNISTDiffusionPipeline(
         unet,
@@ -42,6 +54,7 @@ def build_pipeline(
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         eta=config.eta,
+        guidance_distilled=guidance_distilled,
     )
 
 
@@ -75,7 +88,7 @@ def export_pipeline(
 
 
 def _defaults(pipeline: MNISTDiffusionPipeline) -> dict[str, Any]:
-    return {name: pipeline.config[name] for name in ("id2label", "num_inference_steps", "guidance_scale", "eta")}
+    return {name: pipeline.config[name] for name in DEFAULTS}
 
 
 def render_card(values: Mapping[str, Any]) -> ModelCard:

@@ -17,7 +17,7 @@ from accelerate.utils import (
 )
 from joblib import cpu_count
 
-from mnist_diffusion.config import Config, TrainConfig, UserError
+from mnist_diffusion.config import RunConfig, TrainConfig, UserError
 from mnist_diffusion.folder import is_empty
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -27,7 +27,7 @@ class LaunchError(UserError):
     """The processes were started in a way that cannot work."""
 
 
-def start_processes(config: Config) -> PartialState:
+def start_processes(config: RunConfig) -> PartialState:
     """Join the process group, if there is one, and give each process its share of the cores.
 
     Raises:
@@ -63,7 +63,7 @@ def set_num_threads(config: TrainConfig) -> None:
         torch.set_num_threads(threads)
 
 
-def choose_output_dir(config: Config, recipe: str) -> Path:
+def choose_output_dir(config: RunConfig, recipe: str) -> Path:
     """The run folder, the same for every process; it is not made yet.
 
     Raises:
@@ -81,7 +81,7 @@ def choose_output_dir(config: Config, recipe: str) -> Path:
     return path
 
 
-def build_accelerator(config: Config, output_dir: Path) -> Accelerator:
+def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     """The `Accelerator`, with the precision and the trackers of the configuration.
 
     Raises:

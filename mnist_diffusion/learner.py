@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from mnist_diffusion.checkpoint import Checkpoint, optimizer_state, restore_optimizer
-from mnist_diffusion.config import Config
+from mnist_diffusion.config import RunConfig
 from mnist_diffusion.data import ImageData, draw_batch
 from mnist_diffusion.data.images import to_model_range
 from mnist_diffusion.data.stateless import mixed_seed
@@ -36,7 +36,7 @@ class Learner:
     """
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, data: ImageData, unet: UNet2DModel, objective: Objective
+        self, config: RunConfig, accelerator: Accelerator, data: ImageData, unet: UNet2DModel, objective: Objective
     ):
         self.config, self.accelerator, self.data, self.objective = config, accelerator, data, objective
         unet.to(accelerator.device)

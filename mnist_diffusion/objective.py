@@ -50,10 +50,15 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loop is given: `draw` makes the randomness of a step, `loss` turns a batch into a scalar."""
+    """What the loop is given: `draw` makes the randomness of a step, `loss` turns a batch into a scalar.
+
+    `fingerprint` stands for what the loss depends on beside configuration and images, such as a teacher's weights;
+    a resumed run must find it the same.
+    """
 
     draw: Draw
     loss: Callable[[nn.Module, Batch, Draws], Tensor]
+    fingerprint: str = ""
 
 
 def diffusion_draws(

@@ -12,15 +12,13 @@ from mnist_diffusion.planning import plan_steps
 from mnist_diffusion.run import Run
 
 FIXED = (
-    "model",
-    "diffusion",
     "data.batch_size",
     "data.augment",
     "train.seed",
     "train.ema_start_step",
     "train.ema_update_every_steps",
 )
-"""What a resumed run may not change: shapes, the noise schedule, and which images and draws a step sees."""
+"""What a resumed run may not change, beside its configuration's own: which images and draws a step sees."""
 
 LEADS_TO_IMAGES = (
     "data.source",
@@ -91,12 +89,15 @@ def _require_same_run(run: Run, checkpoint: Checkpoint) -> None:
     then, now = checkpoint.state["data_fingerprint"], run.learner.data.fingerprint
     changes = differences(checkpoint.state["config"], run.config.to_dict())
     # The same images however they are named: what leads to them does not matter.
-    fixed_names = FIXED if then == now else (*FIXED, *LEADS_TO_IMAGES)
+    fixed_names = (*run.config.FIXED, *FIXED, *(() if then == now else LEADS_TO_IMAGES))
     told = {name: text for name, text in changes.items() if then != now or name not in LEADS_TO_IMAGES}
     fixed = [change for name, change in told.items() if name.startswith(fixed_names)]
     free = [change for name, change in told.items() if not name.startswith(fixed_names)]
     if then != now:
         fixed.append(f"the images' fingerprint was {then[:16]}, now {now[:16]}")
+    learned, learning = checkpoint.state["objective_fingerprint"], run.learner.objective.fingerprint
+    if learned != learning:
+        fixed.append(f"the teacher's fingerprint was {learned[:16]}, now {learning[:16]}")
     if fixed:
         allowed = f"; these may change: {', '.join(free)}" if free else ""
         raise CheckpointError(

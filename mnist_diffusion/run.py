@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from diffusers import DDPMScheduler
 from PIL import Image
 
-from mnist_diffusion.config import Config
+from mnist_diffusion.config import RunConfig
 from mnist_diffusion.evaluation.monitor import Monitor
+from mnist_diffusion.export import MakePipeline
 from mnist_diffusion.learner import Learner
 from mnist_diffusion.planning import steps_of_epochs
 
@@ -24,20 +26,22 @@ class Run:
     Args:
         config: the run.
         learner: network, average and optimizer.
-        noise_scheduler: the training scheduler, from which samplers are made.
+        make_pipeline: puts a pipeline around the averaged weights.
         folder: the run folder.
         recipe: name of the recipe, for titles.
+        card: further values of the model card.
         run_id: tells its checkpoints from those of other runs.
         planned_steps: how many updates the learning rate is shaped for.
         step: updates done.
         seconds_before: training time of earlier launches.
     """
 
-    config: Config
+    config: RunConfig
     learner: Learner
-    noise_scheduler: DDPMScheduler
+    make_pipeline: MakePipeline
     folder: Path
     recipe: str
+    card: Mapping[str, Any] = field(default_factory=dict)
     run_id: str | None = None
     planned_steps: int = 0
     step: int = 0
@@ -82,6 +86,6 @@ class Run:
         return minutes is not None and self.seconds > 60 * minutes
 
 
-def reproducible(config: Config) -> Config:
+def reproducible(config: RunConfig) -> RunConfig:
     """The configuration to save: a run from it is this run again, in a folder of its own."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=False), output_dir=None)

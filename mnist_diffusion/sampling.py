@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -17,30 +18,38 @@ from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPip
 
 @dataclass(frozen=True)
 class Sampler:
-    """A diffusers scheduler class and the arguments that make it this sampler."""
+    """A diffusers scheduler class and the arguments that make it this sampler.
+
+    `taken` are further arguments by the field of the configuration whose value they take. With `alone` the class
+    shares no arguments with the others and warns of theirs, which it is therefore not given.
+    """
 
     scheduler: str
     arguments: Mapping[str, Any]
+    taken: Mapping[str, str] = field(default_factory=dict)
+    alone: bool = False
 
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+# Consistency samplers: any timestep of training may be one of sampling.
+CONSISTENCY: Mapping[str, Any] = {"taken": {"original_inference_steps": "num_train_timesteps"}, "alone": True}
 MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
 
 SAMPLERS: Mapping[SchedulerName, Sampler] = {
-    "ddpm": Sampler("DDPMScheduler", {}),
+    "ddpm": Sampler("DDPMScheduler", {"variance_type": "fixed_small"}),
     "ddim": Sampler("DDIMScheduler", {}),
     "dpmpp": Sampler("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "dpmsolver++"}),
     "dpmpp-sde": Sampler("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "sde-dpmsolver++"}),
     "unipc": Sampler("UniPCMultistepScheduler", {**MULTISTEP, "solver_type": "bh2"}),
     "deis": Sampler("DEISMultistepScheduler", {**MULTISTEP, "algorithm_type": "deis", "solver_type": "logrho"}),
-    "pndm": Sampler("PNDMScheduler", {}),
+    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": Sampler("EulerDiscreteScheduler", {}),
     "euler-a": Sampler("EulerAncestralDiscreteScheduler", {}),
     "heun": Sampler("HeunDiscreteScheduler", {}),
     "kdpm2": Sampler("KDPM2DiscreteScheduler", {}),
-    "lcm": Sampler("LCMScheduler", {}),
-    "tcd": Sampler("TCDScheduler", {}),
+    "lcm": Sampler("LCMScheduler", {}, **CONSISTENCY),
+    "tcd": Sampler("TCDScheduler", {}, **CONSISTENCY),
 }
 
 
@@ -57,7 +66,12 @@ def build_sampler(name: SchedulerName, config: Mapping[str, Any]) -> Any:
     if name not in SAMPLERS:
         raise ValueError(f"scheduler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     sampler = SAMPLERS[name]
-    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.arguments)
+    made = getattr(diffusers, sampler.scheduler)
+    if sampler.alone:
+        known = inspect.signature(made.__init__).parameters
+        config = {key: value for key, value in config.items() if key in known}
+    taken = {name: config[source] for name, source in sampler.taken.items()}
+    return made.from_config(config, **sampler.arguments, **taken)
 
 
 def sampler_name(scheduler: Any) -> str:

@@ -10,22 +10,23 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.checkpoint import save_checkpoint
-from mnist_diffusion.config import Config, UserError
+from mnist_diffusion.config import RunConfig, UserError
 from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.evaluation.monitor import Monitor
-from mnist_diffusion.export import build_pipeline, export_pipeline
+from mnist_diffusion.export import MakePipeline, export_pipeline
 from mnist_diffusion.folder import RunFolder
 from mnist_diffusion.learner import Learner
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.planning import learning_rate_at, plan_steps
 from mnist_diffusion.records import MetricsLog, package_versions, start_trackers, track_picture, write_whole
 from mnist_diffusion.resuming import resume
@@ -38,16 +39,23 @@ from mnist_diffusion.visualize import image_grid
 
 
 def train(
-    config: Config, learner: Learner, noise_scheduler: DDPMScheduler, folder: Path, *, recipe: str = "default"
+    config: RunConfig,
+    learner: Learner,
+    make_pipeline: MakePipeline,
+    folder: Path,
+    *,
+    recipe: str = "default",
+    card: Mapping[str, Any] | None = None,
 ) -> int:
     """Train until the planned steps are done or a signal comes, and leave a pipeline folder.
 
     Args:
         config: the run.
         learner: network, average and optimizer, with the objective.
-        noise_scheduler: the training scheduler.
+        make_pipeline: puts a pipeline around the averaged weights, to sample with and to leave behind.
         folder: the run folder; made here, resumed from where the configuration says so.
         recipe: name of the recipe.
+        card: further values of the model card.
 
     Returns:
         The exit code: 0 finished, 128 + the signal's number where one ended it.
@@ -55,7 +63,7 @@ def train(
     together = Together(learner.accelerator)
     held = RunFolder(folder, learner.accelerator, resume=True) if config.train.resume else None
     try:
-        run = Run(config, learner, noise_scheduler, folder, recipe)
+        run = Run(config, learner, make_pipeline, folder, recipe, card or {})
         if held is not None:
             run.run_id = held.run_id
             resume(run)
@@ -143,7 +151,7 @@ def _loop(run: Run, together: Together) -> int:
     return 128 + signal_number if signal_number else 0
 
 
-def _resolved(run: Run) -> Config:
+def _resolved(run: Run) -> RunConfig:
     """The configuration with what the run has decided: the planned steps, the precision, the source."""
     train = run.config.train
     if train.max_steps is None and train.max_epochs is None:
@@ -244,9 +252,8 @@ def _sample_grid(run: Run) -> Image.Image:
     return image_grid(images, columns, row_labels=names if conditional else None)
 
 
-def _pipeline(run: Run) -> Any:
-    names = run.learner.data.class_names
-    pipeline = build_pipeline(run.learner.average(), run.noise_scheduler, run.config.sampling, names)
+def _pipeline(run: Run) -> MNISTDiffusionPipeline:
+    pipeline = run.make_pipeline(run.learner.average())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -262,6 +269,7 @@ def _checkpoint(run: Run) -> None:
         "held_out_loss": run.held_out_loss,
         "config": run.config.to_dict(),
         "data_fingerprint": run.learner.data.fingerprint,
+        "objective_fingerprint": run.learner.objective.fingerprint,
     }
     settings = json.dumps(reproducible(run.config).to_dict(), sort_keys=True)
     about = {
@@ -275,4 +283,5 @@ def _checkpoint(run: Run) -> None:
 
 
 def _write_pipeline(run: Run, folder: Path) -> None:
-    export_pipeline(_pipeline(run), folder, card=card_values(run, folder), samples=run.grid)
+    pipeline = _pipeline(run)
+    export_pipeline(pipeline, folder, card=card_values(run, pipeline, folder), samples=run.grid)

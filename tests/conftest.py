@@ -83,7 +83,7 @@ def make_pipeline(
         for parameter in unet.parameters():
             parameter.mul_(1.2)
     scheduler = build_noise_scheduler(config.diffusion)
-    pipeline = build_pipeline(unet, scheduler, config.sampling, tuple("abcdefghij"))
+    pipeline = build_pipeline(scheduler, config.sampling, tuple("abcdefghij"), unet)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mnist_diffusion.cli import parse_train_arguments
+from mnist_diffusion.cli import parse_distill_arguments, parse_train_arguments
 from mnist_diffusion.config import (
     RECIPES,
     Config,
     ConfigError,
     DataConfig,
     DiffusionConfig,
+    DistillationConfig,
+    DistillConfig,
     ModelConfig,
     SamplingConfig,
     TrainConfig,
@@ -106,6 +108,47 @@ def test_recipes_parse_and_come_back_from_yaml(recipe: str, tmp_path: Path) -> N
     saved.write_text(config.to_yaml())
     assert parse_train_arguments(["--config", str(saved)]).config == config
     assert find_recipe(recipe).read_text().startswith("#")
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (RECIPES / "distillation").glob("*.yaml")))
+def test_recipes_of_students_parse_and_come_back_from_yaml(recipe: str, tmp_path: Path) -> None:
+    config = parse_distill_arguments(["teacher", "--config", recipe, "--out", "folder"], prog="distill").config
+    assert (config.distillation.teacher, config.output_dir) == ("teacher", "folder")
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.to_yaml())
+    assert parse_distill_arguments(["--config", str(saved)], prog="distill").config == config
+
+
+def test_default_student_is_the_schema() -> None:
+    expected = DistillConfig(distillation=DistillationConfig(teacher="a/b"))
+    assert parse_distill_arguments(["a/b"], prog="distill").config == expected
+    assert parse_distill_arguments(["a/b", "--config", "default"], prog="distill").config == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "distillation.teacher"),
+        (["a/b", "--config", "nowhere"], "recipes default, tiny, got 'nowhere'"),
+        (["a/b", "--distillation.guidance_scale", "-1"], "distillation.guidance_scale must be at least 0, got -1"),
+        (["a/b", "--distillation.guidance_scale", "nan"], "distillation.guidance_scale"),
+        (["a/b", "--distillation.num_teacher_steps", "0"], "distillation.num_teacher_steps must be at least 1, got 0"),
+        (["a/b", "--distillation.clean_within", "0.6"], "distillation.clean_within must be between 0 and 0.5"),
+        (["a/b", "--distillation.huber_c", "0"], "distillation.huber_c must be a positive number, got 0"),
+        (["a/b", "--distillation.label_dropout", "2"], "distillation.label_dropout"),
+        (["a/b", "--distillation.scheduler", "best"], "distillation.scheduler"),
+        (["a/b", "--sampling.num_inference_steps", "0"], "sampling.num_inference_steps"),
+        (["a/b", "--model.dropout", "0.1"], "model.dropout"),
+        (["a/b", "--train.resume", "true"], "train.resume=true needs output_dir"),
+    ],
+)
+def test_bad_distillations_name_field_and_value(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_distill_arguments(flags, prog="distill")
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_yaml_keeps_every_kind_of_value(tmp_path: Path) -> None:

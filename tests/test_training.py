@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_cfg
-from mnist_diffusion.cli import TrainArguments, parse_train_arguments
+from mnist_diffusion.cli import RunArguments, parse_train_arguments
 from mnist_diffusion.config import Config, TrainConfig, UserError
 from mnist_diffusion.data import load_images
 from mnist_diffusion.evaluation import evaluator
@@ -44,7 +44,7 @@ LOSSES = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
 def run(config: Config, folder: Path, **train: Any) -> Path:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train), output_dir=str(folder))
-    assert train_cfg.run(TrainArguments(config, "tiny", dry_run=False)) == 0
+    assert train_cfg.run(RunArguments(config, "tiny", dry_run=False)) == 0
     return folder
 
 
@@ -400,7 +400,7 @@ def test_signal_ends_with_a_usable_pipeline(
 
     monkeypatch.setattr(Learner, "update", update)
     config = dataclasses.replace(tiny_config(max_steps=50), output_dir=str(tmp_path / "run"))
-    assert train_cfg.run(TrainArguments(config, "tiny", dry_run=False)) == 128 + number
+    assert train_cfg.run(RunArguments(config, "tiny", dry_run=False)) == 128 + number
     assert [line[0] for line in losses(tmp_path / "run")] == [1, 2, 3]
     assert MNISTDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")(3, num_inference_steps=1).images
     assert signal.getsignal(number) is not signal.SIG_DFL or number == signal.SIGTERM

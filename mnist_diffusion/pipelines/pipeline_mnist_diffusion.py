@@ -112,6 +112,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: denoising steps where a call names none.
         guidance_scale: guidance scale where a call names none.
         eta: noise of the schedulers that take an eta, where a call names none.
+        guidance_distilled: whether the network has learned to draw as if guided at `guidance_scale`, in one pass a
+            step. Other scales can then not be asked for.
     """
 
     model_cpu_offload_seq = "unet"
@@ -125,12 +127,17 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
+        guidance_distilled: bool = False,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         names = None if id2label is None else {str(index): str(name) for index, name in id2label.items()}
         self.register_to_config(
-            id2label=names, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, eta=eta
+            id2label=names,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            guidance_distilled=guidance_distilled,
         )
         self._interrupt = False
 
@@ -223,7 +230,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return int(label)
 
     def _guidance_scales(self, guidance_scale: Any, batch_size: int) -> torch.Tensor:
-        """One scale an image, float32 `[B]` on the CPU."""
+        """One scale an image, float32 `[B]` on the CPU, for [`_predict`]: 1 where guidance is in the weights."""
         scales = guidance_scale
         if isinstance(scales, torch.Tensor | np.ndarray):
             if scales.ndim > 1:
@@ -236,7 +243,16 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale must be one number or {batch_size} (one an image), got {len(scales)}")
         for scale in scales:
             _check_number("guidance_scale", scale, low=0)
-        return torch.tensor([float(scale) for scale in scales], dtype=torch.float32)
+        if not self.config.guidance_distilled:
+            return torch.tensor([float(scale) for scale in scales], dtype=torch.float32)
+        for scale in scales:
+            if float(scale) != self.config.guidance_scale:
+                raise ValueError(
+                    f"guidance_scale must be left out for this model, got {scale!r}: guidance at scale "
+                    f"{self.config.guidance_scale} was distilled into its weights, which draw with it in one pass a "
+                    "step; for another scale distil the teacher again"
+                )
+        return torch.ones(batch_size)
 
     def check_inputs(
         self,
@@ -269,6 +285,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             if guidance_interval[0] > guidance_interval[1]:
                 raise ValueError(f"guidance_interval must not be reversed, got {guidance_interval!r}")
         _check_number("guidance_rescale", guidance_rescale, low=0, high=1)
+        if self.config.guidance_distilled and (guidance_interval is not None or guidance_rescale > 0):
+            raise ValueError(
+                f"guidance_interval={guidance_interval!r}, guidance_rescale={guidance_rescale!r} have no effect on this "
+                "model, whose guidance was distilled into its weights"
+            )
         self._check_steps(num_inference_steps, timesteps, sigmas)
         if eta is not None:
             _check_number("eta", eta, low=0, high=1)
@@ -356,7 +377,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             class_labels: an int, a class name, or a list, array or tensor of them; None draws unconditionally.
             num_images_per_label: images for each label, next to each other in the result.
             guidance_scale: one number or one an image. 1 is conditional and 0 unconditional, one network pass a step
-                each; anything else takes two. See [`guided_prediction`] for how other papers' `w` maps to it.
+                each; anything else takes two. See [`guided_prediction`] for how other papers' `w` maps to it. Left out
+                for a model whose guidance is distilled.
             guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: guidance acts inside only, the
                 prediction is conditional outside. Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
             guidance_rescale: phi of [`rescale_guidance`], from 0 (off) to 1.
@@ -569,6 +591,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: an argument cannot work; nothing has been computed yet.
         """
+        if self.config.guidance_distilled:
+            raise ValueError("images cannot be inverted with a distilled model, which knows no velocity; use its teacher")
         labels = self.label_ids(class_labels)
         _check_images("images", images, (len(images) if isinstance(images, torch.Tensor) else 0, *self.image_shape))
         if images.min() < 0 or images.max() > 1:

@@ -21,7 +21,7 @@ from mnist_diffusion.model import build_noise_scheduler, build_unet
 
 CARD = {
     "title": "test", "location": "folder", "datasets": None, "num_classes": 10, "class_names": "0 to 9",
-    "example_label": 3, "example_scale": 5, "image_size": 28, "channels": 1, "parameters": 1, "num_inference_steps": 2,
+    "example_call": "pipeline()", "image_size": 28, "channels": 1, "parameters": 1, "num_inference_steps": 2,
     "guidance_scale": 2, "scheduler": "dpmpp", "source": "digits", "notice": None, "num_train_images": 1, "epochs": 1,
     "fingerprint": "", "steps": 1, "batch_size": 1, "minutes": 1, "machine": "", "loss": 1, "held_out_loss": 1,
     "versions": "", "config": "",
@@ -37,7 +37,7 @@ def folders(
     model = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4)
     unet = build_unet(model, image_size=28, channels=1, num_classes=10)
     scheduler = build_noise_scheduler(Config().diffusion)
-    pipeline = build_pipeline(unet, scheduler, SamplingConfig(num_inference_steps=2), digits.class_names)
+    pipeline = build_pipeline(scheduler, SamplingConfig(num_inference_steps=2), digits.class_names, unet)
     export_pipeline(pipeline, root / "run" / "pipeline", card=CARD)
     save_evaluator(digits_evaluator, root / "evaluator")
     return root / "run" / "pipeline", root / "evaluator"

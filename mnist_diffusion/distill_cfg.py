@@ -1,0 +1,81 @@
+"""Distil a trained pipeline into a student that draws in one pass or a few.
+
+    mnist-diffusion distill runs/my-run/pipeline --out runs/student                        # five minutes on a laptop
+    mnist-diffusion distill user/name --data.source path/to/mnist --out runs/student       # a teacher from the Hub
+    accelerate launch -m mnist_diffusion.distill_cfg runs/my-run/pipeline --out runs/student   # several processes
+
+Leaves `pipeline/` in its folder, like any other run: the same loop with another objective.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from mnist_diffusion.cli import RunArguments, parse_distill_arguments, reporting_errors
+from mnist_diffusion.config import DistillConfig, SamplingConfig
+
+
+def run(arguments: RunArguments[DistillConfig]) -> int:
+    """Assemble a distillation from its configuration, and train."""
+    from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy imports wait until the arguments are right)
+    from mnist_diffusion.distillation import (  # noqa: PLC0415
+        distillation_objective,
+        find_images,
+        load_teacher,
+        method,
+        require_same_images,
+        student_of,
+        student_scheduler,
+    )
+    from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
+    from mnist_diffusion.launch import (  # noqa: PLC0415
+        build_accelerator,
+        choose_output_dir,
+        require_same_data,
+        start_processes,
+    )
+    from mnist_diffusion.learner import Learner  # noqa: PLC0415
+    from mnist_diffusion.planning import expected_cost  # noqa: PLC0415
+    from mnist_diffusion.summary import describe  # noqa: PLC0415
+    from mnist_diffusion.training import train  # noqa: PLC0415
+
+    config = arguments.config
+    start_processes(config)
+    output_dir = choose_output_dir(config, f"student-{arguments.recipe}")
+    accelerator = build_accelerator(config, output_dir)
+
+    with accelerator.main_process_first():  # which fetches; the others find it in the cache
+        teacher = load_teacher(config.distillation, device=accelerator.device)
+        images, split_seed = find_images(config)
+        data = load_images(images, seed=split_seed)
+    require_same_data(data.fingerprint)
+    require_same_images(teacher, data)
+    student = student_of(teacher)
+    accelerator.prepare_model(teacher.unet, evaluation_mode=True)  # the teacher in the student's precision
+    objective = distillation_objective(config.distillation, teacher)
+    learner = Learner(config, accelerator, data, student, objective)
+    noise_scheduler = student_scheduler(teacher)
+    sampling = SamplingConfig(**vars(config.sampling), guidance_scale=config.distillation.guidance_scale)
+    make_pipeline = partial(build_pipeline, noise_scheduler, sampling, data.class_names, guidance_distilled=True)
+    card = {
+        "teacher": config.distillation.teacher,
+        "teacher_fingerprint": objective.fingerprint,
+        "method": method(config.distillation),
+    }
+    accelerator.print(f"teacher      {config.distillation.teacher}\n{describe(learner, output_dir)}")
+    if arguments.dry_run:
+        accelerator.print(f"{expected_cost(learner)}\n\n{config.to_yaml()}")
+        return 0
+    return train(config, learner, make_pipeline, output_dir, recipe=arguments.recipe, card=card)
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "mnist_diffusion.distill_cfg") -> int:
+    """Parse, print, assemble, train."""
+    arguments = parse_distill_arguments(sys.argv[1:] if argv is None else argv, prog=prog)
+    return reporting_errors(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""From a teacher to a student that draws in one pass or a few: one more objective for the training loop.
+
+The teacher draws: its guided trajectory leads from noise to an image in a few steps. The student learns, from every
+point of the trajectory, the image at its end, which is what a consistency model is asked for (Song et al., 2023,
+https://arxiv.org/abs/2303.01469) and what such samplers as LCM and TCD call for. The targets are the trajectory's own
+end (Luhman and Luhman, 2021, https://arxiv.org/abs/2101.02388, do so for its first point alone), not the student's word
+at the next point, which is wrong at first and reaches the noisy points only hop by hop.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from mnist_diffusion.config import DataConfig, DiffusionConfig, DistillationConfig, DistillConfig, UserError
+from mnist_diffusion.data import ImageData
+from mnist_diffusion.objective import Batch, Draws, Objective, diffusion_draws
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
+    MNISTDiffusionPipeline,
+    TrajectoryOutput,
+    predicted_original_sample,
+)
+from mnist_diffusion.sampling import build_sampler, load_pipeline
+
+
+class TeacherError(UserError):
+    """The teacher cannot teach what was asked."""
+
+
+def load_teacher(config: DistillationConfig, *, device: torch.device) -> MNISTDiffusionPipeline:
+    """The teacher, ready to draw trajectories.
+
+    Raises:
+        TeacherError: it is itself distilled, or takes no guidance and is asked for some.
+        UserError: it cannot be loaded.
+    """
+    teacher = load_pipeline(config.teacher, device=str(device), dtype="float32")
+    if teacher.config.guidance_distilled:
+        raise TeacherError(f"distillation.teacher={config.teacher!r} is itself a student; name the model it came from")
+    if teacher.null_class is None and config.guidance_scale != 1:
+        raise TeacherError(
+            f"distillation.guidance_scale={config.guidance_scale} needs a class-conditional teacher; set it to 1"
+        )
+    teacher.unet.eval().requires_grad_(False)
+    teacher.scheduler = build_sampler(config.scheduler, teacher.scheduler.config)
+    return teacher
+
+
+def find_images(config: DistillConfig) -> tuple[DataConfig, int]:
+    """The images to distil with, and the seed of their split: as configured, or else those of the teacher's run.
+
+    A run leaves its configuration beside its pipeline folder.
+    """
+    beside = Path(config.distillation.teacher).resolve().parent / "config.yaml"
+    if config.data.source is not None or not beside.is_file():
+        return config.data, config.train.seed
+    told = yaml.safe_load(beside.read_text(encoding="utf-8"))
+    kept = ("batch_size", "augment")
+    ways = {name: value for name, value in told["data"].items() if name not in kept}
+    return replace(config.data, **ways), told["train"]["seed"]
+
+
+def require_same_images(teacher: MNISTDiffusionPipeline, data: ImageData) -> None:
+    """Make sure that the images are such as the teacher draws.
+
+    Raises:
+        TeacherError: shape or classes differ.
+    """
+    shape = (data.channels, data.image_size, data.image_size)
+    if shape != teacher.image_shape:
+        raise TeacherError(
+            f"the teacher draws images of {teacher.image_shape} (C, H, W), but data.source={data.source_id!r} has "
+            f"{shape}; name the images it was trained on"
+        )
+    names = teacher.config.id2label
+    taught = data.class_names if names is None else tuple(names[str(index)] for index in range(len(names)))
+    if taught != data.class_names:
+        raise TeacherError(
+            f"the teacher's classes are {', '.join(taught)}, but those of data.source={data.source_id!r} are "
+            f"{', '.join(data.class_names)}; name the images it was trained on"
+        )
+
+
+def student_of(teacher: MNISTDiffusionPipeline) -> UNet2DModel:
+    """A network of the teacher's shape that starts with the teacher's weights."""
+    return copy.deepcopy(teacher.unet).train().requires_grad_(True)
+
+
+def student_scheduler(teacher: MNISTDiffusionPipeline) -> DDPMScheduler:
+    """The teacher's noising process, for a student: it predicts the velocity, and its samples are clipped.
+
+    From a prediction of the noise the image at the last, noisiest timestep is `(x - sigma eps) / alpha` with an alpha
+    near 0, which no network can learn; the velocity there is just minus the image.
+    """
+    noise_scheduler = build_sampler("ddpm", teacher.scheduler.config)
+    return DDPMScheduler.from_config(
+        noise_scheduler.config, prediction_type="v_prediction", clip_sample=True, clip_sample_range=1.0
+    )
+
+
+def fingerprint(unet: UNet2DModel) -> str:
+    """SHA-256 over the names and values of a network's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def clipped_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """What is wrong with a predicted image once samples are clipped to [-1, 1], all `[B, C, H, W]`.
+
+    Beyond black where the target is black, or beyond white where it is white, nothing is wrong. A network can hit a
+    bound exactly only by overshooting it, and most of a digit's picture lies on one.
+    """
+    low = torch.where(target <= -1, -1.0, -math.inf)
+    high = torch.where(target >= 1, 1.0, math.inf)
+    return prediction.clamp(low, high) - target
+
+
+def pseudo_huber(errors: Tensor, c: float) -> Tensor:
+    """`sqrt(e^2 + c^2) - c`: square for small errors, linear for large ones. Song and Dhariwal (2023),
+    https://arxiv.org/abs/2310.14189, section 3.3."""
+    return (errors.square() + c * c).sqrt() - c
+
+
+def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPipeline) -> Objective:
+    """The loss of a student: at every point of a teacher's trajectory, the error of the image it sees at the end.
+
+    An update of `data.batch_size` images draws as many trajectories, of `config.num_teacher_steps` points each, from
+    noise and the labels of the images, whose pixels it does not look at.
+
+    Args:
+        config: guidance, steps and loss.
+        teacher: draws the trajectories; not trained.
+    """
+    alphas_cumprod = teacher.scheduler.alphas_cumprod
+    process = DiffusionConfig(label_dropout=config.label_dropout if teacher.null_class is not None else 0.0)
+
+    def training_loss(model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        count, device = len(draws.noise), draws.noise.device
+        trajectory = draw_trajectories(teacher, config, batch.labels, draws)
+        points = torch.cat([draws.noise[None], trajectory.latents[:-1].to(device)]).flatten(0, 1)
+        timesteps = trajectory.timesteps.to(device, torch.int64).repeat_interleave(count)
+        labels = None
+        if teacher.null_class is not None:
+            labels = torch.where(draws.dropped, teacher.null_class, batch.labels).repeat(len(trajectory.timesteps))
+        prediction = model(points, timesteps, class_labels=labels, return_dict=False)[0].float()
+        alpha = alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
+        images = predicted_original_sample(prediction, points, alpha, "v_prediction")
+        target = cleaned(trajectory.latents[-1].to(device), config.clean_within)
+        errors = clipped_error(images, target.repeat(len(trajectory.timesteps), 1, 1, 1))
+        return pseudo_huber(errors, config.huber_c).mean()
+
+    return Objective(partial(diffusion_draws, process), training_loss, fingerprint(teacher.unet))
+
+
+def draw_trajectories(
+    teacher: MNISTDiffusionPipeline, config: DistillationConfig, labels: Tensor, draws: Draws
+) -> TrajectoryOutput:
+    """The teacher's trajectories from `draws.noise` `[B, C, H, W]` under `labels` `[B]`, without guidance or class
+    where the label is dropped."""
+    asked: dict[str, Any] = {"num_images_per_label": len(labels)}
+    if teacher.null_class is not None:
+        scales = torch.where(draws.dropped, 0.0, config.guidance_scale).tolist()
+        asked = {"class_labels": labels.tolist(), "guidance_scale": scales}
+    return teacher.sample_trajectory(
+        **asked, latents=draws.noise, num_inference_steps=config.num_teacher_steps, output_type="pt"
+    )
+
+
+def cleaned(images: Tensor, within: float) -> Tensor:
+    """Images `[B, C, H, W]` clipped to [-1, 1], and what is `within` of black or white set to it."""
+    images = torch.where(images < within - 1, -1.0, images)
+    return torch.where(images > 1 - within, 1.0, images)
+
+
+def method(config: DistillationConfig) -> str:
+    """What the student learned from, in words."""
+    return (
+        f"regression on the ends of the teacher's trajectories, {config.num_teacher_steps} steps of {config.scheduler} "
+        f"at guidance scale {config.guidance_scale:g}"
+    )
