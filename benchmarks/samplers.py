@@ -1,6 +1,8 @@
 """Digits read as asked, and Fréchet distance, for each sampler and number of steps; writes docs/samplers.md.
 
     python benchmarks/samplers.py runs/<run>/pipeline path/to/mnist --out docs/samplers.md
+    python benchmarks/samplers.py runs/<student>/pipeline path/to/mnist --samplers '[lcm,tcd,ddim]' \
+        --steps '[1,2,4,8]' --out docs/samplers_of_a_student.md
 
 Every cell draws the same classes from the same seeds at the pipeline's default guidance.
 """
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from mnist_diffusion.config import DataConfig, TrainConfig, UserError
+from mnist_diffusion.config import DataConfig, SchedulerName, TrainConfig, UserError
 from mnist_diffusion.data import load_images
 from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.metrics import frechet_distance
@@ -21,12 +23,15 @@ from mnist_diffusion.launch import set_num_threads
 from mnist_diffusion.records import machine_description
 from mnist_diffusion.sampling import SAMPLERS, load_pipeline
 
+DISTILLED = ", distilled in five minutes more,"
+
 
 def main(
     pipeline: str,
     data: str,
     *,
     num_images: int = 1000,
+    samplers: tuple[SchedulerName, ...] = tuple(SAMPLERS),
     steps: tuple[int, ...] = (5, 10, 20, 50),
     images: Path = Path("runs/samplers"),
     out: Path | None = None,
@@ -37,6 +42,7 @@ def main(
         pipeline: a pipeline folder.
         data: the labelled images that are the reference.
         num_images: images drawn in each cell.
+        samplers: a row each.
         steps: the numbers of steps, a column each.
         images: where the images are kept; those found are used again.
         out: a file for the table; it is written anew after each row.
@@ -47,12 +53,13 @@ def main(
     reference = Reference(real, evaluator.model)
     pipe = load_pipeline(pipeline, device=None, dtype="float32")
     artist = Artist(pipe, real, num_images=num_images, seed=0, batch_size=128, folder=images)
-    floor = reference.floor(num_images).values
+    floor, student = reference.floor(num_images).values, pipe.config.guidance_distilled
     lines = [
-        "# Samplers and steps",
+        f"# Samplers and steps{' of a student' if student else ''}",
         "",
-        f"`python benchmarks/samplers.py PIPELINE path/to/mnist --num_images {num_images} --out docs/samplers.md`,",
-        "on the default recipe after five minutes of training on MNIST:",
+        f"`python benchmarks/samplers.py PIPELINE path/to/mnist --num_images {num_images}"
+        + (f" --samplers '[{','.join(samplers)}]' --steps '{list(steps)}'`," if student else "`,"),
+        f"on the default recipe{DISTILLED if student else ''} after five minutes of training on MNIST:",
         "",
         f"{num_images} images a cell at guidance {pipe.config.guidance_scale:g}, "
         f"on {machine_description(pipe.device, 1)}: the share read as asked, and the Fréchet "
@@ -62,7 +69,7 @@ def main(
         "| --- |" + " --- |" * len(steps),
     ]
     print("\n".join(lines), flush=True)
-    for name in SAMPLERS:
+    for name in samplers:
         cells = []
         for count in steps:
             way = artist.way(name, count, None)

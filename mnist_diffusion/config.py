@@ -259,7 +259,10 @@ class DistillationConfig:
     scheduler: SchedulerName = "dpmpp"
     """The sampler that draws the teacher's trajectories, by its short name."""
     num_teacher_steps: int = 8
-    """Steps of a trajectory, and so the number of points from which the student learns to see the image at its end."""
+    """Steps of a trajectory. Its points are those from which the student can be sampled in as many steps, or in a
+    divisor of them."""
+    points_per_trajectory: int = 4
+    """How many points of a trajectory the student learns from: the noise, and others in turn."""
     clean_within: float = 0.04
     """How near to black or white, of a range from -1 to 1, a pixel of the teacher is taken for it."""
     huber_c: float = 0.5
@@ -271,6 +274,7 @@ class DistillationConfig:
         _require(self.teacher != "", "distillation.teacher", "", "a pipeline folder or a Hub id")
         _require_at_least(0, "distillation", self, "guidance_scale")
         _require_at_least(1, "distillation", self, "num_teacher_steps")
+        _require_between(1, self.num_teacher_steps, "distillation", self, "points_per_trajectory")
         _require_between(0, 0.5, "distillation", self, "clean_within")
         _require_between(0, 1, "distillation", self, "label_dropout")
         _require(
@@ -429,7 +433,7 @@ class Config(Saved):
 class DistillConfig(Saved):
     """A whole run of distilling, in which network and noising process are the teacher's."""
 
-    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=8))
+    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=16))
     """The images; where no source is named, those of the teacher's run folder, or else as for training. A batch is as
     many trajectories of the teacher."""
     distillation: DistillationConfig

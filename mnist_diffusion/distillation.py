@@ -135,10 +135,10 @@ def pseudo_huber(errors: Tensor, c: float) -> Tensor:
 
 
 def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPipeline) -> Objective:
-    """The loss of a student: at every point of a teacher's trajectory, the error of the image it sees at the end.
+    """The loss of a student: at points of a teacher's trajectory, the error of the image it sees at the end.
 
-    An update of `data.batch_size` images draws as many trajectories, of `config.num_teacher_steps` points each, from
-    noise and the labels of the images, whose pixels it does not look at.
+    An update of `data.batch_size` images draws as many trajectories, from noise and the labels of the images, whose
+    pixels it does not look at.
 
     Args:
         config: guidance, steps and loss.
@@ -150,16 +150,18 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
     def training_loss(model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         count, device = len(draws.noise), draws.noise.device
         trajectory = draw_trajectories(teacher, config, batch.labels, draws)
-        points = torch.cat([draws.noise[None], trajectory.latents[:-1].to(device)]).flatten(0, 1)
-        timesteps = trajectory.timesteps.to(device, torch.int64).repeat_interleave(count)
+        chosen = chosen_points(config, draws.timesteps)
+        points = torch.cat([draws.noise[None], trajectory.latents[:-1].to(device)])
+        points = points[chosen, torch.arange(count, device=device)].flatten(0, 1)
+        timesteps = trajectory.timesteps.to(device, torch.int64)[chosen].flatten()
         labels = None
         if teacher.null_class is not None:
-            labels = torch.where(draws.dropped, teacher.null_class, batch.labels).repeat(len(trajectory.timesteps))
+            labels = torch.where(draws.dropped, teacher.null_class, batch.labels).repeat(len(chosen))
         prediction = model(points, timesteps, class_labels=labels, return_dict=False)[0].float()
         alpha = alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
         images = predicted_original_sample(prediction, points, alpha, "v_prediction")
         target = cleaned(trajectory.latents[-1].to(device), config.clean_within)
-        errors = clipped_error(images, target.repeat(len(trajectory.timesteps), 1, 1, 1))
+        errors = clipped_error(images, target.repeat(len(chosen), 1, 1, 1))
         return pseudo_huber(errors, config.huber_c).mean()
 
     return Objective(partial(diffusion_draws, process), training_loss, fingerprint(teacher.unet))
@@ -177,6 +179,18 @@ def draw_trajectories(
     return teacher.sample_trajectory(
         **asked, latents=draws.noise, num_inference_steps=config.num_teacher_steps, output_type="pt"
     )
+
+
+def chosen_points(config: DistillationConfig, draws: Tensor) -> Tensor:
+    """Which points of each trajectory are learned from, int64 `[P, B]`, 0 being the noise, which always is.
+
+    One pass starts there, where most is still to be learned. The others are as far apart as can be, from one that
+    `draws`, random int64 `[B]`, decide on.
+    """
+    others, count = config.num_teacher_steps - 1, config.points_per_trajectory - 1
+    spread = torch.arange(count, device=draws.device) * others // max(1, count)
+    rest = 1 + (draws[None] + spread[:, None]) % max(1, others)
+    return torch.cat([torch.zeros_like(draws)[None], rest])
 
 
 def cleaned(images: Tensor, within: float) -> Tensor:

@@ -133,6 +133,7 @@ def test_default_student_is_the_schema() -> None:
         (["a/b", "--distillation.guidance_scale", "-1"], "distillation.guidance_scale must be at least 0, got -1"),
         (["a/b", "--distillation.guidance_scale", "nan"], "distillation.guidance_scale"),
         (["a/b", "--distillation.num_teacher_steps", "0"], "distillation.num_teacher_steps must be at least 1, got 0"),
+        (["a/b", "--distillation.points_per_trajectory", "9"], "points_per_trajectory must be between 1 and 8, got 9"),
         (["a/b", "--distillation.clean_within", "0.6"], "distillation.clean_within must be between 0 and 0.5"),
         (["a/b", "--distillation.huber_c", "0"], "distillation.huber_c must be a positive number, got 0"),
         (["a/b", "--distillation.label_dropout", "2"], "distillation.label_dropout"),

@@ -29,6 +29,7 @@ from mnist_diffusion.config import (
 from mnist_diffusion.data import load_images
 from mnist_diffusion.distillation import (
     TeacherError,
+    chosen_points,
     cleaned,
     clipped_error,
     distillation_objective,
@@ -72,7 +73,9 @@ def save_teacher(folder: Path, *, seed: int, **changes: Any) -> Path:
 
 
 def distillation(teacher: Path, **changes: Any) -> DistillationConfig:
-    return DistillationConfig(**{"teacher": str(teacher), "num_teacher_steps": 4, **changes})
+    return DistillationConfig(
+        **{"teacher": str(teacher), "num_teacher_steps": 4, "points_per_trajectory": 2, **changes}
+    )
 
 
 def student_config(teacher: Path, folder: Path, **train: Any) -> DistillConfig:
@@ -137,23 +140,31 @@ class TestLoss:
 
     @pytest.mark.parametrize("error", [0.0, 0.25])
     def test_it_is_the_error_of_the_image_at_every_point(self, error: float, teacher_folder: Path) -> None:
-        """Of a student that is right at every point but for `error`, on images inside the bounds: the Huber of it."""
-        teacher, config = make_pipeline(), distillation(teacher_folder, clean_within=0.0, huber_c=0.5)
+        """Of a student that is off by `error` everywhere: the Huber of it, but for white pixels, which are clipped."""
+        teacher = make_pipeline()
+        config = distillation(teacher_folder, points_per_trajectory=4, clean_within=0.0, huber_c=0.5)
         teacher.scheduler = build_sampler("dpmpp", teacher.scheduler.config)
         batch, draws = make_draws(3, dropped=[1])
         trajectory = draw_trajectories(teacher, config, batch.labels, draws)
         ends = trajectory.latents[-1].clamp(-1, 1)
-        inside = (ends + error <= 1) & (ends.abs() < 1)
         student = Oracle(ends, teacher.scheduler.alphas_cumprod, error)
         loss = distillation_objective(config, teacher).loss(student, batch, draws)
-        off = torch.where(inside | (ends == -1), error, (ends + error).clamp(max=1) - ends if error else 0.0)
-        beyond = torch.where((ends < 1) & (ends + error > 1), error, off)  # outside of white, but the end is not white
-        expected = ((beyond.double() ** 2 + 0.25).sqrt() - 0.5).mean()
+        errors = torch.where(ends == 1, 0.0, error).double()
+        expected = ((errors**2 + 0.25).sqrt() - 0.5).mean()
         assert float(loss) == pytest.approx(float(expected), abs=2e-4)
         assert student.timestep.tolist() == [t for t in (999, 749, 499, 249) for _ in range(3)]
         assert student.labels.tolist() == [0, 10, 2] * 4
         torch.testing.assert_close(student.sample[:3], draws.noise)
         torch.testing.assert_close(student.sample[3:], trajectory.latents[:-1].flatten(0, 1))
+
+    @pytest.mark.parametrize(("steps", "points"), [(8, 4), (8, 8), (8, 1), (5, 3), (1, 1), (2, 2)])
+    def test_points_are_distinct_the_noise_among_them_and_all_come_up(self, steps: int, points: int) -> None:
+        config = DistillationConfig(teacher="a/b", num_teacher_steps=steps, points_per_trajectory=points)
+        chosen = chosen_points(config, torch.arange(100))
+        assert chosen.shape == (points, 100)
+        assert (chosen[0] == 0).all()
+        assert all(len(set(column)) == points for column in chosen.T.tolist())
+        assert set(chosen.flatten().tolist()) == (set(range(steps)) if points > 1 else {0})
 
     def test_trajectories_are_the_teachers_own_pictures(self, teacher_folder: Path) -> None:
         teacher, config = make_pipeline(), distillation(teacher_folder, guidance_scale=3.0)
@@ -259,7 +270,7 @@ class TestRuns:
         pictures = []
         for pipeline in loaded:
             assert type(pipeline.scheduler) is LCMScheduler
-            passes = []
+            passes: list[int] = []
             pipeline.unet.register_forward_hook(lambda module, inputs, output, seen=passes: seen.append(len(inputs[0])))
             pipeline.set_progress_bar_config(disable=True)
             generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,130 @@
+"""A student beside its teacher: quality against network passes, speed, and the same noise drawn by both.
+
+    python benchmarks/distillation.py runs/<run>/pipeline runs/<student>/pipeline path/to/mnist --out docs
+
+Writes `distillation_table.md`, `distillation_plot.png` and `distillation.png` into `--out`. Images are drawn from the
+same seeds throughout; those found in `--images` are used again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+
+from mnist_diffusion.config import DataConfig, TrainConfig
+from mnist_diffusion.evaluation.report import markdown_table, plot_passes
+from mnist_diffusion.evaluation.runner import Request, run
+from mnist_diffusion.launch import set_num_threads
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.records import machine_description
+from mnist_diffusion.sampling import generate, load_pipeline
+from mnist_diffusion.visualize import image_grid
+
+STUDENT_STEPS = (1, 2, 4, 8)
+
+
+def main(
+    teacher: str,
+    student: str,
+    data: str,
+    *,
+    num_images: int = 10_000,
+    teacher_steps: tuple[int, ...] = (2, 5, 10),
+    teacher_scales: tuple[float, ...] = (),
+    dtype: str = "float32",
+    images: Path = Path("runs/distillation"),
+    out: Path = Path("docs"),
+) -> None:
+    """Measure both, draw both, time the student.
+
+    Args:
+        teacher: its pipeline folder.
+        student: its pipeline folder.
+        data: the labelled images that are the reference.
+        num_images: images for each figure.
+        teacher_steps: numbers of steps of the teacher.
+        teacher_scales: guidance scales of the teacher; the student's where left out.
+        dtype: precision of both networks.
+        images: where the images are kept.
+        out: the folder for table and pictures.
+    """
+    set_num_threads(TrainConfig())
+    learned = load_pipeline(student, device=None, dtype=dtype)
+    asked = Request(
+        source=teacher,
+        data=DataConfig(source=data),
+        num_images=num_images,
+        scheduler=(),
+        num_inference_steps=teacher_steps,
+        guidance_scale=teacher_scales or (learned.config.guidance_scale,),
+        seed=0,
+        split_seed=0,
+        batch_size=64,
+        device=None,
+        dtype=dtype,
+        evaluator=None,
+        train_on_synthetic=False,
+        imagenet_fid=False,
+        out=images / "teacher",
+    )
+    report = run(asked)
+    of_student = dataclasses.replace(
+        asked, source=student, num_inference_steps=STUDENT_STEPS, guidance_scale=(), out=images / "student"
+    )
+    results = report["results"] + run(of_student)["results"]
+    lines = [
+        f"`python benchmarks/distillation.py TEACHER STUDENT path/to/mnist --num_images {num_images} --dtype {dtype} "
+        f"--teacher_steps '{list(teacher_steps)}' --teacher_scales '{list(asked.guidance_scale)}'`, on "
+        f"{machine_description(learned.device, 1)}:",
+        "",
+        markdown_table({**report, "results": results}),
+        "",
+        *speeds(learned),
+    ]
+    (out / "distillation_table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    figure = plot_passes(results)
+    assert figure is not None
+    figure.savefig(out / "distillation_plot.png", dpi=100)
+    side_by_side(load_pipeline(teacher, device=None, dtype="float32"), student).save(out / "distillation.png")
+
+
+def speeds(student: MNISTDiffusionPipeline, repeats: int = 51) -> list[str]:
+    """One pass: digits a second in batches, and the median time of a single digit, after warm-up."""
+
+    def seconds(count: int, **arguments: Any) -> float:
+        labels = [index % 10 for index in range(count)]
+        started = time.perf_counter()
+        student(labels, num_inference_steps=1, **arguments)
+        return time.perf_counter() - started
+
+    for count in (1, 64):
+        seconds(count)
+    batch = statistics.median(seconds(64, output_type="pt") for _ in range(repeats))
+    single = statistics.median(seconds(1) for _ in range(repeats))
+    dtype = str(student.dtype).removeprefix("torch.")
+    return [
+        f"One pass, median of {repeats} calls in {dtype}: {64 / batch:.0f} digits/s in batches of 64, "
+        f"{1000 * single:.1f} ms for a single digit as a PIL image.",
+    ]
+
+
+def side_by_side(teacher: MNISTDiffusionPipeline, student_folder: str) -> Any:
+    """The same twenty noises drawn by the teacher in 50 steps and by the student in 1, 2 and 4."""
+    student = load_pipeline(student_folder, device=None, dtype="float32")
+    labels, seeds = [index % 10 for index in range(20)], list(range(20))
+    scale = student.config.guidance_scale
+    rows = {"teacher, 50 steps": generate(teacher, labels, seeds, num_inference_steps=50, guidance_scale=scale)}
+    for steps in STUDENT_STEPS[:3]:
+        rows[f"student, {steps}"] = generate(student, labels, seeds, num_inference_steps=steps)
+    return image_grid(torch.cat(list(rows.values())), len(labels), row_labels=list(rows))
+
+
+if __name__ == "__main__":
+    auto_cli(main)
