@@ -261,7 +261,7 @@ class DistillationConfig:
     num_teacher_steps: int = 8
     """Steps of a trajectory. Its points are those from which the student can be sampled in as many steps, or in a
     divisor of them."""
-    points_per_trajectory: int = 4
+    points_per_trajectory: int = 2
     """How many points of a trajectory the student learns from: the noise, and others in turn."""
     clean_within: float = 0.04
     """How near to black or white, of a range from -1 to 1, a pixel of the teacher is taken for it."""
@@ -433,7 +433,7 @@ class Config(Saved):
 class DistillConfig(Saved):
     """A whole run of distilling, in which network and noising process are the teacher's."""
 
-    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=16))
+    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=32))
     """The images; where no source is named, those of the teacher's run folder, or else as for training. A batch is as
     many trajectories of the teacher."""
     distillation: DistillationConfig

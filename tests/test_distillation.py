@@ -349,6 +349,19 @@ class TestRuns:
         assert [name for name in first if first[name] != second[name]] == []
         assert len(read_metrics(whole / "metrics.jsonl")) == 6
 
+    def test_two_processes_learn_what_one_does(self, teacher_folder: Path, tmp_path: Path) -> None:
+        nursery, log, weights = Nursery(), tmp_path / "log.txt", []
+        for ranks in (1, 2):
+            flags = tmp_path / f"{ranks}.yaml"
+            flags.write_text(student_config(teacher_folder, tmp_path / str(ranks)).to_yaml())
+            arguments = ["--config", str(flags), "--train.num_threads", "1"]
+            assert nursery.finish(arguments, log=log, ranks=ranks, work=distilling) == [0] * ranks, log.read_text()
+            weights.append(MNISTDiffusionPipeline.from_pretrained(tmp_path / str(ranks) / "pipeline").unet.state_dict())
+        start = MNISTDiffusionPipeline.from_pretrained(teacher_folder).unet.state_dict()
+        moved = max(float((weights[0][name] - start[name]).abs().max()) for name in start)
+        apart = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in start)
+        assert apart < 1e-3 * moved
+
     def test_another_teacher_cannot_go_on(self, teacher_folder: Path, tmp_path: Path) -> None:
         config = student_config(teacher_folder, tmp_path / "run")
         run(config, max_steps=2)

@@ -14,6 +14,7 @@ from mnist_diffusion.config import UserError
 from mnist_diffusion.data import DataError, ImageData, ImageSplit
 from mnist_diffusion.evaluation.samples import Artist, Way, read_sample
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.sampling import build_sampler
 from tests.conftest import make_pipeline
 
 LETTERS = "abcdefghij"
@@ -42,6 +43,19 @@ class TestDrawing:
         assert torch.bincount(sample.labels).tolist() == [6] * 10
         assert sample.passes_per_image == 6
         assert artist(pipeline, letters).draw(Way("heun", 3, 1.0)).passes_per_image == 5
+
+    def test_a_student_takes_one_pass_a_step_at_its_own_scale_alone(
+        self, pipeline: MNISTDiffusionPipeline, letters: ImageData
+    ) -> None:
+        pipeline.register_to_config(guidance_distilled=True, guidance_scale=1.5)
+        pipeline.scheduler = build_sampler("lcm", pipeline.scheduler.config)
+        student = artist(pipeline, letters)
+        way = student.way(None, 2, None)
+        assert way == Way("lcm", 2, 1.5)
+        student.check(way)
+        assert student.draw(way).passes_per_image == 2
+        with pytest.raises(UserError, match=r"guidance at scale 1\.5 was distilled into its weights"):
+            student.check(student.way(None, 2, 5.0))
 
     def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         assert artist(pipeline, letters).way(None, None, None) == Way("dpmpp", 10, 2.0)

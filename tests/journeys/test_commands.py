@@ -244,6 +244,21 @@ def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path, conditional: bool) 
         assert fingerprint(plain, tmp_path / saved_again) == with_class
 
 
+def test_from_a_teacher_to_a_student_and_its_pictures(tmp_path: Path) -> None:
+    command(CONSOLE, "train", *SHORT, "--output_dir", "teacher", cwd=tmp_path)
+    short = ["--config", "tiny", "--train.max_steps", "2", "--out", "student"]
+    told = command(CONSOLE, "distill", "teacher/pipeline", *short, cwd=tmp_path).stdout
+    assert "source       scikit-learn digits" in told  # as the teacher's run names it
+    assert "pipeline(class_labels=[3]).images" in told
+    command(CONSOLE, "sample", "student/pipeline", "--num_images", "10", cwd=tmp_path)
+    assert (tmp_path / "samples" / "grid.png").is_file()
+    scale = ["--guidance_scale", "5"]
+    refused = command(CONSOLE, "sample", "student/pipeline", *scale, cwd=tmp_path, code=2).stderr
+    assert "guidance at scale 1.5 was distilled into its weights" in refused
+    again = command(CONSOLE, "distill", "student/pipeline", "--out", "other", cwd=tmp_path, code=2).stderr
+    assert "is itself a student" in again
+
+
 def test_a_folder_of_pictures_from_nothing(tmp_path: Path) -> None:
     make_image_folder(tmp_path / "my pictures é")
     flags = ["--config", "tiny", "--data.source", "my pictures é", "--train.max_steps", "2", "--output_dir", "run"]
