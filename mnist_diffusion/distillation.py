@@ -101,11 +101,15 @@ def student_scheduler(teacher: MNISTDiffusionPipeline) -> DDPMScheduler:
 
     From a prediction of the noise the image at the last, noisiest timestep is `(x - sigma eps) / alpha` with an alpha
     near 0, which no network can learn; the velocity there is just minus the image.
+
+    LCM and TCD may take any of its timesteps, so that they start at the noisiest whatever the number of steps.
     """
     noise_scheduler = build_sampler("ddpm", teacher.scheduler.config)
-    return DDPMScheduler.from_config(
+    scheduler = DDPMScheduler.from_config(
         noise_scheduler.config, prediction_type="v_prediction", clip_sample=True, clip_sample_range=1.0
     )
+    scheduler.register_to_config(original_inference_steps=scheduler.config.num_train_timesteps)
+    return scheduler
 
 
 def fingerprint(unet: UNet2DModel) -> str:

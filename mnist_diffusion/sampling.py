@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -20,20 +20,16 @@ from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPip
 class Sampler:
     """A diffusers scheduler class and the arguments that make it this sampler.
 
-    `taken` are further arguments by the field of the configuration whose value they take. With `alone` the class
-    shares no arguments with the others and warns of theirs, which it is therefore not given.
+    With `alone` the class warns of the other samplers' arguments, which it is therefore not given.
     """
 
     scheduler: str
     arguments: Mapping[str, Any]
-    taken: Mapping[str, str] = field(default_factory=dict)
     alone: bool = False
 
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Consistency samplers: any timestep of training may be one of sampling.
-CONSISTENCY: Mapping[str, Any] = {"taken": {"original_inference_steps": "num_train_timesteps"}, "alone": True}
 MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
 
 SAMPLERS: Mapping[SchedulerName, Sampler] = {
@@ -48,8 +44,8 @@ SAMPLERS: Mapping[SchedulerName, Sampler] = {
     "euler-a": Sampler("EulerAncestralDiscreteScheduler", {}),
     "heun": Sampler("HeunDiscreteScheduler", {}),
     "kdpm2": Sampler("KDPM2DiscreteScheduler", {}),
-    "lcm": Sampler("LCMScheduler", {}, **CONSISTENCY),
-    "tcd": Sampler("TCDScheduler", {}, **CONSISTENCY),
+    "lcm": Sampler("LCMScheduler", {}, alone=True),
+    "tcd": Sampler("TCDScheduler", {}, alone=True),
 }
 
 
@@ -70,8 +66,7 @@ def build_sampler(name: SchedulerName, config: Mapping[str, Any]) -> Any:
     if sampler.alone:
         known = inspect.signature(made.__init__).parameters
         config = {key: value for key, value in config.items() if key in known}
-    taken = {name: config[source] for name, source in sampler.taken.items()}
-    return made.from_config(config, **sampler.arguments, **taken)
+    return made.from_config(config, **sampler.arguments)
 
 
 def sampler_name(scheduler: Any) -> str:

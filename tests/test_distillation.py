@@ -198,7 +198,7 @@ class TestStudentsScheduler:
     @pytest.mark.parametrize("name", ["lcm", "tcd"])
     def test_consistency_samplers_start_at_the_noisiest_timestep(self, name: Any, steps: int) -> None:
         teacher = make_pipeline(diffusion=DiffusionConfig(num_train_timesteps=steps))
-        scheduler = build_sampler(name, teacher.scheduler.config)
+        scheduler = build_sampler(name, student_scheduler(teacher).config)
         for count in (1, 2, 3):
             scheduler.set_timesteps(count)
             assert scheduler.timesteps[0] == steps - 1
