@@ -25,7 +25,7 @@ def run(arguments: RunArguments[Config]) -> int:
     from mnist_diffusion.launch import (  # noqa: PLC0415
         build_accelerator,
         choose_output_dir,
-        require_same_data,
+        require_same,
         start_processes,
     )
     from mnist_diffusion.learner import Learner  # noqa: PLC0415
@@ -42,7 +42,7 @@ def run(arguments: RunArguments[Config]) -> int:
 
     with accelerator.main_process_first():  # which fetches; the others find it in the cache
         data = load_images(config.data, seed=config.train.seed)
-    require_same_data(data.fingerprint)
+    require_same("images", data.fingerprint)
     unet = build_unet(
         config.model,
         image_size=data.image_size,

@@ -2,8 +2,8 @@
 
     python benchmarks/distillation.py runs/<run>/pipeline runs/<student>/pipeline path/to/mnist --out docs
 
-Writes `distillation_table.md`, `distillation_plot.png` and `distillation.png` into `--out`. Images are drawn from the
-same seeds throughout; those found in `--images` are used again.
+Prints the table, and writes `distillation_plot.png` and `distillation.png` into `--out`. Images are drawn from the same
+seeds throughout; those found in `--images` are used again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(
         teacher_scales: guidance scales of the teacher; the student's where left out.
         dtype: precision of both networks.
         images: where the images are kept.
-        out: the folder for table and pictures.
+        out: the folder for the pictures.
     """
     set_num_threads(TrainConfig())
     learned = load_pipeline(student, device=None, dtype=dtype)
@@ -87,7 +87,6 @@ def main(
         "",
         *speeds(learned),
     ]
-    (out / "distillation_table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     figure = plot_passes(results)
     assert figure is not None

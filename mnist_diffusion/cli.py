@@ -67,9 +67,9 @@ def parse_distill_arguments(argv: Sequence[str], *, prog: str) -> RunArguments[D
         prog=prog,
         usage=f"{prog} PIPELINE [--out FOLDER] [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
         description="Distil a trained pipeline (a folder, or a Hub id) into a student that draws in one pass or a few.",
-        epilog="PIPELINE is short for --distillation.teacher, and --out for --output_dir.",
+        epilog="PIPELINE, which comes first, is short for --distillation.teacher, and --out for --output_dir.",
     )
-    short = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    short = argparse.ArgumentParser(prog=prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     short.add_argument("--out")
     found, flags = short.parse_known_args(list(argv))
     if flags and not flags[0].startswith("-"):

@@ -30,6 +30,7 @@ SchedulerName = Literal[
     "lcm",
     "tcd",
 ]
+TrajectorySampler = Literal["dpmpp", "unipc", "deis", "ddim"]
 TrackerName = Literal["tensorboard", "wandb"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
@@ -256,8 +257,8 @@ class DistillationConfig:
     """The teacher: a pipeline folder, or a Hub id such as `user/name`."""
     guidance_scale: float = 1.5
     """The guidance of the teacher that the student learns to draw with, in one pass a step."""
-    scheduler: SchedulerName = "dpmpp"
-    """The sampler that draws the teacher's trajectories, by its short name."""
+    scheduler: TrajectorySampler = "dpmpp"
+    """The sampler that draws the teacher's trajectories: one that adds no noise of its own on the way."""
     num_teacher_steps: int = 8
     """Steps of a trajectory. Its points are those from which the student can be sampled in as many steps, or in a
     divisor of them."""
@@ -269,12 +270,16 @@ class DistillationConfig:
     """Where the pseudo-Huber loss of a pixel turns from square to linear."""
     label_dropout: float = 0.1
     """Share of the labels replaced by the null class, from which the student learns to draw without a class."""
+    split_seed: int = 0
+    """The `train.seed` of the teacher's run, which chose its held-out images where the source has no split for them;
+    taken from the teacher's run folder together with the images."""
 
     def __post_init__(self) -> None:
         _require(self.teacher != "", "distillation.teacher", "", "a pipeline folder or a Hub id")
         _require_at_least(0, "distillation", self, "guidance_scale")
         _require_at_least(1, "distillation", self, "num_teacher_steps")
         _require_between(1, self.num_teacher_steps, "distillation", self, "points_per_trajectory")
+        _require_at_least(0, "distillation", self, "split_seed")
         _require_between(0, 0.5, "distillation", self, "clean_within")
         _require_between(0, 1, "distillation", self, "label_dropout")
         _require(
@@ -434,8 +439,8 @@ class DistillConfig(Saved):
     """A whole run of distilling, in which network and noising process are the teacher's."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=32))
-    """The images; where no source is named, those of the teacher's run folder, or else as for training. A batch is as
-    many trajectories of the teacher."""
+    """The images; where nothing is said of them, those of the teacher's run folder, or else as for training. A batch
+    is as many trajectories of the teacher."""
     distillation: DistillationConfig
     """What is learned from the teacher."""
     sampling: FewStepConfig = field(default_factory=FewStepConfig)
@@ -447,11 +452,12 @@ class DistillConfig(Saved):
     )
     """The loop."""
     output_dir: str | None = None
-    """The run folder; null makes `runs/<recipe>-<time>`."""
+    """The run folder; null makes `runs/student-<recipe>-<time>`."""
 
     FIXED: ClassVar[tuple[str, ...]] = tuple(
         f"distillation.{name}" for name in DistillationConfig.__dataclass_fields__ if name != "teacher"
     )
+    """What a resumed run may not change, beside what no run may; the teacher may move, and is told by its weights."""
 
     def __post_init__(self) -> None:
         _require_folder(self.train, self.output_dir)

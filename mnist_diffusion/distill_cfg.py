@@ -19,21 +19,24 @@ from mnist_diffusion.config import DistillConfig, SamplingConfig
 
 def run(arguments: RunArguments[DistillConfig]) -> int:
     """Assemble a distillation from its configuration, and train."""
-    from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy imports wait until the arguments are right)
+    import torch  # noqa: PLC0415  (heavy imports wait until the arguments are right)
+
+    from mnist_diffusion.data import load_images  # noqa: PLC0415
     from mnist_diffusion.distillation import (  # noqa: PLC0415
         distillation_objective,
-        find_images,
         load_teacher,
         method,
+        require_possible,
         require_same_images,
         student_of,
         student_scheduler,
+        with_teachers_images,
     )
     from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
     from mnist_diffusion.launch import (  # noqa: PLC0415
         build_accelerator,
         choose_output_dir,
-        require_same_data,
+        require_same,
         start_processes,
     )
     from mnist_diffusion.learner import Learner  # noqa: PLC0415
@@ -41,20 +44,23 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     from mnist_diffusion.summary import describe  # noqa: PLC0415
     from mnist_diffusion.training import train  # noqa: PLC0415
 
-    config = arguments.config
+    config = with_teachers_images(arguments.config)
     start_processes(config)
     output_dir = choose_output_dir(config, f"student-{arguments.recipe}")
     accelerator = build_accelerator(config, output_dir)
 
     with accelerator.main_process_first():  # which fetches; the others find it in the cache
         teacher = load_teacher(config.distillation, device=accelerator.device)
-        images, split_seed = find_images(config)
-        data = load_images(images, seed=split_seed)
-    require_same_data(data.fingerprint)
+        data = load_images(config.data, seed=config.distillation.split_seed)
+    require_same("images", data.fingerprint)
     require_same_images(teacher, data)
+    require_possible(config, teacher)
     student = student_of(teacher)
+    if config.train.channels_last:
+        teacher.unet.to(memory_format=torch.channels_last)
     accelerator.prepare_model(teacher.unet, evaluation_mode=True)  # the teacher in the student's precision
     objective = distillation_objective(config.distillation, teacher)
+    require_same("teachers", objective.fingerprint)
     learner = Learner(config, accelerator, data, student, objective)
     noise_scheduler = student_scheduler(teacher)
     sampling = SamplingConfig(**vars(config.sampling), guidance_scale=config.distillation.guidance_scale)
@@ -62,6 +68,7 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     card = {
         "teacher": config.distillation.teacher,
         "teacher_fingerprint": objective.fingerprint,
+        "seed": config.distillation.split_seed,
         "method": method(config.distillation),
     }
     accelerator.print(f"teacher      {config.distillation.teacher}\n{describe(learner, output_dir)}")

@@ -2,7 +2,7 @@
 
 The teacher draws: its guided trajectory leads from noise to an image in a few steps. The student learns, from every
 point of the trajectory, the image at its end, which is what a consistency model is asked for (Song et al., 2023,
-https://arxiv.org/abs/2303.01469) and what such samplers as LCM and TCD call for. The targets are the trajectory's own
+https://arxiv.org/abs/2303.01469) and what the LCM sampler calls for. The targets are the trajectory's own
 end (Luhman and Luhman, 2021, https://arxiv.org/abs/2101.02388, do so for its first point alone), not the student's word
 at the next point, which is wrong at first and reaches the noisy points only hop by hop.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,33 +42,60 @@ def load_teacher(config: DistillationConfig, *, device: torch.device) -> MNISTDi
     """The teacher, ready to draw trajectories.
 
     Raises:
-        TeacherError: it is itself distilled, or takes no guidance and is asked for some.
+        TeacherError: it is itself distilled.
         UserError: it cannot be loaded.
     """
     teacher = load_pipeline(config.teacher, device=str(device), dtype="float32")
     if teacher.config.guidance_distilled:
         raise TeacherError(f"distillation.teacher={config.teacher!r} is itself a student; name the model it came from")
-    if teacher.null_class is None and config.guidance_scale != 1:
-        raise TeacherError(
-            f"distillation.guidance_scale={config.guidance_scale} needs a class-conditional teacher; set it to 1"
-        )
     teacher.unet.eval().requires_grad_(False)
     teacher.scheduler = build_sampler(config.scheduler, teacher.scheduler.config)
     return teacher
 
 
-def find_images(config: DistillConfig) -> tuple[DataConfig, int]:
-    """The images to distil with, and the seed of their split: as configured, or else those of the teacher's run.
+def with_teachers_images(config: DistillConfig) -> DistillConfig:
+    """The configuration with the images of the teacher's run, where it says nothing of images itself.
 
     A run leaves its configuration beside its pipeline folder.
+
+    Raises:
+        TeacherError: what lies there is no run's configuration.
     """
-    beside = Path(config.distillation.teacher).resolve().parent / "config.yaml"
-    if config.data.source is not None or not beside.is_file():
-        return config.data, config.train.seed
-    told = yaml.safe_load(beside.read_text(encoding="utf-8"))
-    kept = ("batch_size", "augment")
-    ways = {name: value for name, value in told["data"].items() if name not in kept}
-    return replace(config.data, **ways), told["train"]["seed"]
+    folder = Path(config.distillation.teacher)
+    beside, said = folder.resolve().parent / "config.yaml", asdict(config.data)
+    leading = [name for name in said if name not in ("batch_size", "augment")]
+    silent = all(said[name] == asdict(DataConfig())[name] for name in leading)
+    if not (silent and folder.is_dir() and beside.is_file()):
+        return config
+    try:
+        told = yaml.safe_load(beside.read_text(encoding="utf-8"))
+        data = replace(config.data, **{name: told["data"][name] for name in leading})
+        learned = replace(config.distillation, split_seed=told["train"]["seed"])
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise TeacherError(
+            f"{beside} does not say what images the teacher was trained on ({error!r}); name them with --data.source"
+        ) from error
+    return replace(config, data=data, distillation=learned)
+
+
+def require_possible(config: DistillConfig, teacher: MNISTDiffusionPipeline) -> None:
+    """Make sure that what is asked can be had of this teacher, before any work.
+
+    Raises:
+        TeacherError: it takes fewer steps, or no classes.
+    """
+    available = teacher.scheduler.config.num_train_timesteps
+    for name, steps in (
+        ("distillation.num_teacher_steps", config.distillation.num_teacher_steps),
+        ("sampling.num_inference_steps", config.sampling.num_inference_steps),
+    ):
+        if steps > available:
+            raise TeacherError(f"{name}={steps} must not exceed the teacher's {available} timesteps")
+    if teacher.null_class is None and config.distillation.guidance_scale != 1:
+        scale = config.distillation.guidance_scale
+        raise TeacherError(f"distillation.guidance_scale={scale} needs a class-conditional teacher; set it to 1")
+    if teacher.null_class is None and config.train.best_metric == "accuracy":
+        raise TeacherError("train.best_metric='accuracy' needs a class-conditional teacher; set it to fid")
 
 
 def require_same_images(teacher: MNISTDiffusionPipeline, data: ImageData) -> None:
@@ -81,6 +109,11 @@ def require_same_images(teacher: MNISTDiffusionPipeline, data: ImageData) -> Non
         raise TeacherError(
             f"the teacher draws images of {teacher.image_shape} (C, H, W), but data.source={data.source_id!r} has "
             f"{shape}; name the images it was trained on"
+        )
+    if teacher.num_classes not in (None, data.num_classes):
+        raise TeacherError(
+            f"the teacher knows {teacher.num_classes} classes, but data.source={data.source_id!r} has "
+            f"{data.num_classes}; name the images it was trained on"
         )
     names = teacher.config.id2label
     taught = data.class_names if names is None else tuple(names[str(index)] for index in range(len(names)))
@@ -112,10 +145,11 @@ def student_scheduler(teacher: MNISTDiffusionPipeline) -> DDPMScheduler:
     return scheduler
 
 
-def fingerprint(unet: UNet2DModel) -> str:
-    """SHA-256 over the names and values of a network's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
+def fingerprint(teacher: MNISTDiffusionPipeline) -> str:
+    """SHA-256 over what decides its trajectories: the scheduler's configuration, names and values of the weights."""
+    settings = {key: value for key, value in teacher.scheduler.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(teacher.unet.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
@@ -168,7 +202,7 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         errors = clipped_error(images, target.repeat(len(chosen), 1, 1, 1))
         return pseudo_huber(errors, config.huber_c).mean()
 
-    return Objective(partial(diffusion_draws, process), training_loss, fingerprint(teacher.unet))
+    return Objective(partial(diffusion_draws, process), training_loss, fingerprint(teacher))
 
 
 def draw_trajectories(
@@ -181,7 +215,7 @@ def draw_trajectories(
         scales = torch.where(draws.dropped, 0.0, config.guidance_scale).tolist()
         asked = {"class_labels": labels.tolist(), "guidance_scale": scales}
     return teacher.sample_trajectory(
-        **asked, latents=draws.noise, num_inference_steps=config.num_teacher_steps, output_type="pt"
+        **asked, latents=draws.noise, num_inference_steps=config.num_teacher_steps, eta=0.0, output_type="pt"
     )
 
 

@@ -116,12 +116,12 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     return accelerator
 
 
-def require_same_data(fingerprint: str) -> None:
-    """Make sure that every process read the same images.
+def require_same(what: str, fingerprint: str) -> None:
+    """Make sure that every process read the same `what`.
 
     Raises:
         LaunchError: they did not, as when one machine of several has no data and fell back.
     """
     found = gather_object([fingerprint])
     if len(set(found)) > 1:
-        raise LaunchError(f"the processes read different images: fingerprints {sorted({each[:16] for each in found})}")
+        raise LaunchError(f"the processes read different {what}: fingerprints {sorted({each[:16] for each in found})}")

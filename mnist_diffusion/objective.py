@@ -1,7 +1,7 @@
 """What the network is asked to do: draws, targets, weights and the loss, each a small function.
 
-The training loop is given an `Objective`, a pair of functions, and knows nothing of diffusion; another objective
-is another pair.
+The training loop is given an `Objective`, a pair of functions, and knows nothing of diffusion; another objective,
+such as a student's, is another pair.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _require_same_run(run: Run, checkpoint: Checkpoint) -> None:
     free = [change for name, change in told.items() if not name.startswith(fixed_names)]
     if then != now:
         fixed.append(f"the images' fingerprint was {then[:16]}, now {now[:16]}")
-    learned, learning = checkpoint.state["objective_fingerprint"], run.learner.objective.fingerprint
+    learned, learning = checkpoint.state.get("objective_fingerprint", ""), run.learner.objective.fingerprint
     if learned != learning:
         fixed.append(f"the teacher's fingerprint was {learned[:16]}, now {learning[:16]}")
     if fixed:

@@ -30,6 +30,8 @@ class Sampler:
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+OF_THE_LONE = ("original_inference_steps", "timestep_scaling")
+"""Arguments of LCM and TCD that the others warn of."""
 MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
 
 SAMPLERS: Mapping[SchedulerName, Sampler] = {
@@ -63,9 +65,8 @@ def build_sampler(name: SchedulerName, config: Mapping[str, Any]) -> Any:
         raise ValueError(f"scheduler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     sampler = SAMPLERS[name]
     made = getattr(diffusers, sampler.scheduler)
-    if sampler.alone:
-        known = inspect.signature(made.__init__).parameters
-        config = {key: value for key, value in config.items() if key in known}
+    known = inspect.signature(made.__init__).parameters
+    config = {key: value for key, value in config.items() if key in known or not (sampler.alone or key in OF_THE_LONE)}
     return made.from_config(config, **sampler.arguments)
 
 

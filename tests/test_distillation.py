@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 from torch import nn
 
 from mnist_diffusion import distill_cfg
-from mnist_diffusion.cli import RunArguments
+from mnist_diffusion.cli import RunArguments, parse_distill_arguments
 from mnist_diffusion.config import (
+    Config,
     DataConfig,
     DiffusionConfig,
     DistillationConfig,
@@ -26,7 +27,7 @@ from mnist_diffusion.config import (
     TrainConfig,
     UserError,
 )
-from mnist_diffusion.data import load_images
+from mnist_diffusion.data import ImageData, load_images
 from mnist_diffusion.distillation import (
     TeacherError,
     chosen_points,
@@ -34,12 +35,14 @@ from mnist_diffusion.distillation import (
     clipped_error,
     distillation_objective,
     draw_trajectories,
-    find_images,
+    fingerprint,
     load_teacher,
     pseudo_huber,
+    require_possible,
     require_same_images,
     student_of,
     student_scheduler,
+    with_teachers_images,
 )
 from mnist_diffusion.objective import Batch, Draws
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
@@ -227,36 +230,76 @@ class TestTeachers:
         with pytest.raises(TeacherError, match="is itself a student"):
             load_teacher(distillation(tmp_path), device=CPU)
 
-    def test_guidance_needs_classes(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({}, r"guidance_scale=1\.5 needs a class-conditional teacher"),
+            (
+                {"distillation": {"guidance_scale": 1.0}, "best_metric": "accuracy"},
+                "train.best_metric='accuracy' needs",
+            ),
+            ({"distillation": {"num_teacher_steps": 1001}}, "num_teacher_steps=1001 must not exceed .* 1000 timesteps"),
+            ({"sampling": {"num_inference_steps": 1001}}, "num_inference_steps=1001 must not exceed"),
+        ],
+        ids=str,
+    )
+    def test_what_a_teacher_cannot_teach(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:
         save_teacher(tmp_path, seed=0, conditional=False)
-        with pytest.raises(TeacherError, match=r"guidance_scale=1\.5 needs a class-conditional teacher"):
-            load_teacher(distillation(tmp_path), device=CPU)
-        assert load_teacher(distillation(tmp_path, guidance_scale=1.0), device=CPU).null_class is None
+        config = DistillConfig(
+            distillation=distillation(tmp_path, **change.get("distillation", {})),
+            sampling=FewStepConfig(**change.get("sampling", {})),
+            train=TrainConfig(best_metric=change.get("best_metric", "fid")),
+        )
+        teacher = load_teacher(config.distillation, device=CPU)
+        with pytest.raises(TeacherError, match=message):
+            require_possible(config, teacher)
 
     def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot be loaded"):
             load_teacher(distillation(tmp_path), device=CPU)
 
-    def test_other_images(self, teacher_folder: Path, image_folder: Path) -> None:
+    def test_other_images(self, teacher_folder: Path, image_folder: Path, digits: ImageData) -> None:
         teacher = load_teacher(distillation(teacher_folder), device=CPU)
         with pytest.raises(TeacherError, match=r"the teacher draws images of \(1, 28, 28\).* has \(3, 16, 16\)"):
             require_same_images(teacher, load_images(DataConfig(source=str(image_folder)), seed=0))
-        other = DataConfig(source=str(image_folder), image_size=28, channels=1)
-        with pytest.raises(TeacherError, match=r"classes are 0, 1.* are blue, green, red"):
-            require_same_images(teacher, load_images(other, seed=0))
+        letters = dataclasses.replace(digits, class_names=tuple("abcdefghij"))
+        with pytest.raises(TeacherError, match=r"classes are 0, 1.* are a, b, c"):
+            require_same_images(teacher, letters)
 
-    def test_images_of_the_teachers_run(self, teacher_folder: Path, tmp_path: Path) -> None:
-        config = student_config(teacher_folder, tmp_path)
-        unnamed = dataclasses.replace(config, data=DataConfig(batch_size=4))
-        assert find_images(unnamed) == (DataConfig(batch_size=4), 0)
-        beside = teacher_folder.parent / "config.yaml"
-        told = dataclasses.replace(config, data=DataConfig(source="digits", image_size=16, batch_size=99))
-        beside.write_text(dataclasses.replace(told, train=TrainConfig(seed=5)).to_yaml())
-        try:
-            assert find_images(unnamed) == (DataConfig(source="digits", image_size=16, batch_size=4), 5)
-            assert find_images(config) == (config.data, 0)
-        finally:
-            beside.unlink()
+    def test_other_numbers_of_classes(self, teacher_folder: Path, digits: ImageData) -> None:
+        teacher = load_teacher(distillation(teacher_folder), device=CPU)
+        fewer = dataclasses.replace(digits, class_names=digits.class_names[:7])
+        with pytest.raises(TeacherError, match=r"the teacher knows 10 classes, but data.source='digits' has 7"):
+            require_same_images(teacher, fewer)
+
+    def test_fingerprint_is_of_weights_and_noising_process(self, teacher_folder: Path) -> None:
+        teacher = load_teacher(distillation(teacher_folder), device=CPU)
+        first = fingerprint(teacher)
+        assert fingerprint(load_teacher(distillation(teacher_folder), device=CPU)) == first
+        teacher.scheduler.register_to_config(prediction_type="epsilon")
+        second = fingerprint(teacher)
+        next(teacher.unet.parameters()).data.view(-1)[0] += 1
+        assert len({first, second, fingerprint(teacher)}) == 3
+
+    def test_images_of_the_teachers_run(self, tmp_path: Path) -> None:
+        teacher = save_teacher(tmp_path / "run" / "pipeline", seed=0)
+        named = student_config(teacher, tmp_path / "student")
+        silent = dataclasses.replace(named, data=DataConfig(batch_size=4))
+        assert with_teachers_images(silent) == silent
+        beside = tmp_path / "run" / "config.yaml"
+        told = Config(data=DataConfig(source="digits", image_size=28, batch_size=99), train=TrainConfig(seed=5))
+        beside.write_text(told.to_yaml())
+        found = with_teachers_images(silent)
+        assert found.data == DataConfig(source="digits", image_size=28, batch_size=4)
+        assert found.distillation.split_seed == 5
+        assert with_teachers_images(named) == named
+        folder = run(silent, max_steps=2)
+        again = parse_distill_arguments(["--config", str(folder / "config.yaml")], prog="distill").config
+        assert (again.data, again.distillation) == (found.data, found.distillation)
+        run(dataclasses.replace(again, output_dir=str(folder)), max_steps=4, resume=True)
+        beside.write_text("data: 3")
+        with pytest.raises(TeacherError, match="does not say what images the teacher was trained on"):
+            with_teachers_images(silent)
 
 
 class TestRuns:
@@ -282,7 +325,7 @@ class TestRuns:
             "It is a student",
             str(teacher_folder),
             "4 steps of dpmpp at guidance scale 1.5",
-            "1 steps of lcm",
+            "1 step of lcm",
         ):
             assert part in card
         assert "guidance_scale=5" not in card
