@@ -166,10 +166,10 @@ class TestTwoProcesses:
         script.write_text(
             "import os\n"
             "from mnist_diffusion.config import Config\n"
-            "from mnist_diffusion.launch import require_same_data, start_processes\n"
+            "from mnist_diffusion.launch import require_same, start_processes\n"
             "start_processes(Config())\n"
-            "require_same_data('same')\n"
-            "require_same_data(os.environ['RANK'] * 64)\n"
+            "require_same('images', 'same')\n"
+            "require_same('images', os.environ['RANK'] * 64)\n"
         )
         launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", str(script)]
         result = command(*launch, cwd=tmp_path, environment=self.CPU, code=1)
