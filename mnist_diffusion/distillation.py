@@ -3,8 +3,8 @@
 The teacher draws: its guided trajectory leads from noise to an image in a few steps. The student learns, from points of
 the trajectory, the image at its end, which is what a consistency model is asked for (Song et al., 2023,
 https://arxiv.org/abs/2303.01469) and what the LCM sampler calls for. The target is the end of the trajectory itself
-(Luhman and Luhman, 2021, https://arxiv.org/abs/2101.02388, do so for its first point alone), not the word of the student
-at the next point, which is wrong at first and reaches the noisy points only hop by hop.
+(Luhman and Luhman, 2021, https://arxiv.org/abs/2101.02388, do so for its first point alone), not the word of the
+student at the next point, which is wrong at first and reaches the noisy points only hop by hop.
 """
 
 from __future__ import annotations
