@@ -65,7 +65,7 @@ def main(
         f"on {machine_description(pipe.device, 1)}: the share read as asked, and the Fréchet "
         f"distance in the evaluator's features (as many held-out images: {floor['accuracy']:.1%}, {floor['fid']:.2f}).",
         "",
-        "| sampler | " + " | ".join(f"{count} steps" for count in steps) + " |",
+        "| sampler | " + " | ".join(f"{count} step{'s' if count > 1 else ''}" for count in steps) + " |",
         "| --- |" + " --- |" * len(steps),
     ]
     print("\n".join(lines), flush=True)

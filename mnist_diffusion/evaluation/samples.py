@@ -58,7 +58,8 @@ class Way:
     def name(self) -> str:
         """In a few words."""
         guided = "" if self.guidance_scale is None else f", guidance {self.guidance_scale:g}"
-        return f"{self.scheduler}, {self.num_inference_steps} steps{guided}"
+        steps = f"{self.num_inference_steps} step{'s' if self.num_inference_steps > 1 else ''}"
+        return f"{self.scheduler}, {steps}{guided}"
 
 
 class Artist:
