@@ -54,7 +54,7 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     out = evaluate(*folders, tmp_path, "--num_inference_steps", 1, 2, "--guidance_scale", 0, 2, "--scheduler", "ddim")
     report = json.loads((out / "report.json").read_text())
     assert [result["name"] for result in report["results"]] == [
-        f"ddim, {steps} steps, guidance {scale}" for steps in (1, 2) for scale in (0, 2)
+        f"ddim, {steps}, guidance {scale}" for steps in ("1 step", "2 steps") for scale in (0, 2)
     ]
     assert [result["passes_per_image"] for result in report["results"]] == [1, 2, 2, 4]
     wanted = {"accuracy", "accuracy_low", "accuracy_high", "fid", "fid_floor", "fid_ratio", "fid_standard_error"}
