@@ -21,6 +21,7 @@ from mnist_diffusion.config import Config
 def run(arguments: RunArguments[Config]) -> int:
     """Assemble a run from its configuration, and train."""
     from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy imports wait until the arguments are right)
+    from mnist_diffusion.denoising import DenoiserProduct, denoiser_objective  # noqa: PLC0415
     from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
     from mnist_diffusion.launch import (  # noqa: PLC0415
         build_accelerator,
@@ -29,9 +30,10 @@ def run(arguments: RunArguments[Config]) -> int:
         start_processes,
     )
     from mnist_diffusion.learner import Learner  # noqa: PLC0415
-    from mnist_diffusion.model import build_noise_scheduler, build_unet  # noqa: PLC0415
+    from mnist_diffusion.model import build_noise_scheduler, build_unet, initialise  # noqa: PLC0415
     from mnist_diffusion.objective import diffusion_objective  # noqa: PLC0415
     from mnist_diffusion.planning import expected_cost  # noqa: PLC0415
+    from mnist_diffusion.product import PipelineProduct, Product  # noqa: PLC0415
     from mnist_diffusion.summary import describe  # noqa: PLC0415
     from mnist_diffusion.training import train  # noqa: PLC0415
 
@@ -50,17 +52,24 @@ def run(arguments: RunArguments[Config]) -> int:
         num_classes=data.num_classes,
         seed=config.train.seed,
     )
-    noise_scheduler = build_noise_scheduler(config.diffusion)
-    null_class = data.num_classes if config.model.class_conditional else None
-    objective = diffusion_objective(config.diffusion, noise_scheduler, null_class=null_class)
+    if config.train.init_from is not None:
+        accelerator.print(initialise(unet, config.train.init_from))
+    product: Product
+    if config.denoiser is not None:
+        objective, product = denoiser_objective(config.denoiser), DenoiserProduct(config.denoiser)
+    else:
+        noise_scheduler = build_noise_scheduler(config.diffusion)
+        null_class = data.num_classes if config.model.class_conditional else None
+        objective = diffusion_objective(config.diffusion, noise_scheduler, null_class=null_class)
+        make_pipeline = partial(build_pipeline, noise_scheduler, config.sampling, data.class_names)
+        product = PipelineProduct(make_pipeline, noise_scheduler)
     learner = Learner(config, accelerator, data, unet, objective)
 
     accelerator.print(describe(learner, output_dir))
     if arguments.dry_run:
         accelerator.print(f"{expected_cost(learner)}\n\n{config.to_yaml()}")
         return 0
-    make_pipeline = partial(build_pipeline, noise_scheduler, config.sampling, data.class_names)
-    return train(config, learner, make_pipeline, output_dir, recipe=arguments.recipe)
+    return train(config, learner, product, output_dir, recipe=arguments.recipe)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> int:

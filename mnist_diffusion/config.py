@@ -87,6 +87,8 @@ class DataConfig:
     source: str | None = None
     """`digits`, a folder (IDX files, one folder a class, parquet or arrow), a parquet or arrow file, or a Hub
     data set id; null takes MNIST from the Hub, or the embedded digits where the Hub cannot be reached."""
+    subset: str | None = None
+    """The part of a source that has several: a configuration of a Hub data set, or such as `letters` of EMNIST."""
     image_column: str | None = None
     """The column with the images; null takes the only image column."""
     label_column: str | None = None
@@ -101,6 +103,13 @@ class DataConfig:
     """How an image of another size is brought to `image_size`: centred on black, or resized and centre-cropped."""
     channels: int | None = None
     """1 for grey, 3 for RGB; null keeps what the source has."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes in the order of their labels; null takes the source's own, or the labels themselves."""
+    in_memory: bool | None = None
+    """Decode all images before training, or each when it is needed; null decodes them all where they take at most
+    2 GB."""
+    balance: bool = False
+    """Draw each class equally often, whatever its share of the training images."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes to training images."""
     batch_size: int = 64
@@ -110,8 +119,11 @@ class DataConfig:
         _require_at_least(1, "data", self, "batch_size")
         _require_at_least(8, "data", self, "image_size")
         _require(self.channels in (None, 1, 3), "data.channels", self.channels, "1, 3 or null")
-        for name in ("source", "train_split", "test_split", "image_column", "label_column"):
+        for name in ("source", "subset", "train_split", "test_split", "image_column", "label_column"):
             _require(getattr(self, name) != "", f"data.{name}", "", "a name or null")
+        names = self.class_names
+        if names is not None:
+            _require(all(names) and len(set(names)) == len(names), "data.class_names", list(names), "distinct names")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +227,17 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """A single-step denoiser, which knows neither time nor class."""
+
+    sigma: float = 0.5
+    """Standard deviation of the noise it is trained on, for pixels from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.sigma) and self.sigma > 0, "denoiser.sigma", self.sigma, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """What the pipeline folder does when it is called without further arguments."""
 
@@ -293,6 +316,9 @@ class TrainConfig:
 
     seed: int = 0
     """Seed of everything random: weights, order, noise, dropout, the held-out split."""
+    init_from: str | None = None
+    """Start with the weights of this pipeline folder or Hub id, and an optimizer that knows nothing yet; null starts
+    with random weights."""
     max_steps: int | None = None
     """Stop after this many steps; if set, it alone shapes the learning-rate schedule."""
     max_epochs: float | None = None
@@ -353,6 +379,10 @@ class TrainConfig:
     """How many images each evaluation draws, from the same seeds; the same number of each class."""
     best_metric: Literal["fid", "accuracy"] = "fid"
     """What the best is told by: the lowest Fréchet distance, or the largest share read as asked."""
+    animate_at_epochs: tuple[float, ...] = ()
+    """Draw the sample grid as an animation of its denoising after each of these epochs."""
+    pictures: bool = True
+    """Draw curves, schedule, strips and histograms into `pictures/` whenever the sample grid is drawn."""
     snapshot_every_steps: int | None = None
     """Keep a pipeline folder of the averaged weights every so many steps."""
     snapshot_every_epochs: float | None = None
@@ -376,6 +406,11 @@ class TrainConfig:
         _require_between(0, 1, "train", self, "final_lr_factor", "ema_decay")
         _require_at_least(50, "train", self, "num_evaluation_images")
         _require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
+        _require(self.init_from != "", "train.init_from", "", "a pipeline folder, a Hub id or null")
+        epochs = self.animate_at_epochs
+        rule = "positive numbers in rising order"
+        rising = list(epochs) == sorted(set(epochs)) and all(math.isfinite(epoch) and epoch > 0 for epoch in epochs)
+        _require(rising, "train.animate_at_epochs", list(epochs), rule)
         unique = len(set(self.trackers)) == len(self.trackers)
         _require(unique, "train.trackers", list(self.trackers), f"distinct names from {get_args(TrackerName)}")
 
@@ -413,6 +448,8 @@ class Config(Saved):
     """The network."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """The noising process and the training target."""
+    denoiser: DenoiserConfig | None = None
+    """Train a single-step denoiser instead of a diffusion model; null trains the latter."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """What the pipeline folder does by default."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -420,7 +457,7 @@ class Config(Saved):
     output_dir: str | None = None
     """The run folder; null makes `runs/<recipe>-<time>`."""
 
-    FIXED: ClassVar[tuple[str, ...]] = ("model", "diffusion")
+    FIXED: ClassVar[tuple[str, ...]] = ("model", "diffusion", "denoiser")
     """What a resumed run may not change, beside what no run may."""
 
     def __post_init__(self) -> None:
@@ -431,7 +468,18 @@ class Config(Saved):
             )
         if self.train.best_metric == "accuracy" and not self.model.class_conditional:
             raise ConfigError("train.best_metric='accuracy' needs model.class_conditional=true, got false")
+        if self.denoiser is not None:
+            self._require_denoiser()
         _require_folder(self.train, self.output_dir)
+
+    def _require_denoiser(self) -> None:
+        """A denoiser draws nothing, so that what has to do with drawing cannot be asked of it."""
+        rule = "with a denoiser, which knows no classes and draws no images"
+        _require(not self.model.class_conditional, "model.class_conditional", True, f"false {rule}")
+        for name in ("evaluate_every_steps", "evaluate_every_epochs"):
+            _require(getattr(self.train, name) is None, f"train.{name}", getattr(self.train, name), f"null {rule}")
+        epochs = self.train.animate_at_epochs
+        _require(not epochs, "train.animate_at_epochs", list(epochs), f"empty {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)

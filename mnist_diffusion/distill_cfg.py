@@ -41,6 +41,7 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     )
     from mnist_diffusion.learner import Learner  # noqa: PLC0415
     from mnist_diffusion.planning import expected_cost  # noqa: PLC0415
+    from mnist_diffusion.product import PipelineProduct  # noqa: PLC0415
     from mnist_diffusion.summary import describe  # noqa: PLC0415
     from mnist_diffusion.training import train  # noqa: PLC0415
 
@@ -75,7 +76,8 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     if arguments.dry_run:
         accelerator.print(f"{expected_cost(learner)}\n\n{config.to_yaml()}")
         return 0
-    return train(config, learner, make_pipeline, output_dir, recipe=arguments.recipe, card=card)
+    product = PipelineProduct(make_pipeline, noise_scheduler)
+    return train(config, learner, product, output_dir, recipe=arguments.recipe, card=card)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "mnist_diffusion.distill_cfg") -> int:

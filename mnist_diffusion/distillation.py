@@ -200,9 +200,9 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         images = predicted_original_sample(prediction, points, alpha, "v_prediction")
         target = cleaned(trajectory.latents[-1].to(device), config.clean_within)
         errors = clipped_error(images, target.repeat(len(chosen), 1, 1, 1))
-        return pseudo_huber(errors, config.huber_c).mean()
+        return pseudo_huber(errors, config.huber_c).mean(dim=(1, 2, 3)).view(len(chosen), count).mean(dim=0)
 
-    return Objective(partial(diffusion_draws, process), training_loss, fingerprint(teacher))
+    return Objective(partial(diffusion_draws, process), training_loss, fingerprint=fingerprint(teacher))
 
 
 def draw_trajectories(

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mnist_diffusion.config import SchedulerName, UserError
 from mnist_diffusion.data.stateless import mixed_seed
+from mnist_diffusion.product import predicted_frames
 from mnist_diffusion.sampling import build_sampler, generate, generate_batches, load_pipeline
 from mnist_diffusion.visualize import image_grid, safe_name, save_animation, to_pictures
 
@@ -120,12 +121,8 @@ class Drawing:
         """A GIF of the predicted clean images, step by step."""
         count = min(self.request.num_images, ANIMATION_IMAGES)
         labels = self.image_labels[:count] if self.image_labels is not None else None
-        asked: dict[str, Any] = {"num_images_per_label": count} if labels is None else {"class_labels": labels}
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds[:count]]
-        trajectory = self.pipeline.sample_trajectory(**asked, generator=generators, **self.arguments)
         columns = max(1, round(count**0.5))
-        frames = [image_grid(step / 2 + 0.5, columns) for step in trajectory.pred_original_samples]
-        save_animation(frames, path)
+        save_animation(predicted_frames(self.pipeline, labels, self.seeds[:count], columns, **self.arguments), path)
 
     def compare_schedulers(self) -> Image.Image:
         """DDPM against DDIM from the same noise: a row for each sampler and number of steps."""

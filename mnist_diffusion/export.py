@@ -69,16 +69,25 @@ def export_pipeline(
         card: the values of the card's template.
         samples: the picture on the card.
     """
+
+    def write(temporary: Path) -> None:
+        # Safetensors refuses weights in channels-last order.
+        unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
+        type(pipeline)(**{**pipeline.components, "unet": unet}, **_defaults(pipeline)).save_pretrained(temporary)
+        if samples is not None:
+            samples.save(temporary / SAMPLES)
+        render_card({**card, "samples": SAMPLES if samples is not None else None}).save(temporary / "README.md")
+
+    swap_in(folder, write)
+
+
+def swap_in(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, and put it in place of the one that may be there."""
     temporary, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
     shutil.rmtree(temporary, ignore_errors=True)
-    # Safetensors refuses weights in channels-last order.
-    unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
-    type(pipeline)(**{**pipeline.components, "unet": unet}, **_defaults(pipeline)).save_pretrained(temporary)
-    if samples is not None:
-        samples.save(temporary / SAMPLES)
-    render_card({**card, "samples": SAMPLES if samples is not None else None}).save(temporary / "README.md")
+    write(temporary)
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -91,7 +100,7 @@ def _defaults(pipeline: MNISTDiffusionPipeline) -> dict[str, Any]:
     return {name: pipeline.config[name] for name in DEFAULTS}
 
 
-def render_card(values: Mapping[str, Any]) -> ModelCard:
+def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) -> ModelCard:
     """The model card with measured values only: what is None in `values` is left out of the text."""
     data = ModelCardData(
         library_name="diffusers",
@@ -100,7 +109,7 @@ def render_card(values: Mapping[str, Any]) -> ModelCard:
         tags=["diffusion", "class-conditional", "classifier-free-guidance"],
         datasets=values.get("datasets"),
     )
-    return ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), **values)
+    return ModelCard.from_template(data, template_path=str(template), **values)
 
 
 def write_results_to_card(

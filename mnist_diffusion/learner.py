@@ -23,6 +23,8 @@ from mnist_diffusion.data.images import to_model_range
 from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.objective import Batch, Objective
 
+NOISE_LEVELS = 10
+
 
 class Learner:
     """A network under training.
@@ -51,6 +53,8 @@ class Learner:
         self.unet = unet
         # The first step whose loss or gradient was not finite, -1 for none: read when the run reports or saves.
         self.first_bad_step = torch.tensor(-1, device=accelerator.device)
+        # Summed loss and count of images by noise level, since it was last read.
+        self.by_noise = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
 
     def update(self, step: int, learning_rate: float) -> dict[str, Tensor]:
         """One optimizer update, the one after `step` others.
@@ -82,8 +86,9 @@ class Learner:
             torch.manual_seed(mixed_seed(config.train.seed, "dropout", step, micro, accelerator.process_index))
             with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = self.objective.loss(self.model, Batch(batch.images[part], batch.labels[part]), draws[part])
-                accelerator.backward(loss / micro_batches)
-            losses.append(loss.detach())
+                accelerator.backward(loss.mean() / micro_batches)
+            self._count_by_noise(loss.detach(), draws[part].timesteps)
+            losses.append(loss.detach().mean())
         measured = {"loss": torch.stack(losses).mean()}
         limit = config.train.max_grad_norm
         norm = accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
@@ -100,6 +105,25 @@ class Learner:
             self._update_average(step + 1)
         self.optimizer.zero_grad()
         return measured
+
+    def _count_by_noise(self, losses: Tensor, timesteps: Tensor) -> None:
+        """Add losses `[b]` to those of their noise levels."""
+        if self.objective.num_timesteps is not None:
+            levels = timesteps * NOISE_LEVELS // self.objective.num_timesteps
+            self.by_noise[0].index_add_(0, levels, losses.float())
+            self.by_noise[1].index_add_(0, levels, torch.ones_like(losses, dtype=torch.float32))
+
+    def take_loss_by_noise(self) -> list[float | None] | None:
+        """Mean loss since the last call at each tenth of the timesteps, the least noisy first, over all processes.
+
+        None where the objective has no noise levels; None for a tenth that no image fell into.
+        """
+        if self.objective.num_timesteps is None:
+            return None
+        sums, counts = self.accelerator.reduce(self.by_noise, reduction="sum").tolist()
+        self.by_noise = torch.zeros_like(self.by_noise)
+        means = [each / count if count else math.nan for each, count in zip(sums, counts, strict=True)]
+        return [mean if math.isfinite(mean) else None for mean in means]
 
     def _is_bad(self, measured: Mapping[str, Tensor]) -> Tensor:
         """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which overflows at times."""
@@ -139,7 +163,7 @@ class Learner:
             draws = self.objective.draw(
                 tuple(batch.images.shape), seed=train.seed, step=index, device=self.accelerator.device, held_out=True
             )
-            total += float(self.objective.loss(unet, batch, draws)) * len(part)
+            total += float(self.objective.loss(unet, batch, draws).mean()) * len(part)
         return total / count
 
     def measure_speed(self, seconds: float) -> float:
@@ -173,6 +197,7 @@ class Learner:
         self.ema.shadow_params = weights
         self.ema.optimization_step = 0
         self.first_bad_step.fill_(-1)
+        self.by_noise.zero_()
         return speed
 
     def _synchronize(self) -> None:

@@ -7,6 +7,9 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from mnist_diffusion.config import ConfigError, DiffusionConfig, ModelConfig
 from mnist_diffusion.data.stateless import mixed_seed
+from mnist_diffusion.sampling import load_pipeline
+
+CLASS_EMBEDDING = "class_embedding.weight"
 
 
 def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_classes: int, seed: int = 0) -> UNet2DModel:
@@ -42,6 +45,46 @@ def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_class
             dropout=config.dropout,
             num_class_embeds=num_classes + 1 if config.class_conditional else None,
         )
+
+
+def initialise(unet: UNet2DModel, source: str) -> str:
+    """Give `unet` the weights of a pipeline, in place; what was done, in words.
+
+    Class embeddings start anew where the pipeline knows other classes, or none.
+
+    Args:
+        unet: the network.
+        source: a pipeline folder, or a Hub id.
+
+    Raises:
+        UserError: there is no such pipeline.
+        ConfigError: its network has another shape.
+    """
+    pipeline = load_pipeline(source, device="cpu", dtype="float32")
+    before, now = pipeline.unet.state_dict(), unet.state_dict()
+    kept = [name for name in now if name != CLASS_EMBEDDING]
+    different = [
+        f"{name} {list(before[name].shape) if name in before else 'missing'}, not {list(now[name].shape)}"
+        for name in kept
+        if name not in before or before[name].shape != now[name].shape
+    ]
+    if different or set(before) - set(now) - {CLASS_EMBEDDING}:
+        wanted = {**pipeline.unet.config}
+        fields = ("block_out_channels", "layers_per_block", "in_channels", "down_block_types")
+        shape = ", ".join(f"{field} {wanted[field]}" for field in fields)
+        first = different[0] if different else f"{min(set(before) - set(now))} has no place"
+        raise ConfigError(
+            f"train.init_from={source!r} has a network of another shape ({first}); give the model section its shape: "
+            f"{shape}"
+        )
+    weights = {name: before[name] for name in kept}
+    shapes = [state[CLASS_EMBEDDING].shape if CLASS_EMBEDDING in state else None for state in (before, now)]
+    same_classes = shapes[0] == shapes[1]
+    if same_classes and CLASS_EMBEDDING in now:
+        weights[CLASS_EMBEDDING] = before[CLASS_EMBEDDING]
+    unet.load_state_dict(weights, strict=False)
+    anew = "" if same_classes or CLASS_EMBEDDING not in now else "; its class embeddings start anew, the classes differ"
+    return f"weights      of {source}{anew}"
 
 
 def build_noise_scheduler(config: DiffusionConfig) -> DDPMScheduler:

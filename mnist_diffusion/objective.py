@@ -50,14 +50,16 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loop is given: `draw` makes the randomness of a step, `loss` turns a batch into a scalar.
+    """What the loop is given: `draw` makes the randomness of a step, `loss` turns a batch into a loss an image, `[B]`.
 
-    `fingerprint` stands for what the loss depends on beside configuration and images, such as a teacher's weights;
-    a resumed run must find it the same.
+    `num_timesteps` is given where the draws' timesteps, all below it, say how noisy an image is. `fingerprint` stands
+    for what the loss depends on beside configuration and images, such as a teacher's weights; a resumed run must find
+    it the same.
     """
 
     draw: Draw
     loss: Callable[[nn.Module, Batch, Draws], Tensor]
+    num_timesteps: int | None = None
     fingerprint: str = ""
 
 
@@ -136,6 +138,6 @@ def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, nu
         errors = (prediction - target).square().mean(dim=(1, 2, 3))
         if weights is not None:
             errors = errors * weights.to(errors.device)[draws.timesteps]
-        return errors.mean()
+        return errors
 
-    return Objective(partial(diffusion_draws, config), training_loss)
+    return Objective(partial(diffusion_draws, config), training_loss, num_timesteps=config.num_train_timesteps)

@@ -14,6 +14,7 @@ from mnist_diffusion.run import Run
 FIXED = (
     "data.batch_size",
     "data.augment",
+    "data.balance",
     "train.seed",
     "train.ema_start_step",
     "train.ema_update_every_steps",
@@ -22,6 +23,7 @@ FIXED = (
 
 LEADS_TO_IMAGES = (
     "data.source",
+    "data.subset",
     "data.image_column",
     "data.label_column",
     "data.train_split",
@@ -29,6 +31,8 @@ LEADS_TO_IMAGES = (
     "data.image_size",
     "data.fit",
     "data.channels",
+    "data.class_names",
+    "data.in_memory",
 )
 """How the images are found and brought to one shape, which their fingerprint decides on."""
 UNTOLD = ("output_dir", "train.resume")

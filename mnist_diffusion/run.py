@@ -14,9 +14,9 @@ from PIL import Image
 
 from mnist_diffusion.config import RunConfig
 from mnist_diffusion.evaluation.monitor import Monitor
-from mnist_diffusion.export import MakePipeline
 from mnist_diffusion.learner import Learner
 from mnist_diffusion.planning import steps_of_epochs
+from mnist_diffusion.product import Product
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Run:
     Args:
         config: the run.
         learner: network, average and optimizer.
-        make_pipeline: puts a pipeline around the averaged weights.
+        product: what is made of the averaged weights.
         folder: the run folder.
         recipe: name of the recipe, for titles.
         card: further values of the model card.
@@ -38,7 +38,7 @@ class Run:
 
     config: RunConfig
     learner: Learner
-    make_pipeline: MakePipeline
+    product: Product
     folder: Path
     recipe: str
     card: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +79,14 @@ class Run:
         images, batch_size = len(self.learner.data.train), self.config.data.batch_size
         passed = [math.floor(step * batch_size / images / epochs) for step in (self.step - 1, self.step)]
         return passed[0] < passed[1]
+
+    @property
+    def animates(self) -> bool:
+        """Whether an animation comes after this step."""
+        before, now = (
+            step * self.config.data.batch_size / len(self.learner.data.train) for step in (self.step - 1, self.step)
+        )
+        return any(before < epoch <= now for epoch in self.config.train.animate_at_epochs)
 
     def out_of_time(self) -> bool:
         """Whether `max_minutes`, beside a number of steps or epochs, has passed."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from mnist_diffusion.learner import Learner
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.records import machine_description, package_versions, write_whole
 from mnist_diffusion.run import Run, reproducible
 
@@ -34,23 +34,18 @@ def describe(learner: Learner, folder: Path) -> str:
     )
 
 
-def card_values(run: Run, pipeline: MNISTDiffusionPipeline, folder: Path) -> dict[str, Any]:
+def card_values(run: Run, folder: Path) -> dict[str, Any]:
     """The values of the model card, as this run measured them."""
     data, config, learner = run.learner.data, run.config, run.learner
     versions = package_versions()
     return {
-        "title": f"{folder.parent.name} ({run.recipe})" if folder.name == "pipeline" else folder.name,
+        "title": f"{folder.parent.name} ({run.recipe})" if folder.name == run.product.folder_name else folder.name,
         "location": "this-folder-or-repository",
         "datasets": [data.hub_id] if data.hub_id is not None else None,
-        "num_classes": pipeline.num_classes,
         "class_names": ", ".join(data.class_names),
-        "example_call": _example_call(pipeline),
         "image_size": data.image_size,
         "channels": data.channels,
         "parameters": sum(parameter.numel() for parameter in learner.unet.parameters()),
-        "num_inference_steps": pipeline.config.num_inference_steps,
-        "guidance_scale": pipeline.config.guidance_scale,
-        "guidance_distilled": pipeline.config.guidance_distilled,
         "scheduler": config.sampling.scheduler,
         "source": data.source,
         "source_id": data.source_id,
@@ -67,16 +62,9 @@ def card_values(run: Run, pipeline: MNISTDiffusionPipeline, folder: Path) -> dic
         "held_out_loss": run.held_out_loss,
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         "config": reproducible(config).to_yaml(),
+        **run.product.card_values(learner.averaged_unet),
         **run.card,
     }
-
-
-def _example_call(pipeline: MNISTDiffusionPipeline) -> str:
-    """A call of the pipeline that shows what it can be asked for."""
-    if pipeline.num_classes is None:
-        return "pipeline()"
-    guidance = "" if pipeline.config.guidance_distilled else ", guidance_scale=5"
-    return f"pipeline(class_labels=[{min(3, pipeline.num_classes - 1)}]{guidance})"
 
 
 def summarise(run: Run, signal_number: int) -> None:
@@ -100,18 +88,15 @@ def summarise(run: Run, signal_number: int) -> None:
         "versions": package_versions(),
     }
     write_whole(run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    call = _example_call(run.make_pipeline(run.learner.averaged_unet))
+    usage = run.product.usage(run.learner.averaged_unet, run.folder / run.product.folder_name)
     print(
         f"\n{'Stopped' if signal_number else 'Done'} at step {run.step} after {run.seconds / 60:.1f} minutes: "
         f"loss {run.loss:.4f}" + (f", held-out loss {run.held_out_loss:.4f}" if run.held_out_loss is not None else "")
     )
     if data.notice:
         print(f"\nNOTICE: {data.notice}")
-    print(
-        f"\nPictures are in {run.folder / 'samples'}. Load and sample the result with:\n\n"
-        "    from diffusers import DiffusionPipeline\n"
-        f'    pipeline = DiffusionPipeline.from_pretrained("{run.folder / "pipeline"}", trust_remote_code=True)\n'
-        f'    {call}.images[0].save("sample.png")\n'
-    )
+    shown = " and ".join(str(run.folder / name) for name in ("samples", "pictures") if (run.folder / name).is_dir())
+    pictures = f"Pictures are in {shown}. " if shown else ""
+    print(f"\n{pictures}Load and use the result with:\n\n{indent(usage, '    ')}\n")
     if signal_number:
         print(f"Go on with: --config {run.folder / 'config.yaml'} --train.resume true --output_dir {run.folder}\n")

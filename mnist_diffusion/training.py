@@ -15,44 +15,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.checkpoint import save_checkpoint
 from mnist_diffusion.config import RunConfig, UserError
-from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.evaluation.monitor import Monitor
-from mnist_diffusion.export import MakePipeline, export_pipeline
 from mnist_diffusion.folder import RunFolder
+from mnist_diffusion.gallery import show_animation, show_at_the_end, show_beforehand, show_curves, show_samples
 from mnist_diffusion.learner import Learner
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.planning import learning_rate_at, plan_steps
-from mnist_diffusion.records import MetricsLog, package_versions, start_trackers, track_picture, write_whole
+from mnist_diffusion.product import PipelineProduct, Product
+from mnist_diffusion.records import MetricsLog, package_versions, start_trackers, write_whole
 from mnist_diffusion.resuming import resume
 from mnist_diffusion.run import Run, reproducible
-from mnist_diffusion.sampling import generate
 from mnist_diffusion.signals import stop_signals
 from mnist_diffusion.summary import card_values, summarise
 from mnist_diffusion.together import Together
-from mnist_diffusion.visualize import image_grid
 
 
 def train(
     config: RunConfig,
     learner: Learner,
-    make_pipeline: MakePipeline,
+    product: Product,
     folder: Path,
     *,
     recipe: str = "default",
     card: Mapping[str, Any] | None = None,
 ) -> int:
-    """Train until the planned steps are done or a signal comes, and leave a pipeline folder.
+    """Train until the planned steps are done or a signal comes, and leave a folder to load.
 
     Args:
         config: the run.
         learner: network, average and optimizer, with the objective.
-        make_pipeline: puts a pipeline around the averaged weights, to sample with and to leave behind.
+        product: what is made of the averaged weights, to look at and to leave behind.
         folder: the run folder; made here, resumed from where the configuration says so.
         recipe: name of the recipe.
         card: further values of the model card.
@@ -63,7 +59,7 @@ def train(
     together = Together(learner.accelerator)
     held = RunFolder(folder, learner.accelerator, resume=True) if config.train.resume else None
     try:
-        run = Run(config, learner, make_pipeline, folder, recipe, card or {})
+        run = Run(config, learner, product, folder, recipe, card or {})
         if held is not None:
             run.run_id = held.run_id
             resume(run)
@@ -87,10 +83,11 @@ def _complete(run: Run) -> None:
     """Say that a run is finished; write again what it was killed before writing."""
     summary = run.folder / "summary.json"
     told = json.loads(summary.read_text(encoding="utf-8"))["step"] if summary.is_file() else None
-    if told != run.step or not (run.folder / "pipeline" / "model_index.json").is_file():
-        _write_pipeline(run, run.folder / "pipeline")
+    made = run.folder / run.product.folder_name
+    if told != run.step or not (made / "README.md").is_file():
+        _save_product(run, made)
         summarise(run, 0)
-    print(f"Finished at step {run.step} already; nothing to do. The pipeline is in {run.folder / 'pipeline'}")
+    print(f"Finished at step {run.step} already; nothing to do. The {run.product.folder_name} is in {made}")
 
 
 def _loop(run: Run, together: Together) -> int:
@@ -101,6 +98,8 @@ def _loop(run: Run, together: Together) -> int:
     log = MetricsLog(folder / "metrics.jsonl")
     together.on_main(lambda: log.cut_after(run.step))
     start_trackers(learner.accelerator, config.to_dict(), run_name=folder.name, run_id=run.run_id)
+    if run.step == 0:
+        together.on_main(lambda: show_beforehand(run))
     pending: list[dict[str, Tensor]] = []
     since, signal_number = time.perf_counter(), 0
 
@@ -120,6 +119,7 @@ def _loop(run: Run, together: Together) -> int:
             finished = over and not signal_number  # who sends a signal does not want to wait for pictures
             sample = not signal_number and (run.due("sample") or finished)
             evaluate = not signal_number and (run.due("evaluate") or (config.train.evaluates and finished))
+            animate = not signal_number and run.animates
             checkpoint, snapshot = run.due("checkpoint") or over, run.due("snapshot")
             report = run.step % config.train.log_every_steps == 0
 
@@ -133,16 +133,22 @@ def _loop(run: Run, together: Together) -> int:
                 if evaluate:
                     together.on_main(lambda: _evaluate(run))
                 _log(run, together, log, lines)
+                if sample:
+                    together.on_main(lambda: show_curves(run))
                 bar.set_postfix(loss=f"{run.loss:.4f}", img_s=f"{lines[-1]['images_per_second']:.0f}")
                 pending, since = [], time.perf_counter()
             if checkpoint:
                 together.on_main(lambda: _checkpoint(run), saving=True)
+            if animate:
+                together.on_main(lambda: show_animation(run))
             if snapshot:
-                together.on_main(lambda: _write_pipeline(run, folder / "snapshots" / f"step-{run.step}"))
+                together.on_main(lambda: _save_product(run, folder / "snapshots" / f"step-{run.step}"))
             if over:
                 break
 
-        together.on_main(lambda: _write_pipeline(run, folder / "pipeline"))
+        together.on_main(lambda: _save_product(run, folder / run.product.folder_name))
+        if not signal_number:
+            together.on_main(lambda: show_at_the_end(run))
         together.on_main(lambda: summarise(run, signal_number))
         # All wait for the trackers: a launcher ends the others as soon as one has ended with a signal's code.
         together.on_main(lambda: [tracker.finish() for tracker in learner.accelerator.trackers])
@@ -204,28 +210,30 @@ def _log(run: Run, together: Together, log: MetricsLog, lines: list[dict[str, An
     """Write the lines, and what was measured after the last of them, to the file and the trackers."""
     lines[-1] |= run.measured
     run.measured = {}
+    if (by_noise := run.learner.take_loss_by_noise()) is not None:
+        lines[-1]["loss_by_noise"] = by_noise
     finite = [line["loss"] for line in lines if line["loss"] is not None]
     run.loss = sum(finite) / len(finite) if finite else math.nan
     told = {**lines[-1], "loss": run.loss}
+    for level, value in enumerate(told.pop("loss_by_noise", [])):
+        told[f"loss_by_noise/{level}"] = value
     run.learner.accelerator.log({name: value for name, value in told.items() if value is not None}, step=run.step)
     together.on_main(lambda: log.append(lines))
 
 
 def _sample(run: Run) -> None:
-    """Held-out loss and the sample grid."""
+    """Held-out loss and pictures of what the averaged weights do."""
     if run.config.train.num_eval_images > 0:
         run.held_out_loss = run.measured["held_out_loss"] = run.learner.held_out_loss()
-    run.grid = _sample_grid(run)
-    path = run.folder / "samples" / f"step-{run.step:06d}.png"
-    path.parent.mkdir(exist_ok=True)
-    run.grid.save(path)
-    track_picture(run.learner.accelerator, "samples", run.grid, run.step)
+    show_samples(run)
 
 
 def _make_monitor(run: Run) -> None:
     """Before the first step, so that what cannot work is said before any work is lost."""
     train = run.config.train
-    run.monitor = Monitor(_pipeline(run), run.learner.data, num_images=train.num_evaluation_images, seed=train.seed)
+    assert isinstance(run.product, PipelineProduct)  # the configuration refuses to evaluate others
+    pipeline = run.product.pipeline(run.learner.average())
+    run.monitor = Monitor(pipeline, run.learner.data, num_images=train.num_evaluation_images, seed=train.seed)
 
 
 def _evaluate(run: Run) -> None:
@@ -238,24 +246,7 @@ def _evaluate(run: Run) -> None:
     better = min if metric == "fid" else max
     if run.best is None or better(measured[metric], run.best) != run.best:
         run.best = measured[metric]
-        _write_pipeline(run, run.folder / "pipeline_best")
-
-
-def _sample_grid(run: Run) -> Image.Image:
-    """One row a class (at most 20), the same seeds each time, drawn by the pipeline as it will be exported."""
-    pipeline = _pipeline(run)
-    columns, names = run.config.train.samples_per_class, run.learner.data.class_names[:20]
-    conditional = pipeline.num_classes is not None
-    labels = [label for label in range(len(names)) for _ in range(columns)]
-    seeds = [mixed_seed(run.config.train.seed, "samples", index) for index in range(len(labels))]
-    images = generate(pipeline, labels if conditional else None, seeds)
-    return image_grid(images, columns, row_labels=names if conditional else None)
-
-
-def _pipeline(run: Run) -> MNISTDiffusionPipeline:
-    pipeline = run.make_pipeline(run.learner.average())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        _save_product(run, run.folder / "pipeline_best")
 
 
 def _checkpoint(run: Run) -> None:
@@ -282,6 +273,5 @@ def _checkpoint(run: Run) -> None:
     save_checkpoint(run.folder / "checkpoints", run.step, tensors, state, keep=keep, about=about)
 
 
-def _write_pipeline(run: Run, folder: Path) -> None:
-    pipeline = _pipeline(run)
-    export_pipeline(pipeline, folder, card=card_values(run, pipeline, folder), samples=run.grid)
+def _save_product(run: Run, folder: Path) -> None:
+    run.product.save(run.learner.average(), folder, card=card_values(run, folder), samples=run.grid)

@@ -1,0 +1,155 @@
+"""Every recipe on this machine: parameters, speed, and what the small ones draw after ten minutes; writes a table.
+
+    python benchmarks/recipes.py path/to/mnist --out docs/recipes_table.md
+
+Each of the small recipes is trained with its learning rate planned for `--minutes`, in `--runs/<name>`; what is found
+there is used again. Samples are drawn by one sampler for all, at the guidance of the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from jsonargparse import auto_cli
+
+from mnist_diffusion.cli import parse_train_arguments
+from mnist_diffusion.config import RECIPES
+from mnist_diffusion.data import load_images
+from mnist_diffusion.denoising import denoiser_objective
+from mnist_diffusion.launch import set_num_threads
+from mnist_diffusion.learner import Learner
+from mnist_diffusion.model import build_noise_scheduler, build_unet
+from mnist_diffusion.objective import diffusion_objective
+from mnist_diffusion.records import machine_description
+
+SMALL = ("default", "tiny", "ddpm_200", "compact_500", "guided_300")
+HEADINGS = ("recipe", "parameters", "images/s", "steps", "epochs", "read as asked", "FID", "± s.e.", "floor")
+
+
+def main(
+    data: str,
+    *,
+    minutes: float = 10,
+    num_images: int = 2000,
+    scheduler: str = "dpmpp",
+    num_inference_steps: int = 20,
+    recipes: tuple[str, ...] = (),
+    runs: Path = Path("runs/recipes"),
+    out: Path | None = None,
+) -> None:
+    """Print the table, a row a recipe.
+
+    Args:
+        data: the labelled images to train on and to measure against.
+        minutes: training time of the small recipes.
+        num_images: images drawn of each.
+        scheduler: draws them.
+        num_inference_steps: in so many steps.
+        recipes: which to look at; all where left out.
+        runs: where runs and measurements are kept.
+        out: a file for the table.
+    """
+    chosen = recipes or tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    rows = []
+    for name in chosen:
+        measured = _speed(name, data, runs / f"{name}.json")
+        if name in SMALL:
+            measured |= _quality(
+                name,
+                data,
+                minutes=minutes,
+                num_images=num_images,
+                scheduler=scheduler,
+                num_inference_steps=num_inference_steps,
+                runs=runs,
+            )
+        rows.append(_row(name, measured))
+        lines = [
+            f"`python benchmarks/recipes.py path/to/mnist --minutes {minutes:g} --num_images {num_images} "
+            f"--scheduler {scheduler} --num_inference_steps {num_inference_steps}`, on "
+            f"{measured['machine']}:",
+            "",
+            "| " + " | ".join(HEADINGS) + " |",
+            "| --- |" + " ---: |" * (len(HEADINGS) - 1),
+            *("| " + " | ".join(row) + " |" for row in rows),
+        ]
+        print("\n".join(lines), flush=True)
+        if out is not None:
+            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
+    """Parameters, and training images a second from real updates."""
+    if kept.is_file():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    config = parse_train_arguments(["--config", name, "--data.source", data, "--train.mixed_precision", "no"]).config
+    set_num_threads(config.train)
+    images = load_images(config.data, seed=0)
+    unet = build_unet(
+        config.model, image_size=images.image_size, channels=images.channels, num_classes=images.num_classes
+    )
+    null_class = images.num_classes if config.model.class_conditional else None
+    objective = (
+        denoiser_objective(config.denoiser)
+        if config.denoiser is not None
+        else diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=null_class)
+    )
+    learner = Learner(config, Accelerator(), images, unet, objective)
+    measured = {
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "images_per_second": learner.measure_speed(12.0) * config.data.batch_size,
+        "machine": machine_description(learner.accelerator.device, 1),
+    }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(measured), encoding="utf-8")
+    return measured
+
+
+def _quality(
+    name: str, data: str, *, minutes: float, num_images: int, scheduler: str, num_inference_steps: int, runs: Path
+) -> dict[str, Any]:
+    """What a recipe draws after so many minutes."""
+    folder, evaluation = runs / name, runs / f"{name}-evaluation"
+    if not (folder / "pipeline").is_dir():
+        length = ["--train.max_steps", "null", "--train.max_epochs", "null", "--train.max_minutes", str(minutes)]
+        _command("train", "--config", name, "--data.source", data, *length, "--output_dir", str(folder))
+    if not (evaluation / "report.json").is_file():
+        asked = ["--num_images", str(num_images), "--scheduler", scheduler]
+        steps = ["--num_inference_steps", str(num_inference_steps)]
+        pipeline = str(folder / "pipeline")
+        _command("evaluate", pipeline, "--data.source", data, *asked, *steps, "--out", str(evaluation))
+    [result] = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))["results"]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    config = parse_train_arguments(["--config", str(folder / "config.yaml")]).config
+    return {**result, "step": summary["step"], "images": summary["step"] * config.data.batch_size}
+
+
+def _command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "mnist_diffusion.cli", *arguments], check=True)
+
+
+def _row(name: str, measured: dict[str, Any]) -> list[str]:
+    cost = [f"`{name}`", f"{measured['parameters']:,}", f"{measured['images_per_second']:.3g}"]
+    if name == "denoiser":
+        return [*cost, *[""] * 6]
+    if "fid" not in measured:
+        return [*cost, "", "", *["not measured"] * 2, "", ""]
+    epochs = measured["images"] / 60_000
+    return [
+        *cost,
+        str(measured["step"]),
+        f"{epochs:.2f}",
+        f"{measured['accuracy']:.2%}",
+        f"{measured['fid']:.3f}",
+        f"{measured['fid_standard_error']:.3f}",
+        f"{measured['fid_floor']:.3f}",
+    ]
+
+
+if __name__ == "__main__":
+    auto_cli(main)
