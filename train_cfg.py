@@ -55,8 +55,8 @@ def run(arguments: RunArguments[Config]) -> int:
     if config.train.init_from is not None:
         accelerator.print(initialise(unet, config.train.init_from))
     product: Product
-    if config.denoiser is not None:
-        objective, product = denoiser_objective(config.denoiser), DenoiserProduct(config.denoiser)
+    if config.denoiser.sigma is not None:
+        objective, product = denoiser_objective(config.denoiser.sigma), DenoiserProduct(config.denoiser.sigma)
     else:
         noise_scheduler = build_noise_scheduler(config.diffusion)
         null_class = data.num_classes if config.model.class_conditional else None

@@ -57,25 +57,18 @@ def main(
     set_num_threads(TrainConfig())
     learned = load_pipeline(student, device=None, dtype=dtype)
     asked = Request(
-        source=teacher,
+        sources=(teacher,),
         data=DataConfig(source=data),
         num_images=num_images,
-        scheduler=(),
         num_inference_steps=teacher_steps,
         guidance_scale=teacher_scales or (learned.config.guidance_scale,),
-        seed=0,
-        split_seed=0,
         batch_size=64,
-        device=None,
         dtype=dtype,
-        evaluator=None,
-        train_on_synthetic=False,
-        imagenet_fid=False,
         out=images / "teacher",
     )
     report = run(asked)
     of_student = dataclasses.replace(
-        asked, source=student, num_inference_steps=STUDENT_STEPS, guidance_scale=(), out=images / "student"
+        asked, sources=(student,), num_inference_steps=STUDENT_STEPS, guidance_scale=(), out=images / "student"
     )
     results = report["results"] + run(of_student)["results"]
     lines = [

@@ -95,8 +95,8 @@ def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
     )
     null_class = images.num_classes if config.model.class_conditional else None
     objective = (
-        denoiser_objective(config.denoiser)
-        if config.denoiser is not None
+        denoiser_objective(config.denoiser.sigma)
+        if config.denoiser.sigma is not None
         else diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=null_class)
     )
     learner = Learner(config, Accelerator(), images, unet, objective)

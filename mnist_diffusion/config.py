@@ -228,13 +228,14 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
-    """A single-step denoiser, which knows neither time nor class."""
+    """A single-step denoiser in place of a diffusion model; it knows neither time nor class."""
 
-    sigma: float = 0.5
-    """Standard deviation of the noise it is trained on, for pixels from 0 to 1."""
+    sigma: float | None = None
+    """Train a denoiser on noise of this standard deviation, for pixels from 0 to 1; null trains a diffusion model."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.sigma) and self.sigma > 0, "denoiser.sigma", self.sigma, "a positive number")
+        if self.sigma is not None:
+            _require(math.isfinite(self.sigma) and self.sigma > 0, "denoiser.sigma", self.sigma, "a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,8 +449,8 @@ class Config(Saved):
     """The network."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """The noising process and the training target."""
-    denoiser: DenoiserConfig | None = None
-    """Train a single-step denoiser instead of a diffusion model; null trains the latter."""
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    """A denoiser in place of a diffusion model."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """What the pipeline folder does by default."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -468,7 +469,7 @@ class Config(Saved):
             )
         if self.train.best_metric == "accuracy" and not self.model.class_conditional:
             raise ConfigError("train.best_metric='accuracy' needs model.class_conditional=true, got false")
-        if self.denoiser is not None:
+        if self.denoiser.sigma is not None:
             self._require_denoiser()
         _require_folder(self.train, self.output_dir)
 

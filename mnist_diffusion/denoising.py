@@ -6,6 +6,7 @@ It works on pixels from 0 to 1 and knows neither time nor class: `unet(noisy, 0)
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from mnist_diffusion.config import DenoiserConfig, DiffusionConfig, UserError
+from mnist_diffusion.config import DiffusionConfig, UserError
 from mnist_diffusion.data import ImageData
 from mnist_diffusion.data.images import to_model_range
 from mnist_diffusion.data.stateless import torch_generator
@@ -30,13 +31,17 @@ SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 SHOWN_IMAGES = 2
 MEASURED_IMAGES = 500
 LOOKED_AT_IMAGES = 100
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CARD_TEMPLATE = Path(__file__).parent / "denoiser_card.md"
 
 
-def denoiser_objective(config: DenoiserConfig) -> Objective:
+def denoiser_objective(sigma: float) -> Objective:
     """The loss of a denoiser: squared error to the clean image, mean over pixels, of an image with noise of one level.
 
     Vincent et al. (2010), https://jmlr.org/papers/v11/vincent10a.html, with an isotropic Gaussian corruption.
+
+    Args:
+        sigma: standard deviation of the noise, for pixels from 0 to 1.
     """
     process = DiffusionConfig(label_dropout=0.0)
 
@@ -45,7 +50,7 @@ def denoiser_objective(config: DenoiserConfig) -> Objective:
 
     def training_loss(model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         clean = batch.images.add(1).div(2)
-        prediction = model(clean + config.sigma * draws.noise, 0, return_dict=False)[0]
+        prediction = model(clean + sigma * draws.noise, 0, return_dict=False)[0]
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         return (prediction - clean).square().mean(dim=(1, 2, 3))
 
@@ -109,6 +114,8 @@ def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
     Raises:
         UserError: it cannot be loaded, or it is no denoiser.
     """
+    if not Path(folder).is_dir() and not HUB_ID.fullmatch(folder):
+        raise UserError(f"denoiser {folder!r} cannot be loaded: it is neither a folder nor a Hub id such as user/name")
     try:
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -118,15 +125,29 @@ def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
     return unet.to(device).eval()
 
 
+def require_same_shape(unet: UNet2DModel, data: ImageData) -> None:
+    """Make sure that the images are such as the denoiser takes.
+
+    Raises:
+        UserError: they are not.
+    """
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    if (channels, size) != (data.channels, data.image_size):
+        raise UserError(
+            f"the denoiser takes images of {size} x {size} with {channels} channels, but data.source has "
+            f"{data.image_size} x {data.image_size} with {data.channels}; set data.image_size and data.channels"
+        )
+
+
 @dataclass(frozen=True)
 class DenoiserProduct:
     """A `Product`: the folder of a plain `UNet2DModel` that is called at timestep 0.
 
     Args:
-        config: says what noise it is trained on.
+        sigma: standard deviation of the noise it is trained on, for pixels from 0 to 1.
     """
 
-    config: DenoiserConfig
+    sigma: float
     folder_name: str = "denoiser"
 
     def save(self, unet: UNet2DModel, folder: Path, *, card: Mapping[str, Any], samples: Image.Image | None) -> None:
@@ -143,7 +164,7 @@ class DenoiserProduct:
 
     def card_values(self, unet: UNet2DModel) -> dict[str, Any]:
         """The noise it is trained on."""
-        return {"sigma": self.config.sigma}
+        return {"sigma": self.sigma}
 
     def usage(self, unet: UNet2DModel, folder: Path) -> str:
         """Load with plain diffusers, and denoise."""
@@ -164,7 +185,7 @@ class DenoiserProduct:
         images = held_out_images(data, LOOKED_AT_IMAGES)
         found = {"samples": sweep(unet, images, SIGMAS, seed=seed).picture}
         if more:
-            at_sigma = sweep(unet, images, [self.config.sigma], seed=seed)
+            at_sigma = sweep(unet, images, [self.sigma], seed=seed)
             figure = pixel_histograms(images, at_sigma.last, title="Pixel values, real and denoised")
             found["pixel_histograms"] = to_picture(figure)
         return found

@@ -121,7 +121,7 @@ def noise_schedules(schedulers: Mapping[str, DDPMScheduler], *, title: str = "No
         with np.errstate(divide="ignore"):
             ratio.plot(10 * np.log10(alpha_bar / (1 - alpha_bar)), style)
     betas.set(xlabel="timestep", ylabel="beta (variance added)", yscale="log")
-    left.set(xlabel="timestep", ylabel="alpha bar (variance of the image left)")
+    left.set(xlabel="timestep", ylabel="alpha bar (image's variance left)")
     ratio.set(xlabel="timestep", ylabel="signal-to-noise ratio, dB")
     ratio.axhline(0, color="0.6", linewidth=0.8)
     betas.legend(fontsize="small")
@@ -139,7 +139,7 @@ def pixel_histograms(real: Tensor, generated: Tensor, *, title: str = "Pixel val
     figure, (pixels, means) = _panels(1, 2, title=title, height=3.2)
     edges = np.linspace(0, 256, HISTOGRAM_BINS + 1)
     for images, name, colour in ((real, "real", PALETTE[0]), (generated, "generated", PALETTE[4])):
-        label = f"{len(images)} {name}"
+        label = f"{len(images)} {name} images"
         for panel, values in ((pixels, images.flatten()), (means, images.float().mean(dim=(1, 2, 3)))):
             shares, _ = np.histogram(values.numpy(), edges)
             panel.stairs(100 * shares / len(values), edges, color=colour, linewidth=1.5, label=label)

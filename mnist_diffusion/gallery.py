@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -15,6 +16,7 @@ from mnist_diffusion.visualize import evenly, save_animation, side_by_side, titl
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
 SHEETS_SIDE_BY_SIDE = 4
 MAX_FRAMES = 60
+ANIMATED_A_CLASS = 2
 
 
 def show_beforehand(run: Run) -> None:
@@ -63,7 +65,7 @@ def show_curves(run: Run) -> None:
 
 
 def show_at_the_end(run: Run) -> None:
-    """The same seeds over the epochs, as a sheet and an animation, and how the last sample sheet came about."""
+    """The same seeds over the epochs, as a sheet and an animation, and how a few images come about."""
     if not run.config.train.pictures:
         return
     sheets = sample_sheets(run.folder, epochs_a_step=run.config.data.batch_size / len(run.learner.data.train))
@@ -71,9 +73,8 @@ def show_at_the_end(run: Run) -> None:
         _show(run, "epochs", sheet_of_epochs(sheets))
         save_animation(frames_of_epochs(sheets), run.folder / "pictures" / "epochs.gif", milliseconds=400)
     train = run.config.train
-    frames = run.product.animation(
-        run.learner.average(), run.learner.data, columns=train.samples_per_class, seed=train.seed
-    )
+    columns = min(ANIMATED_A_CLASS, train.samples_per_class)
+    frames = run.product.animation(run.learner.average(), run.learner.data, columns=columns, seed=train.seed)
     if frames:
         save_animation(frames, run.folder / "pictures" / "denoising.gif")
 
@@ -89,14 +90,14 @@ def sample_sheets(folder: Path, *, epochs_a_step: float) -> dict[str, Image.Imag
     return sheets
 
 
-def sheet_of_epochs(sheets: dict[str, Image.Image]) -> Image.Image:
+def sheet_of_epochs(sheets: Mapping[str, Image.Image]) -> Image.Image:
     """A few of the sample sheets beside each other, the first and the last among them."""
     names = list(sheets)
     chosen = [names[index] for index in evenly(len(names), SHEETS_SIDE_BY_SIDE)]
     return side_by_side([sheets[name] for name in chosen], chosen)
 
 
-def frames_of_epochs(sheets: dict[str, Image.Image]) -> list[Image.Image]:
+def frames_of_epochs(sheets: Mapping[str, Image.Image]) -> list[Image.Image]:
     """The sample sheets one after the other, each below its epoch."""
     names = list(sheets)
     return [titled(sheets[names[index]], names[index]) for index in evenly(len(names), MAX_FRAMES)]

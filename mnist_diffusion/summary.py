@@ -23,9 +23,12 @@ def describe(learner: Learner, folder: Path) -> str:
         length = f"{train.max_epochs:g} epochs of {len(data.train)} images"
     else:
         length = f"as many steps of {config.data.batch_size} images as fit into {train.time_limit_minutes:g} minutes"
+    warning = ""
+    if config.data.augment.horizontal_flip:
+        warning = "\nwarning      data.augment.horizontal_flip mirrors images, which is wrong for digits and letters"
     notice = f"\n{'!' * 100}\n{data.notice}\n{'!' * 100}\n" if data.notice else ""
     return (
-        f"{notice}{data.describe()}\n"
+        f"{notice}{data.describe()}{warning}\n"
         f"model        UNet2DModel, {parameters:,} parameters\n"
         f"training     {length}\n"
         f"machine      {machine_description(learner.accelerator.device, learner.accelerator.num_processes)}, "

@@ -63,6 +63,7 @@ def tiny_config(**train: object) -> Config:
         "samples_per_class": 1,
         "checkpoint_every_steps": 2,
         "sample_every_steps": None,
+        "pictures": False,
     }
     return Config(
         data=DataConfig(source="digits", batch_size=8),

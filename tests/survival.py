@@ -34,6 +34,7 @@ FLAGS = [
     *("--model.norm_num_groups", "4", "--sampling.num_inference_steps", "1", "--train.samples_per_class", "1"),
     *("--train.num_eval_images", "8", "--train.sample_every_steps", "null", "--train.warmup_steps", "2"),
     *("--train.num_threads", "1", "--train.log_every_steps", "3", "--train.checkpoint_every_steps", "1"),
+    *("--train.pictures", "false"),
 ]
 FILE_OPERATIONS = (
     ("mnist_diffusion.checkpoint", "save_file"),

@@ -56,7 +56,7 @@ BAD_FLAGS = [
     (["--train.mixed_precision", "int4"], "train.mixed_precision"),
     (["--train.trackers", "[abacus]"], "train.trackers"),
     (["--train.resume", "true"], "train.resume=true needs output_dir"),
-    (["--config", "no-such-recipe"], "--config must be a YAML file or one of the recipes default, tiny"),
+    (["--config", "no-such-recipe"], "--config must be a YAML file or one of the recipes compact_500, ddpm_1000,"),
 ]
 
 

@@ -50,7 +50,7 @@ class TestIdx:
     def test_layouts(self, tmp_path: Path, layout: str, zipped: bool) -> None:
         write_idx(tmp_path / layout, zipped=zipped)
         data = load(tmp_path)
-        assert data.train.images.shape == (20, 1, 12, 12)
+        assert data.train.tensor.shape == (20, 1, 12, 12)
         assert len(data.test) == 10
         assert data.class_names == ("0", "1")
 
@@ -122,8 +122,8 @@ class TestIdx:
 class TestDigits:
     def test_shape_and_split(self, digits: ImageData) -> None:
         assert (len(digits.train), len(digits.test)) == (1617, 180)
-        assert digits.train.images.shape[1:] == (1, 28, 28)
-        assert digits.train.images.max() == 255
+        assert digits.train.tensor.shape[1:] == (1, 28, 28)
+        assert digits.train.tensor.max() == 255
         counts = torch.bincount(digits.test.labels)
         assert counts.min() >= 17
         assert counts.max() <= 19
@@ -134,8 +134,8 @@ class TestDigits:
 
     def test_other_size_and_channels(self) -> None:
         data = load("digits", image_size=32, channels=3, fit="pad")
-        assert data.train.images.shape[1:] == (3, 32, 32)
-        assert not data.train.images[:, :, :2].any()
+        assert data.train.tensor.shape[1:] == (3, 32, 32)
+        assert not data.train.tensor[:, :, :2].any()
 
 
 class TestImageFolder:
@@ -170,7 +170,7 @@ class TestImageFolder:
             Image.fromarray(np.full((8, 8), 65535, np.uint16)).save(tmp_path / name / "deep.png")
         data = load(tmp_path)
         assert data.channels == 3
-        assert data.train.images.max() == 255
+        assert data.train.tensor.max() == 255
 
     def test_corrupt_picture_is_named(self, image_folder: Path) -> None:
         broken = image_folder / "red" / "broken.png"
@@ -228,7 +228,7 @@ class TestTables:
         self.table(4).to_parquet(tmp_path / "test-00000.parquet")
         data = load(tmp_path)
         assert (len(data.train), len(data.test)) == (12, 4)
-        assert data.train.images[:, 0, 0, 0].tolist() == list(range(12))
+        assert data.train.tensor[:, 0, 0, 0].tolist() == list(range(12))
 
     def test_saved_datasets_folder(self, tmp_path: Path) -> None:
         datasets.DatasetDict(train=self.table(), test=self.table(4)).save_to_disk(tmp_path / "saved")
@@ -353,7 +353,7 @@ class TestImages:
 
     def test_augmentation_depends_on_seed_epoch_and_image_alone(self, digits: ImageData) -> None:
         config = AugmentConfig(shift=0.1, rotate=10, scale=0.1, horizontal_flip=True)
-        images = digits.train.images[:4]
+        images = digits.train.tensor[:4]
         epochs, indices = np.array([0, 0, 1, 1]), np.array([0, 1, 2, 3])
         whole = augment_images(images, config, 0, epochs, indices)
         alone = augment_images(images[2:3], config, 0, epochs[2:3], indices[2:3])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 
-from mnist_diffusion.config import ConfigError, DiffusionConfig, ModelConfig
-from mnist_diffusion.model import build_noise_scheduler, build_unet
+from mnist_diffusion.config import ConfigError, DiffusionConfig, ModelConfig, UserError
+from mnist_diffusion.model import build_noise_scheduler, build_unet, initialise
+from tests.conftest import make_pipeline
 
 TINY = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4)
 
@@ -62,3 +64,42 @@ def test_custom_betas_and_zero_snr() -> None:
     torch.testing.assert_close(build_noise_scheduler(config).betas, torch.tensor(betas))
     zero = build_noise_scheduler(DiffusionConfig(rescale_betas_zero_snr=True, beta_schedule="linear"))
     assert float(zero.alphas_cumprod[-1]) < 1e-6
+
+
+class TestInitialise:
+    """Weights of a pipeline to begin with."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> str:
+        make_pipeline(seed=5).save_pretrained(tmp_path / "pipeline")
+        return str(tmp_path / "pipeline")
+
+    def unet(self, num_classes: int = 10, **changes: object) -> UNet2DModel:
+        shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, **changes}
+        return build_unet(ModelConfig(**shape), image_size=8, channels=1, num_classes=num_classes)  # type: ignore[arg-type]
+
+    def test_same_classes_take_everything(self, folder: str) -> None:
+        unet, expected = self.unet(), make_pipeline(seed=5).unet.state_dict()
+        assert initialise(unet, folder) == f"weights      of {folder}"
+        assert all(torch.equal(value, expected[name]) for name, value in unet.state_dict().items())
+
+    @pytest.mark.parametrize("classes", [3, None])
+    def test_other_classes_start_anew_and_it_is_said(self, classes: int | None, folder: str) -> None:
+        unet = self.unet(classes or 10, class_conditional=classes is not None)
+        before = {name: value.clone() for name, value in unet.state_dict().items()}
+        expected = make_pipeline(seed=5).unet.state_dict()
+        said = initialise(unet, folder)
+        assert ("class embeddings start anew" in said) == (classes is not None)
+        for name, value in unet.state_dict().items():
+            assert torch.equal(value, before[name] if name == "class_embedding.weight" else expected[name])
+
+    @pytest.mark.parametrize(
+        "changes", [{"block_out_channels": (8, 8)}, {"layers_per_block": 2}, {"attention_levels": (1,)}]
+    )
+    def test_another_shape_is_refused(self, changes: dict[str, object], folder: str) -> None:
+        with pytest.raises(ConfigError, match=r"network of another shape .* block_out_channels \(8, 16\)"):
+            initialise(self.unet(**changes), folder)
+
+    def test_nowhere(self) -> None:
+        with pytest.raises(UserError, match="pipeline 'nowhere/at-all/x' cannot be loaded"):
+            initialise(self.unet(), "nowhere/at-all/x")

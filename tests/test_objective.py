@@ -39,7 +39,7 @@ def test_loss_is_the_mean_square_of_the_target(prediction_type: str, beta_schedu
     scheduler = build_noise_scheduler(config)
     batch, draws = make_batch(), diffusion_draws(config, SHAPE, seed=0, step=0, device="cpu")
     model = Recorder()
-    loss = diffusion_objective(config, scheduler, null_class=10).loss(model, batch, draws)
+    loss = diffusion_objective(config, scheduler, null_class=10).loss(model, batch, draws).mean()
     alpha = scheduler.alphas_cumprod.double()[draws.timesteps].view(-1, 1, 1, 1)
     images, noise = batch.images.double(), draws.noise.double()
     noisy = alpha.sqrt() * images + (1 - alpha).sqrt() * noise
@@ -117,7 +117,7 @@ def test_real_network_learns_from_it() -> None:
     optimizer = torch.optim.AdamW(pipeline.unet.parameters(), lr=3e-3)
     losses = []
     for _ in range(15):
-        loss = objective.loss(pipeline.unet, make_batch(), draws)
+        loss = objective.loss(pipeline.unet, make_batch(), draws).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mnist_diffusion.data.stateless import PURPOSES, indices_of_step, mixed_seed, torch_generator
+from mnist_diffusion.data.stateless import PURPOSES, Balance, indices_of_step, mixed_seed, torch_generator
 
 
 def test_each_epoch_sees_each_image_once_though_batches_span_epochs() -> None:
@@ -48,3 +48,37 @@ def test_every_purpose_and_place_has_its_own_seed() -> None:
 def test_generator_repeats() -> None:
     first, second = (torch.randn(4, generator=torch_generator("cpu", 3, "noise", 9)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+class TestBalance:
+    LABELS = np.array([0] * 50 + [1] * 7 + [2] * 3)
+
+    def counts(self, epoch: int) -> list[int]:
+        indices, _ = Balance(self.LABELS).epoch(3, epoch)
+        return np.bincount(self.LABELS[indices], minlength=3).tolist()
+
+    def test_each_class_equally_often(self) -> None:
+        assert [self.counts(epoch) for epoch in range(3)] == [[20, 20, 20]] * 3
+
+    def test_what_division_leaves_goes_around(self) -> None:
+        labels = np.array([0] * 5 + [1] * 3 + [2] * 3)  # 11 places for 3 classes
+        drawn = [labels[Balance(labels).epoch(0, epoch)[0]] for epoch in range(3)]
+        assert all(len(each) == 11 for each in drawn)
+        assert np.bincount(np.concatenate(drawn)).tolist() == [11, 11, 11]
+
+    def test_every_image_of_a_class_before_one_comes_again(self) -> None:
+        balance = Balance(self.LABELS)
+        both = [balance.epoch(3, epoch) for epoch in range(4)]
+        indices, passes = (np.concatenate(parts) for parts in zip(*both, strict=True))
+        seen = set(zip(indices.tolist(), passes.tolist(), strict=True))
+        assert len(seen) == len(indices)  # so that each is augmented anew
+        counts = np.bincount(indices, minlength=60)
+        assert all(np.ptp(counts[label == self.LABELS]) <= 1 for label in range(3))
+
+    def test_a_step_is_a_function_of_seed_and_step(self) -> None:
+        first = [indices_of_step(3, step, 8, 60, balance=Balance(self.LABELS)) for step in range(20)]
+        again = [indices_of_step(3, step, 8, 60, balance=Balance(self.LABELS)) for step in reversed(range(20))]
+        for one, other in zip(first, reversed(again), strict=True):
+            np.testing.assert_array_equal(one[0], other[0])
+        shares = np.bincount(self.LABELS[np.concatenate([indices for indices, _ in first])], minlength=3)
+        assert shares.max() - shares.min() < 12

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_cfg
 from mnist_diffusion.cli import RunArguments, parse_train_arguments
 from mnist_diffusion.config import Config, TrainConfig, UserError
-from mnist_diffusion.data import load_images
+from mnist_diffusion.data import draw_batch, load_images
 from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.launch import build_accelerator
 from mnist_diffusion.learner import Learner
@@ -332,6 +332,22 @@ class TestLearner:
         moved = max(float((a - b).abs().max()) for a, b in zip(before, learner.unet.parameters(), strict=True))
         assert moved < 0.01
 
+    def test_loss_by_noise_level_is_the_loss_in_parts(self, tmp_path: Path) -> None:
+        learner = make_learner(tiny_config(gradient_accumulation_steps=2), tmp_path)
+        count = learner.config.data.batch_size
+        levels, losses = [], []
+        for step in range(5):
+            losses.append(float(learner.update(step, 0.01)["loss"]))
+            draws = learner.objective.draw((count, 1, 28, 28), seed=0, step=step, device="cpu")
+            levels += (draws.timesteps // 100).tolist()
+        found = learner.take_loss_by_noise()
+        assert found is not None
+        shares = np.bincount(levels, minlength=10)
+        assert [mean is None for mean in found] == [share == 0 for share in shares]
+        total = sum(mean * share for mean, share in zip(found, shares, strict=True) if mean is not None)
+        assert total / shares.sum() == pytest.approx(float(np.mean(losses)), rel=1e-4)
+        assert learner.take_loss_by_noise() == [None] * 10
+
     def test_held_out_loss_repeats(self, tmp_path: Path) -> None:
         learner = make_learner(tiny_config(), tmp_path)
         assert learner.held_out_loss() == learner.held_out_loss()
@@ -339,6 +355,39 @@ class TestLearner:
         for step in range(20):
             learner.update(step, 0.01)
         assert learner.held_out_loss() < before
+
+
+def test_init_from_goes_on_where_the_pipeline_ended(tmp_path: Path) -> None:
+    """With the averaged weights of the pipeline, and an optimizer that starts anew."""
+    first = run(tiny_config(max_steps=60, learning_rate=0.01, checkpoint_every_steps=None), tmp_path / "first")
+    asked = {"init_from": str(first / "pipeline"), "learning_rate": 1e-9, "num_eval_images": 64}
+    again = run(tiny_config(**asked), tmp_path / "again")
+    for name, value in weights(again).items():
+        torch.testing.assert_close(value, weights(first)[name], atol=1e-6, rtol=0)
+    saved = yaml.safe_load((again / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["train"]["init_from"] == str(first / "pipeline")
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"pipeline .* cannot be loaded"):
+        run(tiny_config(**asked, resume=True), again)
+    assert run(tiny_config(**{**asked, "init_from": None, "max_steps": 6}, resume=True), again)
+
+
+def test_balance_draws_small_classes_as_often(tmp_path: Path, image_folder: Path) -> None:
+    for index in range(30):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
+    config = tiny_config()
+    shares = []
+    for balance in (False, True):
+        data = dataclasses.replace(config.data, source=str(image_folder), balance=balance, batch_size=12)
+        images = load_images(data, seed=0)
+        drawn = [draw_batch(images.train, data, seed=0, step=step, part=slice(0, 12))[1] for step in range(20)]
+        shares.append((torch.cat(drawn) == images.class_names.index("red")).float().mean().item())
+    assert shares[0] == pytest.approx(32 / 42, abs=0.06)
+    assert shares[1] == pytest.approx(1 / 3, abs=0.03)
+    folder = run(dataclasses.replace(config, data=data), tmp_path / "run")
+    other = dataclasses.replace(config, data=dataclasses.replace(data, balance=False))
+    with pytest.raises(UserError, match=r"data\.balance was True, now False"):
+        run(other, folder, resume=True, max_steps=6)
 
 
 def test_loss_falls(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
-"""Labelled images for training and for holding out, ready in memory as uint8."""
+"""Labelled images for training and for holding out, uint8, in memory or decoded when they are asked for."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.images import augment_images, fit_to_size, to_channels
-from mnist_diffusion.data.sources import DataError, RawSplit, read_source
-from mnist_diffusion.data.stateless import indices_of_step
+from mnist_diffusion.data.lazy import LazyImages
+from mnist_diffusion.data.pictures import DataError, Pictures
+from mnist_diffusion.data.sources import RawSource, RawSplit, read_source
+from mnist_diffusion.data.stateless import Balance, indices_of_step
 
-__all__ = ["DataError", "ImageData", "ImageSplit", "draw_batch", "load_images"]
+__all__ = ["DataError", "ImageData", "ImageSplit", "LazyImages", "draw_batch", "load_images"]
 
+MEMORY_LIMIT_BYTES = 2 * 10**9
+IMBALANCE = 3.0
 HELD_OUT_SHARE = 0.1
 
 
@@ -26,11 +31,41 @@ HELD_OUT_SHARE = 0.1
 class ImageSplit:
     """Images, uint8 `[N, C, H, W]`, and their class labels, int64 `[N]`."""
 
-    images: Tensor
+    images: Tensor | LazyImages
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The images as a tensor, where they are in memory; `in_memory` brings them there."""
+        assert isinstance(self.images, Tensor), "these images are decoded when they are asked for"
+        return self.images
+
+    @cached_property
+    def balance(self) -> Balance:
+        """For drawing each class equally often."""
+        return Balance(self.labels.numpy())
+
+    def select(self, wanted: Tensor) -> ImageSplit:
+        """Some of the images, by index."""
+        images = self.images.select(wanted) if isinstance(self.images, LazyImages) else self.images[wanted]
+        return ImageSplit(images, self.labels[wanted])
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All images, in one piece where they are in memory, else a few at a time."""
+        if isinstance(self.images, LazyImages):
+            yield from self.images.chunks()
+        else:
+            yield self.images
+
+    def in_memory(self, limit: int) -> ImageSplit:
+        """The images decoded: all that are in memory already, else at most `limit`, spread over all of them."""
+        if isinstance(self.images, Tensor):
+            return self
+        chosen = torch.linspace(0, len(self) - 1, min(limit, len(self))).round().long()
+        return ImageSplit(self.images.select(chosen).decoded(), self.labels[chosen])
 
 
 @dataclass(frozen=True)
@@ -65,10 +100,16 @@ class ImageData:
         """SHA-256 over shapes, pixels, labels and class names of both splits."""
         digest = hashlib.sha256(repr(self.class_names).encode())
         for split in (self.train, self.test):
-            for tensor in (split.images, split.labels):
-                digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-                digest.update(tensor.numpy().data)
+            digest.update(repr((tuple(split.images.shape), torch.uint8)).encode())
+            for images in split.chunks():
+                digest.update(images.contiguous().numpy().data)
+            digest.update(repr((tuple(split.labels.shape), split.labels.dtype)).encode())
+            digest.update(split.labels.numpy().data)
         return digest.hexdigest()
+
+    def in_memory(self, limit: int) -> ImageData:
+        """These images decoded: all that are in memory already, else at most `limit` of each split."""
+        return replace(self, train=self.train.in_memory(limit), test=self.test.in_memory(limit))
 
     def describe(self) -> str:
         """Counts, shape and classes, a line each."""
@@ -76,12 +117,18 @@ class ImageData:
         named = [f"{name}: {count}" for name, count in zip(self.class_names, counts, strict=True)]
         shown = ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else "")
         colour = "grey" if self.channels == 1 else "RGB"
+        lazily = ", decoded when needed" if isinstance(self.train.images, LazyImages) else ""
+        hints = ""
+        if max(counts) > IMBALANCE * min(counts):
+            hints += "\nhint         the classes are of unequal size; --data.balance true draws each equally often"
+        if self.num_classes == 1:
+            hints += "\nhint         there is one class only: guidance has nothing to tell apart"
         return (
             f"source       {self.source}\n"
             f"images       {len(self.train)} to train on, {len(self.test)} held out, "
-            f"{self.image_size} x {self.image_size} {colour}\n"
+            f"{self.image_size} x {self.image_size} {colour}{lazily}\n"
             f"classes      {self.num_classes} ({shown})\n"
-            f"fingerprint  {self.fingerprint[:16]}"
+            f"fingerprint  {self.fingerprint[:16]}{hints}"
         )
 
 
@@ -105,49 +152,88 @@ def load_images(config: DataConfig, *, seed: int) -> ImageData:
     if source.test is not None and (unknown := set(source.test.labels) - present):
         raise DataError(f"{source.description}: held-out classes without training images: {sorted(unknown)}")
     position = {label: index for index, label in enumerate(labels)}
-    names = tuple((source.class_names or {}).get(label, str(label)) for label in labels)
+    names = _class_names(source, labels, config)
 
     def labels_of(split: RawSplit) -> Tensor:
         return torch.tensor([position[label] for label in split.labels], dtype=torch.int64)
 
-    channels = config.channels or max(image.shape[0] for image in source.train.images)
-    train_images = _stack(source.train, channels, config, source.description)
-    if (shape := tuple(train_images.shape[-2:]))[0] != shape[1]:
-        raise DataError(f"{source.description}: images of {shape[1]} x {shape[0]} are not square; set data.image_size")
-    train = ImageSplit(train_images, labels_of(source.train))
+    shape = _common_shape(source, config)
+    total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
+    in_memory = config.in_memory if config.in_memory is not None else total <= MEMORY_LIMIT_BYTES
+    images = partial(_brought, shape=shape, config=config, description=source.description, in_memory=in_memory)
+    train = ImageSplit(images(source.train), labels_of(source.train))
     if source.test is not None:
-        test_images = _stack(source.test, channels, config, source.description)
-        if test_images.shape[1:] != train_images.shape[1:]:
-            raise DataError(
-                f"{source.description}: training images are {tuple(train_images.shape[1:])} (C, H, W) but held-out "
-                f"ones {tuple(test_images.shape[1:])}; set data.image_size and data.channels"
-            )
-        test = ImageSplit(test_images, labels_of(source.test))
+        test = ImageSplit(images(source.test), labels_of(source.test))
     else:
         train, test = _hold_out(train, names, seed, source.description)
     return ImageData(train, test, names, source.identifier, source.description, source.notice, source.hub_id)
 
 
-def _stack(split: RawSplit, channels: int, config: DataConfig, description: str) -> Tensor:
-    """All images of a split as one uint8 tensor `[N, C, H, W]`."""
+def _class_names(source: RawSource, labels: Sequence[object], config: DataConfig) -> tuple[str, ...]:
+    """The name of each label in use."""
+    asked = config.class_names
+    if asked is None:
+        return tuple((source.class_names or {}).get(label, str(label)) for label in labels)
+    if len(asked) != len(labels):
+        raise DataError(
+            f"data.class_names names {len(asked)} classes, but {source.description} has {len(labels)}: {labels[:20]}"
+        )
+    return asked
+
+
+def _shapes(split: RawSplit) -> set[tuple[int, int, int]]:
     if isinstance(split.images, Tensor):
-        images = to_channels(split.images, channels)
-        return _fit(images, config, description).contiguous()
-    fitted = [_fit(to_channels(image, channels), config, description) for image in split.images]
-    sizes = {tuple(image.shape[-2:]) for image in fitted}
+        return {(split.images.shape[1], split.images.shape[2], split.images.shape[3])}
+    return set(split.images.shapes())
+
+
+def _common_shape(source: RawSource, config: DataConfig) -> tuple[int, int, int]:
+    """Channels, height and width that all images are brought to.
+
+    Raises:
+        DataError: they differ, and the configuration names no size.
+    """
+    size, channels = config.image_size, config.channels
+    if size is not None and channels is not None:
+        return channels, size, size
+    shapes = _shapes(source.train)
+    channels = channels or max(shape[0] for shape in shapes)
+    if size is not None:
+        return channels, size, size
+    sizes = {shape[1:] for shape in shapes}
     if len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
-        raise DataError(f"{description}: images of different sizes ({shown}, ...); set data.image_size")
-    return torch.stack(fitted)
+        raise DataError(f"{source.description}: images of different sizes ({shown}, ...); set data.image_size")
+    [(height, width)] = sizes
+    if height != width:
+        raise DataError(f"{source.description}: images of {width} x {height} are not square; set data.image_size")
+    others = {shape[1:] for shape in _shapes(source.test)} - sizes if source.test is not None else set()
+    if others:
+        other = min(others)
+        raise DataError(
+            f"{source.description}: training images are {width} x {height}, but held-out ones {other[1]} x {other[0]}; "
+            "set data.image_size"
+        )
+    return channels, height, width
 
 
-def _fit(images: Tensor, config: DataConfig, description: str) -> Tensor:
-    if config.image_size is not None:
-        try:
-            return fit_to_size(images, config.image_size, config.fit)
-        except ValueError as error:
-            raise DataError(f"{description}: {error}") from error
-    return images
+def _brought(
+    split: RawSplit, *, shape: tuple[int, int, int], config: DataConfig, description: str, in_memory: bool
+) -> Tensor | LazyImages:
+    """The images of a split, brought to one shape."""
+    bring = partial(_bring, shape=shape, fit=config.fit, description=description)
+    if isinstance(split.images, Pictures):
+        lazy = LazyImages(split.images, bring, shape)
+        return lazy.decoded() if in_memory else lazy
+    return bring(split.images).contiguous()
+
+
+def _bring(images: Tensor, *, shape: tuple[int, int, int], fit: Literal["pad", "resize"], description: str) -> Tensor:
+    """Bring uint8 `[..., C, H, W]` to channels and size."""
+    try:
+        return fit_to_size(to_channels(images, shape[0]), shape[1], fit)
+    except ValueError as error:
+        raise DataError(f"{description}: {error}") from error
 
 
 def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: str) -> tuple[ImageSplit, ImageSplit]:
@@ -166,8 +252,8 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
     )
     kept, taken = torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(taken))
     return (
-        ImageSplit(images.images[kept], images.labels[kept]),
-        ImageSplit(images.images[taken], images.labels[taken]),
+        images.select(kept),
+        images.select(taken),
     )
 
 
@@ -184,7 +270,8 @@ def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, pa
     Returns:
         uint8 images `[b, C, H, W]` and int64 labels `[b]`.
     """
-    indices, epochs = indices_of_step(seed, step, config.batch_size, len(data))
+    balance = data.balance if config.balance else None
+    indices, epochs = indices_of_step(seed, step, config.batch_size, len(data), balance=balance)
     indices, epochs = indices[part], epochs[part]
     chosen = torch.from_numpy(indices)
     images = augment_images(data.images[chosen], config.augment, seed, epochs, indices)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,42 @@ NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+EMNIST_IMAGES = re.compile(r"emnist-(?P<subset>\w+)-train-images[-.]idx3-ubyte(\.gz)?")
+
+
+@dataclass(frozen=True)
+class IdxFamily:
+    """Which of the data sets that come as IDX files a folder holds."""
+
+    title: str
+    dataset: str | None = None
+    """The class of `torchvision.datasets` that knows the names of the classes."""
+    subset: str | None = None
+    """Of EMNIST, whose images are stored with rows and columns exchanged."""
+
+    def stems(self, split: str) -> tuple[str, str]:
+        """The names of the files with images and labels, without `.gz`.
+
+        Raises:
+            IdxError: there is no such split.
+        """
+        if split not in NAMES:
+            raise IdxError(f"IDX folders have the splits {sorted(NAMES)}, got {split!r}")
+        images, labels = NAMES[split]
+        if self.subset is None:
+            return images, labels
+        prefix = f"emnist-{self.subset}-{split}"
+        return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+
+    def class_names(self) -> dict[int, str] | None:
+        """The name of each label, where they are known."""
+        if self.dataset is None:
+            return None
+        from torchvision import datasets  # noqa: PLC0415  (slow to import)
+
+        known = getattr(datasets, self.dataset)
+        names = known.classes if self.subset is None else known.classes_split_dict.get(self.subset, ())
+        return dict(enumerate(names)) or None
 
 
 class IdxError(UserError):
@@ -32,7 +70,37 @@ def find_idx_folder(folder: Path) -> Path | None:
     """The folder that holds the IDX training images: `folder` itself, or torchvision's `<name>/raw` below it."""
     candidates = [folder, folder / "raw", *sorted(path for path in folder.glob("*/raw") if path.is_dir())]
     stem = NAMES["train"][0]
-    return next((path for path in candidates if _find(path, stem) is not None), None)
+    return next((path for path in candidates if _find(path, stem) is not None or _emnist_subsets(path)), None)
+
+
+def _emnist_subsets(folder: Path) -> list[str]:
+    files = sorted(folder.glob("emnist-*")) if folder.is_dir() else []
+    return list(dict.fromkeys(match["subset"] for path in files if (match := EMNIST_IMAGES.fullmatch(path.name))))
+
+
+def find_idx_family(folder: Path, subset: str | None) -> IdxFamily:
+    """What the IDX files of `folder` are: by their names, and by that of the folder, as torchvision lays them out.
+
+    Args:
+        folder: holds the files.
+        subset: which of EMNIST's parts is wanted, where there are several.
+
+    Raises:
+        IdxError: `subset` is not there, or is needed.
+    """
+    subsets = _emnist_subsets(folder)
+    if subset is not None and subset not in subsets:
+        there = f"has {', '.join(subsets)}" if subsets else "has no parts"
+        raise IdxError(f"data.subset={subset!r}: {folder} {there}")
+    if len(subsets) > 1 and subset is None:
+        raise IdxError(f"{folder} holds several parts of EMNIST; set data.subset to one of {', '.join(subsets)}")
+    if subsets:
+        chosen = subset or subsets[0]
+        return IdxFamily(f"IDX, EMNIST {chosen}", "EMNIST", chosen)
+    place = folder.resolve()
+    name = (place.parent if place.name == "raw" else place).name.lower().replace("-", "").replace("_", "")
+    known = {"fashionmnist": "FashionMNIST", "kmnist": "KMNIST"}.get(name)
+    return IdxFamily(f"IDX, {known}" if known else "IDX", known)
 
 
 def _find(folder: Path, stem: str) -> Path | None:
@@ -85,15 +153,13 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
-def read_idx_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
+def read_idx_split(folder: Path, split: str, family: IdxFamily) -> tuple[np.ndarray, np.ndarray] | None:
     """Images `[N, H, W]` and labels `[N]`, both uint8, of `train` or `test`; None where the split has no files.
 
     Raises:
         IdxError: a file is broken, one of the pair is missing, or the counts differ.
     """
-    stems = NAMES.get(split)
-    if stems is None:
-        raise IdxError(f"{folder}: IDX folders have the splits {sorted(NAMES)}, got {split!r}")
+    stems = family.stems(split)
     images_path, labels_path = (_find(folder, stem) for stem in stems)
     if images_path is None and labels_path is None:
         return None
@@ -105,4 +171,4 @@ def read_idx_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | 
         raise IdxError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
     if images.size == 0:
         raise IdxError(f"{images_path}: holds no pixels, its shape is {images.shape}")
-    return images, labels
+    return images.transpose(0, 2, 1) if family.subset is not None else images, labels

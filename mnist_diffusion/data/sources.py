@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,19 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_diffusion.config import DataConfig, UserError
-from mnist_diffusion.data.idx import find_idx_folder, read_idx_split
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.idx import find_idx_family, find_idx_folder, read_idx_split
 from mnist_diffusion.data.images import fit_to_size
+from mnist_diffusion.data.pictures import DataError, Encoded, Pictures, cause, picture_files
 
 DEFAULT_HUB_ID = "ylecun/mnist"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
+USPS_FILES = {"train": "usps.bz2", "test": "usps.t.bz2"}
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
-
-
-class DataError(UserError):
-    """The images cannot be had or cannot be used; the message says what was looked for and where."""
 
 
 class HubUnavailableError(DataError):
@@ -41,9 +38,9 @@ class HubUnavailableError(DataError):
 
 @dataclass(frozen=True)
 class RawSplit:
-    """Images as they came: uint8 `[C, H, W]` each, of any sizes, and one label each (any sortable values)."""
+    """Images as they came, uint8 `[N, C, H, W]` or encoded and of any sizes, and a label (sortable) each."""
 
-    images: Tensor | list[Tensor]
+    images: Tensor | Pictures
     labels: Sequence[Any]
 
 
@@ -110,6 +107,8 @@ def read_folder(folder: Path, config: DataConfig) -> RawSource:
     idx_folder = find_idx_folder(folder)
     if idx_folder is not None:
         return read_idx_folder(idx_folder, config)
+    if (folder / USPS_FILES["train"]).is_file():
+        return read_usps(folder, config)
     if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
         from datasets import load_from_disk  # noqa: PLC0415  (slow to import)
 
@@ -121,15 +120,17 @@ def read_folder(folder: Path, config: DataConfig) -> RawSource:
         return read_image_folder(folder, config)
     raise DataError(
         f"data.source={config.source!r}: {folder.absolute()} holds no images. Looked for IDX files "
-        "(train-images-idx3-ubyte[.gz], here or in <name>/raw), parquet or arrow files, and one folder a class"
+        "(train-images-idx3-ubyte[.gz], here or in <name>/raw), usps.bz2, parquet or arrow, and one folder a class"
     )
 
 
 def read_idx_folder(folder: Path, config: DataConfig) -> RawSource:
     """Read an IDX folder; its splits are called `train` and `test`."""
 
+    family = find_idx_family(folder, config.subset)
+
     def raw(split: str) -> RawSplit | None:
-        pair = read_idx_split(folder, split)
+        pair = read_idx_split(folder, split, family)
         return pair and RawSplit(torch.from_numpy(pair[0].copy()).unsqueeze(1), pair[1].tolist())
 
     train = raw(config.train_split)
@@ -138,7 +139,30 @@ def read_idx_folder(folder: Path, config: DataConfig) -> RawSource:
     test = raw(config.test_split or "test")
     if test is None and config.test_split is not None:
         raise DataError(f"{folder} has no split {config.test_split!r} (data.test_split)")
-    return RawSource(str(config.source), f"{folder} (IDX)", train, test)
+    return RawSource(str(config.source), f"{folder} ({family.title})", train, test, family.class_names())
+
+
+def read_usps(folder: Path, config: DataConfig) -> RawSource:
+    """Read USPS as torchvision keeps it: `usps.bz2` and `usps.t.bz2`, lines of 16 x 16 values from -1 to 1."""
+    from sklearn.datasets import load_svmlight_file  # noqa: PLC0415  (slow to import)
+
+    def raw(split: str) -> RawSplit | None:
+        path = folder / USPS_FILES.get(split, split)
+        if not path.is_file():
+            return None
+        try:
+            values, labels = load_svmlight_file(str(path), n_features=256)
+        except Exception as error:
+            raise DataError(f"{path}: cannot be read: {cause(error)}") from error
+        pixels = ((values.toarray() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        return RawSplit(torch.from_numpy(pixels).view(-1, 1, 16, 16), [int(label) - 1 for label in labels])
+
+    train, test = raw(config.train_split), raw(config.test_split or "test")
+    for name, split, found in (("train", config.train_split, train), ("test", config.test_split, test)):
+        if split is not None and found is None:
+            raise DataError(f"{folder} has no split {split!r} (data.{name}_split)")
+    assert train is not None
+    return RawSource(str(config.source), f"{folder} (USPS)", train, test)
 
 
 def read_image_folder(folder: Path, config: DataConfig) -> RawSource:
@@ -148,10 +172,10 @@ def read_image_folder(folder: Path, config: DataConfig) -> RawSource:
         if config.test_split is not None:
             raise DataError(f"data.test_split={config.test_split!r} needs the folder {train_root}, which is not there")
         train_root, test_root = folder, folder / "no split"
-    train, names = _read_class_folders(train_root, config)
+    train, names = _read_class_folders(train_root)
     test = None
     if test_root.is_dir():
-        test, test_names = _read_class_folders(test_root, config)
+        test, test_names = _read_class_folders(test_root)
         if unknown := set(test_names) - set(names):
             raise DataError(f"{test_root} has classes that {train_root} has not: {sorted(unknown)}")
     elif config.test_split is not None:
@@ -159,14 +183,14 @@ def read_image_folder(folder: Path, config: DataConfig) -> RawSource:
     return RawSource(str(config.source), f"{folder} (image folder)", train, test)
 
 
-def _read_class_folders(root: Path, config: DataConfig) -> tuple[RawSplit, list[str]]:
+def _read_class_folders(root: Path) -> tuple[RawSplit, list[str]]:
     from torchvision.datasets import ImageFolder  # noqa: PLC0415  (slow to import)
 
     try:
         listing = ImageFolder(str(root))
     except FileNotFoundError as error:
         raise DataError(f"{root}: {error}") from error
-    images = [decode_picture(Path(path).read_bytes(), config, path) for path, _ in listing.samples]
+    images = picture_files([Path(path) for path, _ in listing.samples])
     return RawSplit(images, [listing.classes[index] for _, index in listing.samples]), listing.classes
 
 
@@ -185,7 +209,7 @@ def read_tables(paths: list[Path], config: DataConfig) -> RawSource:
     try:
         tables = load_dataset(kinds.pop(), data_files=files)
     except Exception as error:
-        raise DataError(f"{paths[0]}: cannot be read: {_cause(error)}") from error
+        raise DataError(f"{paths[0]}: cannot be read: {cause(error)}") from error
     return read_datasets(f"{paths[0] if len(paths) == 1 else paths[0].parent} (tables)", tables, config)
 
 
@@ -201,11 +225,11 @@ def read_hub(name: str, config: DataConfig) -> RawSource:
     reason = _hub_unreachable_reason(name)
     with _offline() if reason else contextlib.nullcontext():
         try:
-            tables = load_dataset(name)
+            tables = load_dataset(name, config.subset)
         except Exception as error:
             if reason:
                 raise HubUnavailableError(f"data set {name!r}: {reason}, and there is no cached copy of it") from error
-            raise DataError(f"data.source={name!r}: the Hub data set cannot be read: {_cause(error)}") from error
+            raise DataError(f"data.source={name!r}: the Hub data set cannot be read: {cause(error)}") from error
     description = f"{name} (Hub{', cached copy' if reason else ''})"
     return dataclasses.replace(read_datasets(description, tables, config), hub_id=name)
 
@@ -271,7 +295,7 @@ def read_datasets(description: str, tables: Any, config: DataConfig) -> RawSourc
     names = dict(enumerate(feature.names)) if hasattr(feature, "names") else None
 
     def raw(split: str) -> RawSplit:
-        return _read_rows(splits[split], image_column, label_column, f"{description} {split}", config)
+        return _read_rows(splits[split], image_column, label_column, f"{description} {split}")
 
     return RawSource(
         config.source or DEFAULT_HUB_ID,
@@ -296,54 +320,29 @@ def _find_column(
     return found[0]
 
 
-def _read_rows(rows: Any, image_column: str, label_column: str, description: str, config: DataConfig) -> RawSplit:
+def _read_rows(rows: Any, image_column: str, label_column: str, description: str) -> RawSplit:
     from datasets import Image  # noqa: PLC0415  (slow to import)
 
     if type(rows.features[image_column]).__name__ == "Image":
         rows = rows.cast_column(image_column, Image(decode=False))
     labels = list(rows[label_column])
-    images = []
-    for index, value in enumerate(rows[image_column]):
-        where = f"{description} row {index}"
-        if isinstance(value, dict):
-            encoded = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-            images.append(decode_picture(encoded, config, where))
-        else:
-            images.append(_from_array(np.asarray(value), where))
+    labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
+    column = rows.select_columns([image_column])
+
+    def read(indices: Sequence[int]) -> list[Encoded]:
+        return [_encoded(value, description) for value in column[list(indices)][image_column]]
+
+    images = Pictures(len(labels), read, lambda index: f"{description} row {index}")
     return RawSplit(images, labels)
 
 
-def _from_array(values: np.ndarray, where: str) -> Tensor:
-    """A nested list or array of pixel values, `[H, W]` or `[H, W, C]`, as uint8 `[C, H, W]`."""
-    # NaN passes no comparison.
-    if values.ndim not in (2, 3) or values.size == 0 or not ((values >= 0) & (values <= 255)).all():
-        raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
-    if values.dtype.kind == "f" and (values != np.floor(values)).any():
-        raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")
-    image = torch.from_numpy(values.astype(np.uint8))
-    return image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
-
-
-def decode_picture(encoded: bytes, config: DataConfig, where: str) -> Tensor:
-    """Decode a picture file to uint8 `[C, H, W]`: grey where the file is grey or `data.channels` is 1, else RGB."""
-    from PIL import Image, ImageOps  # noqa: PLC0415
-
+def _encoded(value: Any, description: str) -> Encoded:
+    """A cell of an image column: a file's content, a file's path, or pixel values."""
+    if not isinstance(value, dict):
+        return np.asarray(value)
+    if value.get("bytes") is not None:
+        return bytes(value["bytes"])
     try:
-        with Image.open(io.BytesIO(encoded)) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
-                values = np.asarray(picture).astype(np.uint32)
-                picture = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
-            grey = config.channels == 1 or (config.channels is None and picture.mode in ("1", "L", "LA"))
-            pixels = np.array(picture.convert("L" if grey else "RGB"))
-    except Exception as error:
-        raise DataError(f"{where}: the picture cannot be decoded: {_cause(error)}") from error
-    return _from_array(pixels, where)
-
-
-def _cause(error: BaseException) -> str:
-    """The root of a chain of exceptions in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+        return Path(value["path"]).read_bytes()
+    except (OSError, KeyError, TypeError) as error:
+        raise DataError(f"{description}: a picture cannot be read: {cause(error)}") from error

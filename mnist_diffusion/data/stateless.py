@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["init", "order", "augment", "noise", "timesteps", "labels", "dropout", "eval", "samples"]
+Purpose = Literal["init", "order", "augment", "noise", "timesteps", "labels", "dropout", "eval", "samples", "balance"]
 PURPOSES: tuple[Purpose, ...] = (
     "init",
     "order",
@@ -24,6 +24,7 @@ PURPOSES: tuple[Purpose, ...] = (
     "dropout",
     "eval",
     "samples",
+    "balance",
 )
 
 
@@ -61,11 +62,63 @@ def positions_of_step(step: int, batch_size: int, size: int) -> tuple[np.ndarray
     return positions // size, positions % size
 
 
-def indices_of_step(seed: int, step: int, batch_size: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which images step `step` (0 for the first) sees: indices and their epochs, int64 `[B]` each."""
+class Balance:
+    """Where the images of each class are, for epochs in which each class is as frequent as the others.
+
+    Args:
+        labels: int64 `[N]`.
+    """
+
+    def __init__(self, labels: np.ndarray):
+        self.places = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self.size = len(labels)
+
+    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and how often it came before, int64 `[N]` each, of every place of an epoch of `N` places.
+
+        Each class goes through a shuffled stream of its own images without end, over the epochs, and has `N` divided
+        by the number of classes in each; what the division leaves over goes to the classes in turn.
+        """
+        classes = len(self.places)
+        share, left = divmod(self.size, classes)
+        images, passes = [], []
+        for index, places in enumerate(self.places):
+            first, last = (
+                each * share + each * left // classes + (index < each * left % classes) for each in (epoch, epoch + 1)
+            )
+            positions = np.arange(first, last)
+            rounds, within = positions // len(places), positions % len(places)
+            order = {number: self._order(seed, index, int(number), len(places)) for number in np.unique(rounds)}
+            chosen = [order[number][place] for number, place in zip(rounds, within, strict=True)]
+            images.append(places[np.array(chosen, dtype=np.int64)])
+            passes.append(rounds)
+        shuffled = numpy_generator(seed, "order", epoch).permutation(self.size)
+        return np.concatenate(images)[shuffled], np.concatenate(passes)[shuffled]
+
+    @staticmethod
+    def _order(seed: int, label: int, number: int, size: int) -> np.ndarray:
+        return numpy_generator(seed, "balance", label, number).permutation(size)
+
+
+@lru_cache(maxsize=2)
+def _balanced_epoch(seed: int, epoch: int, balance: Balance) -> tuple[np.ndarray, np.ndarray]:
+    return balance.epoch(seed, epoch)
+
+
+def indices_of_step(
+    seed: int, step: int, batch_size: int, size: int, *, balance: Balance | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which images step `step` (0 for the first) sees: indices and how often each came before, int64 `[B]` each.
+
+    How often is the epoch, but with `balance`, which draws small classes more often.
+    """
     epochs, places = positions_of_step(step, batch_size, size)
-    indices = np.empty(batch_size, dtype=np.int64)
+    indices, passes = np.empty(batch_size, dtype=np.int64), epochs.copy()
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        indices[chosen] = _epoch_order(seed, int(epoch), size)[places[chosen]]
-    return indices, epochs
+        if balance is None:
+            indices[chosen] = _epoch_order(seed, int(epoch), size)[places[chosen]]
+        else:
+            order, times = _balanced_epoch(seed, int(epoch), balance)
+            indices[chosen], passes[chosen] = order[places[chosen]], times[places[chosen]]
+    return indices, passes

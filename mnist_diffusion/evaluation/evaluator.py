@@ -160,7 +160,7 @@ def logits_and_features(model: ImageEvaluator, images: Tensor, *, batch_size: in
 
 def accuracy(model: ImageEvaluator, split: ImageSplit) -> float:
     """Share of a split's images that the evaluator reads as labelled."""
-    logits, _ = logits_and_features(model, split.images)
+    logits, _ = logits_and_features(model, split.tensor)
     return float((logits.argmax(dim=1) == split.labels).float().mean())
 
 

@@ -103,8 +103,8 @@ class Reference:
                 f"data.source has {len(data.test)} held-out images, too few for a floor; there must be at least "
                 f"{MIN_HELD_OUT}"
             )
-        self.train = judge(evaluator, data.train.images, data.train.labels)
-        self.held_out = judge(evaluator, data.test.images, data.test.labels)
+        self.train = judge(evaluator, data.train.tensor, data.train.labels)
+        self.held_out = judge(evaluator, data.test.tensor, data.test.labels)
         self._floors: dict[int, Measured] = {}
 
     def floor(self, num_images: int) -> Measured:
@@ -144,7 +144,7 @@ class Reference:
         """The metrics of one set of images against the training split, without a floor."""
         real = self.matched(judged)
         looked_at = self._permutation(len(judged))[:MAX_COPY_CHECK]
-        distances = nearest_images(judged.images[looked_at], self.data.train.images)
+        distances = nearest_images(judged.images[looked_at], self.data.train.tensor)
         size = min(len(judged), len(real), MAX_NEIGHBOURHOOD)
         near = neighbourhoods(self._some(real, size).features, self._some(judged, size).features)
         kernel, deviation = kernel_distance(real.features, judged.features, seed=self.seed)
@@ -272,7 +272,7 @@ class Reference:
             split = ImageSplit(training.images, training.labels)
             data = ImageData(split, self.data.test, self.data.class_names, name, name)
             classifier = train_evaluator(data, steps=SYNTHETIC_STEPS, seed=self.seed)
-            logits, _ = logits_and_features(classifier, self.data.test.images)
+            logits, _ = logits_and_features(classifier, self.data.test.tensor)
             shares.append(float((logits.argmax(dim=1) == self.data.test.labels).float().mean()))
         return {"train_on_synthetic_accuracy": shares[0], "train_on_synthetic_accuracy_floor": shares[1]}
 

@@ -89,7 +89,11 @@ def print_table(report: Mapping[str, Any], console: Console) -> None:
 
 def markdown_table(report: Mapping[str, Any]) -> str:
     """The results as a Markdown table."""
-    headings, table = cells(report)
+    return markdown(*cells(report))
+
+
+def markdown(headings: Sequence[str], table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [headings, ["---"] * len(headings), *table]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

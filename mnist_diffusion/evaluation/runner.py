@@ -17,6 +17,7 @@ from mnist_diffusion.config import DataConfig, SchedulerName, UserError
 from mnist_diffusion.data import ImageData, load_images
 from mnist_diffusion.evaluation.evaluator import accuracy, evaluator_for, load_evaluator
 from mnist_diffusion.evaluation.inception import ImageNetDistance
+from mnist_diffusion.evaluation.monitor import MAX_REFERENCE
 from mnist_diffusion.evaluation.protocol import Reference
 from mnist_diffusion.evaluation.report import misread_grid, nearest_grid, sample_grid, write_report
 from mnist_diffusion.evaluation.samples import Artist, Sample, read_sample
@@ -31,20 +32,23 @@ TRUSTED_ACCURACY = 0.9
 class Request:
     """What to evaluate, and how; None and empty tuples stand for the pipeline's own."""
 
-    source: str
+    sources: tuple[str, ...]
+    """Pipeline folders or Hub ids; or a single folder of images."""
     data: DataConfig
-    num_images: int | None
-    scheduler: tuple[SchedulerName, ...]
-    num_inference_steps: tuple[int, ...]
-    guidance_scale: tuple[float, ...]
-    seed: int
-    split_seed: int
-    batch_size: int
-    device: str | None
-    dtype: str
-    evaluator: Path | None
-    train_on_synthetic: bool
-    imagenet_fid: bool
+    names: tuple[str, ...] = ()
+    """What to call the sources, where there are several; they themselves where left out."""
+    num_images: int | None = None
+    scheduler: tuple[SchedulerName, ...] = ()
+    num_inference_steps: tuple[int, ...] = ()
+    guidance_scale: tuple[float, ...] = ()
+    seed: int = 0
+    split_seed: int = 0
+    batch_size: int = 128
+    device: str | None = None
+    dtype: str = "float32"
+    evaluator: Path | None = None
+    train_on_synthetic: bool = False
+    imagenet_fid: bool = False
     out: Path
 
 
@@ -60,7 +64,7 @@ def run(request: Request) -> dict[str, Any]:
     device = _device(request.device)
     request.out.mkdir(parents=True, exist_ok=True)
     imagenet = ImageNetDistance(device) if request.imagenet_fid else None
-    data = load_images(request.data, seed=request.split_seed)
+    data = load_images(request.data, seed=request.split_seed).in_memory(MAX_REFERENCE)
     if data.notice:
         print(f"\n{'!' * 100}\n{data.notice}\n{'!' * 100}\n")
     samples = _samples(request, data)
@@ -70,7 +74,7 @@ def run(request: Request) -> dict[str, Any]:
     if reads < TRUSTED_ACCURACY:
         print(f"warning: the evaluator reads {reads:.1%} of the held-out images right: its figures say little")
     if imagenet is not None:
-        imagenet.set_reference(data.train.images)
+        imagenet.set_reference(data.train.tensor)
     results: list[dict[str, Any]] = []
     pictures: dict[str, list[Any]] = {"samples": [], "misread": [], "nearest": []}
     for about, draw in tqdm(samples, desc="evaluating", unit="result", disable=len(samples) < 2):
@@ -80,15 +84,15 @@ def run(request: Request) -> dict[str, Any]:
         values = dict(measured.values)
         if imagenet is not None:
             values["imagenet_fid"] = imagenet(sample.images)
-            values["imagenet_fid_floor"] = imagenet(data.test.images[: len(sample.images)])
+            values["imagenet_fid_floor"] = imagenet(data.test.tensor[: len(sample.images)])
         cost = {"passes_per_image": sample.passes_per_image, "seconds": sample.seconds}
         results.append({**about, **cost, "metrics_seconds": time.perf_counter() - started, **values})
         pictures["samples"].append(sample_grid(sample, data.class_names))
         pictures["misread"].append(misread_grid(sample, measured.read))
-        pictures["nearest"].append(nearest_grid(sample, data.train.images, measured))
+        pictures["nearest"].append(nearest_grid(sample, data.train.tensor, measured))
         # After each result, so that an interrupted sweep has a report of what is done.
         report = {
-            "source": request.source,
+            "source": ", ".join(request.names or request.sources),
             "data": {
                 "source": data.source,
                 "hub_id": data.hub_id,
@@ -119,14 +123,24 @@ def _device(name: str | None) -> torch.device:
 
 def _samples(request: Request, data: ImageData) -> list[tuple[dict[str, Any], Callable[[], Sample]]]:
     """What is judged: a description of each set of images, and how to get it."""
-    path = Path(request.source)
-    if path.exists() and not (path / "model_index.json").is_file():
+    first = Path(request.sources[0])
+    if len(request.sources) == 1 and first.exists() and not (first / "model_index.json").is_file():
         asked = ("num_images", "scheduler", "num_inference_steps", "guidance_scale")
         if idle := [name for name in asked if getattr(request, name)]:
-            raise UserError(f"{', '.join(idle)} can only be given for a pipeline, and {str(path)!r} holds images")
-        sample = read_sample(path, data)
-        return [({"name": path.name}, lambda: sample)]
-    pipeline = load_pipeline(request.source, device=request.device, dtype=request.dtype)
+            raise UserError(f"{', '.join(idle)} can only be given for a pipeline, and {str(first)!r} holds images")
+        sample = read_sample(first, data)
+        return [({"name": first.name}, lambda: sample)]
+    names = request.names or request.sources
+    found = []
+    for name, source in zip(names, request.sources, strict=True):
+        for about, draw in _ways(source, request, data):
+            found.append(({**about, "name": f"{name}: {about['name']}" if len(names) > 1 else about["name"]}, draw))
+    return found
+
+
+def _ways(source: str, request: Request, data: ImageData) -> list[tuple[dict[str, Any], Callable[[], Sample]]]:
+    """Each way of drawing with one pipeline, tried on a first step."""
+    pipeline = load_pipeline(source, device=request.device, dtype=request.dtype)
     artist = Artist(
         pipeline,
         data,

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from mnist_diffusion.config import DataConfig, SchedulerName, UserError
 from mnist_diffusion.data import DataError, ImageData
-from mnist_diffusion.data.sources import decode_picture, read_source
+from mnist_diffusion.data.pictures import picture_files
+from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.sampling import build_sampler, generate, sampler_name
@@ -296,9 +297,7 @@ def _is_flat(path: Path) -> bool:
 def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:
     pictures = (file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
     files = sorted(file for file in pictures if file.name not in SHEETS)
-    images = [
-        decode_picture(file.read_bytes(), DataConfig(), str(file)) for file in tqdm(files, desc="reading", leave=False)
-    ]
+    images = list(tqdm(picture_files(files), total=len(files), desc="reading", leave=False))
     found = [LABELLED_NAME.fullmatch(file.stem) for file in files]
     if any(found) and not all(found):
         stray = next(file.name for file, match in zip(files, found, strict=True) if match is None)

@@ -75,7 +75,7 @@ def test_held_out_images_score_as_their_floor(mnist: Reference) -> None:
 def test_class_swap_drops_accuracy_and_leaves_the_distance(digits_reference: Reference) -> None:
     train = digits_reference.data.train
     chosen = torch.cat([torch.nonzero(train.labels == label).flatten()[:20] for label in range(10)])
-    images, labels = train.images[chosen], train.labels[chosen]
+    images, labels = train.tensor[chosen], train.labels[chosen]
     right = digits_reference.report(Sample(images, labels)).values
     swapped = digits_reference.report(Sample(images, (labels + 1) % 10)).values
     assert right["accuracy"] > 0.95
@@ -87,7 +87,7 @@ def test_class_swap_drops_accuracy_and_leaves_the_distance(digits_reference: Ref
 @pytest.mark.parametrize("shift", [0, 1])
 def test_copies_of_training_images_are_flagged(digits_reference: Reference, shift: int) -> None:
     train = digits_reference.data.train
-    brighter = (train.images[:200].int() + shift).clamp(max=255).byte()
+    brighter = (train.tensor[:200].int() + shift).clamp(max=255).byte()
     values = digits_reference.report(Sample(brighter, train.labels[:200])).values
     assert values["copies_suspected"]
     assert values["copied_share"] == 1.0
@@ -98,10 +98,10 @@ def test_copies_are_looked_for_in_every_class(digits_reference: Reference) -> No
     """Copies of the last class alone, in images sorted by class, as folders give them."""
     data = digits_reference.data
     order = data.test.labels.argsort()
-    images, labels = data.test.images[order].repeat(20, 1, 1, 1), data.test.labels[order].repeat(20)
+    images, labels = data.test.tensor[order].repeat(20, 1, 1, 1), data.test.labels[order].repeat(20)
     order = labels.argsort()
     images, labels = images[order], labels[order]
-    nines = data.train.images[data.train.labels == 9]
+    nines = data.train.tensor[data.train.labels == 9]
     images[labels == 9] = nines.repeat(10, 1, 1, 1)[: int((labels == 9).sum())]
     values = digits_reference.report(Sample(images, labels)).values
     assert values["copied_share"] > 0.08
@@ -118,22 +118,22 @@ def test_floor_has_exactly_as_many(mnist: Reference, count: int) -> None:
 
 def test_held_out_class_without_images_and_too_few(digits: ImageData, digits_reference: Reference) -> None:
     nine_out = dataclasses.replace(
-        digits, test=ImageSplit(digits.test.images[digits.test.labels < 9], digits.test.labels[digits.test.labels < 9])
+        digits, test=ImageSplit(digits.test.tensor[digits.test.labels < 9], digits.test.labels[digits.test.labels < 9])
     )
     floor = Reference(nine_out, digits_reference.evaluator).floor(100).values
     assert floor["class_accuracy"]["9"]["accuracy"] is None
-    few = dataclasses.replace(digits, test=ImageSplit(digits.test.images[:20], digits.test.labels[:20]))
+    few = dataclasses.replace(digits, test=ImageSplit(digits.test.tensor[:20], digits.test.labels[:20]))
     with pytest.raises(DataError, match="20 held-out images, too few for a floor"):
         Reference(few, digits_reference.evaluator)
 
 
 def test_without_labels(digits_reference: Reference) -> None:
-    values = digits_reference.report(Sample(digits_reference.data.test.images, None)).values
+    values = digits_reference.report(Sample(digits_reference.data.test.tensor, None)).values
     assert values["accuracy"] is None
     assert "class_fid" not in values
     assert values["fid_ratio"] < 2
     with pytest.raises(DataError, match="train_on_synthetic=true needs images with classes"):
-        digits_reference.report(Sample(digits_reference.data.test.images, None), train_on_synthetic=True)
+        digits_reference.report(Sample(digits_reference.data.test.tensor, None), train_on_synthetic=True)
 
 
 def test_small_samples_carry_their_floor_in_a_warning(digits_reference: Reference) -> None:
@@ -141,7 +141,7 @@ def test_small_samples_carry_their_floor_in_a_warning(digits_reference: Referenc
     [few] = values["warnings"]
     assert "100 images are few" in few
     assert f"{values['fid_floor']:.3g}" in few
-    more = Sample(digits_reference.data.train.images[:500], digits_reference.data.train.labels[:500])
+    more = Sample(digits_reference.data.train.tensor[:500], digits_reference.data.train.labels[:500])
     assert any("the floor is of 180" in warning for warning in digits_reference.report(more).values["warnings"])
 
 
@@ -150,7 +150,7 @@ def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) ->
     train = digits_reference.data.train
     parts = [slice(start, start + 200) for start in range(0, 1600, 200)]
     values = [
-        digits_reference.measure(judge(digits_reference.evaluator, train.images[p], train.labels[p])).values
+        digits_reference.measure(judge(digits_reference.evaluator, train.tensor[p], train.labels[p])).values
         for p in parts
     ]
     spread = torch.tensor([value["fid"] for value in values]).std()
@@ -167,9 +167,9 @@ def test_same_seed_same_figures(digits: ImageData, digits_reference: Reference) 
 def test_train_on_synthetic(digits_reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnist_diffusion.evaluation.protocol.SYNTHETIC_STEPS", 120)
     train = digits_reference.data.train
-    values = digits_reference.report(Sample(train.images, train.labels), train_on_synthetic=True).values
+    values = digits_reference.report(Sample(train.tensor, train.labels), train_on_synthetic=True).values
     assert values["train_on_synthetic_accuracy"] == values["train_on_synthetic_accuracy_floor"] > 0.8
-    mixed = Sample(train.images, train.labels.roll(1))
+    mixed = Sample(train.tensor, train.labels.roll(1))
     values = digits_reference.report(mixed, train_on_synthetic=True).values
     assert values["train_on_synthetic_accuracy"] < 0.5
 
@@ -186,8 +186,8 @@ def test_reference_takes_the_class_proportions_of_the_sample(digits: ImageData, 
     chosen = torch.cat(
         [torch.nonzero(digits.train.labels == label).flatten()[:count] for label, count in ((0, 30), (1, 10))]
     )
-    split = ImageSplit(digits.train.images[chosen], labels)
-    matched = digits_reference.matched(judge(digits_reference.evaluator, split.images, split.labels))
+    split = ImageSplit(digits.train.tensor[chosen], labels)
+    matched = digits_reference.matched(judge(digits_reference.evaluator, split.tensor, split.labels))
     assert matched.labels is not None
     counts = torch.bincount(matched.labels, minlength=10).tolist()
     assert sum(counts[2:]) == 0

@@ -11,10 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.records import read_metrics
 from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
 from tests.survival import FLAGS
@@ -257,6 +260,37 @@ def test_from_a_teacher_to_a_student_and_its_pictures(tmp_path: Path) -> None:
     assert "guidance at scale 1.5 was distilled into its weights" in refused
     again = command(CONSOLE, "distill", "student/pipeline", "--out", "other", cwd=tmp_path, code=2).stderr
     assert "is itself a student" in again
+
+
+def test_from_five_folders_of_pictures_to_pictures_of_five_classes(tmp_path: Path) -> None:
+    """One command; then the pipeline draws each class in its colour, and knows the folders' names."""
+    colours = {
+        "Äpfel": (200, 30, 30),
+        "blue jays": (30, 30, 200),
+        "grass": (30, 200, 30),
+        "snow": (250, 250, 250),
+        "tar": (5, 5, 5),
+    }
+    random = np.random.default_rng(0)
+    for name, colour in colours.items():
+        (tmp_path / "my pictures" / name).mkdir(parents=True)
+        for index in range(30):
+            pixels = np.clip(np.array(colour) + random.integers(-30, 30, (16, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "my pictures" / name / f"no {index}.png")
+    small = ["--model.block_out_channels", "[16,16]", "--model.norm_num_groups", "4", "--train.max_steps", "150"]
+    learn = ["--train.learning_rate", "0.01", "--train.ema_decay", "0.9", "--train.sample_every_steps", "1000"]
+    flags = ["--data.source", "my pictures", *small, *learn, "--train.warmup_steps", "10", "--output_dir", "run"]
+    printed = command(sys.executable, SCRIPT, *flags, cwd=tmp_path).stdout
+    assert "5 (blue jays: 27, grass: 27, snow: 27, tar: 27, Äpfel: 27)" in printed
+    pipeline = MNISTDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert list(pipeline.config.id2label.values()) == ["blue jays", "grass", "snow", "tar", "Äpfel"]
+    means = np.array(list(colours.values()))
+    for name in colours:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        for image in pipeline([name] * 4, generator=generators).images:
+            mean = np.asarray(image).mean(axis=(0, 1))
+            assert list(colours)[int(np.abs(means - mean).sum(axis=1).argmin())] == name
+    assert (tmp_path / "run" / "pictures" / "denoising.png").is_file()
 
 
 def test_a_folder_of_pictures_from_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Images that are decoded when they are asked for, so that a data set may be larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from mnist_diffusion.data.pictures import Pictures
+
+CHUNK = 256
+
+
+class LazyImages:
+    """Stands for a uint8 tensor `[N, C, H, W]` and is indexed like one.
+
+    Args:
+        pictures: where they come from.
+        bring: brings a decoded picture to the common shape.
+        shape: that shape, `(C, H, W)`.
+        chosen: which of the pictures, int64 `[N]`; all where left out.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        bring: Callable[[Tensor], Tensor],
+        shape: tuple[int, int, int],
+        chosen: Tensor | None = None,
+    ):
+        self.pictures, self.bring, self._shape = pictures, bring, shape
+        self.chosen = torch.arange(len(pictures)) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As of the tensor it stands for."""
+        return (len(self), *self._shape)
+
+    def __getitem__(self, wanted: Tensor | slice) -> Tensor:
+        """Decode some of the images.
+
+        Raises:
+            DataError: one cannot be decoded; the message names it.
+        """
+        indices = self.chosen[wanted].tolist()
+        if not indices:
+            return torch.empty(0, *self._shape, dtype=torch.uint8)
+        decoded = self.pictures.decode(indices, grey=self._shape[0] == 1)
+        return torch.stack([self.bring(image) for image in decoded])
+
+    def select(self, wanted: Tensor) -> LazyImages:
+        """Some of the images, still encoded."""
+        return LazyImages(self.pictures, self.bring, self._shape, self.chosen[wanted])
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All images, a few at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield self[start : start + CHUNK]
+
+    def decoded(self) -> Tensor:
+        """The tensor it stands for."""
+        images = torch.empty(self.shape, dtype=torch.uint8)
+        for index, chunk in enumerate(self.chunks()):
+            images[index * CHUNK : index * CHUNK + len(chunk)] = chunk
+        return images

@@ -1,0 +1,168 @@
+"""Encoded pictures: looked at by their header, decoded when they are asked for, refused where they cannot be."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mnist_diffusion.config import UserError
+
+MAX_PIXELS = 64 * 2**20
+MAX_BYTES = 256 * 2**20
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
+GREY_MODES = ("1", "L", "LA", *DEEP_MODES)
+ORIENTATION = 0x0112
+"""The EXIF tag whose values from 5 to 8 lay a picture on its side."""
+
+
+class DataError(UserError):
+    """The images cannot be had or cannot be used; the message says what was looked for and where."""
+
+
+Encoded = bytes | np.ndarray
+"""A picture file's content, or pixel values `[H, W]` or `[H, W, C]`."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of any sizes that are read and decoded when they are asked for.
+
+    Args:
+        count: how many there are.
+        read: gives the pictures of these indices.
+        where: names a picture for messages.
+    """
+
+    count: int
+    read: Callable[[Sequence[int]], list[Encoded]]
+    where: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.count):
+            yield self.decode([index])[0]
+
+    def decode(self, indices: Sequence[int], *, grey: bool = False) -> list[Tensor]:
+        """Pictures as uint8 `[C, H, W]`: grey where a picture is grey or `grey` asks for it, else RGB.
+
+        Raises:
+            DataError: one cannot be decoded; the message names it.
+        """
+        return [
+            decode_picture(encoded, self.where(index), grey=grey)
+            for index, encoded in zip(indices, self.read(indices), strict=True)
+        ]
+
+    def shapes(self) -> Iterator[tuple[int, int, int]]:
+        """Channels, height and width of each, from its header.
+
+        Raises:
+            DataError: one cannot be a picture, or is too large; the message names it.
+        """
+        for index in range(self.count):
+            yield picture_shape(self.read([index])[0], self.where(index))
+
+
+def picture_files(paths: Sequence[Path]) -> Pictures:
+    """Picture files."""
+    return Pictures(len(paths), lambda indices: [_read(paths[index]) for index in indices], lambda i: str(paths[i]))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise DataError(f"{path}: a file of {size} bytes, more than the limit of {MAX_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: the picture cannot be read: {cause(error)}") from error
+
+
+def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
+    """Channels, height and width of a picture, upright.
+
+    Raises:
+        DataError: it cannot be a picture, or is too large.
+    """
+    if isinstance(encoded, np.ndarray):
+        shape = from_array(encoded, where).shape
+        return shape[0], shape[1], shape[2]
+    with _opened(encoded, where) as picture:
+        width, height = picture.size
+        # Asked for what its header does not hold, Pillow decodes a PNG.
+        if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
+            width, height = height, width
+        return 1 if picture.mode in GREY_MODES else 3, height, width
+
+
+def decode_picture(encoded: Encoded, where: str, *, grey: bool = False) -> Tensor:
+    """A picture as uint8 `[C, H, W]`, upright: grey where it is grey or `grey` asks for it, else RGB.
+
+    Deep ones keep their upper eight bits; what is transparent is drawn on black.
+
+    Raises:
+        DataError: it cannot be decoded, or is too large.
+    """
+    if isinstance(encoded, np.ndarray):
+        return from_array(encoded, where)
+    with _opened(encoded, where) as opened:
+        try:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in DEEP_MODES:
+                values = np.asarray(picture).astype(np.uint32)
+                picture = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+            grey = grey or picture.mode in GREY_MODES
+            if picture.has_transparency_data:
+                layer = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer)
+            pixels = np.array(picture.convert("L" if grey else "RGB"))
+        except Exception as error:
+            raise DataError(f"{where}: the picture cannot be decoded: {cause(error)}") from error
+    return from_array(pixels, where)
+
+
+def _opened(encoded: bytes, where: str) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(encoded))
+        width, height = picture.size
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: the picture is too large: {cause(error)}") from error
+    except Exception as error:
+        raise DataError(f"{where}: the picture cannot be decoded: {cause(error)}") from error
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{where}: a picture of {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+    return picture
+
+
+def from_array(values: np.ndarray, where: str) -> Tensor:
+    """Pixel values `[H, W]` or `[H, W, C]` as uint8 `[C, H, W]`.
+
+    Raises:
+        DataError: it is no such array, or a value is no whole number from 0 to 255.
+    """
+    # NaN passes no comparison.
+    if values.ndim not in (2, 3) or values.size == 0 or not ((values >= 0) & (values <= 255)).all():
+        raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
+    if values.dtype.kind == "f" and (values != np.floor(values)).any():
+        raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")
+    image = torch.from_numpy(values.astype(np.uint8))
+    image = image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
+    if image.shape[0] not in (1, 3):
+        raise DataError(f"{where}: an image has 1 or 3 channels, but its shape is {values.shape} (H, W, C)")
+    return image
+
+
+def cause(error: BaseException) -> str:
+    """The root of a chain of exceptions in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

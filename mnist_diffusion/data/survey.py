@@ -1,0 +1,135 @@
+"""A look at labelled images before training: what there is of each class, what is there twice, what cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.images import fit_to_size, to_channels
+from mnist_diffusion.data.pictures import DataError, Pictures
+from mnist_diffusion.data.sources import RawSplit, read_source
+
+SHOWN_A_CLASS = 10
+MAX_SHOWN_SIDE = 64
+
+
+@dataclass
+class SplitSurvey:
+    """What a split holds.
+
+    Args:
+        counts: readable images of each class.
+        shapes: how many images have each channels, height and width.
+        unreadable: what is wrong with the others, a line each.
+        shown: the first images of each class.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+    shown: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Survey:
+    """What a source holds.
+
+    Args:
+        description: the source.
+        class_names: all classes, in the order of their labels.
+        splits: by name, `train` and, where the source has it, `test`.
+        duplicates: groups of places that hold the very same pixels.
+        in_two_classes: those of them that are of different classes.
+        in_both_splits: those of them that are in the training and in the held-out split.
+    """
+
+    description: str
+    class_names: tuple[str, ...]
+    splits: dict[str, SplitSurvey]
+    duplicates: list[list[str]]
+    in_two_classes: list[list[str]]
+    in_both_splits: list[list[str]]
+
+    def contact_sheet(self) -> tuple[Tensor, list[str], int]:
+        """Images of the training split, a row a class.
+
+        Returns:
+            float `[N, C, H, W]` in [0, 1]; the class of each row; images a row.
+        """
+        shown = self.splits["train"].shown
+        names = [name for name in self.class_names if shown.get(name)]
+        images = [image for name in names for image in shown[name]]
+        side = min(MAX_SHOWN_SIDE, max(max(image.shape[-2:]) for image in images))
+        channels = max(image.shape[0] for image in images)
+        columns = max(len(shown[name]) for name in names)
+        tiles = torch.zeros(len(names), columns, channels, side, side)
+        for row, name in enumerate(names):
+            for column, image in enumerate(shown[name]):
+                tiles[row, column] = fit_to_size(to_channels(image, channels), side, "resize") / 255
+        return tiles.flatten(0, 1), names, columns
+
+
+@dataclass(frozen=True)
+class _Place:
+    split: str
+    name: str
+    where: str
+
+
+def survey(config: DataConfig) -> Survey:
+    """Read every image of a source, past those that cannot be read.
+
+    Raises:
+        DataError: the source itself cannot be had, or holds no readable image.
+    """
+    source = read_source(config)
+    known: dict[Any, str] = source.class_names or {}
+    labels = sorted({*source.train.labels, *(source.test.labels if source.test is not None else ())}, key=str)
+    names = config.class_names or tuple(known.get(label, str(label)) for label in labels)
+    if len(names) != len(labels):
+        raise DataError(f"data.class_names names {len(names)} classes, but {source.description} has {len(labels)}")
+    of_label = dict(zip(labels, names, strict=True))
+    places: dict[bytes, list[_Place]] = {}
+    splits = {"train": _look_at(source.train, "train", of_label, places)}
+    if source.test is not None:
+        splits["test"] = _look_at(source.test, "test", of_label, places)
+    if not splits["train"].counts:
+        problems = splits["train"].unreadable
+        raise DataError(f"{source.description}: no image can be read" + (f"; {problems[0]}" if problems else ""))
+    groups = [group for group in places.values() if len(group) > 1]
+    return Survey(
+        source.description,
+        tuple(names),
+        splits,
+        [[place.where for place in group] for group in groups],
+        [[place.where for place in group] for group in groups if len({place.name for place in group}) > 1],
+        [[place.where for place in group] for group in groups if len({place.split for place in group}) > 1],
+    )
+
+
+def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: dict[bytes, list[_Place]]) -> SplitSurvey:
+    found = SplitSurvey()
+    for index, label in enumerate(tqdm(split.labels, desc=name, unit="image", leave=False)):
+        where = split.images.where(index) if isinstance(split.images, Pictures) else f"{name} image {index}"
+        try:
+            image = split.images.decode([index])[0] if isinstance(split.images, Pictures) else split.images[index]
+        except DataError as error:
+            found.unreadable.append(str(error))
+            continue
+        class_name = of_label[label]
+        found.counts[class_name] += 1
+        found.shapes[(image.shape[0], image.shape[1], image.shape[2])] += 1
+        shown = found.shown.setdefault(class_name, [])
+        if len(shown) < SHOWN_A_CLASS:
+            shown.append(image)
+        digest = hashlib.sha1(repr(tuple(image.shape)).encode(), usedforsecurity=False)
+        digest.update(image.contiguous().numpy().data)
+        places.setdefault(digest.digest(), []).append(_Place(name, class_name, where))
+    return found

@@ -1,0 +1,113 @@
+"""Every recipe that ships: a few real steps, a save, a load, and an image or a denoised one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline, UNet2DModel
+
+import train_cfg
+from mnist_diffusion.cli import parse_train_arguments
+from mnist_diffusion.config import RECIPES, find_recipe
+from mnist_diffusion.model import build_unet
+from mnist_diffusion.records import read_metrics
+
+SHORT = [
+    *("--data.source", "digits", "--data.batch_size", "4", "--train.max_epochs", "null", "--train.max_minutes", "null"),
+    *("--train.max_steps", "3", "--train.log_every_steps", "1", "--train.num_eval_images", "8"),
+    *("--train.samples_per_class", "1", "--sampling.num_inference_steps", "2", "--train.pictures", "false"),
+    *("--train.evaluate_every_epochs", "null"),
+]
+NARROWER = {
+    "ddpm_1000": "[32,32,64,64]",
+    "ddpm_1000_unconditional": "[32,32,64,64]",
+    "quality": "[32,32,64]",
+    "rgb32_attention": "[64,64,64,128]",
+}
+"""Widths of the large ones here; everything else of them stays."""
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_known_systems_are_here() -> None:
+    assert set(NAMES) == {
+        *("compact_500", "ddpm_1000", "ddpm_1000_unconditional", "ddpm_200", "default", "denoiser", "guided_300"),
+        *("quality", "rgb32_attention", "tiny"),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_short_run(name: str, tmp_path: Path) -> None:
+    narrower = ["--model.block_out_channels", NARROWER[name]] if name in NARROWER else []
+    folder = tmp_path / "run"
+    assert train_cfg.main(["--config", name, *SHORT, *narrower, "--output_dir", str(folder)]) == 0
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["loss"] > 0 for line in lines)
+    assert (folder / "checkpoints" / "step-3" / "manifest.json").is_file()
+    if name == "denoiser":
+        unet = UNet2DModel.from_pretrained(folder / "denoiser", use_safetensors=True)
+        assert unet(torch.rand(2, 1, 28, 28), 0).sample.shape == (2, 1, 28, 28)
+        return
+    pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline", trust_remote_code=True)
+    config = parse_train_arguments(["--config", name]).config
+    labels = [3] if config.model.class_conditional else None
+    image = pipeline(labels, num_inference_steps=2).images[0]
+    size = config.data.image_size or 28
+    assert image.size == (size, size)
+    assert image.mode == ("RGB" if config.data.channels == 3 else "L")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_what_it_is_how_large_and_what_it_costs(name: str) -> None:
+    """The parameters in the first comment are those of the network, on MNIST or whatever the recipe asks for."""
+    text = find_recipe(name).read_text(encoding="utf-8")
+    comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    config = parse_train_arguments(["--config", name]).config
+    unet = build_unet(
+        config.model, image_size=config.data.image_size or 28, channels=config.data.channels or 1, num_classes=10
+    )
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    shown = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"
+    assert f"{shown} parameters" in comment
+    assert "Cost:" in comment
+
+
+def test_each_epoch_of_ddpm_200_is_a_snapshot_that_samples(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    small = ["--model.block_out_channels", "[8,8]", "--model.attention_levels", "[]"]
+    epochs = ["--data.batch_size", "600", "--train.max_epochs", "2", "--train.max_steps", "null"]
+    assert train_cfg.main(["--config", "ddpm_200", *SHORT, *small, *epochs, "--output_dir", str(folder)]) == 0
+    snapshots = sorted(path.name for path in (folder / "snapshots").iterdir())
+    assert snapshots == ["step-3", "step-6"]
+    pipeline = DiffusionPipeline.from_pretrained(folder / "snapshots" / "step-3", trust_remote_code=True)
+    assert pipeline([3], num_inference_steps=3, guidance_scale=1.8).images[0].size == (28, 28)
+    assert len(list((folder / "samples").glob("*.png"))) == 2
+
+
+def test_guided_300_animates_its_epochs(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    small = ["--model.block_out_channels", "[8,8]", "--data.batch_size", "600", "--train.max_epochs", "2"]
+    asked = ["--train.max_steps", "null", "--train.animate_at_epochs", "[0.5,2]", "--train.pictures", "true"]
+    assert train_cfg.main(["--config", "guided_300", *SHORT, *small, *asked, "--output_dir", str(folder)]) == 0
+    assert sorted(path.name for path in (folder / "samples").glob("*.gif")) == ["step-000002.gif", "step-000006.gif"]
+    assert {path.name for path in (folder / "pictures").iterdir()} == {
+        *("noise_schedule.png", "forward_noising.png", "denoising.png", "pixel_histograms.png", "training_curves.png"),
+        *("epochs.png", "epochs.gif", "denoising.gif"),
+    }
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
+    """`ddpm_1000` measures while it trains; nothing of it needs the Hub."""
+    config = yaml.safe_load(find_recipe("ddpm_1000").read_text(encoding="utf-8"))
+    assert config["train"]["evaluate_every_epochs"] == 5
+    assert config["sampling"] == {"scheduler": "ddim", "num_inference_steps": 50}
+    assert config["data"] == {"image_size": 32, "fit": "pad", "batch_size": 128}
