@@ -5,6 +5,7 @@ import datasets  # noqa: F401
 import sklearn.datasets
 import sklearn.model_selection
 
+import mnist_diffusion.denoising
 import mnist_diffusion.distill_cfg
 import mnist_diffusion.distillation
 import mnist_diffusion.training
@@ -12,6 +13,7 @@ import train_cfg  # noqa: F401
 
 assert accelerate
 assert sklearn.datasets
+assert mnist_diffusion.denoising
 assert mnist_diffusion.distillation
 assert mnist_diffusion.distill_cfg
 assert mnist_diffusion.training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,9 +75,9 @@ class TestInitialise:
         make_pipeline(seed=5).save_pretrained(tmp_path / "pipeline")
         return str(tmp_path / "pipeline")
 
-    def unet(self, num_classes: int = 10, **changes: object) -> UNet2DModel:
-        shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, **changes}
-        return build_unet(ModelConfig(**shape), image_size=8, channels=1, num_classes=num_classes)  # type: ignore[arg-type]
+    def unet(self, num_classes: int = 10, **changes: Any) -> UNet2DModel:
+        shape: dict[str, Any] = {"block_out_channels": (8, 16), "norm_num_groups": 4, **changes}
+        return build_unet(ModelConfig(**shape), image_size=8, channels=1, num_classes=num_classes)
 
     def test_same_classes_take_everything(self, folder: str) -> None:
         unet, expected = self.unet(), make_pipeline(seed=5).unet.state_dict()
@@ -96,7 +97,7 @@ class TestInitialise:
     @pytest.mark.parametrize(
         "changes", [{"block_out_channels": (8, 8)}, {"layers_per_block": 2}, {"attention_levels": (1,)}]
     )
-    def test_another_shape_is_refused(self, changes: dict[str, object], folder: str) -> None:
+    def test_another_shape_is_refused(self, changes: dict[str, Any], folder: str) -> None:
         with pytest.raises(ConfigError, match=r"network of another shape .* block_out_channels \(8, 16\)"):
             initialise(self.unet(**changes), folder)
 
