@@ -3,7 +3,7 @@
     python benchmarks/recipes.py path/to/mnist --out docs/recipes_table.md
 
 Each of the small recipes is trained with its learning rate planned for `--minutes`, in `--runs/<name>`; what is found
-there is used again. Samples are drawn by one sampler for all, at the guidance of the recipe.
+there is used again. Samples are drawn by the sampler of the recipe at its guidance.
 """
 
 from __future__ import annotations
@@ -28,16 +28,27 @@ from mnist_diffusion.objective import diffusion_objective
 from mnist_diffusion.records import machine_description
 
 SMALL = ("default", "tiny", "ddpm_200", "compact_500", "guided_300")
-HEADINGS = ("recipe", "parameters", "images/s", "steps", "epochs", "read as asked", "FID", "± s.e.", "floor")
+HEADINGS = (
+    "recipe",
+    "parameters",
+    "images/s",
+    "steps",
+    "epochs",
+    "drawn by",
+    "read as asked",
+    "FID",
+    "± s.e.",
+    "floor",
+)
 
 
 def main(
     data: str,
     *,
     minutes: float = 10,
-    num_images: int = 2000,
-    scheduler: str = "dpmpp",
-    num_inference_steps: int = 20,
+    num_images: int = 1000,
+    max_inference_steps: int = 50,
+    dtype: str = "bfloat16",
     recipes: tuple[str, ...] = (),
     runs: Path = Path("runs/recipes"),
     out: Path | None = None,
@@ -48,8 +59,8 @@ def main(
         data: the labelled images to train on and to measure against.
         minutes: training time of the small recipes.
         num_images: images drawn of each.
-        scheduler: draws them.
-        num_inference_steps: in so many steps.
+        max_inference_steps: at most so many steps of the recipe's sampler.
+        dtype: precision of the networks that draw.
         recipes: which to look at; all where left out.
         runs: where runs and measurements are kept.
         out: a file for the table.
@@ -64,14 +75,14 @@ def main(
                 data,
                 minutes=minutes,
                 num_images=num_images,
-                scheduler=scheduler,
-                num_inference_steps=num_inference_steps,
+                max_inference_steps=max_inference_steps,
+                dtype=dtype,
                 runs=runs,
             )
         rows.append(_row(name, measured))
         lines = [
             f"`python benchmarks/recipes.py path/to/mnist --minutes {minutes:g} --num_images {num_images} "
-            f"--scheduler {scheduler} --num_inference_steps {num_inference_steps}`, on "
+            f"--max_inference_steps {max_inference_steps} --dtype {dtype}`, on "
             f"{measured['machine']}:",
             "",
             "| " + " | ".join(HEADINGS) + " |",
@@ -111,7 +122,7 @@ def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
 
 
 def _quality(
-    name: str, data: str, *, minutes: float, num_images: int, scheduler: str, num_inference_steps: int, runs: Path
+    name: str, data: str, *, minutes: float, num_images: int, max_inference_steps: int, dtype: str, runs: Path
 ) -> dict[str, Any]:
     """What a recipe draws after so many minutes."""
     folder, evaluation = runs / name, runs / f"{name}-evaluation"
@@ -119,8 +130,9 @@ def _quality(
         length = ["--train.max_steps", "null", "--train.max_epochs", "null", "--train.max_minutes", str(minutes)]
         _command("train", "--config", name, "--data.source", data, *length, "--output_dir", str(folder))
     if not (evaluation / "report.json").is_file():
-        asked = ["--num_images", str(num_images), "--scheduler", scheduler]
-        steps = ["--num_inference_steps", str(num_inference_steps)]
+        own = parse_train_arguments(["--config", name]).config.sampling.num_inference_steps
+        asked = ["--num_images", str(num_images), "--dtype", dtype]
+        steps = ["--num_inference_steps", str(min(own, max_inference_steps))]
         pipeline = str(folder / "pipeline")
         _command("evaluate", pipeline, "--data.source", data, *asked, *steps, "--out", str(evaluation))
     [result] = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))["results"]
@@ -136,14 +148,15 @@ def _command(*arguments: str) -> None:
 def _row(name: str, measured: dict[str, Any]) -> list[str]:
     cost = [f"`{name}`", f"{measured['parameters']:,}", f"{measured['images_per_second']:.3g}"]
     if name == "denoiser":
-        return [*cost, *[""] * 6]
+        return [*cost, *[""] * 7]
     if "fid" not in measured:
-        return [*cost, "", "", *["not measured"] * 2, "", ""]
+        return [*cost, "", "", "", *["not measured"] * 2, "", ""]
     epochs = measured["images"] / 60_000
     return [
         *cost,
         str(measured["step"]),
         f"{epochs:.2f}",
+        measured["name"],
         f"{measured['accuracy']:.2%}",
         f"{measured['fid']:.3f}",
         f"{measured['fid_standard_error']:.3f}",
