@@ -24,6 +24,7 @@ def run(arguments: RunArguments[Config]) -> int:
     from mnist_diffusion.denoising import DenoiserProduct, denoiser_objective  # noqa: PLC0415
     from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
     from mnist_diffusion.launch import (  # noqa: PLC0415
+        begins_anew,
         build_accelerator,
         choose_output_dir,
         require_same,
@@ -52,8 +53,6 @@ def run(arguments: RunArguments[Config]) -> int:
         num_classes=data.num_classes,
         seed=config.train.seed,
     )
-    if config.train.init_from is not None:
-        accelerator.print(initialise(unet, config.train.init_from))
     product: Product
     if config.denoiser.sigma is not None:
         objective, product = denoiser_objective(config.denoiser.sigma), DenoiserProduct(config.denoiser.sigma)
@@ -63,6 +62,11 @@ def run(arguments: RunArguments[Config]) -> int:
         objective = diffusion_objective(config.diffusion, noise_scheduler, null_class=null_class)
         make_pipeline = partial(build_pipeline, noise_scheduler, config.sampling, data.class_names)
         product = PipelineProduct(make_pipeline, noise_scheduler)
+    if config.train.init_from is not None and begins_anew(config, output_dir):
+        predicts = config.diffusion.prediction_type if config.denoiser.sigma is None else None
+        with accelerator.main_process_first():
+            said = initialise(unet, config.train.init_from, class_names=data.class_names, prediction_type=predicts)
+        accelerator.print(said)
     learner = Learner(config, accelerator, data, unet, objective)
 
     accelerator.print(describe(learner, output_dir))

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
-from mnist_diffusion.config import UserError
-from mnist_diffusion.gallery import sample_sheets
+from mnist_diffusion.config import LEADS_TO_IMAGES, DataConfig, UserError
+from mnist_diffusion.gallery import Sheet, sample_sheets
 from mnist_diffusion.records import read_metrics
 
 
@@ -25,14 +24,14 @@ class RunRecord:
         lines: of its `metrics.jsonl`.
         summary: its `summary.json`; empty while it is on its way.
         config: its `config.yaml`.
-        sheets: its sample sheets, oldest first, by their epoch.
+        sheets: its sample sheets, oldest first.
     """
 
     folder: Path
     lines: list[dict[str, Any]]
     summary: Mapping[str, Any]
     config: Mapping[str, Any]
-    sheets: Mapping[str, Image.Image]
+    sheets: Sequence[Sheet]
 
     @property
     def name(self) -> str:
@@ -43,6 +42,21 @@ class RunRecord:
         """The last value measured under a name."""
         found = [line[name] for line in self.lines if line.get(name) is not None]
         return found[-1] if found else None
+
+    def data(self) -> tuple[DataConfig, int]:
+        """The images that it was trained on, and the seed that chose the held-out ones.
+
+        Raises:
+            UserError: its configuration does not say.
+        """
+        try:
+            said = {name: self.config["data"][name] for name in LEADS_TO_IMAGES if name in self.config["data"]}
+            return DataConfig(**said), int(self.config["train"]["seed"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{str(self.folder)!r}: config.yaml does not say what images the run saw ({error!r}); name them with "
+                "--data.source"
+            ) from error
 
     def pipelines(self) -> dict[str, Path]:
         """Its pipeline folders, snapshots first, by name."""

@@ -80,6 +80,21 @@ class AugmentConfig:
         _require_between(0, 180, "data.augment", self, "rotate")
 
 
+LEADS_TO_IMAGES = (
+    "source",
+    "subset",
+    "image_column",
+    "label_column",
+    "train_split",
+    "test_split",
+    "image_size",
+    "fit",
+    "channels",
+    "class_names",
+)
+"""The fields of `DataConfig` that say which images there are and what they look like."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the labelled images come from and how they become a batch."""
@@ -123,6 +138,7 @@ class DataConfig:
             _require(getattr(self, name) != "", f"data.{name}", "", "a name or null")
         names = self.class_names
         if names is not None:
+            object.__setattr__(self, "class_names", tuple(names))  # a list where it comes from a file
             _require(all(names) and len(set(names)) == len(names), "data.class_names", list(names), "distinct names")
 
 
@@ -163,7 +179,7 @@ class ModelConfig:
         known = all(0 <= level < len(widths) for level in levels)
         _require(known and len(set(levels)) == len(levels), "model.attention_levels", list(levels), rule)
         for width in {widths[-1], *(widths[level] for level in levels)} if levels else ():
-            if width % min(self.attention_head_dim, width):
+            if width % self.attention_head_dim:
                 raise ConfigError(
                     f"model.attention_head_dim={self.attention_head_dim} must divide the width {width} of a level "
                     "that attends"
@@ -477,6 +493,8 @@ class Config(Saved):
         """A denoiser draws nothing, so that what has to do with drawing cannot be asked of it."""
         rule = "with a denoiser, which knows no classes and draws no images"
         _require(not self.model.class_conditional, "model.class_conditional", True, f"false {rule}")
+        for name, section in (("diffusion", DiffusionConfig()), ("sampling", SamplingConfig())):
+            _require(getattr(self, name) == section, name, asdict(getattr(self, name)), f"left alone {rule}")
         for name in ("evaluate_every_steps", "evaluate_every_epochs"):
             _require(getattr(self.train, name) is None, f"train.{name}", getattr(self.train, name), f"null {rule}")
         epochs = self.train.animate_at_epochs
@@ -509,6 +527,8 @@ class DistillConfig(Saved):
     """What a resumed run may not change, beside what no run may; the teacher may move, and is told by its weights."""
 
     def __post_init__(self) -> None:
+        started = self.train.init_from
+        _require(started is None, "train.init_from", started, "null: a student starts with its teacher's weights")
         _require_folder(self.train, self.output_dir)
 
 

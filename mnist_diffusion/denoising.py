@@ -25,7 +25,7 @@ from mnist_diffusion.data.stateless import torch_generator
 from mnist_diffusion.export import SAMPLES, render_card, swap_in
 from mnist_diffusion.figures import pixel_histograms, to_picture
 from mnist_diffusion.objective import Batch, Draws, Objective, diffusion_draws
-from mnist_diffusion.visualize import evenly, sigma_sweep, to_unit
+from mnist_diffusion.visualize import sigma_sweep, to_unit
 
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 SHOWN_IMAGES = 2
@@ -105,7 +105,7 @@ def sweep(unet: UNet2DModel, images: Tensor, sigmas: Sequence[float], *, seed: i
 
 def held_out_images(data: ImageData, count: int = MEASURED_IMAGES) -> Tensor:
     """At most `count` held-out images, spread over all of them, uint8 `[N, C, H, W]`."""
-    return data.test.images[torch.tensor(evenly(len(data.test), count))]
+    return data.test.images[data.test.spread(count)]
 
 
 def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
@@ -117,12 +117,12 @@ def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
     if not Path(folder).is_dir() and not HUB_ID.fullmatch(folder):
         raise UserError(f"denoiser {folder!r} cannot be loaded: it is neither a folder nor a Hub id such as user/name")
     try:
-        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True).to(device)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"denoiser {folder!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if unet.config.num_class_embeds is not None:
         raise UserError(f"{folder!r} is the network of a class-conditional diffusion model, not a denoiser")
-    return unet.to(device).eval()
+    return unet.eval()
 
 
 def require_same_shape(unet: UNet2DModel, data: ImageData) -> None:
@@ -164,7 +164,7 @@ class DenoiserProduct:
 
     def card_values(self, unet: UNet2DModel) -> dict[str, Any]:
         """The noise it is trained on."""
-        return {"sigma": self.sigma}
+        return {"sigma": self.sigma, "tags": ["denoising"], "pipeline_tag": "image-to-image"}
 
     def usage(self, unet: UNet2DModel, folder: Path) -> str:
         """Load with plain diffusers, and denoise."""

@@ -23,7 +23,14 @@ import yaml
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from mnist_diffusion.config import DataConfig, DiffusionConfig, DistillationConfig, DistillConfig, UserError
+from mnist_diffusion.config import (
+    LEADS_TO_IMAGES,
+    DataConfig,
+    DiffusionConfig,
+    DistillationConfig,
+    DistillConfig,
+    UserError,
+)
 from mnist_diffusion.data import ImageData
 from mnist_diffusion.objective import Batch, Draws, Objective, diffusion_draws
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
@@ -63,13 +70,12 @@ def with_teachers_images(config: DistillConfig) -> DistillConfig:
     """
     folder = Path(config.distillation.teacher)
     beside, said = folder.resolve().parent / "config.yaml", asdict(config.data)
-    leading = [name for name in said if name not in ("batch_size", "augment")]
-    silent = all(said[name] == asdict(DataConfig())[name] for name in leading)
+    silent = all(said[name] == asdict(DataConfig())[name] for name in LEADS_TO_IMAGES)
     if not (silent and folder.is_dir() and beside.is_file()):
         return config
     try:
         told = yaml.safe_load(beside.read_text(encoding="utf-8"))
-        data = replace(config.data, **{name: told["data"][name] for name in leading})
+        data = replace(config.data, **{name: told["data"][name] for name in LEADS_TO_IMAGES if name in told["data"]})
         learned = replace(config.distillation, split_seed=told["train"]["seed"])
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise TeacherError(

@@ -105,8 +105,8 @@ def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) ->
     data = ModelCardData(
         library_name="diffusers",
         license="mit",
-        pipeline_tag="unconditional-image-generation",
-        tags=["diffusion", "class-conditional", "classifier-free-guidance"],
+        pipeline_tag=values.get("pipeline_tag", "unconditional-image-generation"),
+        tags=values.get("tags", ["diffusion"]),
         datasets=values.get("datasets"),
     )
     return ModelCard.from_template(data, template_path=str(template), **values)

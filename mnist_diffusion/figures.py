@@ -115,7 +115,9 @@ def noise_schedules(schedulers: Mapping[str, DDPMScheduler], *, title: str = "No
     """Beta, the share of the image's variance that is left (alpha bar), and the signal-to-noise ratio, by timestep."""
     figure, (betas, left, ratio) = _panels(1, 3, title=title)
     for index, (name, scheduler) in enumerate(schedulers.items()):
-        style, alpha_bar = LINE_STYLES[index % len(LINE_STYLES)], scheduler.alphas_cumprod.double().numpy()
+        style = LINE_STYLES[index % len(LINE_STYLES)]
+        # From the betas, which stay where they are: a scheduler takes its table of alpha bar along to a GPU.
+        alpha_bar = (1 - scheduler.betas.double()).cumprod(0).numpy()
         betas.plot(scheduler.betas.numpy(), style, label=name)
         left.plot(alpha_bar, style)
         with np.errstate(divide="ignore"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from mnist_diffusion.figures import to_picture, training_curves
 from mnist_diffusion.records import read_metrics, track_picture
 from mnist_diffusion.run import Run
-from mnist_diffusion.visualize import evenly, save_animation, side_by_side, titled
+from mnist_diffusion.visualize import evenly, save_animation, save_picture, side_by_side, titled
 
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
 SHEETS_SIDE_BY_SIDE = 4
@@ -39,7 +40,7 @@ def show_samples(run: Run) -> None:
     run.grid = shown.pop("samples")
     path = run.folder / "samples" / f"step-{run.step:06d}.png"
     path.parent.mkdir(exist_ok=True)
-    run.grid.save(path)
+    save_picture(run.grid, path)
     track_picture(run.learner.accelerator, "samples", run.grid, run.step)
     for name, picture in shown.items():
         _show(run, name, picture)
@@ -79,32 +80,44 @@ def show_at_the_end(run: Run) -> None:
         save_animation(frames, run.folder / "pictures" / "denoising.gif")
 
 
-def sample_sheets(folder: Path, *, epochs_a_step: float) -> dict[str, Image.Image]:
-    """The sample sheets that a run has left, oldest first, by what to call them."""
+@dataclass(frozen=True)
+class Sheet:
+    """A sample sheet of a run, and how many epochs it had seen."""
+
+    epoch: float
+    picture: Image.Image
+
+    @property
+    def title(self) -> str:
+        """Its epoch."""
+        return f"epoch {self.epoch:.2f}"
+
+
+def sample_sheets(folder: Path, *, epochs_a_step: float) -> list[Sheet]:
+    """The sample sheets that a run has left, oldest first."""
     paths = (folder / "samples").glob("step-*.png")
     found = {int(match[1]): path for path in paths if (match := SHEET_NAME.fullmatch(path.name))}
-    sheets = {}
+    sheets = []
     for step in sorted(found):
         with Image.open(found[step]) as picture:
-            sheets[f"epoch {step * epochs_a_step:.2f}"] = picture.copy()
+            sheets.append(Sheet(step * epochs_a_step, picture.copy()))
     return sheets
 
 
-def sheet_of_epochs(sheets: Mapping[str, Image.Image]) -> Image.Image:
+def sheet_of_epochs(sheets: Sequence[Sheet]) -> Image.Image:
     """A few of the sample sheets beside each other, the first and the last among them."""
-    names = list(sheets)
-    chosen = [names[index] for index in evenly(len(names), SHEETS_SIDE_BY_SIDE)]
-    return side_by_side([sheets[name] for name in chosen], chosen)
+    chosen = [sheets[index] for index in evenly(len(sheets), SHEETS_SIDE_BY_SIDE)]
+    return side_by_side([sheet.picture for sheet in chosen], [sheet.title for sheet in chosen])
 
 
-def frames_of_epochs(sheets: Mapping[str, Image.Image]) -> list[Image.Image]:
+def frames_of_epochs(sheets: Sequence[Sheet]) -> list[Image.Image]:
     """The sample sheets one after the other, each below its epoch."""
-    names = list(sheets)
-    return [titled(sheets[names[index]], names[index]) for index in evenly(len(names), MAX_FRAMES)]
+    chosen = [sheets[index] for index in evenly(len(sheets), MAX_FRAMES)]
+    return [titled(sheet.picture, sheet.title) for sheet in chosen]
 
 
 def _show(run: Run, name: str, picture: Image.Image) -> None:
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
-    picture.save(folder / f"{name}.png")
+    save_picture(picture, folder / f"{name}.png")
     track_picture(run.learner.accelerator, name, picture, run.step)

@@ -81,6 +81,11 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
     return path
 
 
+def begins_anew(config: RunConfig, output_dir: Path) -> bool:
+    """Whether the run starts at step 0: it is not a resumed one, or there is no checkpoint to go on from."""
+    return not (config.train.resume and any((output_dir / "checkpoints").glob("step-*")))
+
+
 def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     """The `Accelerator`, with the precision and the trackers of the configuration.
 

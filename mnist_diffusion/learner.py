@@ -157,7 +157,7 @@ class Learner:
         unet, train = self.average(), self.config.train
         total, count = 0.0, min(train.num_eval_images, len(self.data.test))
         # The sources keep their order, which may go by class: spread the chosen images over all of it.
-        chosen = torch.linspace(0, len(self.data.test) - 1, count).round().long()
+        chosen = self.data.test.spread(count)
         for index, part in enumerate(chosen.split(500)):
             batch = self._to_device(self.data.test.images[part], self.data.test.labels[part])
             draws = self.objective.draw(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
@@ -10,6 +13,8 @@ from mnist_diffusion.data.stateless import mixed_seed
 from mnist_diffusion.sampling import load_pipeline
 
 CLASS_EMBEDDING = "class_embedding.weight"
+FREE = ("sample_size", "num_class_embeds", "dropout")
+"""What networks may differ in that share their weights."""
 
 
 def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_classes: int, seed: int = 0) -> UNet2DModel:
@@ -47,7 +52,9 @@ def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_class
         )
 
 
-def initialise(unet: UNet2DModel, source: str) -> str:
+def initialise(
+    unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], prediction_type: str | None = None
+) -> str:
     """Give `unet` the weights of a pipeline, in place; what was done, in words.
 
     Class embeddings start anew where the pipeline knows other classes, or none.
@@ -55,36 +62,36 @@ def initialise(unet: UNet2DModel, source: str) -> str:
     Args:
         unet: the network.
         source: a pipeline folder, or a Hub id.
+        class_names: what `unet` is to draw.
+        prediction_type: what `unet` is to predict; None for none of what a diffusion model does.
 
     Raises:
         UserError: there is no such pipeline.
-        ConfigError: its network has another shape.
+        ConfigError: its network is of another kind, or predicts something else.
     """
     pipeline = load_pipeline(source, device="cpu", dtype="float32")
-    before, now = pipeline.unet.state_dict(), unet.state_dict()
-    kept = [name for name in now if name != CLASS_EMBEDDING]
+    theirs, ours = _plain(pipeline.unet.config), _plain(unet.config)
     different = [
-        f"{name} {list(before[name].shape) if name in before else 'missing'}, not {list(now[name].shape)}"
-        for name in kept
-        if name not in before or before[name].shape != now[name].shape
+        f"{name} is {theirs[name]!r} there, {value!r} here" for name, value in ours.items() if theirs[name] != value
     ]
-    if different or set(before) - set(now) - {CLASS_EMBEDDING}:
-        wanted = {**pipeline.unet.config}
-        fields = ("block_out_channels", "layers_per_block", "in_channels", "down_block_types")
-        shape = ", ".join(f"{field} {wanted[field]}" for field in fields)
-        first = different[0] if different else f"{min(set(before) - set(now))} has no place"
-        raise ConfigError(
-            f"train.init_from={source!r} has a network of another shape ({first}); give the model section its shape: "
-            f"{shape}"
-        )
-    weights = {name: before[name] for name in kept}
-    shapes = [state[CLASS_EMBEDDING].shape if CLASS_EMBEDDING in state else None for state in (before, now)]
-    same_classes = shapes[0] == shapes[1]
-    if same_classes and CLASS_EMBEDDING in now:
-        weights[CLASS_EMBEDDING] = before[CLASS_EMBEDDING]
-    unet.load_state_dict(weights, strict=False)
-    anew = "" if same_classes or CLASS_EMBEDDING not in now else "; its class embeddings start anew, the classes differ"
-    return f"weights      of {source}{anew}"
+    predicts = pipeline.scheduler.config.prediction_type
+    if prediction_type is not None and predicts != prediction_type:
+        different.append(f"it predicts {predicts!r}, and diffusion.prediction_type is {prediction_type!r}")
+    if different:
+        raise ConfigError(f"train.init_from={source!r} has another kind of network: {'; '.join(different)}")
+    before, now = pipeline.unet.state_dict(), unet.state_dict()
+    names = pipeline.config.id2label or {}
+    known = tuple(names.get(str(label), str(label)) for label in range(pipeline.num_classes or 0))
+    anew = CLASS_EMBEDDING in now and known != class_names
+    unet.load_state_dict({name: now[name] if name == CLASS_EMBEDDING and anew else before[name] for name in now})
+    text = "; the class embeddings start anew, because the classes are others" if anew else ""
+    return f"weights      of {source}{text}"
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights mean to a network: its configuration as read from a file, without what may differ."""
+    kept = {name: value for name, value in config.items() if not name.startswith("_") and name not in FREE}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
 def build_noise_scheduler(config: DiffusionConfig) -> DDPMScheduler:

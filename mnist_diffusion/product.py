@@ -83,7 +83,9 @@ class PipelineProduct:
     def card_values(self, unet: UNet2DModel) -> dict[str, Any]:
         """How the pipeline is called, and what it does by default."""
         pipeline = self.pipeline(unet)
+        conditional = ["class-conditional", "classifier-free-guidance"] if pipeline.num_classes is not None else []
         return {
+            "tags": ["diffusion", *conditional],
             "num_classes": pipeline.num_classes,
             "example_call": _example_call(pipeline),
             "num_inference_steps": pipeline.config.num_inference_steps,
@@ -150,8 +152,7 @@ def _example_call(pipeline: MNISTDiffusionPipeline) -> str:
 
 def spread(data: ImageData, count: int) -> Tensor:
     """At most `count` training images, uint8 `[N, C, H, W]`, spread over all of them, which may go by class."""
-    chosen = torch.linspace(0, len(data.train) - 1, min(count, len(data.train))).round().long()
-    return data.train.images[chosen]
+    return data.train.images[data.train.spread(count)]
 
 
 def noised(data: ImageData, scheduler: DDPMScheduler, *, seed: int) -> Image.Image:

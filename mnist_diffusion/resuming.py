@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from mnist_diffusion.checkpoint import Checkpoint, CheckpointError, load_checkpoint, newest_verified
+from mnist_diffusion.config import LEADS_TO_IMAGES
 from mnist_diffusion.planning import plan_steps
 from mnist_diffusion.run import Run
 
@@ -21,19 +22,7 @@ FIXED = (
 )
 """What a resumed run may not change, beside its configuration's own: which images and draws a step sees."""
 
-LEADS_TO_IMAGES = (
-    "data.source",
-    "data.subset",
-    "data.image_column",
-    "data.label_column",
-    "data.train_split",
-    "data.test_split",
-    "data.image_size",
-    "data.fit",
-    "data.channels",
-    "data.class_names",
-    "data.in_memory",
-)
+LEADING = ("data.in_memory", *(f"data.{name}" for name in LEADS_TO_IMAGES))
 """How the images are found and brought to one shape, which their fingerprint decides on."""
 UNTOLD = ("output_dir", "train.resume")
 """Where the run is."""
@@ -93,8 +82,8 @@ def _require_same_run(run: Run, checkpoint: Checkpoint) -> None:
     then, now = checkpoint.state["data_fingerprint"], run.learner.data.fingerprint
     changes = differences(checkpoint.state["config"], run.config.to_dict())
     # The same images however they are named: what leads to them does not matter.
-    fixed_names = (*run.config.FIXED, *FIXED, *(() if then == now else LEADS_TO_IMAGES))
-    told = {name: text for name, text in changes.items() if then != now or name not in LEADS_TO_IMAGES}
+    fixed_names = (*run.config.FIXED, *FIXED, *(() if then == now else LEADING))
+    told = {name: text for name, text in changes.items() if then != now or name not in LEADING}
     fixed = [change for name, change in told.items() if name.startswith(fixed_names)]
     free = [change for name, change in told.items() if not name.startswith(fixed_names)]
     if then != now:

@@ -11,6 +11,9 @@ from mnist_diffusion.learner import Learner
 from mnist_diffusion.records import machine_description, package_versions, write_whole
 from mnist_diffusion.run import Run, reproducible
 
+IMBALANCE = 3.0
+"""A class so many times as large as another is worth a hint."""
+
 
 def describe(learner: Learner, folder: Path) -> str:
     """What is about to happen: data, model, diffusion and length, a line each."""
@@ -23,12 +26,15 @@ def describe(learner: Learner, folder: Path) -> str:
         length = f"{train.max_epochs:g} epochs of {len(data.train)} images"
     else:
         length = f"as many steps of {config.data.batch_size} images as fit into {train.time_limit_minutes:g} minutes"
-    warning = ""
+    hints = ""
     if config.data.augment.horizontal_flip:
-        warning = "\nwarning      data.augment.horizontal_flip mirrors images, which is wrong for digits and letters"
-    notice = f"\n{'!' * 100}\n{data.notice}\n{'!' * 100}\n" if data.notice else ""
+        hints += "\nwarning      data.augment.horizontal_flip mirrors images, which is wrong for digits and letters"
+    if max(data.counts) > IMBALANCE * min(data.counts) and not config.data.balance:
+        hints += "\nhint         the classes are of unequal size; --data.balance true draws each equally often"
+    if data.num_classes == 1:
+        hints += "\nhint         there is one class only: guidance has nothing to tell apart"
     return (
-        f"{notice}{data.describe()}{warning}\n"
+        f"{data.banner}{data.describe()}{hints}\n"
         f"model        UNet2DModel, {parameters:,} parameters\n"
         f"training     {length}\n"
         f"machine      {machine_description(learner.accelerator.device, learner.accelerator.num_processes)}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -205,7 +206,18 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     ]
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture so that a reader sees the old one or the new, nothing between."""
+    _save_whole(picture, path)
+
+
+def _save_whole(picture: Image.Image, path: Path, **options: Any) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    picture.save(temporary, format=path.suffix.removeprefix(".").upper(), **options)
+    temporary.replace(path)
+
+
 def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 150) -> None:
-    """Write frames as a looping GIF that rests on its last frame."""
+    """Write frames as a looping GIF that rests on its last frame, the old one or the new, nothing between."""
     durations = [milliseconds] * (len(frames) - 1) + [8 * milliseconds]
-    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+    _save_whole(frames[0], path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

@@ -14,6 +14,7 @@ from mnist_diffusion.config import ConfigError, DiffusionConfig, ModelConfig, Us
 from mnist_diffusion.model import build_noise_scheduler, build_unet, initialise
 from tests.conftest import make_pipeline
 
+NAMES = tuple("abcdefghij")
 TINY = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4)
 
 
@@ -81,26 +82,41 @@ class TestInitialise:
 
     def test_same_classes_take_everything(self, folder: str) -> None:
         unet, expected = self.unet(), make_pipeline(seed=5).unet.state_dict()
-        assert initialise(unet, folder) == f"weights      of {folder}"
+        assert initialise(unet, folder, class_names=NAMES) == f"weights      of {folder}"
         assert all(torch.equal(value, expected[name]) for name, value in unet.state_dict().items())
 
-    @pytest.mark.parametrize("classes", [3, None])
-    def test_other_classes_start_anew_and_it_is_said(self, classes: int | None, folder: str) -> None:
-        unet = self.unet(classes or 10, class_conditional=classes is not None)
+    @pytest.mark.parametrize(
+        "names", [("x", "y", "z"), tuple("klmnopqrst"), None], ids=["fewer", "as many others", "none"]
+    )
+    def test_other_classes_start_anew_and_it_is_said(self, names: tuple[str, ...] | None, folder: str) -> None:
+        unet = self.unet(len(names or NAMES), class_conditional=names is not None)
         before = {name: value.clone() for name, value in unet.state_dict().items()}
         expected = make_pipeline(seed=5).unet.state_dict()
-        said = initialise(unet, folder)
-        assert ("class embeddings start anew" in said) == (classes is not None)
+        said = initialise(unet, folder, class_names=names or NAMES)
+        assert ("class embeddings start anew" in said) == (names is not None)
         for name, value in unet.state_dict().items():
             assert torch.equal(value, before[name] if name == "class_embedding.weight" else expected[name])
 
     @pytest.mark.parametrize(
-        "changes", [{"block_out_channels": (8, 8)}, {"layers_per_block": 2}, {"attention_levels": (1,)}]
+        ("changes", "message"),
+        [
+            ({"block_out_channels": (8, 8)}, r"block_out_channels is .*8, 16.* there, .*8, 8.* here"),
+            ({"layers_per_block": 2}, "layers_per_block is 1 there, 2 here"),
+            ({"norm_num_groups": 8}, "norm_num_groups is 4 there, 8 here"),
+            ({"act_fn": "relu"}, "act_fn is 'silu' there, 'relu' here"),
+        ],
     )
-    def test_another_shape_is_refused(self, changes: dict[str, Any], folder: str) -> None:
-        with pytest.raises(ConfigError, match=r"network of another shape .* block_out_channels \(8, 16\)"):
-            initialise(self.unet(**changes), folder)
+    def test_another_kind_is_refused(self, changes: dict[str, Any], message: str, folder: str) -> None:
+        """Also where the weights would fit."""
+        with pytest.raises(ConfigError, match=message):
+            initialise(self.unet(**changes), folder, class_names=NAMES)
+
+    def test_another_prediction_is_refused(self, folder: str) -> None:
+        with pytest.raises(
+            ConfigError, match=r"it predicts 'v_prediction', and diffusion.prediction_type is 'epsilon'"
+        ):
+            initialise(self.unet(), folder, class_names=NAMES, prediction_type="epsilon")
 
     def test_nowhere(self) -> None:
         with pytest.raises(UserError, match="pipeline 'nowhere/at-all/x' cannot be loaded"):
-            initialise(self.unet(), "nowhere/at-all/x")
+            initialise(self.unet(), "nowhere/at-all/x", class_names=NAMES)

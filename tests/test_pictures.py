@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import train_cfg
 from mnist_diffusion.cli import main
 from mnist_diffusion.commands.plot import PLOTS
 from mnist_diffusion.config import DiffusionConfig
+from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.figures import compared_curves, noise_schedules, pixel_histograms, training_curves
 from mnist_diffusion.model import build_noise_scheduler
 from mnist_diffusion.visualize import (
@@ -39,7 +42,8 @@ def fresh_accelerate_state() -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two runs of a few steps on pictures in three colours, the first with snapshots."""
     root = tmp_path_factory.mktemp("runs")
-    make_image_folder(root / "pictures", images_per_class=40)
+    make_image_folder(root / "pictures" / "train", images_per_class=40)
+    make_image_folder(root / "pictures" / "test", images_per_class=20)
     for name, more in (("first", ["--train.snapshot_every_steps", "4"]), ("second", ["--train.seed", "1"])):
         AcceleratorState._reset_state(reset_partial_state=True)
         flags = ["--train.max_steps", "8", "--train.sample_every_steps", "4", "--output_dir", str(root / name)]
@@ -157,6 +161,7 @@ class TestFigures:
 
     def test_noise_schedule_against_its_definition(self) -> None:
         scheduler = build_noise_scheduler(DiffusionConfig(num_train_timesteps=50, beta_schedule="linear"))
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # training leaves it on its device
         betas, left, ratio = noise_schedules({"x": scheduler}).axes
         expected = np.linspace(0.0001, 0.02, 50)
         np.testing.assert_allclose(drawn(betas, 0)[1], expected, rtol=1e-5)
@@ -228,6 +233,11 @@ def test_histograms_of_other_images(
 
 
 class TestCompare:
+    @pytest.fixture(autouse=True)
+    def quick_evaluator(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(evaluator, "STEPS", 20)
+
     def test_two_runs(self, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["compare", *(str(run) for run in runs), "--out", str(tmp_path)]) == 0
         text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
@@ -238,10 +248,38 @@ class TestCompare:
             with Image.open(tmp_path / name) as picture:
                 assert picture.width > 200
 
-    def test_measured(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
-        """On the same seeds; the same pipeline twice has the same figures."""
-        asked = ["--data.source", "digits", "--out", str(tmp_path)]
-        assert main(["compare", *(str(run) for run in runs), "--num_images", "60", *asked]) == 2
+    def test_measured_against_the_images_the_runs_saw(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
+        """From the same seeds: a run and its copy have the same figures."""
+        copy = shutil.copytree(runs[0], tmp_path / "copy")
+        shutil.rmtree(copy / "snapshots")
+        chosen = [str(runs[0]), str(copy), str(runs[1])]
+        assert main(["compare", *chosen, "--num_images", "60", "--out", str(tmp_path / "out")]) == 0
+        report = json.loads((tmp_path / "out" / "evaluation" / "report.json").read_text(encoding="utf-8"))
+        first, same, other = report["results"]
+        assert [each["pipeline"] for each in report["results"]] == ["first", "copy", "second"]
+        assert first["fid"] == same["fid"] != other["fid"]
+        assert "pictures (image folder)" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+
+    def test_snapshots_of_one_run(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
+        assert main(["compare", str(runs[0]), "--num_images", "60", "--out", str(tmp_path)]) == 0
+        report = json.loads((tmp_path / "evaluation" / "report.json").read_text(encoding="utf-8"))
+        assert [each["pipeline"] for each in report["results"]] == ["step-4", "step-8", "pipeline"]
+        assert report["results"][1]["fid"] == report["results"][2]["fid"]
+
+    def test_what_cannot_be_measured_is_said_first(
+        self, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        copy = shutil.copytree(runs[0], tmp_path / "copy")
+        shutil.rmtree(copy / "pipeline")
+        asked = ["--num_images", "60", "--out", str(tmp_path / "out")]
+        assert main(["compare", str(copy), str(runs[1]), *asked]) == 2
+        assert "need" in capsys.readouterr().err
+        shutil.copytree(runs[0] / "pipeline", copy / "pipeline")
+        config = (copy / "config.yaml").read_text(encoding="utf-8").replace("image_size: null", "image_size: 16")
+        (copy / "config.yaml").write_text(config, encoding="utf-8")
+        assert main(["compare", str(copy), str(runs[1]), *asked]) == 2
+        assert "the runs saw different images" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
     def test_errors(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["compare", str(tmp_path)]) == 2

@@ -18,6 +18,7 @@ from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig, UserError
 from mnist_diffusion.data import DataError, LazyImages, draw_batch
 from mnist_diffusion.data.pictures import MAX_PIXELS, decode_picture
+from mnist_diffusion.data.survey import survey
 from tests.conftest import make_image_folder
 from tests.test_data import idx_bytes, load, write_idx
 
@@ -121,8 +122,7 @@ class TestLazily:
         eager, lazy = (load(tmp_path / "train.parquet", in_memory=in_memory) for in_memory in (None, False))
         assert isinstance(eager.train.images, torch.Tensor)
         assert lazy.fingerprint == eager.fingerprint
-        torch.testing.assert_close(lazy.in_memory(100).train.tensor, eager.train.tensor)
-        assert len(lazy.in_memory(3).train) == 3
+        torch.testing.assert_close(lazy.in_memory().train.tensor, eager.train.tensor)
 
     def test_a_picture_that_breaks_later_is_named(self, image_folder: Path) -> None:
         data = load(image_folder, in_memory=False)
@@ -200,23 +200,100 @@ class TestHostilePictures:
                 Image.new("RGB", (8, 8), (index, 0, 0)).save(root / name / f"ñ {index}.png")
         assert load(root).class_names == ("kleine Katze", "Ω mega", "猫")
 
-    def test_one_class_only_is_said(self, tmp_path: Path) -> None:
+    def test_one_class_only(self, tmp_path: Path) -> None:
         (tmp_path / "only").mkdir()
         for index in range(20):
             Image.new("L", (8, 8), index).save(tmp_path / "only" / f"{index}.png")
-        data = load(tmp_path)
-        assert data.class_names == ("only",)
-        assert "one class only: guidance has nothing to tell apart" in data.describe()
+        assert load(tmp_path).class_names == ("only",)
 
-    def test_unequal_classes_are_said(self, image_folder: Path) -> None:
-        assert "balance" not in load(image_folder).describe()
-        for index in range(30):
-            Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
-        assert "--data.balance true" in load(image_folder).describe()
+    @pytest.mark.parametrize("mode", ["I", "F"])
+    def test_thirty_two_bits_are_refused(self, mode: str, image_folder: Path) -> None:
+        Image.new(mode, (16, 16), 1).save(image_folder / "red" / "raw.tiff")
+        with pytest.raises(DataError, match=rf"raw\.tiff: a picture of mode '{mode}' has no known range"):
+            load(image_folder)
+
+    def test_other_files_are_left_out_and_counted(self, image_folder: Path) -> None:
+        (image_folder / "red" / "notes.txt").write_text("mine")
+        (image_folder / "red" / ".DS_Store").write_text("")
+        Image.new("RGB", (16, 16)).save(image_folder / "red" / "moving.gif")
+        data = load(image_folder)
+        assert len(data.train) + len(data.test) == 19
+        assert "1 files that are no pictures left out: .txt" in data.describe()
 
     def test_four_channels_in_a_table(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"1 or 3 channels, but its shape is \(4, 4, 5\)"):
             decode_picture(np.zeros((4, 4, 5)), "row 0")
+
+
+class TestTables:
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ({"image": [[[1, 2], [3]]] * 3, "label": [0, 1, 0]}, "a picture's rows are of different lengths"),
+            ({"image": [[["a"]]] * 3, "label": [0, 1, 0]}, "not an image with values from 0 to 255"),
+            (
+                {"image": [[[0]]] * 3, "label": [[0, 1], [1, 0], [0, 0]]},
+                r"data\.label_column='label' must hold one number",
+            ),
+            ({"image": [[[0]]] * 3, "label": [0, None, 0]}, "some images have no label"),
+        ],
+    )
+    def test_cells_that_are_no_pictures_or_labels(
+        self, rows: dict[str, list[object]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        import datasets
+
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(DataError, match=message):
+            load(tmp_path / "train.parquet")
+        assert main(["data", str(tmp_path / "train.parquet"), "--out", str(tmp_path / "out")]) == 2
+
+    def test_a_binary_column(self, tmp_path: Path) -> None:
+        import datasets
+
+        Image.new("L", (8, 8), 7).save(tmp_path / "seven.png")
+        rows = {"image": [(tmp_path / "seven.png").read_bytes()] * 4, "label": [0, 1, 0, 1]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        assert load(tmp_path / "train.parquet").train.tensor.unique().tolist() == [7]
+
+    def test_eleven_classes_are_in_the_order_of_their_numbers(self, tmp_path: Path) -> None:
+        """Where words would go 0, 1, 10, 2; the look beforehand names them as training does."""
+        import datasets
+
+        rows = {
+            "image": [[[label]] for label in range(11) for _ in range(2)],
+            "label": [n for n in range(11) for _ in "ab"],
+        }
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        names = tuple("abcdefghijk")
+        data = load(tmp_path / "train.parquet", class_names=names)
+        assert data.train.tensor.flatten().tolist() == [names.index(data.class_names[n]) for n in data.train.labels]
+        look = survey(DataConfig(source=str(tmp_path / "train.parquet"), class_names=names))
+        assert look.class_names == names
+        assert int(look.splits["train"].shown["c"][0]) == 2
+
+
+def test_stand_ins_keep_small_classes(monkeypatch: pytest.MonkeyPatch, image_folder: Path) -> None:
+    for index in range(40):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
+    monkeypatch.setattr("mnist_diffusion.data.MAX_STAND_INS", 10)
+    stand_ins = load(image_folder, in_memory=False).in_memory()
+    assert stand_ins.counts[:2] == [2, 2]
+    assert 7 <= stand_ins.counts[2] <= 9
+
+
+def test_several_data_sets_in_one_folder(tmp_path: Path) -> None:
+    for name in ("MNIST", "FashionMNIST"):
+        write_idx(tmp_path / name / "raw")
+    with pytest.raises(UserError, match=r"several data sets; name one of .*FashionMNIST, .*MNIST"):
+        load(tmp_path)
+    assert load(tmp_path / "MNIST").class_names == ("0", "1")
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_subset_of_what_has_no_parts(source: str, image_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.subset='letters': .* has no parts"):
+        load(image_folder if source == "folder" else source, subset="letters")
 
 
 class TestLook:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import train_cfg
 from mnist_diffusion.cli import RunArguments, parse_train_arguments
-from mnist_diffusion.config import Config, TrainConfig, UserError
+from mnist_diffusion.config import AugmentConfig, Config, TrainConfig, UserError
 from mnist_diffusion.data import draw_batch, load_images
 from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.launch import build_accelerator
@@ -367,9 +367,9 @@ def test_init_from_goes_on_where_the_pipeline_ended(tmp_path: Path) -> None:
     saved = yaml.safe_load((again / "config.yaml").read_text(encoding="utf-8"))
     assert saved["train"]["init_from"] == str(first / "pipeline")
     shutil.rmtree(first)
+    run(tiny_config(**{**asked, "max_steps": 6}, resume=True), again)  # needs it no more
     with pytest.raises(UserError, match=r"pipeline .* cannot be loaded"):
-        run(tiny_config(**asked, resume=True), again)
-    assert run(tiny_config(**{**asked, "init_from": None, "max_steps": 6}, resume=True), again)
+        run(tiny_config(**asked), tmp_path / "third")
 
 
 def test_balance_draws_small_classes_as_often(tmp_path: Path, image_folder: Path) -> None:
@@ -388,6 +388,28 @@ def test_balance_draws_small_classes_as_often(tmp_path: Path, image_folder: Path
     other = dataclasses.replace(config, data=dataclasses.replace(data, balance=False))
     with pytest.raises(UserError, match=r"data\.balance was True, now False"):
         run(other, folder, resume=True, max_steps=6)
+
+
+def test_hints(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(**data: Any) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = tiny_config()
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, **data), output_dir=str(tmp_path / "x")
+        )
+        capsys.readouterr()
+        assert train_cfg.run(RunArguments(config, "tiny", dry_run=True)) == 0
+        return capsys.readouterr().out
+
+    assert "hint" not in said(source=str(image_folder))
+    for index in range(40):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
+    assert "--data.balance true draws each equally often" in said(source=str(image_folder))
+    assert "hint" not in said(source=str(image_folder), balance=True)
+    assert "horizontal_flip mirrors images" in said(source="digits", augment=AugmentConfig(horizontal_flip=True))
+    for name in ("green", "blue"):
+        shutil.rmtree(image_folder / name)
+    assert "one class only: guidance has nothing to tell apart" in said(source=str(image_folder))
 
 
 def test_loss_falls(tmp_path: Path) -> None:
@@ -419,13 +441,15 @@ def test_other_kinds_of_runs(tmp_path: Path, image_folder: Path, case: dict[str,
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    folder = run(tiny_config(trackers=("tensorboard",)), tmp_path / "run")
+    folder = run(tiny_config(trackers=("tensorboard",), pictures=True, sample_every_steps=2), tmp_path / "run")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     [events] = list((folder / "logs" / "mnist-diffusion").glob("events*"))
     recorded = EventAccumulator(str(events)).Reload()
-    assert "loss" in recorded.Tags()["scalars"]
-    assert "samples" in recorded.Tags()["images"]
+    assert {"loss", "loss_by_noise/0", "loss_by_noise/9"} <= set(recorded.Tags()["scalars"])
+    assert set(recorded.Tags()["images"]) == {
+        *("samples", "noise_schedule", "forward_noising", "denoising", "pixel_histograms", "training_curves", "epochs"),
+    }
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

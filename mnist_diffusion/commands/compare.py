@@ -23,9 +23,7 @@ def parser(prog: str) -> ArgumentParser:
     made.add_class_arguments(DataConfig, "data", skip={"batch_size", "augment", "balance"})
     made.add_argument("--num_images", type=PositiveInt | None, help="images to draw and measure of each pipeline")
     made.add_argument("--seed", type=NonNegativeInt, default=0, help="of the images")
-    made.add_argument(
-        "--split_seed", type=NonNegativeInt, default=0, help="the runs' train.seed, where the data has no test split"
-    )
+    made.add_argument("--split_seed", type=NonNegativeInt | None, help="the runs' train.seed; their own if left out")
     made.add_argument("--out", type=Path, default=Path("comparison"), help="the folder to write to")
     return made
 
@@ -34,61 +32,72 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """Write curves.png, sheets.png and comparison.md, and show the tables."""
     values = parser(prog).parse_args(list(argv))
     from rich.console import Console  # noqa: PLC0415  (heavy)
+    from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     from mnist_diffusion.comparison import HEADINGS, distinct_names, read_run, rows  # noqa: PLC0415
-    from mnist_diffusion.evaluation.report import markdown  # noqa: PLC0415
-    from mnist_diffusion.figures import compared_curves  # noqa: PLC0415
+    from mnist_diffusion.evaluation.report import card_text, markdown, print_table  # noqa: PLC0415
+    from mnist_diffusion.evaluation.runner import run  # noqa: PLC0415
+    from mnist_diffusion.figures import compared_curves, to_picture  # noqa: PLC0415
     from mnist_diffusion.gallery import sheet_of_epochs  # noqa: PLC0415
     from mnist_diffusion.launch import set_num_threads  # noqa: PLC0415
-    from mnist_diffusion.visualize import side_by_side  # noqa: PLC0415
+    from mnist_diffusion.records import write_whole  # noqa: PLC0415
+    from mnist_diffusion.visualize import save_picture, side_by_side  # noqa: PLC0415
 
     set_num_threads(TrainConfig())
     runs = [read_run(folder) for folder in values.runs]
     names = distinct_names(runs)
+    request = _request(runs, names, values) if values.num_images is not None else None
     table = [[name, *row[1:]] for name, row in zip(names, rows(runs), strict=True)]
     values.out.mkdir(parents=True, exist_ok=True)
-    compared_curves({name: run.lines for name, run in zip(names, runs, strict=True)}).savefig(
-        values.out / "curves.png", dpi=100
-    )
+    curves = compared_curves({name: each.lines for name, each in zip(names, runs, strict=True)})
+    save_picture(to_picture(curves), values.out / "curves.png")
     lines = ["# Comparison", "", markdown(HEADINGS, table), "", "![Learning curves](curves.png)"]
-    if len(runs) == 1 and runs[0].sheets:
-        sheet_of_epochs(runs[0].sheets).save(values.out / "sheets.png")
-    elif last := {name: list(run.sheets.values())[-1] for name, run in zip(names, runs, strict=True) if run.sheets}:
-        side_by_side(list(last.values()), list(last)).save(values.out / "sheets.png")
-    if (values.out / "sheets.png").is_file():
+    last = {name: each.sheets[-1].picture for name, each in zip(names, runs, strict=True) if each.sheets}
+    if last:
+        sheets = sheet_of_epochs(runs[0].sheets) if len(runs) == 1 else side_by_side(list(last.values()), list(last))
+        save_picture(sheets, values.out / "sheets.png")
         lines += ["", "![Sample sheets, from the same seeds](sheets.png)"]
     shown = Table(*HEADINGS)
     for row in table:
-        shown.add_row(*row)
+        shown.add_row(*(escape(cell) for cell in row))
     console = Console()
     console.print(shown)
-    if values.num_images is not None:
-        of_one = runs[0].pipelines() if len(runs) == 1 else {}
-        measured = of_one or {name: run.folder / "pipeline" for name, run in zip(names, runs, strict=True)}
-        lines += ["", "## Measured", "", _measured(measured, values, console)]
-    (values.out / "comparison.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"The comparison is in {values.out / 'comparison.md'}")
+    page = values.out / "comparison.md"
+    write_whole(page, "\n".join(lines) + "\n")
+    if request is not None:
+        report = run(request)
+        print_table(report, console)
+        lines += ["", "## Measured", "", card_text(report)]
+        write_whole(page, "\n".join(lines) + "\n")
+    print(f"The comparison is in {page}")
     return 0
 
 
-def _measured(pipelines: dict[str, Path], values: Any, console: Any) -> str:
-    """Draw from the pipelines, measure, show; the table as Markdown."""
-    from mnist_diffusion.evaluation.report import markdown_table, print_table  # noqa: PLC0415  (heavy)
-    from mnist_diffusion.evaluation.runner import Request, run  # noqa: PLC0415
+def _request(runs: Sequence[Any], names: Sequence[str], values: Any) -> Any:
+    """What is to be measured: the pipelines of the runs, or of a single run all it has left.
 
-    if missing := [name for name, folder in pipelines.items() if not (folder / "model_index.json").is_file()]:
+    Raises:
+        UserError: a run has no pipeline, or the runs saw different images and none are named.
+    """
+    from mnist_diffusion.evaluation.runner import Request  # noqa: PLC0415  (heavy)
+
+    found = [run.pipelines() for run in runs]
+    if missing := [name for name, pipelines in zip(names, found, strict=True) if "pipeline" not in pipelines]:
         raise UserError(f"--num_images needs pipelines, and these runs have none: {', '.join(missing)}")
-    report = run(
-        Request(
-            sources=tuple(str(folder) for folder in pipelines.values()),
-            names=tuple(pipelines),
-            data=DataConfig(**values.data.as_dict()),
-            num_images=values.num_images,
-            seed=values.seed,
-            split_seed=values.split_seed,
-            out=values.out / "evaluation",
-        )
+    pipelines = found[0] if len(runs) == 1 else {n: each["pipeline"] for n, each in zip(names, found, strict=True)}
+    data, split_seed = DataConfig(**values.data.as_dict()), values.split_seed or 0
+    if data == DataConfig():
+        seen = [run.data() for run in runs]
+        if any(each != seen[0] for each in seen):
+            raise UserError("the runs saw different images; name those to measure against with --data.source")
+        data, split_seed = seen[0][0], seen[0][1] if values.split_seed is None else values.split_seed
+    return Request(
+        sources=tuple(str(folder) for folder in pipelines.values()),
+        names=tuple(pipelines),
+        data=data,
+        num_images=values.num_images,
+        seed=values.seed,
+        split_seed=split_seed,
+        out=values.out / "evaluation",
     )
-    print_table(report, console)
-    return markdown_table(report)

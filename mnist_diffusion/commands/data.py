@@ -62,14 +62,15 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
 
 def _table(found: Any) -> Any:
-    from rich.table import Table  # noqa: PLC0415  (heavy)
+    from rich.markup import escape  # noqa: PLC0415  (heavy)
+    from rich.table import Table  # noqa: PLC0415
 
     table = Table()
     table.add_column("class")
     for name in found.splits:
         table.add_column(name, justify="right")
     for name in found.class_names:
-        table.add_row(name, *(str(split.counts[name]) for split in found.splits.values()))
+        table.add_row(escape(name), *(str(split.counts[name]) for split in found.splits.values()))
     return table
 
 

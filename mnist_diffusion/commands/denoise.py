@@ -40,8 +40,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     set_num_threads(TrainConfig())
     unet = load_denoiser(values.denoiser, device=values.device or DEFAULT_DEVICE)
     data = load_images(DataConfig(**values.data.as_dict()), seed=values.split_seed)
-    if data.notice:
-        print(f"\n{'!' * 100}\n{data.notice}\n{'!' * 100}\n")
+    print(data.banner, end="")
     require_same_shape(unet, data)
     found = sweep(unet, held_out_images(data), values.sigmas or SIGMAS, seed=values.seed)
     table = Table("sigma", "noisy, PSNR in dB", "denoised, PSNR in dB", title=f"{values.denoiser} on held-out images")

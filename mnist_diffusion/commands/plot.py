@@ -32,7 +32,10 @@ def schedule(values: Namespace) -> dict[str, Any]:
     from mnist_diffusion.figures import noise_schedules, to_picture  # noqa: PLC0415  (heavy)
     from mnist_diffusion.model import build_noise_scheduler  # noqa: PLC0415
 
-    schedulers = {_name(source): build_noise_scheduler(_config(source).diffusion) for source in values.source}
+    names = [_name(source) for source in values.source]
+    names = names if len(set(names)) == len(names) else list(values.source)
+    configs = [_config(source).diffusion for source in values.source]
+    schedulers = {name: build_noise_scheduler(config) for name, config in zip(names, configs, strict=True)}
     return {"noise_schedule": to_picture(noise_schedules(schedulers))}
 
 
@@ -143,7 +146,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from PIL import Image  # noqa: PLC0415  (heavy)
 
     from mnist_diffusion.launch import set_num_threads  # noqa: PLC0415
-    from mnist_diffusion.visualize import save_animation  # noqa: PLC0415
+    from mnist_diffusion.visualize import save_animation, save_picture  # noqa: PLC0415
 
     set_num_threads(TrainConfig())
     try:
@@ -154,7 +157,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     for name, picture in made.items():
         path = values.out / (f"{name}.png" if isinstance(picture, Image.Image) else f"{name}.gif")
         if isinstance(picture, Image.Image):
-            picture.save(path)
+            save_picture(picture, path)
         else:
             save_animation(picture, path, milliseconds=300)
         print(path)
@@ -188,20 +191,22 @@ def _parser(plot: Plot, *, prog: str) -> ArgumentParser:
 def _config(source: str) -> Config:
     """The configuration that a recipe name, a YAML file or a run folder stands for."""
     path = Path(source)
-    return parse_train_arguments(["--config", str(path / "config.yaml" if path.is_dir() else path)]).config
+    arguments = ["--config", str(path / "config.yaml" if path.is_dir() else path)]
+    return parse_train_arguments(arguments, prog="mnist-diffusion plot").config
 
 
 def _name(source: str) -> str:
     path = Path(source)
-    return path.parent.name if path.name == "config.yaml" else path.stem
+    if path.is_dir():
+        return path.resolve().name
+    return path.resolve().parent.name if path.name == "config.yaml" else path.name.removesuffix(".yaml")
 
 
 def _data(values: Namespace) -> Any:
     from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy)
 
     data = load_images(DataConfig(**values.data.as_dict()), seed=values.split_seed)
-    if data.notice:
-        print(f"\n{'!' * 100}\n{data.notice}\n{'!' * 100}\n")
+    print(data.banner, end="")
     return data
 
 

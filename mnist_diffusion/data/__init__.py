@@ -23,7 +23,8 @@ from mnist_diffusion.data.stateless import Balance, indices_of_step
 __all__ = ["DataError", "ImageData", "ImageSplit", "LazyImages", "draw_batch", "load_images"]
 
 MEMORY_LIMIT_BYTES = 2 * 10**9
-IMBALANCE = 3.0
+MAX_STAND_INS = 100_000
+"""How many images at most stand for those of a split that is not in memory."""
 HELD_OUT_SHARE = 0.1
 
 
@@ -60,12 +61,26 @@ class ImageSplit:
         else:
             yield self.images
 
-    def in_memory(self, limit: int) -> ImageSplit:
-        """The images decoded: all that are in memory already, else at most `limit`, spread over all of them."""
+    def spread(self, count: int) -> Tensor:
+        """At most `count` indices, spread evenly over all images, which may go by class."""
+        return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
+
+    def in_memory(self) -> ImageSplit:
+        """The images decoded: all that are in memory already, else as many as the limit allows, in the classes' shares.
+
+        Of each class there are at least two, where it has them.
+        """
         if isinstance(self.images, Tensor):
             return self
-        chosen = torch.linspace(0, len(self) - 1, min(limit, len(self))).round().long()
-        return ImageSplit(self.images.select(chosen).decoded(), self.labels[chosen])
+        count = min(MAX_STAND_INS, MEMORY_LIMIT_BYTES // math.prod(self.images.shape[1:]))
+        share = min(1.0, count / len(self))
+        chosen = []
+        for label in self.labels.unique():
+            places = torch.nonzero(self.labels == label).flatten()
+            wanted = max(min(2, len(places)), math.floor(share * len(places)))
+            chosen.append(places[torch.linspace(0, len(places) - 1, wanted).round().long()])
+        places = torch.cat(chosen).sort().values
+        return ImageSplit(self.images.select(places).decoded(), self.labels[places])
 
 
 @dataclass(frozen=True)
@@ -107,28 +122,32 @@ class ImageData:
             digest.update(split.labels.numpy().data)
         return digest.hexdigest()
 
-    def in_memory(self, limit: int) -> ImageData:
-        """These images decoded: all that are in memory already, else at most `limit` of each split."""
-        return replace(self, train=self.train.in_memory(limit), test=self.test.in_memory(limit))
+    def in_memory(self) -> ImageData:
+        """These images decoded: all that are in memory already, else as many as stand for them."""
+        return replace(self, train=self.train.in_memory(), test=self.test.in_memory())
+
+    @property
+    def banner(self) -> str:
+        """The notice, so that nobody overlooks it; empty where there is none."""
+        return f"\n{'!' * 100}\n{self.notice}\n{'!' * 100}\n" if self.notice else ""
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Training images of each class."""
+        return torch.bincount(self.train.labels, minlength=self.num_classes).tolist()
 
     def describe(self) -> str:
         """Counts, shape and classes, a line each."""
-        counts = torch.bincount(self.train.labels, minlength=self.num_classes).tolist()
-        named = [f"{name}: {count}" for name, count in zip(self.class_names, counts, strict=True)]
+        named = [f"{name}: {count}" for name, count in zip(self.class_names, self.counts, strict=True)]
         shown = ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else "")
         colour = "grey" if self.channels == 1 else "RGB"
         lazily = ", decoded when needed" if isinstance(self.train.images, LazyImages) else ""
-        hints = ""
-        if max(counts) > IMBALANCE * min(counts):
-            hints += "\nhint         the classes are of unequal size; --data.balance true draws each equally often"
-        if self.num_classes == 1:
-            hints += "\nhint         there is one class only: guidance has nothing to tell apart"
         return (
             f"source       {self.source}\n"
             f"images       {len(self.train)} to train on, {len(self.test)} held out, "
             f"{self.image_size} x {self.image_size} {colour}{lazily}\n"
             f"classes      {self.num_classes} ({shown})\n"
-            f"fingerprint  {self.fingerprint[:16]}{hints}"
+            f"fingerprint  {self.fingerprint[:16]}"
         )
 
 
@@ -143,16 +162,8 @@ def load_images(config: DataConfig, *, seed: int) -> ImageData:
         DataError: the source cannot be had, is broken, or its images do not fit together.
     """
     source = read_source(config)
-    if len(source.train.images) == 0 or (source.test is not None and len(source.test.images) == 0):
-        raise DataError(f"{source.description}: a split holds no images")
-    present = set(source.train.labels)
-    if None in present or any(isinstance(label, int) and label < 0 for label in present):
-        raise DataError(f"{source.description}: some images have no label")
-    labels = sorted(present)
-    if source.test is not None and (unknown := set(source.test.labels) - present):
-        raise DataError(f"{source.description}: held-out classes without training images: {sorted(unknown)}")
-    position = {label: index for index, label in enumerate(labels)}
-    names = _class_names(source, labels, config)
+    named = source.names(config.class_names)
+    position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
 
     def labels_of(split: RawSplit) -> Tensor:
         return torch.tensor([position[label] for label in split.labels], dtype=torch.int64)
@@ -167,18 +178,6 @@ def load_images(config: DataConfig, *, seed: int) -> ImageData:
     else:
         train, test = _hold_out(train, names, seed, source.description)
     return ImageData(train, test, names, source.identifier, source.description, source.notice, source.hub_id)
-
-
-def _class_names(source: RawSource, labels: Sequence[object], config: DataConfig) -> tuple[str, ...]:
-    """The name of each label in use."""
-    asked = config.class_names
-    if asked is None:
-        return tuple((source.class_names or {}).get(label, str(label)) for label in labels)
-    if len(asked) != len(labels):
-        raise DataError(
-            f"data.class_names names {len(asked)} classes, but {source.description} has {len(labels)}: {labels[:20]}"
-        )
-    return asked
 
 
 def _shapes(split: RawSplit) -> set[tuple[int, int, int]]:

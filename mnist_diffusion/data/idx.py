@@ -67,10 +67,21 @@ class IdxError(UserError):
 
 
 def find_idx_folder(folder: Path) -> Path | None:
-    """The folder that holds the IDX training images: `folder` itself, or torchvision's `<name>/raw` below it."""
-    candidates = [folder, folder / "raw", *sorted(path for path in folder.glob("*/raw") if path.is_dir())]
+    """The folder that holds the IDX training images: `folder` itself, or torchvision's `<name>/raw` below it.
+
+    Raises:
+        IdxError: there are several.
+    """
     stem = NAMES["train"][0]
-    return next((path for path in candidates if _find(path, stem) is not None or _emnist_subsets(path)), None)
+    for candidates in ([folder], [folder / "raw"], sorted(path for path in folder.glob("*/raw") if path.is_dir())):
+        found = [path for path in candidates if _find(path, stem) is not None or _emnist_subsets(path)]
+        if len(found) > 1:
+            raise IdxError(
+                f"{folder} holds several data sets; name one of {', '.join(str(path.parent) for path in found)}"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def _emnist_subsets(folder: Path) -> list[str]:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from mnist_diffusion.data.pictures import Pictures
+from mnist_diffusion.data.pictures import CHUNK, Pictures
 
-CHUNK = 256
+MANY = 20_000
 
 
 class LazyImages:
@@ -57,8 +58,9 @@ class LazyImages:
         return LazyImages(self.pictures, self.bring, self._shape, self.chosen[wanted])
 
     def chunks(self) -> Iterator[Tensor]:
-        """All images, a few at a time."""
-        for start in range(0, len(self), CHUNK):
+        """All images, a few at a time, with a progress bar where it takes long."""
+        starts = range(0, len(self), CHUNK)
+        for start in tqdm(starts, desc="reading images", leave=False, disable=len(self) < MANY):
             yield self[start : start + CHUNK]
 
     def decoded(self) -> Tensor:

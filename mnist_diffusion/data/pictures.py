@@ -15,8 +15,11 @@ from torch import Tensor
 from mnist_diffusion.config import UserError
 
 MAX_PIXELS = 64 * 2**20
+CHUNK = 256
 MAX_BYTES = 256 * 2**20
-DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
+DEEP_MODES = ("I;16", "I;16B", "I;16L")
+RANGELESS_MODES = ("I", "F")
+"""32 bits a pixel, of which nothing says what is white."""
 GREY_MODES = ("1", "L", "LA", *DEEP_MODES)
 ORIENTATION = 0x0112
 """The EXIF tag whose values from 5 to 8 lay a picture on its side."""
@@ -68,8 +71,10 @@ class Pictures:
         Raises:
             DataError: one cannot be a picture, or is too large; the message names it.
         """
-        for index in range(self.count):
-            yield picture_shape(self.read([index])[0], self.where(index))
+        for start in range(0, self.count, CHUNK):
+            indices = range(start, min(start + CHUNK, self.count))
+            for index, encoded in zip(indices, self.read(indices), strict=True):
+                yield picture_shape(encoded, self.where(index))
 
 
 def picture_files(paths: Sequence[Path]) -> Pictures:
@@ -137,6 +142,8 @@ def _opened(encoded: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: the picture is too large: {cause(error)}") from error
     except Exception as error:
         raise DataError(f"{where}: the picture cannot be decoded: {cause(error)}") from error
+    if picture.mode in RANGELESS_MODES:
+        raise DataError(f"{where}: a picture of mode {picture.mode!r} has no known range; save it with 8 or 16 bits")
     if width * height > MAX_PIXELS:
         raise DataError(f"{where}: a picture of {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
     return picture
@@ -148,8 +155,9 @@ def from_array(values: np.ndarray, where: str) -> Tensor:
     Raises:
         DataError: it is no such array, or a value is no whole number from 0 to 255.
     """
+    numbers = values.dtype.kind in "buif" and values.ndim in (2, 3) and values.size > 0
     # NaN passes no comparison.
-    if values.ndim not in (2, 3) or values.size == 0 or not ((values >= 0) & (values <= 255)).all():
+    if not numbers or not ((values >= 0) & (values <= 255)).all():
         raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
     if values.dtype.kind == "f" and (values != np.floor(values)).any():
         raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")

@@ -29,6 +29,26 @@ HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
 USPS_FILES = {"train": "usps.bz2", "test": "usps.t.bz2"}
+PICTURE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -56,6 +76,39 @@ class RawSource:
     class_names: dict[Any, str] | None = None
     notice: str | None = None
     hub_id: str | None = None
+    has_subsets: bool = False
+    """Whether `data.subset` means something here."""
+
+    def labels(self) -> list[Any]:
+        """The labels in use, in their order.
+
+        Raises:
+            DataError: there are no images, some have no label, or a label of held-out images is none of the training's.
+        """
+        splits = [split for split in (self.train, self.test) if split is not None]
+        if any(len(split.labels) == 0 for split in splits):
+            raise DataError(f"{self.description}: a split holds no images")
+        present = {label for split in splits for label in split.labels}
+        if None in present or any(isinstance(label, int) and label < 0 for label in present):
+            raise DataError(f"{self.description}: some images have no label")
+        if unknown := present - set(self.train.labels):
+            raise DataError(f"{self.description}: held-out classes without training images: {sorted(unknown)}")
+        return sorted(present)
+
+    def names(self, asked: tuple[str, ...] | None) -> dict[Any, str]:
+        """The name of each label in use: as asked for, or the source's own, or the label itself.
+
+        Raises:
+            DataError: as many names are not asked for as there are labels.
+        """
+        labels = self.labels()
+        if asked is None:
+            return {label: (self.class_names or {}).get(label, str(label)) for label in labels}
+        if len(asked) != len(labels):
+            raise DataError(
+                f"data.class_names names {len(asked)} classes, but {self.description} has {len(labels)}: {labels[:20]}"
+            )
+        return dict(zip(labels, asked, strict=True))
 
 
 def read_source(config: DataConfig) -> RawSource:
@@ -64,6 +117,13 @@ def read_source(config: DataConfig) -> RawSource:
     Raises:
         DataError: the source cannot be found or read.
     """
+    source = _read(config)
+    if config.subset is not None and not source.has_subsets:
+        raise DataError(f"data.subset={config.subset!r}: {source.description} has no parts")
+    return source
+
+
+def _read(config: DataConfig) -> RawSource:
     if config.source is None:
         try:
             return read_hub(DEFAULT_HUB_ID, config)
@@ -126,7 +186,6 @@ def read_folder(folder: Path, config: DataConfig) -> RawSource:
 
 def read_idx_folder(folder: Path, config: DataConfig) -> RawSource:
     """Read an IDX folder; its splits are called `train` and `test`."""
-
     family = find_idx_family(folder, config.subset)
 
     def raw(split: str) -> RawSplit | None:
@@ -139,7 +198,9 @@ def read_idx_folder(folder: Path, config: DataConfig) -> RawSource:
     test = raw(config.test_split or "test")
     if test is None and config.test_split is not None:
         raise DataError(f"{folder} has no split {config.test_split!r} (data.test_split)")
-    return RawSource(str(config.source), f"{folder} ({family.title})", train, test, family.class_names())
+    return RawSource(
+        str(config.source), f"{folder} ({family.title})", train, test, family.class_names(), has_subsets=True
+    )
 
 
 def read_usps(folder: Path, config: DataConfig) -> RawSource:
@@ -172,26 +233,39 @@ def read_image_folder(folder: Path, config: DataConfig) -> RawSource:
         if config.test_split is not None:
             raise DataError(f"data.test_split={config.test_split!r} needs the folder {train_root}, which is not there")
         train_root, test_root = folder, folder / "no split"
-    train, names = _read_class_folders(train_root)
+    train, names, left_out = _read_class_folders(train_root)
     test = None
     if test_root.is_dir():
-        test, test_names = _read_class_folders(test_root)
+        test, test_names, also_left_out = _read_class_folders(test_root)
+        left_out += also_left_out
         if unknown := set(test_names) - set(names):
             raise DataError(f"{test_root} has classes that {train_root} has not: {sorted(unknown)}")
     elif config.test_split is not None:
         raise DataError(f"data.test_split={config.test_split!r}: there is no folder {test_root}")
-    return RawSource(str(config.source), f"{folder} (image folder)", train, test)
+    kinds = ", ".join(sorted({path.suffix or path.name for path in left_out})[:5])
+    others = f"; {len(left_out)} files that are no pictures left out: {kinds}" if left_out else ""
+    return RawSource(str(config.source), f"{folder} (image folder{others})", train, test)
 
 
-def _read_class_folders(root: Path) -> tuple[RawSplit, list[str]]:
+def _read_class_folders(root: Path) -> tuple[RawSplit, list[str], list[Path]]:
+    """The pictures of a folder a class, the classes, and files that are no pictures by their name."""
     from torchvision.datasets import ImageFolder  # noqa: PLC0415  (slow to import)
 
+    left_out: list[Path] = []
+
+    def is_picture(name: str) -> bool:
+        path = Path(name)
+        known = path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+        if not known and not path.name.startswith("."):
+            left_out.append(path)
+        return known
+
     try:
-        listing = ImageFolder(str(root))
+        listing = ImageFolder(str(root), is_valid_file=is_picture)
     except FileNotFoundError as error:
         raise DataError(f"{root}: {error}") from error
     images = picture_files([Path(path) for path, _ in listing.samples])
-    return RawSplit(images, [listing.classes[index] for _, index in listing.samples]), listing.classes
+    return RawSplit(images, [listing.classes[index] for _, index in listing.samples]), listing.classes, left_out
 
 
 def read_tables(paths: list[Path], config: DataConfig) -> RawSource:
@@ -231,7 +305,7 @@ def read_hub(name: str, config: DataConfig) -> RawSource:
                 raise HubUnavailableError(f"data set {name!r}: {reason}, and there is no cached copy of it") from error
             raise DataError(f"data.source={name!r}: the Hub data set cannot be read: {cause(error)}") from error
     description = f"{name} (Hub{', cached copy' if reason else ''})"
-    return dataclasses.replace(read_datasets(description, tables, config), hub_id=name)
+    return dataclasses.replace(read_datasets(description, tables, config), hub_id=name, has_subsets=True)
 
 
 def _hub_unreachable_reason(name: str) -> str | None:
@@ -327,6 +401,11 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
         rows = rows.cast_column(image_column, Image(decode=False))
     labels = list(rows[label_column])
     labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
+    strange = next((label for label in labels if not isinstance(label, int | str | float | None)), None)
+    if strange is not None:
+        raise DataError(
+            f"{description}: data.label_column={label_column!r} must hold one number or word an image, got {strange!r}"
+        )
     column = rows.select_columns([image_column])
 
     def read(indices: Sequence[int]) -> list[Encoded]:
@@ -338,8 +417,13 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
 
 def _encoded(value: Any, description: str) -> Encoded:
     """A cell of an image column: a file's content, a file's path, or pixel values."""
+    if isinstance(value, bytes):
+        return value
     if not isinstance(value, dict):
-        return np.asarray(value)
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            raise DataError(f"{description}: a picture's rows are of different lengths") from error
     if value.get("bytes") is not None:
         return bytes(value["bytes"])
     try:

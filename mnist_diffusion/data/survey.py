@@ -90,12 +90,7 @@ def survey(config: DataConfig) -> Survey:
         DataError: the source itself cannot be had, or holds no readable image.
     """
     source = read_source(config)
-    known: dict[Any, str] = source.class_names or {}
-    labels = sorted({*source.train.labels, *(source.test.labels if source.test is not None else ())}, key=str)
-    names = config.class_names or tuple(known.get(label, str(label)) for label in labels)
-    if len(names) != len(labels):
-        raise DataError(f"data.class_names names {len(names)} classes, but {source.description} has {len(labels)}")
-    of_label = dict(zip(labels, names, strict=True))
+    of_label = source.names(config.class_names)
     places: dict[bytes, list[_Place]] = {}
     splits = {"train": _look_at(source.train, "train", of_label, places)}
     if source.test is not None:
@@ -106,7 +101,7 @@ def survey(config: DataConfig) -> Survey:
     groups = [group for group in places.values() if len(group) > 1]
     return Survey(
         source.description,
-        tuple(names),
+        tuple(of_label.values()),
         splits,
         [[place.where for place in group] for group in groups],
         [[place.where for place in group] for group in groups if len({place.name for place in group}) > 1],
@@ -128,7 +123,8 @@ def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: dict[
         found.shapes[(image.shape[0], image.shape[1], image.shape[2])] += 1
         shown = found.shown.setdefault(class_name, [])
         if len(shown) < SHOWN_A_CLASS:
-            shown.append(image)
+            largest = max(image.shape[-2:])
+            shown.append(fit_to_size(image, MAX_SHOWN_SIDE, "resize") if largest > MAX_SHOWN_SIDE else image)
         digest = hashlib.sha1(repr(tuple(image.shape)).encode(), usedforsecurity=False)
         digest.update(image.contiguous().numpy().data)
         places.setdefault(digest.digest(), []).append(_Place(name, class_name, where))

@@ -8,8 +8,6 @@ from mnist_diffusion.evaluation.protocol import Reference
 from mnist_diffusion.evaluation.samples import Artist
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 
-MAX_REFERENCE = 100_000
-"""Images of each split that stand for a data set larger than memory."""
 FOLLOWED = ("accuracy", "fid", "fid_ratio", "precision", "recall")
 
 
@@ -27,7 +25,7 @@ class Monitor:
     """
 
     def __init__(self, pipeline: MNISTDiffusionPipeline, data: ImageData, *, num_images: int, seed: int):
-        data = data.in_memory(MAX_REFERENCE)
+        data = data.in_memory()
         self.artist = Artist(pipeline, data, num_images=num_images, seed=seed, batch_size=128)
         self.reference = Reference(data, evaluator_for(data).model, seed=seed)
         self.reference.floor(num_images)

@@ -20,6 +20,8 @@ from mnist_diffusion.records import write_whole
 from mnist_diffusion.visualize import image_grid
 
 IMAGES_A_ROW = 10
+Settings = Mapping[str, Callable[[Any], str]]
+"""Settings that tell lines of a plot apart, and how each is spelled."""
 
 
 def _number(pattern: str, scale: float = 1.0) -> Callable[[Any], str]:
@@ -207,24 +209,36 @@ def nearest_grid(sample: Sample, training: Tensor, measured: Measured) -> Any:
 
 def plot_passes(results: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Fréchet distance and share read as asked against passes an image; None where all have the same."""
-    return _plot(results, "passes_per_image", "network passes an image", ("scheduler", "guidance_scale"), log=True)
+    lines: Settings = {"scheduler": str, "guidance_scale": lambda scale: "" if scale is None else f"guidance {scale:g}"}
+    return _plot(results, "passes_per_image", "network passes an image", lines, log=True)
 
 
 def plot_guidance(results: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Fréchet distance and share read as asked against the guidance scale; None where all have the same."""
-    return _plot(results, "guidance_scale", "guidance scale", ("scheduler", "num_inference_steps"), log=False)
+    lines: Settings = {"scheduler": str, "num_inference_steps": lambda steps: f"{steps} steps"}
+    return _plot(results, "guidance_scale", "guidance scale", lines, log=False)
 
 
 def _plot(
-    results: Sequence[Mapping[str, Any]], across: str, label: str, lines: tuple[str, str], *, log: bool
+    results: Sequence[Mapping[str, Any]],
+    across: str,
+    label: str,
+    settings: Settings,
+    *,
+    log: bool,
 ) -> Figure | None:
-    if len({result.get(across) for result in results}) < 2:
+    """A line for each pipeline and each of the other settings, which are told by name and how they are spelled."""
+    results = [result for result in results if result.get(across) is not None]
+    if len({result[across] for result in results}) < 2:
         return None
+    lines, several = ("pipeline", *settings), len({result.get("pipeline") for result in results}) > 1
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for key in dict.fromkeys(tuple(result[name] for name in lines) for result in results):
-        chosen = sorted((r for r in results if tuple(r[name] for name in lines) == key), key=lambda r: r[across])
-        name = f"{key[0]}, " + (f"guidance {key[1]:g}" if lines[1] == "guidance_scale" else f"{key[1]} steps")
+    for key in dict.fromkeys(tuple(result.get(name) for name in lines) for result in results):
+        chosen = sorted((r for r in results if tuple(r.get(name) for name in lines) == key), key=lambda r: r[across])
+        pipeline, *values = key
+        spelled = [text for value, spell in zip(values, settings.values(), strict=True) if (text := spell(value))]
+        name = ", ".join([str(pipeline), *spelled] if several else spelled)
         xs = [result[across] for result in chosen]
         left.errorbar(
             xs,

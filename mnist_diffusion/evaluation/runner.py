@@ -17,7 +17,6 @@ from mnist_diffusion.config import DataConfig, SchedulerName, UserError
 from mnist_diffusion.data import ImageData, load_images
 from mnist_diffusion.evaluation.evaluator import accuracy, evaluator_for, load_evaluator
 from mnist_diffusion.evaluation.inception import ImageNetDistance
-from mnist_diffusion.evaluation.monitor import MAX_REFERENCE
 from mnist_diffusion.evaluation.protocol import Reference
 from mnist_diffusion.evaluation.report import misread_grid, nearest_grid, sample_grid, write_report
 from mnist_diffusion.evaluation.samples import Artist, Sample, read_sample
@@ -64,9 +63,8 @@ def run(request: Request) -> dict[str, Any]:
     device = _device(request.device)
     request.out.mkdir(parents=True, exist_ok=True)
     imagenet = ImageNetDistance(device) if request.imagenet_fid else None
-    data = load_images(request.data, seed=request.split_seed).in_memory(MAX_REFERENCE)
-    if data.notice:
-        print(f"\n{'!' * 100}\n{data.notice}\n{'!' * 100}\n")
+    data = load_images(request.data, seed=request.split_seed).in_memory()
+    print(data.banner, end="")
     samples = _samples(request, data)
     evaluator = evaluator_for(data) if request.evaluator is None else load_evaluator(request.evaluator, data)
     reference = Reference(data, evaluator.model, seed=request.seed)
@@ -134,7 +132,8 @@ def _samples(request: Request, data: ImageData) -> list[tuple[dict[str, Any], Ca
     found = []
     for name, source in zip(names, request.sources, strict=True):
         for about, draw in _ways(source, request, data):
-            found.append(({**about, "name": f"{name}: {about['name']}" if len(names) > 1 else about["name"]}, draw))
+            called = f"{name}: {about['name']}" if len(names) > 1 else about["name"]
+            found.append(({**about, "pipeline": name, "name": called}, draw))
     return found
 
 
