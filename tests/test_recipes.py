@@ -109,7 +109,7 @@ def test_guided_300_animates_its_epochs(tmp_path: Path) -> None:
 
 def test_the_best_is_kept_beside_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(evaluator, "STEPS", 5)
+    monkeypatch.setattr(evaluator, "STEPS", 20)
     folder = tmp_path / "run"
     small = ["--model.block_out_channels", "[8,8]", "--model.norm_num_groups", "4", "--model.attention_levels", "[]"]
     measure = ["--train.evaluate_every_epochs", "0.002", "--train.num_evaluation_images", "50"]
