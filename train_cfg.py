@@ -23,6 +23,7 @@ def run(arguments: RunArguments[Config]) -> int:
     from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy imports wait until the arguments are right)
     from mnist_diffusion.denoising import DenoiserProduct, denoiser_objective  # noqa: PLC0415
     from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
+    from mnist_diffusion.hub import Publisher  # noqa: PLC0415
     from mnist_diffusion.launch import (  # noqa: PLC0415
         begins_anew,
         build_accelerator,
@@ -73,7 +74,10 @@ def run(arguments: RunArguments[Config]) -> int:
     if arguments.dry_run:
         accelerator.print(f"{expected_cost(learner)}\n\n{config.to_yaml()}")
         return 0
-    return train(config, learner, product, output_dir, recipe=arguments.recipe)
+    publisher = Publisher(config.hub, output_dir, accelerator)
+    code = train(config, learner, product, output_dir, recipe=arguments.recipe, on_snapshot=publisher.snapshot)
+    publisher.finish(whole=code == 0)
+    return code
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> int:

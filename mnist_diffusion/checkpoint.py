@@ -116,14 +116,22 @@ def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | Non
     return None, problems
 
 
-def newest_run_id(root: Path) -> str | None:
-    """The run that the newest checkpoint which verifies belongs to, changing nothing; None where there is none."""
+def newest_intact(root: Path) -> Path | None:
+    """The folder of the newest checkpoint that verifies, changing nothing; None where there is none."""
     for step, path in _folders(root):
         try:
-            return _verify(path, step).get("run_id")
+            _verify(path, step)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
+        return path
     return None
+
+
+def newest_run_id(root: Path) -> str | None:
+    """The run that the newest checkpoint which verifies belongs to; None where there is none, or it does not say."""
+    newest = newest_intact(root)
+    run_id = None if newest is None else json.loads((newest / MANIFEST).read_text(encoding="utf-8")).get("run_id")
+    return run_id if isinstance(run_id, str) else None
 
 
 def load_checkpoint(root: Path, step: int) -> Checkpoint:

@@ -113,6 +113,8 @@ VERBS = {
     "distill": ("distill_cfg", "turn a trained pipeline into one that draws in one pass or a few"),
     "compare": ("commands.compare", "curves, sheets and figures of several runs, or of one run's snapshots"),
     "plot": ("commands.plot", "one picture: curves, schedule, noising, denoising, classes, epochs, histograms, sigmas"),
+    "push": ("commands.push", "push a run's pipeline to the Hub"),
+    "pull": ("commands.pull", "fetch a pipeline, or a run to go on with, from the Hub"),
     "data": ("commands.data", "look at labelled images before training on them"),
     "denoise": ("commands.denoise", "try a single-step denoiser at several noise levels"),
     "train_evaluator": ("commands.train_evaluator", "train the classifier that evaluations read images with"),

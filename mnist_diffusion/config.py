@@ -443,6 +443,31 @@ class TrainConfig:
         return 5.0 if unlimited else self.max_minutes
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Publishing on the Hub, with the token of `hf auth login` or of HF_TOKEN. A run's saved configuration leaves it
+    out."""
+
+    push: bool = False
+    """Push the pipeline with its card, its code and the configuration when the run has ended."""
+    repo_id: str | None = None
+    """The repository, `user/name`, made where it is not there; null takes the account and the run folder's name."""
+    private: bool = False
+    """Nobody else may see the repository."""
+    revision: str | None = None
+    """The branch, made where it is not there; null takes main."""
+    every_snapshot: bool = False
+    """Push each snapshot too, in the background."""
+    with_checkpoints: bool = False
+    """At the end also push the newest checkpoint, to go on training from."""
+
+    def __post_init__(self) -> None:
+        for name in ("repo_id", "private", "revision", "every_snapshot", "with_checkpoints"):
+            _require(
+                self.push or not getattr(self, name), f"hub.{name}", getattr(self, name), "left out without hub.push"
+            )
+
+
 class Saved:
     """What both kinds of run can do with their fields: become plain data and YAML."""
 
@@ -471,6 +496,8 @@ class Config(Saved):
     """What the pipeline folder does by default."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
+    hub: HubConfig = field(default_factory=HubConfig)
+    """Where the result goes."""
     output_dir: str | None = None
     """The run folder; null makes `runs/<recipe>-<time>`."""
 
@@ -487,7 +514,7 @@ class Config(Saved):
             raise ConfigError("train.best_metric='accuracy' needs model.class_conditional=true, got false")
         if self.denoiser.sigma is not None:
             self._require_denoiser()
-        _require_folder(self.train, self.output_dir)
+        _require_run(self)
 
     def _require_denoiser(self) -> None:
         """A denoiser draws nothing, so that what has to do with drawing cannot be asked of it."""
@@ -518,6 +545,8 @@ class DistillConfig(Saved):
         )
     )
     """The loop."""
+    hub: HubConfig = field(default_factory=HubConfig)
+    """Where the result goes."""
     output_dir: str | None = None
     """The run folder; null makes `runs/student-<recipe>-<time>`."""
 
@@ -529,15 +558,18 @@ class DistillConfig(Saved):
     def __post_init__(self) -> None:
         started = self.train.init_from
         _require(started is None, "train.init_from", started, "null: a student starts with its teacher's weights")
-        _require_folder(self.train, self.output_dir)
+        _require_run(self)
 
 
 RunConfig = Config | DistillConfig
 
 
-def _require_folder(train: TrainConfig, output_dir: str | None) -> None:
-    if train.resume and output_dir is None:
+def _require_run(config: RunConfig) -> None:
+    train = config.train
+    if train.resume and config.output_dir is None:
         raise ConfigError("train.resume=true needs output_dir, the run folder to go on with, got null")
+    if config.hub.every_snapshot and train.snapshot_every_steps is None and train.snapshot_every_epochs is None:
+        raise ConfigError("hub.every_snapshot=true needs train.snapshot_every_steps or train.snapshot_every_epochs")
 
 
 def _plain(value: Any) -> Any:

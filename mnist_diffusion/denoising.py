@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -24,7 +25,9 @@ from mnist_diffusion.data.images import to_model_range
 from mnist_diffusion.data.stateless import torch_generator
 from mnist_diffusion.export import SAMPLES, render_card, swap_in
 from mnist_diffusion.figures import pixel_histograms, to_picture
+from mnist_diffusion.hub_errors import HubError, hub_errors
 from mnist_diffusion.objective import Batch, Draws, Objective, diffusion_draws
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import read_unet
 from mnist_diffusion.visualize import sigma_sweep, to_unit
 
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -117,12 +120,22 @@ def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
     if not Path(folder).is_dir() and not HUB_ID.fullmatch(folder):
         raise UserError(f"denoiser {folder!r} cannot be loaded: it is neither a folder nor a Hub id such as user/name")
     try:
-        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True).to(device)
+        unet = read_unet(Path(folder) if Path(folder).is_dir() else _fetch_denoiser(folder)).to(device)
+    except HubError:
+        raise
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"denoiser {folder!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if unet.config.num_class_embeds is not None:
         raise UserError(f"{folder!r} is the network of a class-conditional diffusion model, not a denoiser")
     return unet.eval()
+
+
+def _fetch_denoiser(repo_id: str) -> Path:
+    """The folder of a denoiser of the Hub, in the cache."""
+    with hub_errors(repo_id, "load denoiser"):
+        folder = Path(hf_hub_download(repo_id, "config.json")).parent
+        hf_hub_download(repo_id, "diffusion_pytorch_model.safetensors", revision=folder.name)
+    return folder
 
 
 def require_same_shape(unet: UNet2DModel, data: ImageData) -> None:

@@ -33,6 +33,7 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
         with_teachers_images,
     )
     from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
+    from mnist_diffusion.hub import Publisher  # noqa: PLC0415
     from mnist_diffusion.launch import (  # noqa: PLC0415
         build_accelerator,
         choose_output_dir,
@@ -77,7 +78,11 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
         accelerator.print(f"{expected_cost(learner)}\n\n{config.to_yaml()}")
         return 0
     product = PipelineProduct(make_pipeline, noise_scheduler)
-    return train(config, learner, product, output_dir, recipe=arguments.recipe, card=card)
+    publisher = Publisher(config.hub, output_dir, accelerator)
+    after = {"card": card, "on_snapshot": publisher.snapshot}
+    code = train(config, learner, product, output_dir, recipe=arguments.recipe, **after)
+    publisher.finish(whole=code == 0)
+    return code
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "mnist_diffusion.distill_cfg") -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mnist_diffusion.config import RunConfig
+from mnist_diffusion.config import HubConfig, RunConfig
 from mnist_diffusion.evaluation.monitor import Monitor
 from mnist_diffusion.learner import Learner
 from mnist_diffusion.planning import steps_of_epochs
@@ -30,6 +30,7 @@ class Run:
         folder: the run folder.
         recipe: name of the recipe, for titles.
         card: further values of the model card.
+        on_snapshot: told of each snapshot's folder.
         run_id: tells its checkpoints from those of other runs.
         planned_steps: how many updates the learning rate is shaped for.
         step: updates done.
@@ -42,6 +43,7 @@ class Run:
     folder: Path
     recipe: str
     card: Mapping[str, Any] = field(default_factory=dict)
+    on_snapshot: Callable[[Path], None] | None = None
     run_id: str | None = None
     planned_steps: int = 0
     step: int = 0
@@ -95,5 +97,6 @@ class Run:
 
 
 def reproducible(config: RunConfig) -> RunConfig:
-    """The configuration to save: a run from it is this run again, in a folder of its own."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=False), output_dir=None)
+    """The configuration to save: a run from it is this run again, in a folder of its own, and is not published."""
+    train = dataclasses.replace(config.train, resume=False)
+    return dataclasses.replace(config, train=train, hub=HubConfig(), output_dir=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from mnist_diffusion.config import SchedulerName, UserError
+from mnist_diffusion.hub_errors import HubError, hub_errors
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 
 
@@ -122,15 +124,20 @@ def generate(
 
 
 def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffusionPipeline:
-    """Load a pipeline folder or Hub repository, without running any code from it.
+    """Load a pipeline folder or Hub repository (`user/name`, `user/name@revision`), running no code from it.
 
     Raises:
         UserError: it cannot be loaded, or there is no such device.
     """
+    logging.disable_progress_bar()
+    repo_id, _, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
+    where = {"revision": revision} if revision else {}
     try:
-        logging.disable_progress_bar()
-        pipeline = MNISTDiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=getattr(torch, dtype))
+        with hub_errors(repo_id, "load pipeline"):
+            pipeline = MNISTDiffusionPipeline.from_pretrained(repo_id, dtype=getattr(torch, dtype), **where)
         pipeline.to(device or DEFAULT_DEVICE)
+    except HubError:
+        raise
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"pipeline {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -108,4 +108,7 @@ def summarise(run: Run, signal_number: int) -> None:
     pictures = f"Pictures are in {shown}. " if shown else ""
     print(f"\n{pictures}Load and use the result with:\n\n{indent(usage, '    ')}\n")
     if signal_number:
-        print(f"Go on with: --config {run.folder / 'config.yaml'} --train.resume true --output_dir {run.folder}\n")
+        push = " --hub.push true, and what else of --hub was asked for" if run.config.hub.push else ""
+        print(
+            f"Go on with: --config {run.folder / 'config.yaml'} --train.resume true --output_dir {run.folder}{push}\n"
+        )

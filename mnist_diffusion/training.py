@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def train(
     *,
     recipe: str = "default",
     card: Mapping[str, Any] | None = None,
+    on_snapshot: Callable[[Path], None] | None = None,
 ) -> int:
     """Train until the planned steps are done or a signal comes, and leave a folder to load.
 
@@ -52,6 +53,7 @@ def train(
         folder: the run folder; made here, resumed from where the configuration says so.
         recipe: name of the recipe.
         card: further values of the model card.
+        on_snapshot: told of each snapshot's folder, when it is there.
 
     Returns:
         The exit code: 0 finished, 128 + the signal's number where one ended it.
@@ -59,7 +61,7 @@ def train(
     together = Together(learner.accelerator)
     held = RunFolder(folder, learner.accelerator, resume=True) if config.train.resume else None
     try:
-        run = Run(config, learner, product, folder, recipe, card or {})
+        run = Run(config, learner, product, folder, recipe, card or {}, on_snapshot)
         if held is not None:
             run.run_id = held.run_id
             resume(run)
@@ -142,7 +144,7 @@ def _loop(run: Run, together: Together) -> int:
             if animate:
                 together.on_main(lambda: show_animation(run))
             if snapshot:
-                together.on_main(lambda: _save_product(run, folder / "snapshots" / f"step-{run.step}"))
+                together.on_main(lambda: _snapshot(run))
             if over:
                 break
 
@@ -271,6 +273,14 @@ def _checkpoint(run: Run) -> None:
     }
     keep = run.config.train.keep_checkpoints
     save_checkpoint(run.folder / "checkpoints", run.step, tensors, state, keep=keep, about=about)
+
+
+def _snapshot(run: Run) -> None:
+    """Keep what the averaged weights make now."""
+    folder = run.folder / "snapshots" / f"step-{run.step}"
+    _save_product(run, folder)
+    if run.on_snapshot is not None:
+        run.on_snapshot(folder)
 
 
 def _save_product(run: Run, folder: Path) -> None:

@@ -13,22 +13,55 @@ import json
 import math
 import numbers
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 SECOND_ORDER_IN_SIGMA = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 LARGEST_SIGMA = 80.0
+
+CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository"
+PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
+MAX_JSON_BYTES, MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**20, 2**22, 2**23
+MAX_LEVELS, MAX_LAYERS, MAX_NUMBER = 10, 16, 100_000
+FLOATS = ("BF16", "F16", "F32", "F64")
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+SHORT_CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+---
+
+A pipeline of mnist-diffusion. It was pushed without a card that says how it was trained.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{anywhere}", trust_remote_code=True)
+image = {call}.images[0]
+```
+"""
+
+
+class PipelineFolderError(ValueError):
+    """A folder or repository holds something that is not read: it is broken, too large, or could run code."""
 
 
 def guided_prediction(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: Any) -> torch.Tensor:
@@ -82,6 +115,252 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torc
     if angle.sin() < 1e-4:
         return start + weights * (end - start)
     return (((1 - weights) * angle).sin() * start + (weights * angle).sin() * end) / angle.sin()
+
+
+# Reading what a stranger may have made. Nothing here runs code: a few files are read, JSON and safetensors, and what
+# they say is checked before it is acted on and before memory is taken for it.
+
+
+def file_within(folder: Path, name: str) -> Path:
+    """The regular file `name` of a folder, which no link leads out of.
+
+    Raises:
+        PipelineFolderError: it is missing, no regular file, or a link to somewhere else.
+    """
+    path, homes = folder / name, [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        homes.append(folder.resolve().parents[1] / "blobs")  # where the Hub's cache keeps the files of a snapshot
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # not there, or links that go round in a circle
+        pickles = [each.name for each in sorted(path.parent.glob("*")) if each.suffix in PICKLES]
+        there = f" but {pickles[0]}, which is a pickle and can run code when it is read" if pickles else ""
+        raise PipelineFolderError(f"there is no {path}{there}; only JSON and safetensors files are read") from None
+    if not any(real.is_relative_to(home) for home in homes):
+        raise PipelineFolderError(f"{path} is a link that leads out of its folder, to {real}")
+    if not real.is_file():
+        raise PipelineFolderError(f"{path} is not a regular file")
+    return real
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file of at most a mebibyte.
+
+    Raises:
+        PipelineFolderError: it is larger, nested too deep, or not JSON with an object.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise PipelineFolderError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PipelineFolderError(f"{path} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise PipelineFolderError(f"{path} holds no JSON object but a {type(values).__name__}")
+    return values
+
+
+def read_unet(folder: Path, subfolder: str = "", *, variant: str | None = None) -> UNet2DModel:
+    """The network of a folder, from safetensors whose names, shapes and types are those its configuration asks for.
+
+    Args:
+        folder: the folder.
+        subfolder: where in it; no link may lead out of `folder`.
+        variant: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
+
+    Raises:
+        PipelineFolderError: it cannot be read.
+    """
+    unet, path = _empty_unet(folder, subfolder), file_within(folder, _weights_name(subfolder, variant))
+    require_weights(path, unet)
+    unet.load_state_dict({name: tensor.clone() for name, tensor in load_file(path).items()}, assign=True)
+    return unet.eval()
+
+
+def _weights_name(subfolder: str, variant: str | None) -> str:
+    return str(Path(subfolder) / f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors")
+
+
+def _empty_unet(folder: Path, subfolder: str = "") -> UNet2DModel:
+    """The network that `config.json` describes, without memory for its weights; it has been tried on one image."""
+    path = file_within(folder, str(Path(subfolder) / "config.json"))
+    values = read_json(path)
+    _require_flat(path, values)
+    if values.get("_class_name") != "UNet2DModel":
+        raise PipelineFolderError(f"{path}: _class_name must be 'UNet2DModel', got {values.get('_class_name')!r:.100}")
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(values.get(name, []), list) or len(values.get(name, [])) > MAX_LEVELS:
+            raise PipelineFolderError(f"{path}: {name} must be a list of at most {MAX_LEVELS}")
+    layers = values.get("layers_per_block", 1)
+    if not isinstance(layers, int) or layers > MAX_LAYERS:
+        raise PipelineFolderError(
+            f"{path}: layers_per_block must be an integer up to {MAX_LAYERS}, got {layers!r:.100}"
+        )
+    try:
+        with torch.device("meta"), torch.no_grad():
+            unet = UNet2DModel.from_config(values)
+            size = unet.config.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+            image = torch.empty(1, unet.config.in_channels, height, width)
+            labels = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
+            shape = unet.eval()(image, torch.zeros(1), class_labels=labels).sample.shape
+    except Exception as error:  # whatever a constructor makes of values that it does not expect
+        raise PipelineFolderError(f"{path} describes no network: {type(error).__name__}: {str(error)[:200]}") from error
+    if shape != image.shape:
+        raise PipelineFolderError(f"{path} describes a network that turns {[*image.shape]} into {[*shape]}")
+    return unet
+
+
+def require_weights(path: Path, model: torch.nn.Module) -> None:
+    """Make sure that a safetensors file holds just the weights of a model, going by its header alone.
+
+    Raises:
+        PipelineFolderError: names, shapes or types differ, or the header is not one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if length is None or length > min(MAX_HEADER_BYTES, size - 8):
+        claim = "has no header" if length is None else f"claims a header of {length:,} bytes in {size:,}"
+        raise PipelineFolderError(f"{path} is not a safetensors file: it {claim}")
+    try:
+        with safe_open(path, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  (not a dictionary)
+            found = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise PipelineFolderError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise PipelineFolderError(f"{path} {'lacks' if name in wanted else 'has a'} tensor {name[:200]!r}")
+    for name, (shape, dtype) in found.items():
+        if shape != wanted[name]:
+            raise PipelineFolderError(f"{path}: {name} has the shape {shape}, but config.json asks for {wanted[name]}")
+        if dtype not in FLOATS:
+            raise PipelineFolderError(f"{path}: {name} is of type {dtype}, not one of {', '.join(FLOATS)}")
+
+
+def _read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
+    path = file_within(folder, "scheduler/scheduler_config.json")
+    values = read_json(path)
+    _require_flat(path, values)
+    if values.get("_class_name") != class_name:
+        found = values.get("_class_name")
+        raise PipelineFolderError(f"{path}: _class_name must be {class_name!r}, as in the index, got {found!r:.100}")
+    made = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if not (isinstance(made, type) and issubclass(made, SchedulerMixin)):
+        raise PipelineFolderError(f"{path}: diffusers {diffusers.__version__} has no scheduler {class_name!r:.100}")
+    try:
+        return made.from_config(values)
+    except Exception as error:  # whatever a constructor makes of values that it does not expect
+        raise PipelineFolderError(f"{path} describes no {class_name}: {str(error)[:200]}") from error
+
+
+def _require_flat(path: Path, values: Mapping[str, Any]) -> None:
+    """A component's configuration is made of numbers of a sensible size, words, and lists of them."""
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        if len(items) > MAX_NUMBER or any(isinstance(item, list | dict) for item in items):
+            raise PipelineFolderError(f"{path}: {name[:100]} must be a plain value or a list, got {str(value)[:100]}")
+        for item in items:
+            if isinstance(item, int | float) and not -MAX_NUMBER <= item <= MAX_NUMBER:
+                raise PipelineFolderError(f"{path}: {name[:100]} must be within ±{MAX_NUMBER:,}, got {str(item)[:100]}")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The pipeline's own values in `model_index.json`, and its scheduler's class under `scheduler`."""
+    path = file_within(folder, "model_index.json")
+    values = {name: value for name, value in read_json(path).items() if name != "_diffusers_version"}
+    name = MNISTDiffusionPipeline.__name__
+    named = values.pop("_class_name", None)
+    if named not in (name, ["pipeline_mnist_diffusion", name]):
+        raise PipelineFolderError(f"{path}: _class_name must be {name!r}, got {named!r:.100}")
+    unet, scheduler = values.pop("unet", None), values.pop("scheduler", None)
+    if unet != ["diffusers", "UNet2DModel"]:
+        raise PipelineFolderError(f"{path}: unet must be ['diffusers', 'UNet2DModel'], got {unet!r:.100}")
+    if not (isinstance(scheduler, list) and len(scheduler) == 2 and scheduler[0] == "diffusers"):
+        raise PipelineFolderError(f"{path}: scheduler must be one of diffusers', got {scheduler!r:.100}")
+    if not isinstance(scheduler[1], str):
+        raise PipelineFolderError(f"{path}: scheduler must be one of diffusers', got {scheduler!r:.100}")
+    _require_index_values(path, values)
+    return {**values, "scheduler": scheduler[1]}
+
+
+def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
+    names = values.get("id2label")
+    if names is not None and not (
+        isinstance(names, dict)
+        and all(key.isascii() and key.isdecimal() and isinstance(value, str) for key, value in names.items())
+    ):
+        raise PipelineFolderError(f"{path}: id2label must name classes by their numbers, got {str(names)[:100]}")
+    try:
+        _check_count("num_inference_steps", values.get("num_inference_steps", 1))
+        _check_number("num_inference_steps", values.get("num_inference_steps", 1), low=1, high=MAX_NUMBER)
+        _check_number("guidance_scale", values.get("guidance_scale", 1.0), low=0)
+        _check_number("eta", values.get("eta", 0.0), low=0, high=1)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PipelineFolderError(f"{path}: {str(error)[:200]}") from error
+    if not isinstance(values.get("guidance_distilled", False), bool):
+        raise PipelineFolderError(f"{path}: guidance_distilled must be true or false")
+    known = inspect.signature(MNISTDiffusionPipeline.__init__).parameters
+    for name in values:
+        if name not in known:
+            raise PipelineFolderError(f"{path}: {MNISTDiffusionPipeline.__name__} has no {name[:100]!r}")
+
+
+def _require_names(folder: Path, index: Mapping[str, Any], unet: Any) -> None:
+    """Names are of classes that the network has."""
+    embeddings = unet.config.num_class_embeds
+    for number in index.get("id2label") or {}:
+        if embeddings is None or int(number) >= embeddings - 1:
+            raise PipelineFolderError(f"{folder}: id2label names class {number}, which the network does not have")
+
+
+def _folder_or_none(source: str) -> Path | None:
+    """The folder that `source` is; None where it is a Hub id.
+
+    Raises:
+        PipelineFolderError: it is a file, or a path with nothing there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        why = "is a pickle, which can run code when it is read" if path.suffix in PICKLES else "is not a folder"
+        raise PipelineFolderError(f"{source} {why}; give a pipeline folder or a Hub id")
+    if path.is_absolute() or source.startswith(".") or len(path.parts) > 2 or path.suffix in PICKLES:
+        raise PipelineFolderError(f"there is no folder {source}")
+    return None
+
+
+def fetch_pipeline(repo_id: str, variant: str | None = None, **hub: Any) -> Path:
+    """Fetch the files of one commit that make a pipeline, into the Hub's cache; none larger than it has to be."""
+
+    def fetch(name: str, limit: int) -> Path:
+        try:
+            size = hf_hub_download(repo_id, name, dry_run=True, **hub).file_size
+            if size > limit:
+                raise PipelineFolderError(
+                    f"{repo_id}: {name} is of {size:,} bytes, more than the {limit:,} it may have"
+                )
+            return Path(hf_hub_download(repo_id, name, **hub))
+        except EntryNotFoundError as error:
+            if isinstance(error, FileNotFoundError):  # it cannot be asked for, and is not in the cache
+                raise
+            raise PipelineFolderError(
+                f"{repo_id} has no {name}; only JSON and safetensors files are read, never pickles (.bin, .pt, .ckpt)"
+            ) from error
+
+    folder = fetch("model_index.json", MAX_JSON_BYTES).parent
+    hub["revision"] = folder.name
+    _read_index(folder)
+    for name in ("scheduler/scheduler_config.json", "unet/config.json"):
+        fetch(name, MAX_JSON_BYTES)
+    bytes_of_weights = 8 * sum(tensor.numel() for tensor in _empty_unet(folder, "unet").state_dict().values())
+    fetch(_weights_name("unet", variant), MAX_HEADER_BYTES + bytes_of_weights)
+    return folder
 
 
 @dataclass
@@ -169,9 +448,140 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """Denoising steps of the last call."""
         return self._num_timesteps
 
-    # Saving and loading. Diffusers copies no pipeline code into a saved folder, and asks for trust where
-    # `model_index.json` names the file that holds it. Every save is complete here, and this class never runs a
-    # folder's code: it reads the name only.
+    # Saving and loading. Diffusers copies no pipeline code into a saved folder, asks for trust where
+    # `model_index.json` names the file that holds it, and pushes with a card of its own. Here every save is complete,
+    # loading runs no code of a folder's, and a push takes the card along.
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load a pipeline folder or Hub repository, running no code from it whatever it says.
+
+        `model_index.json`, the two configurations and the safetensors weights are read; they are checked before memory
+        is taken for them. To run the code of a repository that you trust, use `DiffusionPipeline.from_pretrained` with
+        `trust_remote_code=True` and a pinned `revision`.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub id such as `user/name`.
+            kwargs: `dtype`, `variant`, `device_map`, `unet` and `scheduler` in place of the folder's own, values of the
+                constructor; for the Hub `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            PipelineFolderError: it is not a pipeline folder, or not one that is read.
+            TypeError: an argument is not one of these.
+            OSError: the Hub has no such repository, or cannot be reached.
+        """
+        source, given = str(pretrained_model_name_or_path), dict(kwargs)
+        hub = {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
+        dtype, variant = given.pop("dtype", given.pop("torch_dtype", None)), given.pop("variant", None)
+        if not given.pop("use_safetensors", True):
+            raise TypeError("use_safetensors must be true: only safetensors are read")
+        given.pop("trust_remote_code", None)
+        known = {*inspect.signature(cls.__init__).parameters, "device_map", "max_memory"} - {"self"}
+        for name in given:
+            if name not in known:
+                raise TypeError(f"{cls.__name__}.from_pretrained takes no argument {name!r}")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        if variant is not None and not (isinstance(variant, str) and variant.isidentifier()):
+            raise TypeError(f"variant must be a word such as 'fp16', got {variant!r}")
+        folder = _folder_or_none(source)
+        if folder is None:
+            folder = fetch_pipeline(source, variant, **hub)
+        index = _read_index(folder)
+        if given.get("unet") is None:
+            given["unet"] = read_unet(folder, "unet", variant=variant).to(dtype)
+        if given.get("scheduler") is None:
+            given["scheduler"] = _read_scheduler(folder, index["scheduler"])
+        _require_names(folder, index, given["unet"])
+        pipeline = super().from_pretrained(folder, **given)
+        pipeline.register_to_config(_name_or_path=source)
+        pipeline._folder = folder
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write a folder that this class and plain diffusers load; push it too, if asked.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: whether to push what was saved.
+            kwargs: `variant`; with `push_to_hub` also `repo_id` and the other arguments of [`push_to_hub`].
+
+        Raises:
+            ValueError: pickles are asked for.
+        """
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("safe_serialization must be true: pickles can run code when they are read")
+        saving = {name: kwargs.pop(name) for name in ("variant",) if name in kwargs}
+        super().save_pretrained(save_directory, **saving)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **saving, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload pipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> str:
+        """Push this pipeline in one commit, with its code and the card of the folder it was loaded from.
+
+        Args:
+            repo_id: the repository, which is made where it is not there.
+            commit_message: title of the commit.
+            private: whether a new repository is private; null leaves it to the account.
+            token: a Hub token, where the one that is logged in with is not meant.
+            create_pr: propose the commit instead.
+            revision: the branch, which must be there.
+            variant: word in the name of the weights' file, such as `fp16`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: the Hub refused, or could not be reached; nothing has changed there.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save_pretrained(temporary, variant=variant)
+            card = Path(temporary) / CARD
+            card.write_text(self._card().replace(f'"{ANYWHERE}"', f'"{repo_id}"'), encoding="utf-8")
+            if (picture := self._beside(PICTURE)) is not None:
+                shutil.copyfile(picture, Path(temporary) / PICTURE)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=temporary,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                revision=revision,
+                delete_patterns=["unet/*", "scheduler/*"],  # of what was there before
+            )
+        return str(commit.commit_url)
+
+    def _card(self) -> str:
+        """The card of the folder or commit that this pipeline was loaded from, or a short one."""
+        loaded = self._beside(CARD)
+        if loaded is not None:
+            return loaded.read_text(encoding="utf-8")
+        call = "pipeline()" if self.num_classes is None else "pipeline(class_labels=[0])"
+        return SHORT_CARD.format(anywhere=ANYWHERE, call=call)
+
+    def _beside(self, name: str) -> Path | None:
+        """A file of the folder or commit that this pipeline was loaded from; None where there is none."""
+        folder = getattr(self, "_folder", None)
+        if folder is None:
+            return None
+        try:
+            if not Path(self.config._name_or_path).is_dir():
+                hf_hub_download(self.config._name_or_path, name, revision=folder.name)
+            path = file_within(folder, name)
+        except (EntryNotFoundError, PipelineFolderError):
+            return None
+        return path if path.stat().st_size <= MAX_CARD_BYTES else None
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json` and, beside it, this file, so that plain diffusers can load the folder."""
@@ -234,9 +644,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         scales = guidance_scale
         if isinstance(scales, torch.Tensor | np.ndarray):
             if scales.ndim > 1:
-                raise ValueError(
-                    f"guidance_scale must be a number or one an image, got shape {tuple(scales.shape)}"
-                )
+                raise ValueError(f"guidance_scale must be a number or one an image, got shape {tuple(scales.shape)}")
             scales = scales.tolist()
         scales = list(scales) if isinstance(scales, list | tuple) else [scales] * batch_size
         if len(scales) != batch_size:
@@ -287,8 +695,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         _check_number("guidance_rescale", guidance_rescale, low=0, high=1)
         if self.config.guidance_distilled and (guidance_interval is not None or guidance_rescale > 0):
             raise ValueError(
-                f"guidance_interval={guidance_interval!r}, guidance_rescale={guidance_rescale!r} have no effect on this "
-                "model, whose guidance was distilled into its weights"
+                f"guidance_interval={guidance_interval!r}, guidance_rescale={guidance_rescale!r} have no effect on "
+                "this model, whose guidance was distilled into its weights"
             )
         self._check_steps(num_inference_steps, timesteps, sigmas)
         if eta is not None:
@@ -323,8 +731,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             )
         if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
             raise ValueError(
-                f"scheduler: {name} has rescale_betas_zero_snr=True with prediction_type='epsilon', but at zero SNR the "
-                "image cannot be recovered from a prediction of the noise"
+                f"scheduler: {name} has rescale_betas_zero_snr=True with prediction_type='epsilon', but at zero SNR "
+                "the image cannot be recovered from a prediction of the noise"
             )
 
     def _check_steps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
@@ -347,7 +755,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             top = available - 1 if name == "timesteps" else None
             for value in values:
                 _check_number(name, value, low=0, high=top)
-            if any(later >= earlier for earlier, later in zip(values[:-1], values[1:], strict=True)):
+            if any(later >= earlier for earlier, later in pairwise(values)):
                 raise ValueError(f"{name} must fall from step to step, got {list(values)}")
 
     # Drawing.
@@ -486,7 +894,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     # Beyond drawing.
 
-    def sample_trajectory(self, class_labels: Any = None, *, output_type: str = "pil", **arguments: Any) -> TrajectoryOutput:
+    def sample_trajectory(
+        self, class_labels: Any = None, *, output_type: str = "pil", **arguments: Any
+    ) -> TrajectoryOutput:
         """Draw images and keep what every step held and predicted.
 
         Args:
@@ -550,7 +960,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         ends = latents
         if ends is None:
             generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-            if not 1 <= len(generators) <= 2 or not all(g is None or isinstance(g, torch.Generator) for g in generators):
+            if not 1 <= len(generators) <= 2 or not all(
+                g is None or isinstance(g, torch.Generator) for g in generators
+            ):
                 raise TypeError(f"generator must be a torch.Generator or a list of two, got {generator!r}")
             ends = torch.cat([randn_tensor((1, *self.image_shape), generator=g) for g in generators])
         elif not isinstance(ends, torch.Tensor) or len(ends) not in (1, 2):
@@ -559,7 +971,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         weights = torch.linspace(0, 1, int(num_frames))
         frames = slerp(ends[0].float(), ends[-1].float(), weights)
         first, last = (torch.full((int(num_frames),), label) for label in (labels[0], labels[-1]))
-        conditions = [(first, 1 - weights), (last, weights)] if len(labels) == 2 else [(first, torch.ones_like(weights))]
+        conditions = (
+            [(first, 1 - weights), (last, weights)] if len(labels) == 2 else [(first, torch.ones_like(weights))]
+        )
         return self._sample(conditions, int(num_frames), latents=frames, **arguments)
 
     @torch.no_grad()
@@ -592,7 +1006,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             TypeError, ValueError: an argument cannot work; nothing has been computed yet.
         """
         if self.config.guidance_distilled:
-            raise ValueError("images cannot be inverted with a distilled model, which knows no velocity; use its teacher")
+            raise ValueError(
+                "images cannot be inverted with a distilled model, which knows no velocity; use its teacher"
+            )
         labels = self.label_ids(class_labels)
         _check_images("images", images, (len(images) if isinstance(images, torch.Tensor) else 0, *self.image_shape))
         if images.min() < 0 or images.max() > 1:
@@ -761,7 +1177,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             guided = torch.where(scale > 1, rescale_guidance(guided, conditional, guidance_rescale), guided)
         return guided
 
-    def _unet_pass(self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def _unet_pass(
+        self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
         model_input = model_input.to(self.unet.dtype)
         timestep = timestep.to(model_input.device)
         return self.unet(model_input, timestep, class_labels=labels, return_dict=False)[0].float()
@@ -793,7 +1211,9 @@ def _check_count(name: str, value: Any, *, low: int = 1) -> None:
 
 def _check_images(name: str, images: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+        raise TypeError(
+            f"{name} must be a floating point tensor, got {getattr(images, 'dtype', type(images).__name__)}"
+        )
     if tuple(images.shape) != shape:
         raise ValueError(f"{name} must have the shape {shape}, got {tuple(images.shape)}")
     if not torch.isfinite(images).all():
