@@ -132,7 +132,7 @@ def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
 
 def _fetch_denoiser(repo_id: str) -> Path:
     """The folder of a denoiser of the Hub, in the cache."""
-    with hub_errors(repo_id, "load denoiser"):
+    with hub_errors(repo_id, f"denoiser {repo_id!r} cannot be loaded"):
         folder = Path(hf_hub_download(repo_id, "config.json")).parent
         hf_hub_download(repo_id, "diffusion_pytorch_model.safetensors", revision=folder.name)
     return folder

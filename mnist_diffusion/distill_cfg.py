@@ -79,8 +79,15 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
         return 0
     product = PipelineProduct(make_pipeline, noise_scheduler)
     publisher = Publisher(config.hub, output_dir, accelerator)
-    after = {"card": card, "on_snapshot": publisher.snapshot}
-    code = train(config, learner, product, output_dir, recipe=arguments.recipe, **after)
+    code = train(
+        config,
+        learner,
+        product,
+        output_dir,
+        recipe=arguments.recipe,
+        card=card,
+        on_snapshot=publisher.snapshot,
+    )
     publisher.finish(whole=code == 0)
     return code
 

@@ -16,8 +16,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, snapshot_download
-from huggingface_hub.utils import disable_progress_bars, get_token
+from huggingface_hub import (
+    CardData,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+    snapshot_download,
+)
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mnist_diffusion.checkpoint import newest_intact
 from mnist_diffusion.config import HubConfig, UserError
@@ -37,14 +45,14 @@ from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
 )
 
 CHECKPOINTS, SETTINGS = "checkpoints", "config.yaml"
-OF_A_PIPELINE = (
+OF_A_PIPELINE: tuple[str, ...] = (
     "model_index.json",
     "pipeline_mnist_diffusion.py",
     "scheduler/scheduler_config.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 )
-OF_A_DENOISER = ("config.json", "diffusion_pytorch_model.safetensors")
+OF_A_DENOISER: tuple[str, ...] = ("config.json", "diffusion_pytorch_model.safetensors")
 BESIDE = (CARD, PICTURE)
 OF_A_RUN = (SETTINGS, "summary.json")
 TO_GO_ON = ("metrics.jsonl",)
@@ -143,7 +151,7 @@ def push(
     parcel = find_parcel(source)
     files = parcel.files(with_checkpoints=with_checkpoints)
     api = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
-    with hub_errors(repo_id, "push to"):
+    with hub_errors(repo_id, f"cannot push to {repo_id}"):
         there = api.list_repo_files(repo_id, revision=revision)
         mirrored = (*MIRRORED, f"{CHECKPOINTS}/") if with_checkpoints else MIRRORED
         stale = [name for name in there if name.startswith(mirrored) and name not in files]
@@ -171,7 +179,7 @@ def open_repository(repo_id: str, *, private: bool, revision: str | None, create
     api = HfApi()
     if get_token() is None:
         raise HubError(f"cannot push to {repo_id}: nobody is logged in; {LOG_IN}")
-    with hub_errors(repo_id, "push to"):
+    with hub_errors(repo_id, f"cannot push to {repo_id}"):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
             raise HubError(
@@ -193,15 +201,17 @@ def whole_name(repo_id: str | None, folder_name: str) -> str:
         return repo_id
     if get_token() is None:
         raise HubError(f"cannot push {folder_name}: nobody is logged in; {LOG_IN}")
-    with hub_errors(folder_name, "push"):
+    with hub_errors(folder_name, f"cannot push {folder_name}"):
         return f"{HfApi().whoami()['name']}/{folder_name}"
 
 
 def _card(path: Path, repo_id: str) -> bytes:
     """The card as it reads in a repository."""
     card = ModelCard(path.read_text(encoding="utf-8").replace(ANYWHERE, repo_id))
-    if card.data.eval_results:
-        card.data.model_name = repo_id.rsplit("/", 1)[-1]
+    values = card.data.to_dict()
+    if "model-index" in values:
+        values["model-index"][0]["name"] = repo_id.rsplit("/", 1)[-1]
+    card.data = CardData(**values)
     return str(card).encode()
 
 
@@ -235,8 +245,8 @@ def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoin
     """
     if out.is_file() or not is_empty(out):
         raise UserError(f"--out {out} holds something already; name another folder")
-    with hub_errors(repo_id, "pull"):
-        info = HfApi().repo_info(repo_id, revision=revision, files_metadata=True)
+    with hub_errors(repo_id, f"cannot pull {repo_id}"):
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         required = OF_A_DENOISER if "model_index.json" not in sizes and OF_A_DENOISER[0] in sizes else OF_A_PIPELINE
         checkpoint = _checkpoint_names(sizes) if with_checkpoints else []

@@ -133,7 +133,7 @@ def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffus
     repo_id, _, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
     where = {"revision": revision} if revision else {}
     try:
-        with hub_errors(repo_id, "load pipeline"):
+        with hub_errors(repo_id, f"pipeline {source!r} cannot be loaded"):
             pipeline = MNISTDiffusionPipeline.from_pretrained(repo_id, dtype=getattr(torch, dtype), **where)
         pipeline.to(device or DEFAULT_DEVICE)
     except HubError:

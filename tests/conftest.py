@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
-from mnist_diffusion.config import Config, DataConfig, ModelConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.checkpoint import save_checkpoint
+from mnist_diffusion.config import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig, TrainConfig
 from mnist_diffusion.data import ImageData, load_images
-from mnist_diffusion.export import build_pipeline
+from mnist_diffusion.export import build_pipeline, export_pipeline
 from mnist_diffusion.model import build_noise_scheduler, build_unet
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import ANYWHERE, MNISTDiffusionPipeline
+from mnist_diffusion.product import PipelineProduct
+from tests.hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[1]
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -92,3 +97,54 @@ def make_pipeline(
 @pytest.fixture
 def pipeline() -> MNISTDiffusionPipeline:
     return make_pipeline()
+
+
+def run_folder(folder: Path) -> Path:
+    """A run's folder as training leaves it: an untrained pipeline with a card, two checkpoints, and what is around."""
+    pipeline = make_pipeline()
+    values = dict.fromkeys(("samples", "notice", "teacher", "loss", "held_out_loss", "datasets"))
+    about = {
+        **{"title": "a run", "location": ANYWHERE, "parameters": 1, "image_size": 8, "channels": 1, "minutes": 1.5},
+        **{"source": "digits", "source_id": "digits", "num_train_images": 9, "fingerprint": "0" * 16, "seed": 0},
+        **{"steps": 2, "batch_size": 8, "epochs": 1.0, "machine": "a machine", "versions": "none", "config": "data:\n"},
+        **{"class_names": "a", "scheduler": "dpmpp", "recipe": "tiny"},
+    }
+    product = PipelineProduct(lambda unet: pipeline, build_noise_scheduler(DiffusionConfig()))
+    card = {**values, **about, **product.card_values(pipeline.unet)}
+    export_pipeline(pipeline, folder / "pipeline", card=card, samples=Image.new("L", (8, 8)))
+    for step in (1, 2):
+        tensors = {"model": {"w": torch.full((3,), float(step))}}
+        save_checkpoint(folder / "checkpoints", step, tensors, {"n": step}, keep=2, about={"run_id": "r"})
+    (folder / "config.yaml").write_text(tiny_config().to_yaml(), encoding="utf-8")
+    (folder / "summary.json").write_text('{"step": 2}', encoding="utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
+    (folder / "run_id").write_text("r", encoding="utf-8")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "events").write_text("private", encoding="utf-8")
+    (folder / "pipeline" / "notes.txt").write_text("private", encoding="utf-8")
+    return folder
+
+
+def use_hub(url: str, cache: Path) -> None:
+    """Point this process's Hub client at a server; a process that has not imported it yet is told by HF_ENDPOINT."""
+    constants.ENDPOINT = url
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE = str(cache)
+    constants.HF_HUB_DISABLE_XET = True
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of its own, with its owner logged in, whose client does not wait before it tries again."""
+    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET"):
+        monkeypatch.setattr(constants, name, getattr(constants, name))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_owner0123456789")
+    with HubServer() as server:
+        use_hub(server.url, tmp_path / "cache")
+        yield server
+
+
+@pytest.fixture
+def made_run(tmp_path: Path) -> Path:
+    return run_folder(tmp_path / "run")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -29,6 +29,12 @@ from mnist_diffusion.config import UserError
 from mnist_diffusion.data import ImageData, ImageSplit
 from mnist_diffusion.data.images import to_model_range
 from mnist_diffusion.data.stateless import indices_of_step, mixed_seed, torch_generator
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
+    PipelineFolderError,
+    file_within,
+    read_json,
+    require_weights,
+)
 
 SHIPPED = Path(__file__).parent / "mnist"
 STEPS = 4000
@@ -179,14 +185,10 @@ def load_evaluator(folder: Path, data: ImageData) -> TrustedEvaluator:
     Raises:
         UserError: there is none in the folder, or it reads other classes or images of another shape.
     """
-    weights = folder / "model.safetensors"
     try:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        model, info = ImageEvaluator.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"evaluator {str(folder)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise UserError(f"evaluator {str(folder)!r} holds the weights of another kind of model")
+        model, digest = _read_evaluator(folder)
+    except PipelineFolderError as error:
+        raise UserError(f"evaluator {str(folder)!r} cannot be loaded: {error}") from error
     config = model.config
     reads = (config.channels, config.image_size, tuple(config.id2label[index] for index in range(config.num_labels)))
     wanted = (data.channels, data.image_size, data.class_names)
@@ -195,6 +197,23 @@ def load_evaluator(folder: Path, data: ImageData) -> TrustedEvaluator:
             f"evaluator {str(folder)!r} reads (channels, size, classes) {reads}, but the images have {wanted}"
         )
     return TrustedEvaluator(model.eval(), digest, str(folder))
+
+
+def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
+    """An evaluator and the SHA-256 of its weights, which are checked before memory is taken for them."""
+    path, weights = file_within(folder, "config.json"), file_within(folder, "model.safetensors")
+    try:
+        with torch.device("meta"):
+            model = ImageEvaluator(EvaluatorConfig.from_dict(read_json(path)))
+    except PipelineFolderError:
+        raise
+    except Exception as error:  # whatever a constructor makes of values that it does not expect
+        raise PipelineFolderError(
+            f"{path} describes no evaluator: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
+    require_weights(weights, model)
+    model.load_state_dict(load_file(weights), assign=True)
+    return model, hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def evaluator_for(data: ImageData) -> TrustedEvaluator:

@@ -162,20 +162,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_unet(folder: Path, subfolder: str = "", *, variant: str | None = None) -> UNet2DModel:
+def read_unet(
+    folder: Path, subfolder: str = "", *, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> UNet2DModel:
     """The network of a folder, from safetensors whose names, shapes and types are those its configuration asks for.
 
     Args:
         folder: the folder.
         subfolder: where in it; no link may lead out of `folder`.
         variant: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
+        dtype: of the weights.
 
     Raises:
         PipelineFolderError: it cannot be read.
     """
     unet, path = _empty_unet(folder, subfolder), file_within(folder, _weights_name(subfolder, variant))
     require_weights(path, unet)
-    unet.load_state_dict({name: tensor.clone() for name, tensor in load_file(path).items()}, assign=True)
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(path).items()}
+    unet.load_state_dict(weights, assign=True)
     return unet.eval()
 
 
@@ -232,14 +236,16 @@ def require_weights(path: Path, model: torch.nn.Module) -> None:
             found = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise PipelineFolderError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = model.state_dict()
     for name in sorted(wanted.keys() ^ found.keys()):
         raise PipelineFolderError(f"{path} {'lacks' if name in wanted else 'has a'} tensor {name[:200]!r}")
     for name, (shape, dtype) in found.items():
-        if shape != wanted[name]:
-            raise PipelineFolderError(f"{path}: {name} has the shape {shape}, but config.json asks for {wanted[name]}")
-        if dtype not in FLOATS:
-            raise PipelineFolderError(f"{path}: {name} is of type {dtype}, not one of {', '.join(FLOATS)}")
+        if shape != tuple(wanted[name].shape):
+            asked = tuple(wanted[name].shape)
+            raise PipelineFolderError(f"{path}: {name} has the shape {shape}, but config.json asks for {asked}")
+        dtypes = FLOATS if wanted[name].is_floating_point() else ("I64",)
+        if dtype not in dtypes:
+            raise PipelineFolderError(f"{path}: {name} is of type {dtype}, not {' or '.join(dtypes)}")
 
 
 def _read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
@@ -248,24 +254,28 @@ def _read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     _require_flat(path, values)
     if values.get("_class_name") != class_name:
         found = values.get("_class_name")
-        raise PipelineFolderError(f"{path}: _class_name must be {class_name!r}, as in the index, got {found!r:.100}")
-    made = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
-    if not (isinstance(made, type) and issubclass(made, SchedulerMixin)):
+        raise PipelineFolderError(
+            f"{path}: _class_name must be {class_name!r:.100}, as in the index, got {found!r:.100}"
+        )
+    made: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if SchedulerMixin not in getattr(made, "__mro__", ()):
         raise PipelineFolderError(f"{path}: diffusers {diffusers.__version__} has no scheduler {class_name!r:.100}")
     try:
         return made.from_config(values)
     except Exception as error:  # whatever a constructor makes of values that it does not expect
-        raise PipelineFolderError(f"{path} describes no {class_name}: {str(error)[:200]}") from error
+        raise PipelineFolderError(
+            f"{path} describes no {class_name}: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
 
 
 def _require_flat(path: Path, values: Mapping[str, Any]) -> None:
-    """A component's configuration is made of numbers of a sensible size, words, and lists of them."""
+    """A component's configuration is made of numbers, words and lists of them; counts are of a sensible size."""
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
         if len(items) > MAX_NUMBER or any(isinstance(item, list | dict) for item in items):
             raise PipelineFolderError(f"{path}: {name[:100]} must be a plain value or a list, got {str(value)[:100]}")
         for item in items:
-            if isinstance(item, int | float) and not -MAX_NUMBER <= item <= MAX_NUMBER:
+            if isinstance(item, int) and abs(item) > MAX_NUMBER:
                 raise PipelineFolderError(f"{path}: {name[:100]} must be within ±{MAX_NUMBER:,}, got {str(item)[:100]}")
 
 
@@ -489,7 +499,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             folder = fetch_pipeline(source, variant, **hub)
         index = _read_index(folder)
         if given.get("unet") is None:
-            given["unet"] = read_unet(folder, "unet", variant=variant).to(dtype)
+            given["unet"] = read_unet(folder, "unet", variant=variant, dtype=dtype or torch.float32)
         if given.get("scheduler") is None:
             given["scheduler"] = _read_scheduler(folder, index["scheduler"])
         _require_names(folder, index, given["unet"])

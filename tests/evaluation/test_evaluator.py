@@ -78,7 +78,7 @@ def test_save_and_load(digits: ImageData, digits_evaluator: ImageEvaluator, tmp_
     weights = tmp_path / "evaluator" / "model.safetensors"
     tensors = load_file(weights)
     save_file({"another": tensors["head.weight"]}, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="weights of another kind of model"):
+    with pytest.raises(UserError, match=r"lacks tensor|has a tensor|has the shape"):
         load_evaluator(tmp_path / "evaluator", digits)
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(UserError, match="cannot be loaded"):
