@@ -24,6 +24,7 @@ from mnist_diffusion.config import (
     RunConfig,
     UserError,
     find_recipe,
+    require_plain_yaml,
 )
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -88,6 +89,8 @@ def _parse_run(
     found, flags = first.parse_known_args(argv)
     try:
         files = [find_recipe(name, recipes) for name in found.config]
+        for file in files:
+            require_plain_yaml(file)
         values = parser.parse_args([*(item for file in files for item in ("--config", str(file))), *flags])
         built = parser.instantiate_classes(values)
         config = schema(**{field.name: built[field.name] for field in fields(schema)})
@@ -145,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="verbs:\n" + "\n".join(f"  {verb:16} {text}" for verb, (_, text) in VERBS.items()),
     )
     parser.add_argument("verb", choices=VERBS, metavar="verb", help="what to do; `<verb> --help` tells more")
+    if any(argument.partition("=")[0].rpartition("token")[1:] == ("token", "") for argument in argv):
+        parser.error("a token is never an argument, which others can see; log in with `hf auth login`, or set HF_TOKEN")
     verb = parser.parse_args(argv[:1]).verb
     command = import_module(f"mnist_diffusion.{VERBS[verb][0]}")
     return reporting_errors(lambda: int(command.main(argv[1:], prog=f"mnist-diffusion {verb}")))

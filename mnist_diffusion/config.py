@@ -15,6 +15,13 @@ import yaml
 
 RECIPES = Path(__file__).parent / "configs"
 
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**15, 10
+OPENING = (
+    *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
+    *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
+)
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
 SchedulerName = Literal[
     "ddpm",
     "ddim",
@@ -576,6 +583,30 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def require_plain_yaml(path: Path) -> None:
+    """Make sure that a YAML file is a configuration's: small, flat, without anchors, which can grow when read.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"--config {path} is larger than {MAX_YAML_BYTES:,} bytes")
+    depth = 0
+    try:
+        for token in yaml.scan(content, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+                raise ConfigError(f"--config {path} has YAML anchors and aliases, which are not read")
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > MAX_YAML_DEPTH:
+                raise ConfigError(f"--config {path} is nested deeper than {MAX_YAML_DEPTH} levels")
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def find_recipe(name_or_path: str, recipes: Path = RECIPES) -> Path:

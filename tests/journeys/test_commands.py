@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.records import read_metrics
 from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
+from tests.hub_server import HubServer
 from tests.survival import FLAGS
 
 BIN = Path(sys.executable).parent
@@ -333,3 +336,30 @@ def test_two_torchrun_nodes_on_loopback(tmp_path: Path) -> None:
     for first, second, whole in zip(two[0]["weights"], two[1]["weights"], one["weights"], strict=True):
         assert torch.equal(first, second)
         torch.testing.assert_close(first, whole, atol=1e-3, rtol=0)
+
+
+def test_the_cards_lines_in_a_fresh_process_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    """The three lines of a pushed card, pinned to the commit, where the project cannot be imported."""
+    run = [sys.executable, SCRIPT, *SHORT, "--output_dir", "run", "--hub.push", "true", "--hub.repo_id", "owner/digits"]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache")}
+    command(*run, cwd=tmp_path, environment=environment)
+    [made, pushed] = hub.repositories["owner/digits"].history
+    card = hub.repositories["owner/digits"].files(pushed)["README.md"].decode()
+    [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = [line for line in lines.splitlines() if line]
+    assert len(code) == 3
+    pinned = lines.replace("trust_remote_code=True", f'trust_remote_code=True, revision="{pushed}"')
+    assert pinned != lines
+    hub.repositories["owner/digits"].commit("main", {"model_index.json": b"what somebody pushed later"})
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    missing = "import sys\nsys.modules['mnist_diffusion'] = None\n"
+    environment["HF_TOKEN"] = ""
+    command(sys.executable, "-c", missing + pinned + "image.save('digit.png')\n", cwd=empty, environment=environment)
+    with Image.open(empty / "digit.png") as image:
+        assert image.size == (28, 28)
+    metadata = ModelCard(card).data.to_dict()
+    assert (metadata["license"], metadata["library_name"]) == ("mit", "diffusers")
+    assert metadata["pipeline_tag"] == "unconditional-image-generation"
+    for heading in ("Use", "Training", "Evaluation", "Environmental cost", "Limits", "Licence"):
+        assert f"\n## {heading}\n" in card
