@@ -192,7 +192,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "scheduler of another file": (edited(INDEX, scheduler=["evil", "EvilScheduler"]), "scheduler must be one of"),
     "no scheduler of that name": (
         edited(INDEX, scheduler=["diffusers", "OsScheduler"]),
-        "must be .OsScheduler., as in the index",
+        "must be .OsScheduler., as in",
     ),
     "a class that is none": (
         both(

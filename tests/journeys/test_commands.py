@@ -343,7 +343,7 @@ def test_the_cards_lines_in_a_fresh_process_from_the_hub(hub: HubServer, tmp_pat
     run = [sys.executable, SCRIPT, *SHORT, "--output_dir", "run", "--hub.push", "true", "--hub.repo_id", "owner/digits"]
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache")}
     command(*run, cwd=tmp_path, environment=environment)
-    [made, pushed] = hub.repositories["owner/digits"].history
+    [_, pushed] = hub.repositories["owner/digits"].history
     card = hub.repositories["owner/digits"].files(pushed)["README.md"].decode()
     [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     code = [line for line in lines.splitlines() if line]
