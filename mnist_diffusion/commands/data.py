@@ -55,7 +55,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     values.out.mkdir(parents=True, exist_ok=True)
     tiles, names, columns = found.contact_sheet()
     sheet = values.out / "contact_sheet.png"
-    image_grid(tiles, columns, row_labels=names).save(sheet)
+    image_grid(tiles, columns, row_labels=names, title="The first images of each class").save(sheet)
     (values.out / "data.json").write_text(json.dumps(_plain(found), indent=1, ensure_ascii=False), encoding="utf-8")
     console.print(f"\nThe first images of each class are in {sheet}", markup=False, soft_wrap=True)
     return 1 if unreadable else 0

@@ -67,7 +67,8 @@ def classes(values: Namespace) -> dict[str, Any]:
     from mnist_diffusion.visualize import image_grid  # noqa: PLC0415  (heavy)
 
     images, names = _drawn(values, IMAGES_A_CLASS)
-    return {"classes": image_grid(images, IMAGES_A_CLASS, row_labels=names or None, title=f"{values.source[0]}")}
+    title = f"Drawn by {_name(values.source[0])}"
+    return {"classes": image_grid(images, IMAGES_A_CLASS, row_labels=names or None, title=title)}
 
 
 def epochs(values: Namespace) -> dict[str, Any]:
@@ -94,7 +95,8 @@ def histograms(values: Namespace) -> dict[str, Any]:
             f"{values.source[0]} draws images of {tuple(images.shape[1:])} (C, H, W), but data.source has "
             f"{tuple(data.train.images.shape[1:])}"
         )
-    figure = pixel_histograms(spread(data, len(images)), to_uint8(2 * images - 1), title=f"{values.source[0]}")
+    title = f"Pixel values, {_name(values.source[0])}"
+    figure = pixel_histograms(spread(data, len(images)), to_uint8(2 * images - 1), title=title)
     return {"pixel_histograms": to_picture(figure)}
 
 
@@ -196,10 +198,11 @@ def _config(source: str) -> Config:
 
 
 def _name(source: str) -> str:
+    """The name of a recipe, a run, the run of a pipeline folder or configuration, or a Hub id."""
     path = Path(source)
-    if path.is_dir():
-        return path.resolve().name
-    return path.resolve().parent.name if path.name == "config.yaml" else path.name.removesuffix(".yaml")
+    if path.exists() and path.name in ("config.yaml", "pipeline", "denoiser"):
+        return path.resolve().parent.name
+    return path.resolve().name if path.is_dir() else source.removesuffix(".yaml")
 
 
 def _data(values: Namespace) -> Any:
