@@ -76,7 +76,8 @@ def run(arguments: RunArguments[Config]) -> int:
         return 0
     publisher = Publisher(config.hub, output_dir, accelerator)
     code = train(config, learner, product, output_dir, recipe=arguments.recipe, on_snapshot=publisher.snapshot)
-    publisher.finish(whole=code == 0)
+    if code == 0:
+        publisher.finish()
     return code
 
 

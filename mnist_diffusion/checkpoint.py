@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mnist_diffusion.config import UserError
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import read_json
 
 FORMAT = 2
 NAME = re.compile(r"step-(\d+)")
@@ -143,7 +144,7 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
     path = root / f"step-{step}"
     try:
         manifest = _verify(path, step)
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = read_json(path / "state.json")
         tensors = {
             name.removesuffix(".safetensors"): load_file(path / name)
             for name in manifest["files"]
@@ -156,8 +157,8 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
 
 def _verify(path: Path, step: int) -> dict[str, Any]:
     """The manifest of a checkpoint, every file of which is the one that was written."""
+    manifest = read_json(path / MANIFEST)
     text = (path / MANIFEST).read_text(encoding="utf-8")
-    manifest: dict[str, Any] = json.loads(text)
     del manifest["sha256"]
     if _manifest_text(manifest) != text:
         raise CheckpointError(f"{MANIFEST} is not the file that was written")

@@ -81,6 +81,7 @@ def _parse_run(
     parser: ArgumentParser, schema: type[AnyConfig], argv: list[str], *, recipes: Path
 ) -> RunArguments[AnyConfig]:
     """Read a configuration of `schema`: defaults, then recipes, then flags, which win wherever `--config` stands."""
+    _refuse_tokens(parser, argv)
     parser.add_argument("--config", action="config", help="a YAML file, or the name of a recipe such as 'tiny'")
     add_switch(parser, "--dry_run", "show what would be done, and stop")
     parser.add_class_arguments(schema, as_group=False)
@@ -107,6 +108,12 @@ def _recipe_name(file: Path) -> str:
 def add_switch(parser: ArgumentParser, name: str, text: str) -> None:
     """An option that stands alone for true, and also takes true or false."""
     parser.add_argument(name, type=bool, default=False, nargs="?", const=True, help=text)
+
+
+def _refuse_tokens(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Leave before an error message could repeat a token."""
+    if any(argument.startswith("-") and argument.partition("=")[0].endswith("token") for argument in argv):
+        parser.error("a token is never an argument, which others can see; log in with `hf auth login`, or set HF_TOKEN")
 
 
 VERBS = {
@@ -148,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="verbs:\n" + "\n".join(f"  {verb:16} {text}" for verb, (_, text) in VERBS.items()),
     )
     parser.add_argument("verb", choices=VERBS, metavar="verb", help="what to do; `<verb> --help` tells more")
-    if any(argument.partition("=")[0].rpartition("token")[1:] == ("token", "") for argument in argv):
-        parser.error("a token is never an argument, which others can see; log in with `hf auth login`, or set HF_TOKEN")
+    _refuse_tokens(parser, argv)
     verb = parser.parse_args(argv[:1]).verb
     command = import_module(f"mnist_diffusion.{VERBS[verb][0]}")
     return reporting_errors(lambda: int(command.main(argv[1:], prog=f"mnist-diffusion {verb}")))

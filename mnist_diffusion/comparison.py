@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mnist_diffusion.config import LEADS_TO_IMAGES, DataConfig, UserError
+from mnist_diffusion.config import LEADS_TO_IMAGES, DataConfig, UserError, require_plain_yaml
 from mnist_diffusion.gallery import Sheet, sample_sheets
 from mnist_diffusion.records import read_metrics
 
@@ -78,6 +78,7 @@ def read_run(folder: Path) -> RunRecord:
     lines = read_metrics(folder / "metrics.jsonl")
     if not config.is_file() or not lines:
         raise UserError(f"{str(folder)!r} is no run folder: it needs config.yaml and metrics.jsonl with a line")
+    require_plain_yaml(config)
     try:
         about = yaml.safe_load(config.read_text(encoding="utf-8"))
         summary_file = folder / "summary.json"

@@ -594,19 +594,19 @@ def require_plain_yaml(path: Path) -> None:
     with path.open("rb") as file:
         content = file.read(MAX_YAML_BYTES + 1)
     if len(content) > MAX_YAML_BYTES:
-        raise ConfigError(f"--config {path} is larger than {MAX_YAML_BYTES:,} bytes")
+        raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES:,} bytes")
     depth = 0
     try:
         for token in yaml.scan(content, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-                raise ConfigError(f"--config {path} has YAML anchors and aliases, which are not read")
+                raise ConfigError(f"{path} has YAML anchors and aliases, which are not read")
             depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
             if depth > MAX_YAML_DEPTH:
-                raise ConfigError(f"--config {path} is nested deeper than {MAX_YAML_DEPTH} levels")
+                raise ConfigError(f"{path} is nested deeper than {MAX_YAML_DEPTH} levels")
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def find_recipe(name_or_path: str, recipes: Path = RECIPES) -> Path:

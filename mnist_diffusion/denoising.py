@@ -6,7 +6,6 @@ It works on pixels from 0 to 1 and knows neither time nor class: `unet(noisy, 0)
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -27,14 +25,14 @@ from mnist_diffusion.export import SAMPLES, render_card, swap_in
 from mnist_diffusion.figures import pixel_histograms, to_picture
 from mnist_diffusion.hub_errors import HubError, hub_errors
 from mnist_diffusion.objective import Batch, Draws, Objective, diffusion_draws
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import read_unet
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import fetch_unet, read_unet
+from mnist_diffusion.sampling import repository
 from mnist_diffusion.visualize import sigma_sweep, to_unit
 
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 SHOWN_IMAGES = 2
 MEASURED_IMAGES = 500
 LOOKED_AT_IMAGES = 100
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CARD_TEMPLATE = Path(__file__).parent / "denoiser_card.md"
 
 
@@ -117,10 +115,13 @@ def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
     Raises:
         UserError: it cannot be loaded, or it is no denoiser.
     """
-    if not Path(folder).is_dir() and not HUB_ID.fullmatch(folder):
-        raise UserError(f"denoiser {folder!r} cannot be loaded: it is neither a folder nor a Hub id such as user/name")
     try:
-        unet = read_unet(Path(folder) if Path(folder).is_dir() else _fetch_denoiser(folder)).to(device)
+        found = Path(folder)
+        if not found.is_dir():
+            repo_id, where = repository(folder)
+            with hub_errors(repo_id, f"denoiser {folder!r} cannot be loaded: there is no such folder, and on the Hub"):
+                found = fetch_unet(repo_id, **where)
+        unet = read_unet(found).to(device)
     except HubError:
         raise
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
@@ -128,14 +129,6 @@ def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
     if unet.config.num_class_embeds is not None:
         raise UserError(f"{folder!r} is the network of a class-conditional diffusion model, not a denoiser")
     return unet.eval()
-
-
-def _fetch_denoiser(repo_id: str) -> Path:
-    """The folder of a denoiser of the Hub, in the cache."""
-    with hub_errors(repo_id, f"denoiser {repo_id!r} cannot be loaded"):
-        folder = Path(hf_hub_download(repo_id, "config.json")).parent
-        hf_hub_download(repo_id, "diffusion_pytorch_model.safetensors", revision=folder.name)
-    return folder
 
 
 def require_same_shape(unet: UNet2DModel, data: ImageData) -> None:

@@ -88,7 +88,8 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
         card=card,
         on_snapshot=publisher.snapshot,
     )
-    publisher.finish(whole=code == 0)
+    if code == 0:
+        publisher.finish()
     return code
 
 

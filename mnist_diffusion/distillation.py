@@ -30,6 +30,7 @@ from mnist_diffusion.config import (
     DistillationConfig,
     DistillConfig,
     UserError,
+    require_plain_yaml,
 )
 from mnist_diffusion.data import ImageData
 from mnist_diffusion.objective import Batch, Draws, Objective, diffusion_draws
@@ -73,6 +74,7 @@ def with_teachers_images(config: DistillConfig) -> DistillConfig:
     silent = all(said[name] == asdict(DataConfig())[name] for name in LEADS_TO_IMAGES)
     if not (silent and folder.is_dir() and beside.is_file()):
         return config
+    require_plain_yaml(beside)
     try:
         told = yaml.safe_load(beside.read_text(encoding="utf-8"))
         data = replace(config.data, **{name: told["data"][name] for name in LEADS_TO_IMAGES if name in told["data"]})
@@ -122,7 +124,8 @@ def require_same_images(teacher: MNISTDiffusionPipeline, data: ImageData) -> Non
             f"{data.num_classes}; name the images it was trained on"
         )
     names = teacher.config.id2label
-    taught = data.class_names if names is None else tuple(names[str(index)] for index in range(len(names)))
+    numbers = map(str, range(teacher.num_classes or 0))
+    taught = data.class_names if names is None else tuple(names.get(number, number) for number in numbers)
     if taught != data.class_names:
         raise TeacherError(
             f"the teacher's classes are {', '.join(taught)}, but those of data.source={data.source_id!r} are "

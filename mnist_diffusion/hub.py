@@ -6,59 +6,61 @@ are pushed and no others; training state only where it is asked for.
 
 from __future__ import annotations
 
+import inspect
+import queue
+import re
+import shlex
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import (
-    CardData,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    get_token,
-    snapshot_download,
-)
+from huggingface_hub import CardData, HfApi, ModelCard, get_token, snapshot_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
+from yaml import YAMLError
 
 from mnist_diffusion.checkpoint import newest_intact
 from mnist_diffusion.config import HubConfig, UserError
 from mnist_diffusion.export import swap_in
-from mnist_diffusion.folder import is_empty
+from mnist_diffusion.folder import RUN_ID, is_empty
 from mnist_diffusion.hub_errors import LOG_IN, HubError, hub_errors
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
-    ANYWHERE,
     CARD,
     MAX_CARD_BYTES,
     PICTURE,
     MNISTDiffusionPipeline,
     PipelineFolderError,
+    card_for,
+    commit_files,
     fetch_pipeline,
+    fetch_unet,
     file_within,
     read_unet,
+    short_card,
 )
 
 CHECKPOINTS, SETTINGS = "checkpoints", "config.yaml"
+CHECKPOINT = re.compile(rf"{CHECKPOINTS}/step-\d+/[\w-][\w.-]*")
+CODE = "pipeline_mnist_diffusion.py"
 OF_A_PIPELINE: tuple[str, ...] = (
     "model_index.json",
-    "pipeline_mnist_diffusion.py",
     "scheduler/scheduler_config.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 )
 OF_A_DENOISER: tuple[str, ...] = ("config.json", "diffusion_pytorch_model.safetensors")
-BESIDE = (CARD, PICTURE)
 OF_A_RUN = (SETTINGS, "summary.json")
 TO_GO_ON = ("metrics.jsonl",)
 """Of a run, beside its checkpoint, where training is to go on from it."""
+MADE_BY_A_RUN = ("pipeline", "pipeline_best", "denoiser")
+MANAGED = {*OF_A_PIPELINE, *OF_A_DENOISER, *OF_A_RUN, CODE, CARD, PICTURE}
 MIRRORED = ("unet/", "scheduler/")
-"""What of these is on the Hub but not in a push is removed by it."""
+"""What a push does not hold of these and of the managed names is removed from the repository."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,35 @@ class Parcel:
     Args:
         folder: a pipeline folder, or a denoiser's.
         run: its run folder; None for a folder that stands alone.
+        num_classes: of a pipeline; None without classes.
         required: what must be in the folder.
     """
 
     folder: Path
     run: Path | None
+    num_classes: int | None
     required: tuple[str, ...]
 
-    def files(self, *, with_checkpoints: bool) -> dict[str, Path]:
+    def files(self, repo_id: str, *, with_checkpoints: bool) -> dict[str, Path | bytes]:
         """The files to push, by their names in the repository.
 
         Raises:
             UserError: there is no checkpoint, or no run.
+            PipelineFolderError: a link leads out of the folder.
         """
-        found = {name: file_within(self.folder, name) for name in self.required}
-        found |= {name: self.folder / name for name in BESIDE if (self.folder / name).is_file()}
-        names = (*OF_A_RUN, *(TO_GO_ON if with_checkpoints else ()))
+        found: dict[str, Path | bytes] = {name: file_within(self.folder, name) for name in self.required}
+        beside = [name for name in (PICTURE, *OF_A_RUN) if (self.folder / name).is_file()]
+        found |= {name: file_within(self.folder, name) for name in beside}
         if self.run is not None:
-            found |= {name: self.run / name for name in names if (self.run / name).is_file()}
+            names = (*OF_A_RUN, *(TO_GO_ON if with_checkpoints else ()))
+            found |= {name: file_within(self.run, name) for name in names if (self.run / name).is_file()}
+        if self.required is OF_A_PIPELINE:
+            # Never that of a folder, which may be somebody else's.
+            found[CODE] = Path(inspect.getfile(MNISTDiffusionPipeline))
+        has_card = (self.folder / CARD).is_file()
+        card = file_within(self.folder, CARD).read_text(encoding="utf-8") if has_card else short_card(self.num_classes)
+        if has_card or self.required is OF_A_PIPELINE:
+            found[CARD] = _named(card_for(card, repo_id), repo_id).encode()
         if with_checkpoints:
             newest = None if self.run is None else newest_intact(self.run / CHECKPOINTS)
             if newest is None:
@@ -105,19 +118,30 @@ def find_parcel(source: Path) -> Parcel:
             break
     else:
         raise UserError(f"{source} is neither a pipeline folder nor a run folder with one")
+    num_classes, required = _load(folder)
+    return Parcel(folder, _run_of(folder.resolve()), num_classes, required)
+
+
+def _load(folder: Path) -> tuple[int | None, tuple[str, ...]]:
+    """Load what is in a folder: its number of classes, and the files that it needs.
+
+    Raises:
+        UserError: it does not load.
+    """
     try:
         if (folder / "model_index.json").is_file():
-            MNISTDiffusionPipeline.from_pretrained(folder)
-            required = OF_A_PIPELINE
-        else:
-            read_unet(folder)
-            required = OF_A_DENOISER
-        for name in required:
-            file_within(folder, name)
+            return MNISTDiffusionPipeline.from_pretrained(folder).num_classes, OF_A_PIPELINE
+        read_unet(folder)
     except PipelineFolderError as error:
-        raise UserError(f"{folder} cannot be pushed: {error}") from error
-    above = [parent for parent in folder.resolve().parents[:2] if (parent / SETTINGS).is_file()]
-    return Parcel(folder, above[0] if above else None, required)
+        raise UserError(str(error)) from error
+    return None, OF_A_DENOISER
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run that made a folder; None where it stands alone."""
+    above = folder.parent if folder.name in MADE_BY_A_RUN else folder.parents[1]
+    made = folder.name in MADE_BY_A_RUN or folder.parent.name == "snapshots"
+    return above if made and any((above / name).exists() for name in (RUN_ID, CHECKPOINTS)) else None
 
 
 def push(
@@ -149,29 +173,27 @@ def push(
         HubError: the Hub refused or could not be reached. Nothing has changed there but that the repository may be new.
     """
     parcel = find_parcel(source)
-    files = parcel.files(with_checkpoints=with_checkpoints)
-    api = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
-    with hub_errors(repo_id, f"cannot push to {repo_id}"):
-        there = api.list_repo_files(repo_id, revision=revision)
+    try:
+        parcel.files(repo_id, with_checkpoints=with_checkpoints)  # what is wrong is said before anything is made
+        repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
         mirrored = (*MIRRORED, f"{CHECKPOINTS}/") if with_checkpoints else MIRRORED
-        stale = [name for name in there if name.startswith(mirrored) and name not in files]
-        added = [
-            CommitOperationAdd(name, _card(path, repo_id) if name == CARD else str(path))
-            for name, path in files.items()
-        ]
-        _require_no_token(files)
-        commit = api.create_commit(
-            repo_id,
-            [*added, *(CommitOperationDelete(name) for name in stale)],
-            commit_message=message,
-            create_pr=create_pr,
-            revision=revision,
-        )
+        with hub_errors(repo_id, f"cannot push to {repo_id}"):
+            commit = commit_files(
+                HfApi(),
+                repo_id,
+                parcel.files(repo_id, with_checkpoints=with_checkpoints),
+                is_stale=lambda name: name in MANAGED or name.startswith(mirrored),
+                message=message,
+                create_pr=create_pr,
+                revision=revision,
+            )
+    except PipelineFolderError as error:
+        raise UserError(f"cannot push {source}: {error}") from error
     return str(commit.pr_url or commit.commit_url)
 
 
-def open_repository(repo_id: str, *, private: bool, revision: str | None, create_pr: bool = False) -> HfApi:
-    """Make sure that a repository is there and may be pushed to.
+def open_repository(repo_id: str, *, private: bool, revision: str | None, create_pr: bool = False) -> str:
+    """Make sure that a repository is there and may be pushed to; its whole name, with the account in front.
 
     Raises:
         HubError: nobody is logged in, the Hub refused, or it is public though `private` is asked for.
@@ -180,51 +202,34 @@ def open_repository(repo_id: str, *, private: bool, revision: str | None, create
     if get_token() is None:
         raise HubError(f"cannot push to {repo_id}: nobody is logged in; {LOG_IN}")
     with hub_errors(repo_id, f"cannot push to {repo_id}"):
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
             raise HubError(
                 f"cannot push to {repo_id} as private: it is there already, and public; make it private at "
                 f"{api.endpoint}/{repo_id}/settings, or name another"
             )
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api
+    return repo_id
 
 
-def whole_name(repo_id: str | None, folder_name: str) -> str:
-    """`repo_id`, or the account that is logged in with the name of a folder.
+def _named(text: str, repo_id: str) -> str:
+    """A card whose measured results, if it has any, are those of a repository.
 
     Raises:
-        HubError: nobody is logged in.
+        PipelineFolderError: its metadata cannot be read.
     """
-    if repo_id is not None:
-        return repo_id
-    if get_token() is None:
-        raise HubError(f"cannot push {folder_name}: nobody is logged in; {LOG_IN}")
-    with hub_errors(folder_name, f"cannot push {folder_name}"):
-        return f"{HfApi().whoami()['name']}/{folder_name}"
-
-
-def _card(path: Path, repo_id: str) -> bytes:
-    """The card as it reads in a repository."""
-    card = ModelCard(path.read_text(encoding="utf-8").replace(ANYWHERE, repo_id))
-    values = card.data.to_dict()
-    if "model-index" in values:
+    try:
+        card = ModelCard(text)
+        values = card.data.to_dict()
+        if "model-index" not in values:
+            return text
         values["model-index"][0]["name"] = repo_id.rsplit("/", 1)[-1]
-    card.data = CardData(**values)
-    return str(card).encode()
-
-
-def _require_no_token(files: dict[str, Path]) -> None:
-    """The token is in nothing that is pushed, as it would be if it stood in a path or a name.
-
-    Raises:
-        UserError: it is.
-    """
-    token = (get_token() or "").encode()
-    for name, path in files.items():
-        if token and path.suffix != ".safetensors" and token in path.read_bytes():
-            raise UserError(f"{name} holds the Hub token that is logged in with; take it out before anything is pushed")
+        card.data = CardData(**values)
+        return str(card)
+    except (YAMLError, ValueError, TypeError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PipelineFolderError(f"the metadata at the top of {CARD} cannot be read: {reason}") from error
 
 
 def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoints: bool = False) -> Path:
@@ -243,35 +248,35 @@ def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoin
         UserError: `out` holds something, or the repository has no pipeline or checkpoint.
         HubError: the Hub refused or could not be reached.
     """
-    if out.is_file() or not is_empty(out):
-        raise UserError(f"--out {out} holds something already; name another folder")
-    with hub_errors(repo_id, f"cannot pull {repo_id}"):
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        required = OF_A_DENOISER if "model_index.json" not in sizes and OF_A_DENOISER[0] in sizes else OF_A_PIPELINE
-        checkpoint = _checkpoint_names(sizes) if with_checkpoints else []
-        if with_checkpoints and not checkpoint:
-            raise UserError(f"{repo_id} has no checkpoint to go on from; pull without --with_checkpoints")
-        beside = [name for name in (*BESIDE, *OF_A_RUN, *TO_GO_ON, OF_A_PIPELINE[1]) if name in sizes]
-        for name in beside:
-            if sizes[name] > MAX_CARD_BYTES and name not in TO_GO_ON:
-                raise UserError(
-                    f"{repo_id}: {name} is of {sizes[name]:,} bytes, more than the {MAX_CARD_BYTES:,} allowed"
-                )
-        try:
+    out = out.resolve()
+    if out == Path.cwd() or out.is_file() or not is_empty(out):
+        raise UserError(f"--out {out} is the current folder, or holds something already; name a new one")
+    try:
+        with hub_errors(repo_id, f"cannot pull {repo_id}"):
+            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+            required = OF_A_DENOISER if "model_index.json" not in sizes and OF_A_DENOISER[0] in sizes else OF_A_PIPELINE
+            checkpoint = [name for name in sizes if CHECKPOINT.fullmatch(name)] if with_checkpoints else []
+            if with_checkpoints and not checkpoint:
+                raise UserError(f"{repo_id} has no checkpoint to go on from; pull without --with_checkpoints")
+            beside = [name for name in (CARD, PICTURE, CODE, *OF_A_RUN) if name in sizes]
+            for name in beside:
+                if sizes[name] > MAX_CARD_BYTES:
+                    limit = f"more than the {MAX_CARD_BYTES:,} it may have"
+                    raise UserError(f"{repo_id}: {name} is of {sizes[name]:,} bytes, {limit}")
+            beside += [name for name in TO_GO_ON if name in sizes and checkpoint]
             if required is OF_A_PIPELINE:
                 fetch_pipeline(repo_id, revision=info.sha)
-            names = [*(name for name in required if name in sizes), *beside, *checkpoint]
+            else:
+                fetch_unet(repo_id, revision=info.sha)
+            names = [*required, *beside, *checkpoint]
             fetched = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=names))
             kind = "pipeline" if required is OF_A_PIPELINE else "denoiser"
-            _put(fetched, names, out, below=kind if with_checkpoints else "")
-        except PipelineFolderError as error:
-            raise UserError(f"cannot pull {repo_id}: {error}") from error
+        _load(fetched)
+        _put(fetched, names, out, below=kind if with_checkpoints else "")
+    except PipelineFolderError as error:
+        raise UserError(f"cannot pull {repo_id}: {error}") from error
     return out
-
-
-def _checkpoint_names(names: Sequence[str] | dict[str, int]) -> list[str]:
-    return [name for name in names if name.startswith(f"{CHECKPOINTS}/")]
 
 
 def _put(fetched: Path, names: Sequence[str], out: Path, *, below: str) -> None:
@@ -283,7 +288,6 @@ def _put(fetched: Path, names: Sequence[str], out: Path, *, below: str) -> None:
             target = temporary / ("" if of_the_run else below) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file_within(fetched, name), target)
-        find_parcel(temporary)
 
     swap_in(out, write)
 
@@ -303,51 +307,58 @@ class Publisher:
     def __init__(self, config: HubConfig, folder: Path, accelerator: Accelerator):
         self.config, self.folder = config, folder
         self.main = config.push and accelerator.is_main_process
-        self.repo_id, problem = "", None
+        self.repo_id, problem = config.repo_id or folder.name, None
         if self.main:
             try:
-                self.repo_id = whole_name(config.repo_id, folder.name)
-                open_repository(self.repo_id, private=config.private, revision=config.revision)
+                self.repo_id = open_repository(self.repo_id, private=config.private, revision=config.revision)
             except HubError as error:
                 problem = str(error)
         [problem] = broadcast_object_list([problem])
         if problem is not None:
             raise HubError(problem)
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="push")
-        self.last: Future[None] | None = None
+        self.waiting: queue.Queue[Path | None] = queue.Queue()
+        # A daemon, because who stops a run does not want to wait for a push.
+        self.worker = threading.Thread(target=self._push_snapshots, name="push", daemon=True)
+        if self.main and config.every_snapshot:
+            disable_progress_bars()
+            self.worker.start()
 
     def snapshot(self, folder: Path) -> None:
-        """Push a snapshot in the background, in place of one that still waits for its turn."""
-        if self.main and self.config.every_snapshot:
-            disable_progress_bars()
-            if self.last is not None:
-                self.last.cancel()
-            self.last = self.worker.submit(self._push_snapshot, folder)
+        """Push a snapshot in the background, in place of those that still wait for their turn."""
+        if self.worker.is_alive():
+            self.waiting.put(folder)
 
-    def _push_snapshot(self, folder: Path) -> None:
-        where: dict[str, Any] = {"private": self.config.private, "revision": self.config.revision}
-        try:
-            push(folder, self.repo_id, **where, message=f"Upload {folder.name}")
-        except Exception as error:  # whatever it is, the run goes on
-            print(f"warning: {folder} was not pushed: {error}", file=sys.stderr)
+    def _push_snapshots(self) -> None:
+        ended = False
+        while not ended:
+            arrived = [self.waiting.get()]
+            while not self.waiting.empty():
+                arrived.append(self.waiting.get())
+            ended = None in arrived
+            for folder in [each for each in arrived if each is not None][-1:]:
+                try:
+                    self._push(folder, message=f"Upload {folder.name}")
+                except Exception as error:  # whatever it is, the run goes on
+                    print(f"warning: {folder} was not pushed: {error}", file=sys.stderr)
 
-    def finish(self, *, whole: bool) -> None:
-        """Push the run after the snapshots that are on their way; where it is not `whole`, say how to do it later.
+    def _push(self, folder: Path, **more: Any) -> str:
+        return push(folder, self.repo_id, private=self.config.private, revision=self.config.revision, **more)
+
+    def finish(self) -> None:
+        """Push the finished run, after a snapshot that is on its way.
 
         Raises:
             HubError: it could not be pushed; the message says how to do it later.
         """
-        self.worker.shutdown(wait=True, cancel_futures=not whole)
+        if self.worker.is_alive():
+            self.waiting.put(None)
+            self.worker.join()
         if not self.main:
             return
-        later = f"mnist-diffusion push {self.folder} {' '.join([self.repo_id, *self._flags()])}"
-        if not whole:
-            print(f"Not pushed, because the run is not finished; as it is, it can be pushed with: {later}")
-            return
-        where: dict[str, Any] = {"private": self.config.private, "revision": self.config.revision}
         try:
-            address = push(self.folder, self.repo_id, **where, with_checkpoints=self.config.with_checkpoints)
-        except UserError as error:
+            address = self._push(self.folder, with_checkpoints=self.config.with_checkpoints)
+        except Exception as error:
+            later = shlex.join(["mnist-diffusion", "push", str(self.folder), self.repo_id, *self._flags()])
             raise HubError(f"{error}\nThe run is whole in {self.folder}; push it later with: {later}") from None
         print(f"Pushed: {address}")
 
@@ -355,6 +366,6 @@ class Publisher:
         if self.config.private:
             yield "--private"
         if self.config.revision is not None:
-            yield f"--revision {self.config.revision}"
+            yield from ("--revision", self.config.revision)
         if self.config.with_checkpoints:
             yield "--with_checkpoints"

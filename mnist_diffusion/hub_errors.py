@@ -13,15 +13,17 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from mnist_diffusion.config import UserError
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import PipelineFolderError
 
 HTTPError: type[Exception] = vars(errors)["HTTPError"]  # of the HTTP client that this version has
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-UNSEEN = "it is not there, or it is private and {who} may not see it"
+UNSEEN = "it is not there, or it is private and may be seen only {by}"
 CONFLICT = "somebody else changed it at the same time; try again"
 
 BY_KIND: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
@@ -30,16 +32,18 @@ BY_KIND: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     (LocalTokenNotFoundError, LOG_IN),
     (GatedRepoError, f"it is gated: ask for access at {{endpoint}}/{{repo_id}}, and {LOG_IN}"),
     (RevisionNotFoundError, "it has no such revision"),
+    (RemoteEntryNotFoundError, "a file that is needed is not there: {error}"),
     (HfHubHTTPError, "{answer}"),
     (LocalEntryNotFoundError, "{endpoint} cannot be reached, and there is no cached copy"),
     ((HTTPError, ConnectionError, TimeoutError), "{endpoint} cannot be reached, or the connection broke; try again"),
+    (ValueError, "the Hub's answer, or what it was asked, is not right: {error}"),
 )
 """What each kind of error means; the first that fits."""
 
 SERVER_ERROR = 500
 BY_STATUS = {
-    403: "the token may not write to it; use one that may, or propose the change with --create_pr",
-    404: UNSEEN.format(who="this token"),
+    403: "the token may not do this; to push, use one that may write to it, or propose the change with --create_pr",
+    404: UNSEEN.format(by="with another token"),
     409: CONFLICT,
     412: CONFLICT,
     413: "the Hub does not take files as large as these",
@@ -61,7 +65,9 @@ def hub_errors(repo_id: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:
+    except (UserError, PipelineFolderError):
+        raise
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
         # An upload's own errors come wrapped.
         reason = explain_hub_error(error, repo_id) or explain_hub_error(error.__cause__, repo_id)
         if reason is None:
@@ -71,10 +77,15 @@ def hub_errors(repo_id: str, what: str) -> Iterator[None]:
 
 def explain_hub_error(error: BaseException | None, repo_id: str) -> str | None:
     """What an error of the Hub's client means and what to do; None where it is not one of the Hub."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # it was asked for first
+    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and there is no cached copy"
     answer = _explain_answer(error) if isinstance(error, HfHubHTTPError) else ""
+    said = str(error).strip().splitlines()[-1] if str(error).strip() else ""
     for kind, text in BY_KIND:
         if isinstance(error, kind):
-            return text.format(repo_id=repo_id, endpoint=constants.ENDPOINT, answer=answer)
+            return text.format(repo_id=repo_id, endpoint=constants.ENDPOINT, answer=answer, error=said)
     return None
 
 
@@ -83,8 +94,9 @@ def _explain_answer(error: HfHubHTTPError) -> str:
     status = error.response.status_code
     if status == 401:
         if get_token() is None:
-            return f"{UNSEEN.format(who='nobody without a token')}; {LOG_IN}"
+            return f"{UNSEEN.format(by='with a token')}; {LOG_IN}"
         return BY_STATUS[404] if isinstance(error, RepositoryNotFoundError) else f"the Hub rejects the token; {LOG_IN}"
     if status >= SERVER_ERROR:
         return f"the Hub has trouble of its own (it answered {status}); try again later"
-    return BY_STATUS.get(status, f"the Hub refused ({status}): {error.server_message or 'without a reason'}")
+    reason = f" ({error.server_message})" if error.server_message else ""
+    return BY_STATUS.get(status, f"the Hub refused with status {status}") + reason

@@ -123,6 +123,12 @@ def generate(
     return torch.cat(list(generate_batches(pipeline, class_labels, seeds, **arguments)))
 
 
+def repository(source: str) -> tuple[str, dict[str, str]]:
+    """A folder, or a Hub id and the revision behind its `@` as an argument, where there is one."""
+    repo_id, _, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
+    return repo_id, {"revision": revision} if revision else {}
+
+
 def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffusionPipeline:
     """Load a pipeline folder or Hub repository (`user/name`, `user/name@revision`), running no code from it.
 
@@ -130,10 +136,9 @@ def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffus
         UserError: it cannot be loaded, or there is no such device.
     """
     logging.disable_progress_bar()
-    repo_id, _, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
-    where = {"revision": revision} if revision else {}
+    repo_id, where = repository(source)
     try:
-        with hub_errors(repo_id, f"pipeline {source!r} cannot be loaded"):
+        with hub_errors(repo_id, f"pipeline {source!r} cannot be loaded: there is no such folder, and on the Hub"):
             pipeline = MNISTDiffusionPipeline.from_pretrained(repo_id, dtype=getattr(torch, dtype), **where)
         pipeline.to(device or DEFAULT_DEVICE)
     except HubError:

@@ -108,7 +108,7 @@ def summarise(run: Run, signal_number: int) -> None:
     pictures = f"Pictures are in {shown}. " if shown else ""
     print(f"\n{pictures}Load and use the result with:\n\n{indent(usage, '    ')}\n")
     if signal_number:
-        push = " --hub.push true, and what else of --hub was asked for" if run.config.hub.push else ""
-        print(
-            f"Go on with: --config {run.folder / 'config.yaml'} --train.resume true --output_dir {run.folder}{push}\n"
-        )
+        print(f"Go on with: --config {run.folder / 'config.yaml'} --train.resume true --output_dir {run.folder}\n")
+        if run.config.hub.push:
+            later = f"mnist-diffusion push {run.folder} {run.config.hub.repo_id or run.folder.name}"
+            print(f"Not pushed, because it is not finished. Give --hub.push true again, or push it as it is: {later}\n")

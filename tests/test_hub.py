@@ -148,11 +148,61 @@ class TestPush:
         assert "Measured: **98.77%**." in card.text
         card.validate()
 
+    def test_over_another_models_push(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        """Figures, pictures and configuration of the one do not stay with the other."""
+        push(made_run, NAME)
+        make_pipeline(seed=3).save_pretrained(tmp_path / "alone")
+        push(tmp_path / "alone", NAME)
+        assert set(hub.repositories[NAME].files()) == PUSHED - {"config.yaml", "samples.png", "summary.json"}
+        assert b"pushed without a card" in hub.repositories[NAME].files()["README.md"]
+
+    def test_what_lies_around_is_not_pushed(self, hub: HubServer, tmp_path: Path) -> None:
+        """A configuration of something else above the folder, a link to a secret, code that somebody put there."""
+        (tmp_path / "config.yaml").write_text("password: secret")
+        folder = tmp_path / "pipeline"
+        make_pipeline().save_pretrained(folder)
+        (folder / "pipeline_mnist_diffusion.py").write_text("print('evil')")
+        push(folder, NAME)
+        files = hub.repositories[NAME].files()
+        assert "config.yaml" not in files
+        assert b"class MNISTDiffusionPipeline" in files["pipeline_mnist_diffusion.py"]
+        for name in ("README.md", "samples.png", "config.yaml"):
+            (folder / name).symlink_to(tmp_path / "config.yaml")
+            with pytest.raises(UserError, match="is a link that leads out of its folder"):
+                push(folder, NAME)
+            (folder / name).unlink()
+
+    def test_a_card_that_is_broken(self, hub: HubServer, made_run: Path) -> None:
+        (made_run / "pipeline" / "README.md").write_text("---\na: [b\n---\n# x\n")
+        with pytest.raises(UserError, match=r"the metadata at the top of README.md cannot be read"):
+            push(made_run, NAME)
+
+    def test_somebody_else_at_the_same_time(self, hub: HubServer, made_run: Path) -> None:
+        """Another commit between looking and committing: looked again, so that the result is one model."""
+        push(made_run, NAME)
+        repository, others = hub.repositories[NAME], []
+
+        def fault(request: Request) -> None:
+            if "/commit/" in request.path and not others:
+                others.append(repository.commit("main", {**repository.files(), "unet/config.json": b"another"}))
+
+        hub.fault = fault
+        make_pipeline(seed=8).save_pretrained(made_run / "pipeline")
+        push(made_run, NAME)
+        assert len(others) == 1
+        loaded = MNISTDiffusionPipeline.from_pretrained(NAME)
+        assert torch.equal(loaded.unet.conv_in.weight, make_pipeline(seed=8).unet.conv_in.weight)
+
+    def test_a_name_without_the_account(self, hub: HubServer, made_run: Path) -> None:
+        push(made_run, "digits")
+        assert set(hub.repositories[NAME].files()) == PUSHED
+        assert b'from_pretrained("owner/digits"' in hub.repositories[NAME].files()["README.md"]
+
     def test_what_cannot_be_pushed(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="neither a pipeline folder nor a run folder"):
             push(tmp_path / "nothing", NAME)
         (made_run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
-        with pytest.raises(UserError, match=r"cannot be pushed: .*safetensors is not a safetensors file"):
+        with pytest.raises(UserError, match=r"safetensors is not a safetensors file"):
             push(made_run, NAME)
         assert NAME not in hub.repositories
         assert not hub.requests
@@ -185,9 +235,15 @@ class TestFromAPipeline:
             copy = hub.repositories.pop("owner/copy").files()
             assert set(copy) == PUSHED - {"config.yaml", "summary.json"}
             assert copy["samples.png"] == first["samples.png"]
+            assert copy["README.md"].decode().count('"owner/copy"') == 1
+            assert b"owner/digits" not in copy["README.md"]
+            assert b"_name_or_path" not in copy["model_index.json"]
+            hub.add("owner/again", copy)
+            loaded = MNISTDiffusionPipeline.from_pretrained("owner/again")
+            loaded.save_pretrained(tmp_path / "saved")
+            assert MNISTDiffusionPipeline.from_pretrained(tmp_path / "saved")(3, num_inference_steps=1).images
             assert copy["unet/diffusion_pytorch_model.safetensors"] == first["unet/diffusion_pytorch_model.safetensors"]
             assert b"## Training" in copy["README.md"]
-        assert copy["README.md"].decode().count('"owner/copy"') == 1
 
     def test_one_from_nowhere_gets_a_short_card(self, hub: HubServer, tmp_path: Path) -> None:
         make_pipeline().save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=NAME, private=True)
@@ -196,6 +252,28 @@ class TestFromAPipeline:
         )
         assert hub.repositories[NAME].private
         assert MNISTDiffusionPipeline.from_pretrained(NAME)("c", num_inference_steps=1).images
+
+    def test_variants_stand_beside_each_other(self, hub: HubServer) -> None:
+        make_pipeline().push_to_hub(NAME)
+        make_pipeline().to(torch.float16).push_to_hub(NAME, variant="fp16")
+        for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
+            loaded = MNISTDiffusionPipeline.from_pretrained(NAME, variant=variant, dtype=dtype)
+            assert loaded.unet.dtype == dtype
+
+    def test_its_card_is_found_where_it_was_cached(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        loaded = MNISTDiffusionPipeline.from_pretrained(NAME, cache_dir=str(tmp_path / "another"))
+        loaded.push_to_hub(NAME)
+        assert b"## Training" in hub.repositories[NAME].files()["README.md"]
+        hub.fault = lambda request: Fault(status=500) if "README" in request.path else None
+        with pytest.raises(OSError, match="500"):
+            MNISTDiffusionPipeline.from_pretrained(NAME).push_to_hub("owner/copy")
+
+    def test_no_token_goes_with_it(self, hub: HubServer, made_run: Path) -> None:
+        card = made_run / "pipeline" / "README.md"
+        card.write_text(card.read_text() + "hf_owner0123456789")
+        with pytest.raises(ValueError, match=r"README\.md holds the Hub token"):
+            MNISTDiffusionPipeline.from_pretrained(made_run / "pipeline").push_to_hub(NAME)
 
     def test_again_in_place(self, hub: HubServer, made_run: Path) -> None:
         push(made_run, NAME)
@@ -210,7 +288,7 @@ class TestPull:
     def test_round_trip(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
         push(made_run, NAME)
         out = pull(NAME, tmp_path / "pulled")
-        expected = content(made_run / "pipeline") | {name: (made_run / name).read_bytes() for name in ("config.yaml",)}
+        expected = content(made_run / "pipeline") | {"config.yaml": (made_run / "config.yaml").read_bytes()}
         pulled = content(out)
         for name in PUSHED - {".gitattributes", "README.md", "summary.json"}:
             assert pulled[name] == expected[name], name
@@ -262,6 +340,30 @@ class TestPull:
         assert MNISTDiffusionPipeline.from_pretrained(NAME)(3, num_inference_steps=1).images
         assert MNISTDiffusionPipeline.from_pretrained(NAME, local_files_only=True)(3, num_inference_steps=1).images
 
+    def test_files_in_the_caches_common_store(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        """As the client lays out what it has fetched through Xet: links from the repository's blobs to those of all."""
+        push(made_run, NAME)
+        MNISTDiffusionPipeline.from_pretrained(NAME)
+        cache = tmp_path / "cache"
+        [blobs] = cache.glob("models--*/blobs")
+        (cache / "blobs" / "ab").mkdir(parents=True)
+        for blob in list(blobs.iterdir()):
+            shared = blob.rename(cache / "blobs" / "ab" / blob.name)
+            blob.symlink_to(Path("../../blobs/ab") / shared.name)
+        assert MNISTDiffusionPipeline.from_pretrained(NAME)(3, num_inference_steps=1).images
+        assert pull(NAME, tmp_path / "pulled")
+
+    def test_where_to(self, hub: HubServer, made_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(UserError, match="is the current folder"):
+            pull(NAME, Path())
+        assert pull(NAME, Path("new")) == tmp_path / "here" / "new"
+        pull(f"{NAME}", tmp_path / "here" / "other", revision="main")
+        push(Path("other"), "owner/copy")  # with the configuration that came along
+        assert set(hub.repositories["owner/copy"].files()) == PUSHED
+
     def test_nothing_but_named_files(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
         push(made_run, NAME)
         files = hub.repositories[NAME].files()
@@ -274,10 +376,10 @@ class TestPull:
         push(made_run, NAME, private=True)
         assert pull(NAME, tmp_path / "mine")
         monkeypatch.setenv("HF_TOKEN", GUEST)
-        with pytest.raises(HubError, match="it is private and this token may not see it"):
+        with pytest.raises(HubError, match="it is private and may be seen only with another token"):
             pull(NAME, tmp_path / "theirs")
         monkeypatch.delenv("HF_TOKEN")
-        with pytest.raises(HubError, match=r"nobody without a token may not see it|log in with `hf auth login`"):
+        with pytest.raises(HubError, match=r"may be seen only with a token; log in with `hf auth login`"):
             pull(NAME, tmp_path / "nobodys")
         with pytest.raises(HubError, match="log in with `hf auth login`"):
             load_pipeline(NAME, device="cpu", dtype="float32")
@@ -287,7 +389,11 @@ class TestPull:
 WRONG = {
     "no token": (None, None, r"nobody is logged in; log in with `hf auth login`, or set HF_TOKEN"),
     "wrong token": ("hf_wrong", None, r"the Hub rejects the token"),
-    "not one's own": (GUEST, None, r"the token may not write to it.*--create_pr"),
+    "not one's own": (
+        GUEST,
+        None,
+        r"the token may not do this; .*--create_pr.* \(You may not write",
+    ),
     "gone": ("", failing(404, code="RepoNotFound", where="preupload"), r"it is not there, or it is private"),
     "conflict": ("", failing(409, where="/commit/"), r"somebody else changed it at the same time; try again"),
     "moved on": ("", failing(412, where="/commit/"), r"somebody else changed it at the same time; try again"),
@@ -428,7 +534,7 @@ class TestTraining:
             self.train(
                 tmp_path / "run", HubConfig(push=True, repo_id=NAME, every_snapshot=True), snapshot_every_steps=2
             )
-        assert "was not pushed: cannot push to owner/digits: the token may not write" in capsys.readouterr().err
+        assert "was not pushed: cannot push to owner/digits: the token may not do this" in capsys.readouterr().err
         assert (tmp_path / "run" / "summary.json").is_file()
         hub.fault = lambda request: None
         assert cli.main(str(caught.value).rsplit("push it later with: mnist-diffusion ", 1)[1].split()) == 0
@@ -438,7 +544,7 @@ class TestTraining:
         self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_TOKEN", GUEST)
-        with pytest.raises(HubError, match="the token may not write"):
+        with pytest.raises(HubError, match="the token may not do this"):
             self.train(tmp_path / "run", HubConfig(push=True, repo_id=NAME))
         assert not (tmp_path / "run").exists()
         with pytest.raises(ConfigError, match=r"hub\.private must be left out without hub\.push, got True"):

@@ -445,6 +445,37 @@ class TestFolders:
         index = json.loads((tmp_path / "model_index.json").read_text())
         assert index["_class_name"] == ["pipeline_mnist_diffusion", "MNISTDiffusionPipeline"]
 
+    def test_a_loaded_one_saves_and_loads_again(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+        pipeline.save_pretrained(tmp_path / "a")
+        MNISTDiffusionPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+        assert "_name_or_path" not in json.loads((tmp_path / "b" / "model_index.json").read_text())
+        assert MNISTDiffusionPipeline.from_pretrained(tmp_path / "b")(3, num_inference_steps=1).images
+
+    def test_what_loading_takes(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+        pipeline.save_pretrained(tmp_path)
+        load = MNISTDiffusionPipeline.from_pretrained
+        assert load(tmp_path, device_map="meta").device.type == "meta"
+        assert load(tmp_path, device_map="balanced").device.type in ("cpu", "cuda")
+        for arguments in (
+            {"dtype": torch.bfloat16},
+            {"torch_dtype": torch.bfloat16},
+            {"dtype": {"unet": torch.bfloat16}},
+        ):
+            assert load(tmp_path, **arguments).unet.dtype == torch.bfloat16
+        unet = make_pipeline(seed=5).unet
+        assert load(tmp_path, unet=unet, id2label=None, use_safetensors=None, low_cpu_mem_usage=True).unet is unet
+        assert load(tmp_path, guidance_scale=3.5).config.guidance_scale == 3.5
+        with pytest.raises(TypeError, match="takes no argument 'guidence_scale'"):
+            load(tmp_path, guidence_scale=3.5)
+        with pytest.raises(TypeError, match="use_safetensors must be true"):
+            load(tmp_path, use_safetensors=False)
+        with pytest.raises(TypeError, match="save_pretrained takes no argument 'max_shard_size'"):
+            pipeline.save_pretrained(tmp_path, max_shard_size="1MB")
+        (tmp_path / "run" / "pipeline").mkdir(parents=True)
+        pipeline.save_pretrained(tmp_path / "run" / "pipeline")
+        with pytest.raises(ValueError, match="is the folder of a run; its pipeline is"):
+            load(tmp_path / "run")
+
     def test_own_class_never_runs_the_folders_code(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
         pipeline.save_pretrained(tmp_path / "folder")
         canary = tmp_path / "ran"

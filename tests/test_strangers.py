@@ -336,7 +336,11 @@ def test_a_denoisers_folder(tmp_path: Path) -> None:
     [
         (pickled("pytorch_model.bin", instead_of="model.safetensors"), r"pytorch_model\.bin, which is a pickle"),
         (pickled("model.safetensors"), "is not a safetensors file"),
-        (edited("config.json", widths=[10**9] * 5), "has the shape|describes no evaluator"),
+        (edited("config.json", widths=[10**9] * 5), "widths must be at most"),
+        (edited("config.json", widths=[1] * 100_000), "widths must be at most"),
+        (edited("config.json", id2label={str(index): "x" for index in range(20_000)}), "id2label must name classes"),
+        (edited("config.json", id2label={"0": "a", "2": "b"}), "id2label must name classes"),
+        (edited("config.json", image_size={}), "reads .channels, size, classes."),
         (edited("config.json", widths=["evil"]), "describes no evaluator"),
         (written("model.safetensors", struct.pack("<Q", 2**63)), "claims a header"),
     ],
@@ -364,6 +368,12 @@ def test_a_checkpoint_with_a_pickle(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
+def test_a_checkpoint_that_nests(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "c", 1, {"model": {"w": torch.zeros(1)}}, {}, keep=9)
+    (folder / "manifest.json").write_text('{"a":' * 100_000)
+    assert newest_verified(tmp_path / "c")[0] is None
+
+
 def test_labelled_images(tmp_path: Path) -> None:
     """Pickles and code among the data are not opened; a source that is one is refused by name."""
     canary = tmp_path / "canary"
@@ -389,20 +399,20 @@ def test_labelled_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("!!python/object/apply:os.system ['touch canary']", "python/object|could not determine a constructor"),
+        ("!!python/object/apply:os.system ['touch CANARY']", "python/object|could not determine a constructor"),
         ("train: !!python/name:os.system", "python/name|could not determine a constructor"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "anchors and aliases"),
         ("x: " + "[" * 1000, "nested|YAML"),
         ("x: " + "y" * 100_000, "larger than"),
-        ("- 1", "--config|dict|Namespace"),
+        ("- 1", "dict|Namespace|list"),
     ],
 )
 def test_configurations(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "config.yaml").write_text(text.replace("CANARY", str(tmp_path / "canary")))
     before = time.perf_counter()
     with pytest.raises(SystemExit):
         parse_train_arguments(["--config", str(tmp_path / "config.yaml")])
     error = capsys.readouterr().err
-    assert re.search(message, error), error
+    assert re.search(message, error.partition("error:")[2]), error
     assert time.perf_counter() - before < 10
     assert not (tmp_path / "canary").exists()

@@ -44,6 +44,8 @@ WEIGHT_DECAY = 1e-2
 MAX_ROTATION_DEGREES = 12.0
 MAX_SHIFT = 0.1
 MAX_SCALE = 0.1
+MAX_CLASSES, MAX_LAYERS, MAX_WIDTH = 10_000, 20, 10_000
+"""Of an evaluator that is read from a folder."""
 
 
 class EvaluatorConfig(PretrainedConfig):
@@ -203,8 +205,9 @@ def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
     """An evaluator and the SHA-256 of its weights, which are checked before memory is taken for them."""
     path, weights = file_within(folder, "config.json"), file_within(folder, "model.safetensors")
     try:
+        config = _evaluator_config(read_json(path))
         with torch.device("meta"):
-            model = ImageEvaluator(EvaluatorConfig.from_dict(read_json(path)))
+            model = ImageEvaluator(config)
     except PipelineFolderError:
         raise
     except Exception as error:  # whatever a constructor makes of values that it does not expect
@@ -214,6 +217,21 @@ def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
     require_weights(weights, model)
     model.load_state_dict(load_file(weights), assign=True)
     return model, hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def _evaluator_config(values: dict[str, Any]) -> EvaluatorConfig:
+    """The configuration that a file's values describe; what else they say is left alone."""
+    names = values["id2label"]
+    if len(names) > MAX_CLASSES or set(names) != {str(index) for index in range(len(names))}:
+        raise ValueError(f"id2label must name classes 0 to at most {MAX_CLASSES - 1}")
+    shape = {name: values[name] for name in ("widths", "kernel_sizes", "strides")}
+    for name, numbers in shape.items():
+        if len(numbers) > MAX_LAYERS or not all(isinstance(each, int) and 1 <= each <= MAX_WIDTH for each in numbers):
+            raise ValueError(f"{name} must be at most {MAX_LAYERS} numbers from 1 to {MAX_WIDTH}")
+    labels = {int(index): str(name) for index, name in names.items()}
+    plain = {name: values[name] for name in ("channels", "image_size", "data_fingerprint")}
+    ids = {name: index for index, name in labels.items()}
+    return EvaluatorConfig(**shape, **plain, id2label=labels, label2id=ids)
 
 
 def evaluator_for(data: ImageData) -> TrustedEvaluator:

@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import numbers
+import re
 import shutil
 import struct
 import tempfile
@@ -29,8 +30,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -42,8 +43,11 @@ CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository
 PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_JSON_BYTES, MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**20, 2**22, 2**23
 MAX_LEVELS, MAX_LAYERS, MAX_NUMBER = 10, 16, 100_000
+CHANGED_MEANWHILE = 412  # HTTP: the head is not the parent any more
 FLOATS = ("BF16", "F16", "F32", "F64")
+PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+NO_EFFECT = ("trust_remote_code", "low_cpu_mem_usage")  # no code is run, and memory is taken once, whatever they say
 SHORT_CARD = """---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -127,15 +131,19 @@ def file_within(folder: Path, name: str) -> Path:
     Raises:
         PipelineFolderError: it is missing, no regular file, or a link to somewhere else.
     """
-    path, homes = folder / name, [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        homes.append(folder.resolve().parents[1] / "blobs")  # where the Hub's cache keeps the files of a snapshot
+    path, home = folder / name, folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        # Where the Hub's cache keeps the files of a snapshot: those of the repository, and those of all.
+        homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError):  # not there, or links that go round in a circle
         pickles = [each.name for each in sorted(path.parent.glob("*")) if each.suffix in PICKLES]
         there = f" but {pickles[0]}, which is a pickle and can run code when it is read" if pickles else ""
-        raise PipelineFolderError(f"there is no {path}{there}; only JSON and safetensors files are read") from None
+        raise PipelineFolderError(
+            f"there is no {path}{there}; only JSON and whole safetensors files are read"
+        ) from None
     if not any(real.is_relative_to(home) for home in homes):
         raise PipelineFolderError(f"{path} is a link that leads out of its folder, to {real}")
     if not real.is_file():
@@ -184,12 +192,16 @@ def read_unet(
 
 
 def _weights_name(subfolder: str, variant: str | None) -> str:
-    return str(Path(subfolder) / f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors")
+    return _joined(subfolder, f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors")
+
+
+def _joined(subfolder: str, name: str) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
 
 
 def _empty_unet(folder: Path, subfolder: str = "") -> UNet2DModel:
     """The network that `config.json` describes, without memory for its weights; it has been tried on one image."""
-    path = file_within(folder, str(Path(subfolder) / "config.json"))
+    path = file_within(folder, _joined(subfolder, "config.json"))
     values = read_json(path)
     _require_flat(path, values)
     if values.get("_class_name") != "UNet2DModel":
@@ -282,9 +294,9 @@ def _require_flat(path: Path, values: Mapping[str, Any]) -> None:
 def _read_index(folder: Path) -> dict[str, Any]:
     """The pipeline's own values in `model_index.json`, and its scheduler's class under `scheduler`."""
     path = file_within(folder, "model_index.json")
-    values = {name: value for name, value in read_json(path).items() if name != "_diffusers_version"}
-    name = MNISTDiffusionPipeline.__name__
-    named = values.pop("_class_name", None)
+    found, name = read_json(path), MNISTDiffusionPipeline.__name__
+    named = found.get("_class_name")
+    values = {key: value for key, value in found.items() if key not in PRIVATE}
     if named not in (name, ["pipeline_mnist_diffusion", name]):
         raise PipelineFolderError(f"{path}: _class_name must be {name!r}, got {named!r:.100}")
     unet, scheduler = values.pop("unet", None), values.pop("scheduler", None)
@@ -320,12 +332,32 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
             raise PipelineFolderError(f"{path}: {MNISTDiffusionPipeline.__name__} has no {name[:100]!r}")
 
 
-def _require_names(folder: Path, index: Mapping[str, Any], unet: Any) -> None:
+def _require_names(folder: Path, names: Mapping[str, str] | None, unet: Any) -> None:
     """Names are of classes that the network has."""
     embeddings = unet.config.num_class_embeds
-    for number in index.get("id2label") or {}:
+    for number in names or {}:
         if embeddings is None or int(number) >= embeddings - 1:
             raise PipelineFolderError(f"{folder}: id2label names class {number}, which the network does not have")
+
+
+def _require_arguments(pipeline_class: type, given: Mapping[str, Any], *, dtype: Any, variant: Any) -> None:
+    """What `from_pretrained` was given beside the source is something it can do."""
+    if given.get("use_safetensors") is False:
+        raise TypeError("use_safetensors must be true: only safetensors are read")
+    for name in given:
+        if name not in {*inspect.signature(pipeline_class).parameters, "use_safetensors"}:
+            raise TypeError(f"{pipeline_class.__name__}.from_pretrained takes no argument {name!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype | dict):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise TypeError(f"variant must be a word such as 'fp16', got {variant!r}")
+
+
+def short_card(num_classes: int | None) -> str:
+    """The card of a pipeline that has none."""
+    return SHORT_CARD.format(
+        anywhere=ANYWHERE, call="pipeline()" if num_classes is None else "pipeline(class_labels=[0])"
+    )
 
 
 def _folder_or_none(source: str) -> Path | None:
@@ -336,6 +368,8 @@ def _folder_or_none(source: str) -> Path | None:
     """
     path = Path(source)
     if path.is_dir():
+        if not (path / "model_index.json").exists() and (path / "pipeline" / "model_index.json").exists():
+            raise PipelineFolderError(f"{source} is the folder of a run; its pipeline is {path / 'pipeline'}")
         return path
     if path.exists():
         why = "is a pickle, which can run code when it is read" if path.suffix in PICKLES else "is not a folder"
@@ -346,31 +380,106 @@ def _folder_or_none(source: str) -> Path | None:
 
 
 def fetch_pipeline(repo_id: str, variant: str | None = None, **hub: Any) -> Path:
-    """Fetch the files of one commit that make a pipeline, into the Hub's cache; none larger than it has to be."""
+    """The folder, in the Hub's cache, of the files of one commit that make a pipeline; none larger than it has to be.
 
-    def fetch(name: str, limit: int) -> Path:
-        try:
-            size = hf_hub_download(repo_id, name, dry_run=True, **hub).file_size
-            if size > limit:
-                raise PipelineFolderError(
-                    f"{repo_id}: {name} is of {size:,} bytes, more than the {limit:,} it may have"
-                )
-            return Path(hf_hub_download(repo_id, name, **hub))
-        except EntryNotFoundError as error:
-            if isinstance(error, FileNotFoundError):  # it cannot be asked for, and is not in the cache
-                raise
-            raise PipelineFolderError(
-                f"{repo_id} has no {name}; only JSON and safetensors files are read, never pickles (.bin, .pt, .ckpt)"
-            ) from error
-
-    folder = fetch("model_index.json", MAX_JSON_BYTES).parent
-    hub["revision"] = folder.name
+    Raises:
+        PipelineFolderError: it has no pipeline, or not one that is read.
+        OSError: the Hub has no such repository, or cannot be reached.
+    """
+    folder = _fetch_file(repo_id, "model_index.json", MAX_JSON_BYTES, **hub).parent
     _read_index(folder)
-    for name in ("scheduler/scheduler_config.json", "unet/config.json"):
-        fetch(name, MAX_JSON_BYTES)
-    bytes_of_weights = 8 * sum(tensor.numel() for tensor in _empty_unet(folder, "unet").state_dict().values())
-    fetch(_weights_name("unet", variant), MAX_HEADER_BYTES + bytes_of_weights)
+    hub["revision"] = folder.name
+    _fetch_file(repo_id, "scheduler/scheduler_config.json", MAX_JSON_BYTES, **hub)
+    return fetch_unet(repo_id, "unet", variant=variant, **hub)
+
+
+def fetch_unet(repo_id: str, subfolder: str = "", *, variant: str | None = None, **hub: Any) -> Path:
+    """The folder, in the Hub's cache, of a commit whose network has been fetched, which [`read_unet`] reads.
+
+    Raises:
+        PipelineFolderError: there is none, or not one that is read.
+        OSError: the Hub has no such repository, or cannot be reached.
+    """
+    name = _joined(subfolder, "config.json")
+    folder = _fetch_file(repo_id, name, MAX_JSON_BYTES, **hub).parents[name.count("/")]
+    size = 8 * sum(tensor.numel() for tensor in _empty_unet(folder, subfolder).state_dict().values())
+    hub["revision"] = folder.name
+    _fetch_file(repo_id, _weights_name(subfolder, variant), MAX_HEADER_BYTES + size, **hub)
     return folder
+
+
+def _fetch_file(repo_id: str, name: str, limit: int, **hub: Any) -> Path:
+    """A file of the Hub, in its cache, if it is not larger than `limit` bytes."""
+    try:
+        size = hf_hub_download(repo_id, name, dry_run=True, **hub).file_size
+        if size > limit:
+            raise PipelineFolderError(f"{repo_id}: {name} is of {size:,} bytes, more than the {limit:,} it may have")
+        return Path(hf_hub_download(repo_id, name, **hub))
+    except RemoteEntryNotFoundError as error:
+        reason = "only JSON and whole safetensors files are read, never pickles (.bin, .pt, .ckpt)"
+        raise PipelineFolderError(f"{repo_id} has no {name}; {reason}") from error
+
+
+def card_for(text: str, repo_id: str) -> str:
+    """A card as it reads in a repository: the lines of code in it load that one, whichever it was written for."""
+    text = re.sub(r'from_pretrained\("[^"\n]*"', f'from_pretrained("{repo_id}"', text)
+    return re.sub(r"(mnist-diffusion evaluate )\S+", rf"\g<1>{repo_id}", text).replace(ANYWHERE, repo_id)
+
+
+def commit_files(
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    is_stale: Callable[[str], bool],
+    message: str,
+    create_pr: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """Put files into a repository as one commit on top of what is there, and remove what is stale.
+
+    Args:
+        api: the Hub's client.
+        repo_id: the repository, `user/name`.
+        files: paths or contents by name.
+        is_stale: of the names there that are not among `files`, which are to go.
+        message: title of the commit.
+        create_pr: propose the commit instead.
+        revision: the branch.
+
+    Returns:
+        The client's `CommitInfo`.
+
+    Raises:
+        ValueError: one of the files holds the token.
+        OSError: the Hub refused, or could not be reached; nothing has changed there.
+    """
+    token = (api.token if isinstance(api.token, str) else get_token() or "").encode()
+    for name, content in files.items():
+        read = b"" if name.endswith(".safetensors") else content if isinstance(content, bytes) else content.read_bytes()
+        if token and token in read:
+            raise PipelineFolderError(f"{name} holds the Hub token that is used; take it out before it is pushed")
+    for attempt in range(2):
+        head = api.model_info(repo_id, revision=revision).sha
+        there = api.list_repo_files(repo_id, revision=head)
+        operations: list[Any] = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in files.items()
+        ]
+        operations += [CommitOperationDelete(name) for name in there if name not in files and is_stale(name)]
+        try:
+            return api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message,
+                create_pr=create_pr,
+                revision=revision,
+                parent_commit=None if create_pr else head,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != CHANGED_MEANWHILE or attempt == 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 @dataclass
@@ -429,6 +538,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             guidance_distilled=guidance_distilled,
         )
         self._interrupt = False
+        self._origin: tuple[Path | None, Any] = (None, None)
 
     @property
     def null_class(self) -> Any:
@@ -472,8 +582,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder, or a Hub id such as `user/name`.
-            kwargs: `dtype`, `variant`, `device_map`, `unet` and `scheduler` in place of the folder's own, values of the
-                constructor; for the Hub `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+            kwargs: `dtype`, `variant`, `device_map` (a device, or `balanced` for a GPU where there is one), `unet` and
+                `scheduler` in place of the folder's own, values of the constructor; for the Hub `revision`, `token`,
+                `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
             PipelineFolderError: it is not a pipeline folder, or not one that is read.
@@ -483,17 +594,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         source, given = str(pretrained_model_name_or_path), dict(kwargs)
         hub = {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
         dtype, variant = given.pop("dtype", given.pop("torch_dtype", None)), given.pop("variant", None)
-        if not given.pop("use_safetensors", True):
-            raise TypeError("use_safetensors must be true: only safetensors are read")
-        given.pop("trust_remote_code", None)
-        known = {*inspect.signature(cls.__init__).parameters, "device_map", "max_memory"} - {"self"}
-        for name in given:
-            if name not in known:
-                raise TypeError(f"{cls.__name__}.from_pretrained takes no argument {name!r}")
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-        if variant is not None and not (isinstance(variant, str) and variant.isidentifier()):
-            raise TypeError(f"variant must be a word such as 'fp16', got {variant!r}")
+        device_map = given.pop("device_map", None)
+        for name in NO_EFFECT:
+            given.pop(name, None)
+        _require_arguments(cls, given, dtype=dtype, variant=variant)
+        if isinstance(dtype, dict):
+            dtype = dtype.get("unet", dtype.get("default"))
         folder = _folder_or_none(source)
         if folder is None:
             folder = fetch_pipeline(source, variant, **hub)
@@ -502,10 +608,14 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             given["unet"] = read_unet(folder, "unet", variant=variant, dtype=dtype or torch.float32)
         if given.get("scheduler") is None:
             given["scheduler"] = _read_scheduler(folder, index["scheduler"])
-        _require_names(folder, index, given["unet"])
+        _require_names(folder, given.get("id2label", index.get("id2label")), given["unet"])
+        given.pop("use_safetensors", None)
         pipeline = super().from_pretrained(folder, **given)
         pipeline.register_to_config(_name_or_path=source)
-        pipeline._folder = folder
+        pipeline._origin = (folder, hub.get("cache_dir"))
+        if device_map is not None:  # one network is on one device
+            gpu = "cuda" if torch.cuda.is_available() else "cpu"
+            pipeline.to(gpu if device_map == "balanced" else device_map)
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -518,13 +628,16 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: pickles are asked for.
+            TypeError: an argument is not one of these.
         """
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization must be true: pickles can run code when they are read")
-        saving = {name: kwargs.pop(name) for name in ("variant",) if name in kwargs}
-        super().save_pretrained(save_directory, **saving)
+        variant = kwargs.pop("variant", None)
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained takes no argument {next(iter(kwargs))!r}")
+        super().save_pretrained(save_directory, variant=variant)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **saving, **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     def push_to_hub(
         self,
@@ -546,50 +659,52 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             token: a Hub token, where the one that is logged in with is not meant.
             create_pr: propose the commit instead.
             revision: the branch, which must be there.
-            variant: word in the name of the weights' file, such as `fp16`.
+            variant: word in the name of the weights' file, such as `fp16`; other weights there then stay.
 
         Returns:
             The address of the commit.
 
         Raises:
+            ValueError: what is to be pushed holds the token.
             OSError: the Hub refused, or could not be reached; nothing has changed there.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary, variant=variant)
-            card = Path(temporary) / CARD
-            card.write_text(self._card().replace(f'"{ANYWHERE}"', f'"{repo_id}"'), encoding="utf-8")
-            if (picture := self._beside(PICTURE)) is not None:
-                shutil.copyfile(picture, Path(temporary) / PICTURE)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=temporary,
-                commit_message=commit_message,
+            paths = [path for path in Path(temporary).rglob("*") if path.is_file()]
+            files: dict[str, Path | bytes] = {path.relative_to(temporary).as_posix(): path for path in paths}
+            files[CARD] = card_for(self._card(token), repo_id).encode()
+            if (picture := self._beside(PICTURE, token)) is not None:
+                files[PICTURE] = picture
+            commit = commit_files(
+                api,
+                repo_id,
+                files,
+                is_stale=lambda name: variant is None and name.startswith(("unet/", "scheduler/")),
+                message=commit_message,
                 create_pr=create_pr,
                 revision=revision,
-                delete_patterns=["unet/*", "scheduler/*"],  # of what was there before
             )
-        return str(commit.commit_url)
+        return str(commit.pr_url or commit.commit_url)
 
-    def _card(self) -> str:
+    def _card(self, token: str | None) -> str:
         """The card of the folder or commit that this pipeline was loaded from, or a short one."""
-        loaded = self._beside(CARD)
-        if loaded is not None:
-            return loaded.read_text(encoding="utf-8")
-        call = "pipeline()" if self.num_classes is None else "pipeline(class_labels=[0])"
-        return SHORT_CARD.format(anywhere=ANYWHERE, call=call)
+        loaded = self._beside(CARD, token)
+        return short_card(self.num_classes) if loaded is None else loaded.read_text(encoding="utf-8")
 
-    def _beside(self, name: str) -> Path | None:
+    def _beside(self, name: str, token: str | None) -> Path | None:
         """A file of the folder or commit that this pipeline was loaded from; None where there is none."""
-        folder = getattr(self, "_folder", None)
+        folder, cache_dir = self._origin
         if folder is None:
             return None
+        source = self.config._name_or_path
         try:
-            if not Path(self.config._name_or_path).is_dir():
-                hf_hub_download(self.config._name_or_path, name, revision=folder.name)
+            if not Path(source).is_dir():
+                where = {"cache_dir": cache_dir, "token": token}
+                _fetch_file(source, name, MAX_CARD_BYTES, revision=folder.name, **where)
             path = file_within(folder, name)
-        except (EntryNotFoundError, PipelineFolderError):
+        except PipelineFolderError:
             return None
         return path if path.stat().st_size <= MAX_CARD_BYTES else None
 
@@ -603,6 +718,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         index_file = Path(save_directory) / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
         index["_class_name"] = [target.stem, type(self).__name__]
+        index.pop("_name_or_path", None)  # a place on this machine
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
