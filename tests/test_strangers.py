@@ -205,7 +205,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "connected pipeline": (edited(INDEX, prior=["diffusers", "UNet2DModel"]), "has no 'prior'"),
     # Values.
     "labels that are none": (edited(INDEX, id2label={"../x": "y"}), "id2label must name classes by their numbers"),
-    "labels of no class": (edited(INDEX, id2label={"99999999999999999999": "y"}), "which the network does not have"),
+    "labels of no class": (edited(INDEX, id2label={"999999": "y"}), "which the network does not have"),
     "nested labels": (edited(INDEX, id2label={"0": {"a": {}}}), "id2label must name classes by their numbers"),
     "endless steps": (edited(INDEX, num_inference_steps=10**12), "num_inference_steps must be"),
     "infinite guidance": (edited(INDEX, guidance_scale=1e999), "guidance_scale must be finite"),
@@ -404,7 +404,7 @@ def test_labelled_images(tmp_path: Path) -> None:
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "anchors and aliases"),
         ("x: " + "[" * 1000, "nested|YAML"),
         ("x: " + "y" * 100_000, "larger than"),
-        ("- 1", "dict|Namespace|list"),
+        ("- 1", "Unexpected config"),
     ],
 )
 def test_configurations(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -314,7 +314,7 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
     names = values.get("id2label")
     if names is not None and not (
         isinstance(names, dict)
-        and all(key.isascii() and key.isdecimal() and isinstance(value, str) for key, value in names.items())
+        and all(re.fullmatch("[0-9]{1,6}", key) and isinstance(value, str) for key, value in names.items())
     ):
         raise PipelineFolderError(f"{path}: id2label must name classes by their numbers, got {str(names)[:100]}")
     try:
