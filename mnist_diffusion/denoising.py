@@ -25,7 +25,7 @@ from mnist_diffusion.export import SAMPLES, render_card, swap_in
 from mnist_diffusion.figures import pixel_histograms, to_picture
 from mnist_diffusion.hub_errors import HubError, hub_errors
 from mnist_diffusion.objective import Batch, Draws, Objective, diffusion_draws
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import fetch_unet, read_unet
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import PipelineFolderError, fetch_unet, read_unet
 from mnist_diffusion.sampling import repository
 from mnist_diffusion.visualize import sigma_sweep, to_unit
 
@@ -117,6 +117,8 @@ def load_denoiser(folder: str, *, device: str) -> UNet2DModel:
     """
     try:
         found = Path(folder)
+        if not found.is_dir() and "/" not in folder.partition("@")[0]:
+            raise PipelineFolderError("there is no such folder, and a Hub id is user/name")
         if not found.is_dir():
             repo_id, where = repository(folder)
             with hub_errors(repo_id, f"denoiser {folder!r} cannot be loaded: there is no such folder, and on the Hub"):

@@ -46,6 +46,7 @@ def command(*arguments: str, hub: HubServer, folder: Path, **environment: str) -
     return result
 
 
+@pytest.mark.slow
 def test_train_push_fail_and_crash(hub: HubServer, tmp_path: Path) -> None:
     """Trained with both trackers and pushed; refused; and crashed in the midst: searched, all of it."""
     flags = [*FLAGS, "--train.max_steps", "2", "--train.trackers", "[tensorboard,wandb]", "--train.pictures", "true"]

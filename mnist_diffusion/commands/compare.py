@@ -89,7 +89,9 @@ def _request(runs: Sequence[Any], names: Sequence[str], values: Any) -> Any:
     data, split_seed = DataConfig(**values.data.as_dict()), values.split_seed or 0
     if data == DataConfig():
         seen = [run.data() for run in runs]
-        if any(each != seen[0] for each in seen):
+        # The same images whatever the seeds, where none had to choose the held-out ones.
+        told = [(each[0], run.summary.get("data_fingerprint", each[1])) for run, each in zip(runs, seen, strict=True)]
+        if any(each != told[0] for each in told):
             raise UserError("the runs saw different images; name those to measure against with --data.source")
         data, split_seed = seen[0][0], seen[0][1] if values.split_seed is None else values.split_seed
     return Request(

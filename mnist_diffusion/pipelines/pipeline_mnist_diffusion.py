@@ -374,8 +374,8 @@ def _folder_or_none(source: str) -> Path | None:
     if path.exists():
         why = "is a pickle, which can run code when it is read" if path.suffix in PICKLES else "is not a folder"
         raise PipelineFolderError(f"{source} {why}; give a pipeline folder or a Hub id")
-    if path.is_absolute() or source.startswith(".") or len(path.parts) > 2 or path.suffix in PICKLES:
-        raise PipelineFolderError(f"there is no folder {source}")
+    if path.is_absolute() or source.startswith(".") or len(path.parts) != 2 or path.suffix in PICKLES:
+        raise PipelineFolderError(f"there is no folder {source}, and a Hub id is user/name")
     return None
 
 
