@@ -405,6 +405,7 @@ def test_labelled_images(tmp_path: Path) -> None:
         ("x: " + "[" * 1000, "nested|YAML"),
         ("x: " + "y" * 100_000, "larger than"),
         ("- 1", "Unexpected config"),
+        ("train: null", "train must be a section with fields of its own, got null"),
     ],
 )
 def test_configurations(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
