@@ -390,7 +390,11 @@ def test_balance_draws_small_classes_as_often(tmp_path: Path, image_folder: Path
         run(other, folder, resume=True, max_steps=6)
 
 
-def test_hints(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hints(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_diffusion.planning.expected_cost", lambda learner: "")  # which takes seconds to measure
+
     def said(**data: Any) -> str:
         AcceleratorState._reset_state(reset_partial_state=True)
         config = tiny_config()

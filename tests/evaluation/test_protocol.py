@@ -37,6 +37,7 @@ def noise(images: Tensor) -> Tensor:
     return torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).byte()
 
 
+@pytest.mark.slow
 def test_order_of_damage_on_mnist(mnist: Reference) -> None:
     sample = held_out(mnist)
     levels = [
@@ -164,6 +165,7 @@ def test_same_seed_same_figures(digits: ImageData, digits_reference: Reference) 
     assert again.report(sample).values == digits_reference.report(sample).values
 
 
+@pytest.mark.slow
 def test_train_on_synthetic(digits_reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mnist_diffusion.evaluation.protocol.SYNTHETIC_STEPS", 120)
     train = digits_reference.data.train

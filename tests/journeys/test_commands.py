@@ -76,6 +76,7 @@ def test_printed_lines_work_as_they_stand(tmp_path: Path) -> None:
     assert (tmp_path / "sample.png").is_file()
 
 
+@pytest.mark.slow
 def test_all_cores_are_used_though_a_launcher_sets_one_thread(tmp_path: Path) -> None:
     code = (
         "import torch\n"
@@ -119,6 +120,7 @@ def test_errors_are_messages(flags: list[str], message: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_hub_out_of_reach(tmp_path: Path) -> None:
     """With no source named: a loud notice, digits, and the notice again in summary and card."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
@@ -190,6 +192,7 @@ class TestTwoProcesses:
         assert "data.batch_size=15 must be divisible by 2 processes" in result.stderr
 
 
+@pytest.mark.slow
 def test_interrupt_and_resume(tmp_path: Path) -> None:
     flags = [*SHORT, "--train.max_steps", "100000", "--train.log_every_steps", "1", "--output_dir", "run"]
     with subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
@@ -211,6 +214,7 @@ def test_interrupt_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.slow
 def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path, conditional: bool) -> None:
     """The installed class, plain diffusers where the project cannot be imported, and a folder saved again."""
     make_pipeline(conditional=conditional).save_pretrained(tmp_path / "folder")
@@ -250,6 +254,7 @@ def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path, conditional: bool) 
         assert fingerprint(plain, tmp_path / saved_again) == with_class
 
 
+@pytest.mark.slow
 def test_from_a_teacher_to_a_student_and_its_pictures(tmp_path: Path) -> None:
     command(CONSOLE, "train", *SHORT, "--output_dir", "teacher", cwd=tmp_path)
     short = ["--config", "tiny", "--train.max_steps", "2", "--out", "student"]
@@ -265,6 +270,7 @@ def test_from_a_teacher_to_a_student_and_its_pictures(tmp_path: Path) -> None:
     assert "is itself a student" in again
 
 
+@pytest.mark.slow
 def test_from_five_folders_of_pictures_to_pictures_of_five_classes(tmp_path: Path) -> None:
     """One command; then the pipeline draws each class in its colour, and knows the folders' names."""
     colours = {
@@ -303,6 +309,7 @@ def test_a_folder_of_pictures_from_nothing(tmp_path: Path) -> None:
     assert "blue: 5, green: 5, red: 5" in result.stdout
 
 
+@pytest.mark.slow
 def test_two_torchrun_nodes_on_loopback(tmp_path: Path) -> None:
     """Each sees its half of what one process sees, and both end with the same weights, to the bit."""
     worker = tmp_path / "worker.py"
