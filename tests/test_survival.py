@@ -44,6 +44,7 @@ def newest_step(folder: Path) -> int:
 
 
 class TestKills:
+    @pytest.mark.slow
     def test_before_and_after_each_file_operation_of_a_save_and_at_random_times(
         self, nursery: Nursery, tmp_path: Path
     ) -> None:

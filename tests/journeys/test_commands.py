@@ -138,6 +138,7 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
 class TestTwoProcesses:
     CPU = {"ACCELERATE_USE_CPU": "true"}  # noqa: RUF012
 
+    @pytest.mark.slow
     def test_same_samples_and_draws_as_one(self, tmp_path: Path) -> None:
         flags = [*SHORT, "--train.ema_decay", "0.9", "--train.max_steps", "5"]
         command(sys.executable, SCRIPT, *flags, "--output_dir", "one", cwd=tmp_path)
