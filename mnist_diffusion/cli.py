@@ -10,7 +10,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,11 +20,11 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from mnist_diffusion.config import (
     RECIPES,
     Config,
-    ConfigError,
     DistillConfig,
     RunConfig,
     UserError,
     find_recipe,
+    require_no_nulls,
     require_plain_yaml,
 )
 
@@ -94,9 +94,7 @@ def _parse_run(
         for file in files:
             require_plain_yaml(file)
         values = parser.parse_args([*(item for file in files for item in ("--config", str(file))), *flags])
-        for field in fields(schema):
-            if values[field.name] is None and field.default_factory is not MISSING:
-                raise ConfigError(f"{field.name} must be a section with fields of its own, got null")
+        require_no_nulls(schema, values)
         built = parser.instantiate_classes(values)
         config = schema(**{field.name: built[field.name] for field in fields(schema)})
     except UserError as error:

@@ -7,9 +7,9 @@ dotted flags (see `mnist_diffusion.cli`), and written back to the run folder as 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -583,6 +583,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def require_no_nulls(schema: Any, values: Any, prefix: str = "") -> None:
+    """Make sure that only fields of a schema that may be null are, which the parser does not look at.
+
+    Raises:
+        ConfigError: another one is.
+    """
+    hints = get_type_hints(schema)
+    for each in fields(schema):
+        hint, value = hints[each.name], values[each.name]
+        if value is None and type(None) not in get_args(hint):
+            raise ConfigError(f"{prefix}{each.name} must not be null")
+        if is_dataclass(hint):
+            require_no_nulls(hint, value, f"{prefix}{each.name}.")
 
 
 def require_plain_yaml(path: Path) -> None:

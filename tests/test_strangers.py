@@ -405,7 +405,9 @@ def test_labelled_images(tmp_path: Path) -> None:
         ("x: " + "[" * 1000, "nested|YAML"),
         ("x: " + "y" * 100_000, "larger than"),
         ("- 1", "Unexpected config"),
-        ("train: null", "train must be a section with fields of its own, got null"),
+        ("train: null", "train must not be null"),
+        ("data:\n  augment:\n    shift: null", r"data\.augment\.shift must not be null"),
+        ("model:\n  block_out_channels: null", r"model\.block_out_channels must not be null"),
     ],
 )
 def test_configurations(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
