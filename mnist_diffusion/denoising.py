@@ -21,11 +21,11 @@ from mnist_diffusion.config import DiffusionConfig, UserError
 from mnist_diffusion.data import ImageData
 from mnist_diffusion.data.images import to_model_range
 from mnist_diffusion.data.stateless import torch_generator
-from mnist_diffusion.export import SAMPLES, render_card, swap_in
+from mnist_diffusion.export import render_card, swap_in
 from mnist_diffusion.figures import pixel_histograms, to_picture
 from mnist_diffusion.hub_errors import HubError, hub_errors
 from mnist_diffusion.objective import Batch, Draws, Objective, diffusion_draws
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import PipelineFolderError, fetch_unet, read_unet
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import PICTURE, PipelineFolderError, fetch_unet, read_unet
 from mnist_diffusion.sampling import repository
 from mnist_diffusion.visualize import sigma_sweep, to_unit
 
@@ -164,8 +164,8 @@ class DenoiserProduct:
         def write(temporary: Path) -> None:
             copy.deepcopy(unet).to(memory_format=torch.contiguous_format).save_pretrained(temporary)
             if samples is not None:
-                samples.save(temporary / SAMPLES)
-            values = {**card, "samples": SAMPLES if samples is not None else None}
+                samples.save(temporary / PICTURE)
+            values = {**card, "samples": PICTURE if samples is not None else None}
             render_card(values, template=CARD_TEMPLATE).save(temporary / "README.md")
 
         swap_in(folder, write)

@@ -15,11 +15,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from mnist_diffusion.config import SamplingConfig
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import CARD, PICTURE, MNISTDiffusionPipeline
 from mnist_diffusion.sampling import build_sampler
 
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
-SAMPLES = "samples.png"
 EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
 DEFAULTS = ("id2label", "num_inference_steps", "guidance_scale", "eta", "guidance_distilled")
 CARD_METRICS = {
@@ -75,8 +74,8 @@ def export_pipeline(
         unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
         type(pipeline)(**{**pipeline.components, "unet": unet}, **_defaults(pipeline)).save_pretrained(temporary)
         if samples is not None:
-            samples.save(temporary / SAMPLES)
-        render_card({**card, "samples": SAMPLES if samples is not None else None}).save(temporary / "README.md")
+            samples.save(temporary / PICTURE)
+        render_card({**card, "samples": PICTURE if samples is not None else None}).save(temporary / CARD)
 
     swap_in(folder, write)
 
@@ -124,7 +123,7 @@ def write_results_to_card(
         dataset: what the images were measured against, for people.
         dataset_id: its id on the Hub, or another name without spaces.
     """
-    path = folder / "README.md"
+    path = folder / CARD
     content = path.read_text(encoding="utf-8")
     if not EVALUATION_SECTION.search(content):
         content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"

@@ -8,6 +8,7 @@ from textwrap import indent
 from typing import Any
 
 from mnist_diffusion.learner import Learner
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import ANYWHERE
 from mnist_diffusion.records import machine_description, package_versions, write_whole
 from mnist_diffusion.run import Run, reproducible
 
@@ -49,7 +50,7 @@ def card_values(run: Run, folder: Path) -> dict[str, Any]:
     versions = package_versions()
     return {
         "title": f"{folder.parent.name} ({run.recipe})" if folder.name == run.product.folder_name else folder.name,
-        "location": "this-folder-or-repository",
+        "location": ANYWHERE,
         "datasets": [data.hub_id] if data.hub_id is not None else None,
         "class_names": ", ".join(data.class_names),
         "image_size": data.image_size,
