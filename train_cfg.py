@@ -14,30 +14,31 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from mnist_diffusion.cli import RunArguments, parse_train_arguments, reporting_errors
+from mnist_diffusion.cli.options import RunArguments, parse_train_arguments, reporting_errors
 from mnist_diffusion.config import Config
 
 
 def run(arguments: RunArguments[Config]) -> int:
     """Assemble a run from its configuration, and train."""
-    from mnist_diffusion.data import load_images  # noqa: PLC0415  (heavy imports wait until the arguments are right)
-    from mnist_diffusion.denoising import DenoiserProduct, denoiser_objective  # noqa: PLC0415
-    from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
-    from mnist_diffusion.hub import Publisher  # noqa: PLC0415
-    from mnist_diffusion.launch import (  # noqa: PLC0415
+    from mnist_diffusion.data.dataset import load_images
+    from mnist_diffusion.denoising import DenoiserProduct, denoiser_objective
+    from mnist_diffusion.diffusion.network import build_unet, initialise
+    from mnist_diffusion.diffusion.noise import build_noise_scheduler
+    from mnist_diffusion.diffusion.objective import diffusion_objective
+    from mnist_diffusion.diffusion.pipeline import build_pipeline
+    from mnist_diffusion.pictures.pipelines import PipelineProduct, Product
+    from mnist_diffusion.training.launch import (
         begins_anew,
         build_accelerator,
         choose_output_dir,
         require_same,
         start_processes,
     )
-    from mnist_diffusion.learner import Learner  # noqa: PLC0415
-    from mnist_diffusion.model import build_noise_scheduler, build_unet, initialise  # noqa: PLC0415
-    from mnist_diffusion.objective import diffusion_objective  # noqa: PLC0415
-    from mnist_diffusion.planning import expected_cost  # noqa: PLC0415
-    from mnist_diffusion.product import PipelineProduct, Product  # noqa: PLC0415
-    from mnist_diffusion.summary import describe  # noqa: PLC0415
-    from mnist_diffusion.training import train  # noqa: PLC0415
+    from mnist_diffusion.training.length import expected_cost
+    from mnist_diffusion.training.publish import Publisher
+    from mnist_diffusion.training.report import describe
+    from mnist_diffusion.training.state import TrainState
+    from mnist_diffusion.training.trainer import train
 
     config = arguments.config
     start_processes(config)
@@ -68,7 +69,7 @@ def run(arguments: RunArguments[Config]) -> int:
         with accelerator.main_process_first():
             said = initialise(unet, config.train.init_from, class_names=data.class_names, prediction_type=predicts)
         accelerator.print(said)
-    learner = Learner(config, accelerator, data, unet, objective)
+    learner = TrainState(config, accelerator, data, unet, objective)
 
     accelerator.print(describe(learner, output_dir))
     if arguments.dry_run:

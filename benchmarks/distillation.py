@@ -18,13 +18,12 @@ import torch
 from jsonargparse import auto_cli
 
 from mnist_diffusion.config import DataConfig, TrainConfig
+from mnist_diffusion.diffusion.pipeline import generate, load_pipeline
+from mnist_diffusion.environment import machine_description, set_num_threads
+from mnist_diffusion.evaluation.evaluate import Request, run
 from mnist_diffusion.evaluation.report import markdown_table, plot_passes
-from mnist_diffusion.evaluation.runner import Request, run
-from mnist_diffusion.launch import set_num_threads
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
-from mnist_diffusion.records import machine_description
-from mnist_diffusion.sampling import generate, load_pipeline
-from mnist_diffusion.visualize import image_grid
+from mnist_diffusion.pictures.grids import image_grid
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
 STUDENT_STEPS = (1, 2, 4, 8)
 

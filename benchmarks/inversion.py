@@ -11,8 +11,8 @@ from jsonargparse import auto_cli
 
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.config import DataConfig, TrainConfig
-from mnist_diffusion.data import load_images
-from mnist_diffusion.launch import set_num_threads
+from mnist_diffusion.data.dataset import load_images
+from mnist_diffusion.environment import set_num_threads
 
 
 def main(pipeline: str, data: str, num_images: int = 100, steps: int = 50) -> None:

@@ -20,7 +20,7 @@ from jsonargparse import auto_cli
 from PIL import Image
 
 from mnist_diffusion.config import DataConfig
-from mnist_diffusion.data import draw_batch, load_images
+from mnist_diffusion.data.dataset import draw_batch, load_images
 
 SIDE = 64
 CLASSES = 10

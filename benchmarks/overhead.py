@@ -16,15 +16,17 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 
-from mnist_diffusion.checkpoint import save_checkpoint
 from mnist_diffusion.config import Config, DataConfig, ModelConfig
-from mnist_diffusion.data import load_images
-from mnist_diffusion.launch import build_accelerator, start_processes
-from mnist_diffusion.learner import Learner
-from mnist_diffusion.model import build_noise_scheduler, build_unet
-from mnist_diffusion.objective import diffusion_objective
-from mnist_diffusion.records import MetricsLog, machine_description
-from mnist_diffusion.together import Together
+from mnist_diffusion.data.dataset import load_images
+from mnist_diffusion.diffusion.network import build_unet
+from mnist_diffusion.diffusion.noise import build_noise_scheduler
+from mnist_diffusion.diffusion.objective import diffusion_objective
+from mnist_diffusion.environment import machine_description
+from mnist_diffusion.run_folder.checkpoint import save_checkpoint
+from mnist_diffusion.run_folder.metrics import MetricsLog
+from mnist_diffusion.training.launch import build_accelerator, start_processes
+from mnist_diffusion.training.processes import Processes
+from mnist_diffusion.training.state import TrainState
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -53,7 +55,7 @@ def main(data: str, updates: int = 60) -> None:
         unet = build_unet(config.model, image_size=images.image_size, channels=images.channels, num_classes=10)
         scheduler = build_noise_scheduler(config.diffusion)
         objective = diffusion_objective(config.diffusion, scheduler, null_class=10)
-        learner, together = Learner(config, accelerator, images, unet, objective), Together(accelerator)
+        learner, together = TrainState(config, accelerator, images, unet, objective), Processes(accelerator)
         log, measured = MetricsLog(root / "metrics.jsonl"), learner.update(0, 1e-3)
 
         def check() -> None:

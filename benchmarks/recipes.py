@@ -16,16 +16,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from jsonargparse import auto_cli
-
-from mnist_diffusion.cli import parse_train_arguments
-from mnist_diffusion.config import RECIPES
-from mnist_diffusion.data import load_images
 from mnist_diffusion.denoising import denoiser_objective
-from mnist_diffusion.launch import set_num_threads
-from mnist_diffusion.learner import Learner
-from mnist_diffusion.model import build_noise_scheduler, build_unet
-from mnist_diffusion.objective import diffusion_objective
-from mnist_diffusion.records import machine_description
+
+from mnist_diffusion.cli.options import parse_train_arguments
+from mnist_diffusion.config import RECIPES
+from mnist_diffusion.data.dataset import load_images
+from mnist_diffusion.diffusion.network import build_unet
+from mnist_diffusion.diffusion.noise import build_noise_scheduler
+from mnist_diffusion.diffusion.objective import diffusion_objective
+from mnist_diffusion.environment import machine_description, set_num_threads
+from mnist_diffusion.training.state import TrainState
 
 SMALL = ("default", "tiny", "ddpm_200", "compact_500", "guided_300")
 HEADINGS = (
@@ -110,7 +110,7 @@ def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
         if config.denoiser.sigma is not None
         else diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=null_class)
     )
-    learner = Learner(config, Accelerator(), images, unet, objective)
+    learner = TrainState(config, Accelerator(), images, unet, objective)
     measured = {
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "images_per_second": learner.measure_speed(12.0) * config.data.batch_size,

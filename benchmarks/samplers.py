@@ -13,15 +13,16 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from mnist_diffusion.config import DataConfig, SchedulerName, TrainConfig, UserError
-from mnist_diffusion.data import load_images
+from mnist_diffusion.config import DataConfig, SchedulerName, TrainConfig
+from mnist_diffusion.data.dataset import load_images
+from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.diffusion.samplers import SAMPLERS
+from mnist_diffusion.environment import machine_description, set_num_threads
+from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.evaluator import evaluator_for
+from mnist_diffusion.evaluation.generated import ImageGenerator
 from mnist_diffusion.evaluation.metrics import frechet_distance
 from mnist_diffusion.evaluation.protocol import Reference
-from mnist_diffusion.evaluation.samples import Artist
-from mnist_diffusion.launch import set_num_threads
-from mnist_diffusion.records import machine_description
-from mnist_diffusion.sampling import SAMPLERS, load_pipeline
 
 DISTILLED = ", distilled in five minutes more,"
 
@@ -52,7 +53,7 @@ def main(
     evaluator = evaluator_for(real)
     reference = Reference(real, evaluator.model)
     pipe = load_pipeline(pipeline, device=None, dtype="float32")
-    artist = Artist(pipe, real, num_images=num_images, seed=0, batch_size=128, folder=images)
+    artist = ImageGenerator(pipe, real, num_images=num_images, seed=0, batch_size=128, folder=images)
     floor, student = reference.floor(num_images).values, pipe.config.guidance_distilled
     lines = [
         f"# Samplers and steps{' of a student' if student else ''}",

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import the pipeline when it is asked for: torch and diffusers take seconds."""
     if name == "MNISTDiffusionPipeline":
-        from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline  # noqa: PLC0415
+        from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
         return MNISTDiffusionPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,66 +7,24 @@ dotted flags (see `mnist_diffusion.cli`), and written back to the run folder as 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 
-RECIPES = Path(__file__).parent / "configs"
-
-MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**15, 10
-OPENING = (
-    *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
-    *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
+from mnist_diffusion.checks import (
+    parse_interval,
+    require,
+    require_at_least,
+    require_between,
+    require_positive,
+    require_sampler,
 )
-CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+from mnist_diffusion.errors import ConfigError
 
-SchedulerName = Literal[
-    "ddpm",
-    "ddim",
-    "dpmpp",
-    "dpmpp-sde",
-    "unipc",
-    "deis",
-    "pndm",
-    "euler",
-    "euler-a",
-    "heun",
-    "kdpm2",
-    "lcm",
-    "tcd",
-]
-TrajectorySampler = Literal["dpmpp", "unipc", "deis", "ddim"]
+TrajectorySampler = Literal["dpmpp", "unipc", "ddim"]
 TrackerName = Literal["tensorboard", "wandb"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
-
-
-class UserError(ValueError):
-    """Something the user can put right; commands print its message without a traceback."""
-
-
-class ConfigError(UserError):
-    """A field of the configuration has a value that cannot work."""
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} must be {rule}, got {value!r}")
-
-
-def _require_at_least(low: float, section: str, config: object, *names: str) -> None:
-    """Check the named fields of `config`; None passes, NaN and infinity do not."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None:
-            _require(math.isfinite(value) and value >= low, f"{section}.{name}", value, f"at least {low}")
-
-
-def _require_between(low: float, high: float, section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(low <= value <= high, f"{section}.{name}", value, f"between {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,28 +41,13 @@ class AugmentConfig:
     """Mirror every other image left to right; wrong for digits and letters."""
 
     def __post_init__(self) -> None:
-        _require_between(0, 0.5, "data.augment", self, "shift", "scale")
-        _require_between(0, 180, "data.augment", self, "rotate")
-
-
-LEADS_TO_IMAGES = (
-    "source",
-    "subset",
-    "image_column",
-    "label_column",
-    "train_split",
-    "test_split",
-    "image_size",
-    "fit",
-    "channels",
-    "class_names",
-)
-"""The fields of `DataConfig` that say which images there are and what they look like."""
+        require_between(0, 0.5, "data.augment", self, "shift", "scale")
+        require_between(0, 180, "data.augment", self, "rotate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the labelled images come from and how they become a batch."""
+class ImagesConfig:
+    """Where labelled images come from and what shape they are brought to."""
 
     source: str | None = None
     """`digits`, a folder (IDX files, one folder a class, parquet or arrow), a parquet or arrow file, or a Hub
@@ -130,6 +73,26 @@ class DataConfig:
     in_memory: bool | None = None
     """Decode all images before training, or each when it is needed; null decodes them all where they take at most
     2 GB."""
+
+    def __post_init__(self) -> None:
+        require_at_least(8, "data", self, "image_size")
+        require(self.channels in (None, 1, 3), "data.channels", self.channels, "1, 3 or null")
+        for name in ("source", "subset", "train_split", "test_split", "image_column", "label_column"):
+            require(getattr(self, name) != "", f"data.{name}", "", "a name or null")
+        names = self.class_names
+        if names is not None:
+            object.__setattr__(self, "class_names", tuple(names))  # a list where it comes from a file
+            require(all(names) and len(set(names)) == len(names), "data.class_names", list(names), "distinct names")
+
+
+IMAGE_FIELDS = tuple(name for name in ImagesConfig.__dataclass_fields__ if name != "in_memory")
+"""The fields that decide which images there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ImagesConfig):
+    """The images of a run, and how they become a batch."""
+
     balance: bool = False
     """Draw each class equally often, whatever its share of the training images."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -138,15 +101,8 @@ class DataConfig:
     """Images per optimizer update, over all processes and accumulated micro-batches."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, "data", self, "batch_size")
-        _require_at_least(8, "data", self, "image_size")
-        _require(self.channels in (None, 1, 3), "data.channels", self.channels, "1, 3 or null")
-        for name in ("source", "subset", "train_split", "test_split", "image_column", "label_column"):
-            _require(getattr(self, name) != "", f"data.{name}", "", "a name or null")
-        names = self.class_names
-        if names is not None:
-            object.__setattr__(self, "class_names", tuple(names))  # a list where it comes from a file
-            _require(all(names) and len(set(names)) == len(names), "data.class_names", list(names), "distinct names")
+        super().__post_init__()
+        require_at_least(1, "data", self, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +119,6 @@ class ModelConfig:
     """Channels of each attention head."""
     norm_num_groups: int = 8
     """Groups of each group normalisation; must divide every width."""
-    act_fn: Literal["silu", "mish", "gelu", "relu"] = "silu"
-    """Activation function."""
     dropout: float = 0.0
     """Dropout probability inside the residual blocks."""
     class_conditional: bool = True
@@ -172,9 +126,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         widths = self.block_out_channels
-        _require(len(widths) > 0 and all(w > 0 for w in widths), "model.block_out_channels", widths, "positive widths")
-        _require_at_least(1, "model", self, "layers_per_block", "norm_num_groups", "attention_head_dim")
-        _require_between(0, 0.95, "model", self, "dropout")
+        require(len(widths) > 0 and all(w > 0 for w in widths), "model.block_out_channels", widths, "positive widths")
+        require_at_least(1, "model", self, "layers_per_block", "norm_num_groups", "attention_head_dim")
+        require_between(0, 0.95, "model", self, "dropout")
         for width in widths:
             if width % self.norm_num_groups:
                 raise ConfigError(
@@ -184,7 +138,7 @@ class ModelConfig:
         levels = self.attention_levels
         rule = f"distinct levels from 0 to {len(widths) - 1}"
         known = all(0 <= level < len(widths) for level in levels)
-        _require(known and len(set(levels)) == len(levels), "model.attention_levels", list(levels), rule)
+        require(known and len(set(levels)) == len(levels), "model.attention_levels", list(levels), rule)
         for width in {widths[-1], *(widths[level] for level in levels)} if levels else ():
             if width % self.attention_head_dim:
                 raise ConfigError(
@@ -213,18 +167,16 @@ class DiffusionConfig:
     """Rescale the betas so that the last step is pure noise (zero terminal SNR)."""
     clip_sample: bool = True
     """Let samplers that can clip the predicted clean image to [-1, 1] do so."""
-    loss_weighting: Literal["none", "min_snr"] = "none"
-    """Weight of the loss over timesteps."""
-    min_snr_gamma: float = 5.0
-    """The gamma of the min-SNR weighting."""
+    min_snr_gamma: float | None = None
+    """Weight the loss over timesteps by min-SNR with this gamma, usually 5; null weights all timesteps alike."""
     label_dropout: float = 0.1
     """Share of the labels replaced by the null class, which is what classifier-free guidance learns from."""
 
     def __post_init__(self) -> None:
-        _require_at_least(2, "diffusion", self, "num_train_timesteps")
+        require_at_least(2, "diffusion", self, "num_train_timesteps")
         for name in ("beta_start", "beta_end"):
             value = getattr(self, name)
-            _require(0 < value < 1, f"diffusion.{name}", value, "between 0 and 1, both excluded")
+            require(0 < value < 1, f"diffusion.{name}", value, "between 0 and 1, both excluded")
         if self.beta_start > self.beta_end:
             raise ConfigError(
                 f"diffusion.beta_start={self.beta_start} must not exceed diffusion.beta_end={self.beta_end}"
@@ -232,16 +184,11 @@ class DiffusionConfig:
         if self.trained_betas is not None:
             count = len(self.trained_betas)
             rule = f"num_train_timesteps={self.num_train_timesteps} values"
-            _require(count == self.num_train_timesteps, "diffusion.trained_betas", f"{count} values", rule)
+            require(count == self.num_train_timesteps, "diffusion.trained_betas", f"{count} values", rule)
             outside = [beta for beta in self.trained_betas if not 0 < beta < 1]
-            _require(not outside, "diffusion.trained_betas", outside[:3], "between 0 and 1, both excluded")
-        _require_between(0, 1, "diffusion", self, "label_dropout")
-        _require(
-            math.isfinite(self.min_snr_gamma) and self.min_snr_gamma > 0,
-            "diffusion.min_snr_gamma",
-            self.min_snr_gamma,
-            "a positive number",
-        )
+            require(not outside, "diffusion.trained_betas", outside[:3], "between 0 and 1, both excluded")
+        require_between(0, 1, "diffusion", self, "label_dropout")
+        require_positive("diffusion", self, "min_snr_gamma")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ConfigError(
                 "diffusion.rescale_betas_zero_snr=true needs diffusion.prediction_type v_prediction or sample: at zero "
@@ -250,50 +197,32 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserConfig:
-    """A single-step denoiser in place of a diffusion model; it knows neither time nor class."""
+class SamplerConfig:
+    """The sampler of a pipeline folder, used where a call names none."""
 
-    sigma: float | None = None
-    """Train a denoiser on noise of this standard deviation, for pixels from 0 to 1; null trains a diffusion model."""
-
-    def __post_init__(self) -> None:
-        if self.sigma is not None:
-            _require(math.isfinite(self.sigma) and self.sigma > 0, "denoiser.sigma", self.sigma, "a positive number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """What the pipeline folder does when it is called without further arguments."""
-
-    scheduler: SchedulerName = "dpmpp"
-    """The sampler, by its short name."""
+    scheduler: str = "dpmpp"
+    """The sampler: ddpm, ddim, dpmpp, dpmpp-sde, unipc, euler, heun, lcm, or a diffusers scheduler class by name."""
     num_inference_steps: int = 10
     """Denoising steps."""
-    guidance_scale: float = 2.0
-    """Strength of classifier-free guidance: 1 is conditional, 0 unconditional, above 1 sharpens the class."""
     eta: float = 0.0
     """Noise added by the samplers that take an eta (DDIM, TCD): 0 is deterministic."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, "sampling", self, "num_inference_steps")
-        _require_at_least(0, "sampling", self, "guidance_scale")
-        _require_between(0, 1, "sampling", self, "eta")
+        require_sampler("sampling.scheduler", self.scheduler)
+        require_at_least(1, "sampling", self, "num_inference_steps")
+        require_between(0, 1, "sampling", self, "eta")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewStepConfig:
-    """What a student's pipeline folder does when it is called without further arguments."""
+class SamplingConfig(SamplerConfig):
+    """What the pipeline folder does when it is called without further arguments."""
 
-    scheduler: SchedulerName = "lcm"
-    """The sampler, by its short name."""
-    num_inference_steps: int = 1
-    """Denoising steps, one network pass each."""
-    eta: float = 0.0
-    """Noise added by the samplers that take an eta (DDIM, TCD): 0 is deterministic."""
+    guidance_scale: float = 2.0
+    """Strength of classifier-free guidance: 1 is conditional, 0 unconditional, above 1 sharpens the class."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, "sampling", self, "num_inference_steps")
-        _require_between(0, 1, "sampling", self, "eta")
+        super().__post_init__()
+        require_at_least(0, "sampling", self, "guidance_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,16 +251,14 @@ class DistillationConfig:
     taken from the teacher's run folder together with the images."""
 
     def __post_init__(self) -> None:
-        _require(self.teacher != "", "distillation.teacher", "", "a pipeline folder or a Hub id")
-        _require_at_least(0, "distillation", self, "guidance_scale")
-        _require_at_least(1, "distillation", self, "num_teacher_steps")
-        _require_between(1, self.num_teacher_steps, "distillation", self, "points_per_trajectory")
-        _require_at_least(0, "distillation", self, "split_seed")
-        _require_between(0, 0.5, "distillation", self, "clean_within")
-        _require_between(0, 1, "distillation", self, "label_dropout")
-        _require(
-            math.isfinite(self.huber_c) and self.huber_c > 0, "distillation.huber_c", self.huber_c, "a positive number"
-        )
+        require(self.teacher != "", "distillation.teacher", "", "a pipeline folder or a Hub id")
+        require_at_least(0, "distillation", self, "guidance_scale")
+        require_at_least(1, "distillation", self, "num_teacher_steps")
+        require_between(1, self.num_teacher_steps, "distillation", self, "points_per_trajectory")
+        require_at_least(0, "distillation", self, "split_seed")
+        require_between(0, 0.5, "distillation", self, "clean_within")
+        require_between(0, 1, "distillation", self, "label_dropout")
+        require_positive("distillation", self, "huber_c")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,28 +304,21 @@ class TrainConfig:
     """Decay of the exponential moving average of the weights, which are the ones sampled and published."""
     ema_start_step: int = 0
     """Until this step the average is a plain copy of the weights; then the decay rises as (1 + n) / (10 + n)."""
-    ema_update_every_steps: int = 1
-    """Update the average every so many steps."""
     num_eval_images: int = 2000
     """Held-out images on which the loss is measured, with the same noise each time; 0 leaves it out."""
     log_every_steps: int = 50
     """Write `metrics.jsonl` and the trackers every so many steps."""
-    checkpoint_every_steps: int | None = 500
-    """Save the state to resume from every so many steps; null leaves it to the epochs and the end."""
-    checkpoint_every_epochs: float | None = None
-    """Save the state to resume from every so many epochs."""
+    checkpoint_every: str | None = "500 steps"
+    """Save the state to resume from every so often, such as `500 steps` or `0.5 epochs`, and at the end."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
-    sample_every_steps: int | None = 500
-    """Draw the sample grid and measure the held-out loss every so many steps."""
-    sample_every_epochs: float | None = None
-    """Draw the sample grid and measure the held-out loss every so many epochs."""
+    sample_every: str | None = "500 steps"
+    """Draw the sample grid and measure the held-out loss every so often, and at the end."""
     samples_per_class: int = 8
-    """Columns of the sample grid, which has one row a class."""
-    evaluate_every_steps: int | None = None
-    """Draw and measure images every so many steps, and at the end; the best so far is kept in `pipeline_best/`."""
-    evaluate_every_epochs: float | None = None
-    """Draw and measure images every so many epochs, and at the end. The time comes on top of a planned run's."""
+    """Columns of the sample grid, which has one row per class."""
+    evaluate_every: str | None = None
+    """Draw and measure images every so often, and at the end; the best so far is kept in `pipeline_best/`. The time
+    comes on top of a planned run's."""
     num_evaluation_images: int = 1000
     """How many images each evaluation draws, from the same seeds; the same number of each class."""
     best_metric: Literal["fid", "accuracy"] = "fid"
@@ -407,41 +327,32 @@ class TrainConfig:
     """Draw the sample grid as an animation of its denoising after each of these epochs."""
     pictures: bool = True
     """Draw curves, schedule, strips and histograms into `pictures/` whenever the sample grid is drawn."""
-    snapshot_every_steps: int | None = None
-    """Keep a pipeline folder of the averaged weights every so many steps."""
-    snapshot_every_epochs: float | None = None
-    """Keep a pipeline folder of the averaged weights every so many epochs."""
+    snapshot_every: str | None = None
+    """Keep a pipeline folder of the averaged weights every so often."""
     trackers: tuple[TrackerName, ...] = ()
     """Experiment trackers to report to."""
     resume: bool = False
     """Go on from the newest checkpoint in `output_dir`; without one, start at step 0."""
 
     def __post_init__(self) -> None:
-        events = ("checkpoint", "sample", "evaluate", "snapshot")
-        optional = ("max_steps", "num_threads", *(f"{event}_every_steps" for event in events))
-        counts = ("gradient_accumulation_steps", "ema_update_every_steps", "log_every_steps", "keep_checkpoints")
-        _require_at_least(1, "train", self, *optional, *counts, "samples_per_class")
-        _require_at_least(0, "train", self, "seed", "warmup_steps", "ema_start_step", "num_eval_images", "weight_decay")
-        positive = ("max_epochs", "max_minutes", "learning_rate", "max_grad_norm", "final_lr_factor")
-        for name in (*positive, *(f"{event}_every_epochs" for event in events)):
-            value = getattr(self, name)
-            if value is not None:
-                _require(math.isfinite(value) and value > 0, f"train.{name}", value, "a positive number")
-        _require_between(0, 1, "train", self, "final_lr_factor", "ema_decay")
-        _require_at_least(50, "train", self, "num_evaluation_images")
-        _require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
-        _require(self.init_from != "", "train.init_from", "", "a pipeline folder, a Hub id or null")
+        counts = ("gradient_accumulation_steps", "log_every_steps", "keep_checkpoints", "samples_per_class")
+        require_at_least(1, "train", self, "max_steps", "num_threads", *counts)
+        require_at_least(0, "train", self, "seed", "warmup_steps", "ema_start_step", "num_eval_images", "weight_decay")
+        require_positive("train", self, "max_epochs", "max_minutes", "learning_rate", "max_grad_norm")
+        require_positive("train", self, "final_lr_factor")
+        for name in ("checkpoint_every", "sample_every", "evaluate_every", "snapshot_every"):
+            if getattr(self, name) is not None:
+                parse_interval(getattr(self, name), f"train.{name}")
+        require_between(0, 1, "train", self, "final_lr_factor", "ema_decay")
+        require_at_least(50, "train", self, "num_evaluation_images")
+        require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
+        require(self.init_from != "", "train.init_from", "", "a pipeline folder, a Hub id or null")
         epochs = self.animate_at_epochs
         rule = "positive numbers in rising order"
         rising = list(epochs) == sorted(set(epochs)) and all(math.isfinite(epoch) and epoch > 0 for epoch in epochs)
-        _require(rising, "train.animate_at_epochs", list(epochs), rule)
+        require(rising, "train.animate_at_epochs", list(epochs), rule)
         unique = len(set(self.trackers)) == len(self.trackers)
-        _require(unique, "train.trackers", list(self.trackers), f"distinct names from {get_args(TrackerName)}")
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether images are measured during training."""
-        return self.evaluate_every_steps is not None or self.evaluate_every_epochs is not None
+        require(unique, "train.trackers", list(self.trackers), f"distinct names from {get_args(TrackerName)}")
 
     @property
     def time_limit_minutes(self) -> float | None:
@@ -470,36 +381,18 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         for name in ("repo_id", "private", "revision", "every_snapshot", "with_checkpoints"):
-            _require(
+            require(
                 self.push or not getattr(self, name), f"hub.{name}", getattr(self, name), "left out without hub.push"
             )
 
 
-class Saved:
-    """What both kinds of run can do with their fields: become plain data and YAML."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain dicts, lists and scalars."""
-        return _plain(asdict(self))  # type: ignore[call-overload]
-
-    def to_yaml(self) -> str:
-        """The configuration as YAML that `--config` reads back to an equal one."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config(Saved):
-    """A whole run."""
+class RunConfig:
+    """What every run has: images, a loop, and a place for the result."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The network."""
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    """The noising process and the training target."""
-    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    """A denoiser in place of a diffusion model."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplerConfig = field(default_factory=SamplerConfig)
     """What the pipeline folder does by default."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
@@ -508,10 +401,39 @@ class Config(Saved):
     output_dir: str | None = None
     """The run folder; null makes `runs/<recipe>-<time>`."""
 
-    FIXED: ClassVar[tuple[str, ...]] = ("model", "diffusion", "denoiser")
+    FIXED: ClassVar[tuple[str, ...]] = ()
     """What a resumed run may not change, beside what no run may."""
 
     def __post_init__(self) -> None:
+        if self.train.resume and self.output_dir is None:
+            raise ConfigError("train.resume=true needs output_dir, the run folder to resume, got null")
+        if self.hub.every_snapshot and self.train.snapshot_every is None:
+            raise ConfigError("hub.every_snapshot=true needs train.snapshot_every, got null")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain dicts, lists and scalars."""
+        return _plain(asdict(self))
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that `--config` reads back to an equal one."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """A training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """The noising process and the training target."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """What the pipeline folder does by default."""
+
+    FIXED: ClassVar[tuple[str, ...]] = ("model", "diffusion")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         steps, available = self.sampling.num_inference_steps, self.diffusion.num_train_timesteps
         if steps > available:
             raise ConfigError(
@@ -519,32 +441,18 @@ class Config(Saved):
             )
         if self.train.best_metric == "accuracy" and not self.model.class_conditional:
             raise ConfigError("train.best_metric='accuracy' needs model.class_conditional=true, got false")
-        if self.denoiser.sigma is not None:
-            self._require_denoiser()
-        _require_run(self)
-
-    def _require_denoiser(self) -> None:
-        """A denoiser draws nothing, so that what has to do with drawing cannot be asked of it."""
-        rule = "with a denoiser, which knows no classes and draws no images"
-        _require(not self.model.class_conditional, "model.class_conditional", True, f"false {rule}")
-        for name, section in (("diffusion", DiffusionConfig()), ("sampling", SamplingConfig())):
-            _require(getattr(self, name) == section, name, asdict(getattr(self, name)), f"left alone {rule}")
-        for name in ("evaluate_every_steps", "evaluate_every_epochs"):
-            _require(getattr(self.train, name) is None, f"train.{name}", getattr(self.train, name), f"null {rule}")
-        epochs = self.train.animate_at_epochs
-        _require(not epochs, "train.animate_at_epochs", list(epochs), f"empty {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(Saved):
-    """A whole run of distilling, in which network and noising process are the teacher's."""
+class DistillConfig(RunConfig):
+    """A distillation, in which network and noising process are the teacher's."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=32))
     """The images; where nothing is said of them, those of the teacher's run folder, or else as for training. A batch
     is as many trajectories of the teacher."""
     distillation: DistillationConfig
     """What is learned from the teacher."""
-    sampling: FewStepConfig = field(default_factory=FewStepConfig)
+    sampling: SamplerConfig = field(default_factory=lambda: SamplerConfig(scheduler="lcm", num_inference_steps=1))
     """What the pipeline folder does by default."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -552,89 +460,19 @@ class DistillConfig(Saved):
         )
     )
     """The loop."""
-    hub: HubConfig = field(default_factory=HubConfig)
-    """Where the result goes."""
-    output_dir: str | None = None
-    """The run folder; null makes `runs/student-<recipe>-<time>`."""
 
     FIXED: ClassVar[tuple[str, ...]] = tuple(
         f"distillation.{name}" for name in DistillationConfig.__dataclass_fields__ if name != "teacher"
     )
-    """What a resumed run may not change, beside what no run may; the teacher may move, and is told by its weights."""
+    """The teacher may move; it is told by its weights."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         started = self.train.init_from
-        _require(started is None, "train.init_from", started, "null: a student starts with its teacher's weights")
-        _require_run(self)
-
-
-RunConfig = Config | DistillConfig
-
-
-def _require_run(config: RunConfig) -> None:
-    train = config.train
-    if train.resume and config.output_dir is None:
-        raise ConfigError("train.resume=true needs output_dir, the run folder to go on with, got null")
-    if config.hub.every_snapshot and train.snapshot_every_steps is None and train.snapshot_every_epochs is None:
-        raise ConfigError("hub.every_snapshot=true needs train.snapshot_every_steps or train.snapshot_every_epochs")
+        require(started is None, "train.init_from", started, "null: a student starts with its teacher's weights")
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def require_no_nulls(schema: Any, values: Any, prefix: str = "") -> None:
-    """Make sure that only fields of a schema that may be null are, which the parser does not look at.
-
-    Raises:
-        ConfigError: another one is.
-    """
-    hints = get_type_hints(schema)
-    for each in fields(schema):
-        hint, value = hints[each.name], values[each.name]
-        if value is None and type(None) not in get_args(hint):
-            raise ConfigError(f"{prefix}{each.name} must not be null")
-        if is_dataclass(hint):
-            require_no_nulls(hint, value, f"{prefix}{each.name}.")
-
-
-def require_plain_yaml(path: Path) -> None:
-    """Make sure that a YAML file is a configuration's: small, flat, without anchors, which can grow when read.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    with path.open("rb") as file:
-        content = file.read(MAX_YAML_BYTES + 1)
-    if len(content) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES:,} bytes")
-    depth = 0
-    try:
-        for token in yaml.scan(content, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-                raise ConfigError(f"{path} has YAML anchors and aliases, which are not read")
-            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
-            if depth > MAX_YAML_DEPTH:
-                raise ConfigError(f"{path} is nested deeper than {MAX_YAML_DEPTH} levels")
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
-
-
-def find_recipe(name_or_path: str, recipes: Path = RECIPES) -> Path:
-    """The YAML file of a recipe: a path, or the name of one in `recipes` that ships with the package.
-
-    Raises:
-        ConfigError: there is no such file or recipe; the message lists the recipes.
-    """
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    shipped = recipes / f"{name_or_path}.yaml"
-    if shipped.is_file() and shipped.parent == recipes:
-        return shipped
-    known = ", ".join(sorted(recipe.stem for recipe in recipes.glob("*.yaml")))
-    raise ConfigError(f"--config must be a YAML file or one of the recipes {known}, got {name_or_path!r}")

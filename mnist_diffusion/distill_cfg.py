@@ -13,16 +13,16 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from mnist_diffusion.cli import RunArguments, parse_distill_arguments, reporting_errors
+from mnist_diffusion.cli.options import RunArguments, parse_distill_arguments, reporting_errors
 from mnist_diffusion.config import DistillConfig, SamplingConfig
 
 
 def run(arguments: RunArguments[DistillConfig]) -> int:
     """Assemble a distillation from its configuration, and train."""
-    import torch  # noqa: PLC0415  (heavy imports wait until the arguments are right)
+    import torch
 
-    from mnist_diffusion.data import load_images  # noqa: PLC0415
-    from mnist_diffusion.distillation import (  # noqa: PLC0415
+    from mnist_diffusion.data.dataset import load_images
+    from mnist_diffusion.diffusion.distillation import (
         distillation_objective,
         load_teacher,
         method,
@@ -32,19 +32,14 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
         student_scheduler,
         with_teachers_images,
     )
-    from mnist_diffusion.export import build_pipeline  # noqa: PLC0415
-    from mnist_diffusion.hub import Publisher  # noqa: PLC0415
-    from mnist_diffusion.launch import (  # noqa: PLC0415
-        build_accelerator,
-        choose_output_dir,
-        require_same,
-        start_processes,
-    )
-    from mnist_diffusion.learner import Learner  # noqa: PLC0415
-    from mnist_diffusion.planning import expected_cost  # noqa: PLC0415
-    from mnist_diffusion.product import PipelineProduct  # noqa: PLC0415
-    from mnist_diffusion.summary import describe  # noqa: PLC0415
-    from mnist_diffusion.training import train  # noqa: PLC0415
+    from mnist_diffusion.diffusion.pipeline import build_pipeline
+    from mnist_diffusion.pictures.pipelines import PipelineProduct
+    from mnist_diffusion.training.launch import build_accelerator, choose_output_dir, require_same, start_processes
+    from mnist_diffusion.training.length import expected_cost
+    from mnist_diffusion.training.publish import Publisher
+    from mnist_diffusion.training.report import describe
+    from mnist_diffusion.training.state import TrainState
+    from mnist_diffusion.training.trainer import train
 
     config = with_teachers_images(arguments.config)
     start_processes(config)
@@ -63,7 +58,7 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     accelerator.prepare_model(teacher.unet, evaluation_mode=True)  # the teacher in the student's precision
     objective = distillation_objective(config.distillation, teacher)
     require_same("teachers", objective.fingerprint)
-    learner = Learner(config, accelerator, data, student, objective)
+    learner = TrainState(config, accelerator, data, student, objective)
     noise_scheduler = student_scheduler(teacher)
     sampling = SamplingConfig(**vars(config.sampling), guidance_scale=config.distillation.guidance_scale)
     make_pipeline = partial(build_pipeline, noise_scheduler, sampling, data.class_names, guidance_distilled=True)

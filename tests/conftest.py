@@ -12,14 +12,17 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from mnist_diffusion.checkpoint import save_checkpoint
 from mnist_diffusion.config import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig, TrainConfig
-from mnist_diffusion.data import ImageData, load_images
-from mnist_diffusion.export import build_pipeline, export_pipeline
-from mnist_diffusion.model import build_noise_scheduler, build_unet
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import ANYWHERE, MNISTDiffusionPipeline
-from mnist_diffusion.product import PipelineProduct
-from tests.hub_server import HubServer
+from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.diffusion.network import build_unet
+from mnist_diffusion.diffusion.noise import build_noise_scheduler
+from mnist_diffusion.diffusion.pipeline import build_pipeline
+from mnist_diffusion.pictures.pipelines import PipelineProduct
+from mnist_diffusion.run_folder.checkpoint import save_checkpoint
+from mnist_diffusion.sharing.card import ANYWHERE
+from mnist_diffusion.sharing.export import export_pipeline
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from tests.support.hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[1]
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}

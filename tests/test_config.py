@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mnist_diffusion.cli import parse_distill_arguments, parse_train_arguments
+from mnist_diffusion.cli.options import parse_distill_arguments, parse_train_arguments
 from mnist_diffusion.config import (
     RECIPES,
     Config,
-    ConfigError,
     DataConfig,
     DiffusionConfig,
     DistillationConfig,
@@ -21,6 +20,7 @@ from mnist_diffusion.config import (
     TrainConfig,
     find_recipe,
 )
+from mnist_diffusion.errors import ConfigError
 
 BAD_FLAGS = [
     (["--train.max_stepz", "3"], "train.max_stepz"),

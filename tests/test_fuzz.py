@@ -6,12 +6,12 @@ import json
 from functools import partial
 from pathlib import Path
 
-from tests.fuzz import fuzz_into
-from tests.survival import Nursery
+from tests.support.fuzz import fuzz_into
+from tests.support.survival import Nursery
 
 
 def test_only_typed_errors(tmp_path: Path) -> None:
-    """The short tier; `python -m tests.fuzz --inputs 10000` is the long one."""
+    """The short tier; `python -m tests.support.fuzz --inputs 10000` is the long one."""
     count = 40
     out = tmp_path / "found.json"
     work = partial(fuzz_into, out=str(out))

@@ -11,11 +11,11 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DModel
 
 import train_cfg
-from mnist_diffusion.cli import parse_train_arguments
+from mnist_diffusion.cli.options import parse_train_arguments
 from mnist_diffusion.config import RECIPES, find_recipe
+from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.model import build_unet
-from mnist_diffusion.records import read_metrics
+from mnist_diffusion.run_folder.metrics import read_metrics
 
 SHORT = [
     *("--data.source", "digits", "--data.batch_size", "4", "--train.max_epochs", "null", "--train.max_minutes", "null"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnist_diffusion.config import UserError
+from mnist_diffusion.errors import UserError
 
 UNSIGNED_BYTE = 0x08
 MAX_BYTES = 8 * 2**30
@@ -55,7 +55,7 @@ class IdxFamily:
         """The name of each label, where they are known."""
         if self.dataset is None:
             return None
-        from torchvision import datasets  # noqa: PLC0415  (slow to import)
+        from torchvision import datasets
 
         known = getattr(datasets, self.dataset)
         names = known.classes if self.subset is None else known.classes_split_dict.get(self.subset, ())

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mnist_diffusion.config import UserError
+from mnist_diffusion.errors import UserError
 
 MAX_PIXELS = 64 * 2**20
 CHUNK = 256

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.idx import find_idx_family, find_idx_folder, read_idx_split
-from mnist_diffusion.data.images import fit_to_size
 from mnist_diffusion.data.pictures import DataError, Encoded, Pictures, cause, picture_files
+from mnist_diffusion.data.transforms import fit_to_size
 
 DEFAULT_HUB_ID = "ylecun/mnist"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -153,7 +153,7 @@ def _read(config: DataConfig) -> RawSource:
 
 def read_embedded_digits(notice: str | None = None) -> RawSource:
     """The UCI digits that ship with scikit-learn: 1,797 grey images, drawn at 20 x 20 inside 28 x 28 as MNIST's are."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import)
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
@@ -170,7 +170,7 @@ def read_folder(folder: Path, config: DataConfig) -> RawSource:
     if (folder / USPS_FILES["train"]).is_file():
         return read_usps(folder, config)
     if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
-        from datasets import load_from_disk  # noqa: PLC0415  (slow to import)
+        from datasets import load_from_disk
 
         return read_datasets(f"{folder} (datasets folder)", load_from_disk(str(folder)), config)
     tables = [path for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES]
@@ -205,7 +205,7 @@ def read_idx_folder(folder: Path, config: DataConfig) -> RawSource:
 
 def read_usps(folder: Path, config: DataConfig) -> RawSource:
     """Read USPS as torchvision keeps it: `usps.bz2` and `usps.t.bz2`, lines of 16 x 16 values from -1 to 1."""
-    from sklearn.datasets import load_svmlight_file  # noqa: PLC0415  (slow to import)
+    from sklearn.datasets import load_svmlight_file
 
     def raw(split: str) -> RawSplit | None:
         path = folder / USPS_FILES.get(split, split)
@@ -249,7 +249,7 @@ def read_image_folder(folder: Path, config: DataConfig) -> RawSource:
 
 def _read_class_folders(root: Path) -> tuple[RawSplit, list[str], list[Path]]:
     """The pictures of a folder a class, the classes, and files that are no pictures by their name."""
-    from torchvision.datasets import ImageFolder  # noqa: PLC0415  (slow to import)
+    from torchvision.datasets import ImageFolder
 
     left_out: list[Path] = []
 
@@ -270,7 +270,7 @@ def _read_class_folders(root: Path) -> tuple[RawSplit, list[str], list[Path]]:
 
 def read_tables(paths: list[Path], config: DataConfig) -> RawSource:
     """Read parquet or arrow files through `datasets`; a file belongs to the split whose name begins its own."""
-    from datasets import load_dataset  # noqa: PLC0415  (slow to import)
+    from datasets import load_dataset
 
     kinds = {TABLE_SUFFIXES[path.suffix] for path in paths}
     if len(kinds) > 1:
@@ -294,7 +294,7 @@ def read_hub(name: str, config: DataConfig) -> RawSource:
         HubUnavailableError: no answer from the Hub and no cached copy.
         DataError: the Hub answers, but has no such data set or does not give it.
     """
-    from datasets import load_dataset  # noqa: PLC0415  (slow to import)
+    from datasets import load_dataset
 
     reason = _hub_unreachable_reason(name)
     with _offline() if reason else contextlib.nullcontext():
@@ -310,8 +310,8 @@ def read_hub(name: str, config: DataConfig) -> RawSource:
 
 def _hub_unreachable_reason(name: str) -> str | None:
     """Why the Hub cannot be used, or None: one short question to it, bounded even where name lookups hang."""
-    from huggingface_hub import HfApi, constants  # noqa: PLC0415  (slow to import)
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
@@ -336,8 +336,8 @@ def _hub_unreachable_reason(name: str) -> str | None:
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Make `datasets` use its cache at once instead of retrying a Hub known to be out of reach."""
-    import datasets.config  # noqa: PLC0415  (slow to import)
-    from huggingface_hub import constants  # noqa: PLC0415
+    import datasets.config
+    from huggingface_hub import constants
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
@@ -395,7 +395,7 @@ def _find_column(
 
 
 def _read_rows(rows: Any, image_column: str, label_column: str, description: str) -> RawSplit:
-    from datasets import Image  # noqa: PLC0415  (slow to import)
+    from datasets import Image
 
     if type(rows.features[image_column]).__name__ == "Image":
         rows = rows.cast_column(image_column, Image(decode=False))

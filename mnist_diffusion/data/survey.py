@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import DataConfig
-from mnist_diffusion.data.images import fit_to_size, to_channels
 from mnist_diffusion.data.pictures import DataError, Pictures
 from mnist_diffusion.data.sources import RawSplit, read_source
+from mnist_diffusion.data.transforms import fit_to_size, to_channels
 
 SHOWN_A_CLASS = 10
 MAX_SHOWN_SIDE = 64

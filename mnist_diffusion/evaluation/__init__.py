@@ -1,1 +1,1 @@
-"""Measuring generated images: an evaluator network, metrics, and the protocol around them."""
+"""Measure generated images against real ones."""

@@ -25,16 +25,12 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from mnist_diffusion.config import UserError
-from mnist_diffusion.data import ImageData, ImageSplit
-from mnist_diffusion.data.images import to_model_range
-from mnist_diffusion.data.stateless import indices_of_step, mixed_seed, torch_generator
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
-    PipelineFolderError,
-    file_within,
-    read_json,
-    require_weights,
-)
+from mnist_diffusion.data.dataset import ImageData, ImageSplit
+from mnist_diffusion.data.transforms import to_model_range
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import file_within, read_json
+from mnist_diffusion.seeds import indices_of_step, mixed_seed, torch_generator
+from mnist_diffusion.sharing.reading import require_weights
 
 SHIPPED = Path(__file__).parent / "mnist"
 STEPS = 4000
@@ -189,7 +185,7 @@ def load_evaluator(folder: Path, data: ImageData) -> TrustedEvaluator:
     """
     try:
         model, digest = _read_evaluator(folder)
-    except PipelineFolderError as error:
+    except FileError as error:
         raise UserError(f"evaluator {str(folder)!r} cannot be loaded: {error}") from error
     config = model.config
     reads = (config.channels, config.image_size, tuple(config.id2label[index] for index in range(config.num_labels)))
@@ -208,12 +204,10 @@ def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
         config = _evaluator_config(read_json(path))
         with torch.device("meta"):
             model = ImageEvaluator(config)
-    except PipelineFolderError:
+    except FileError:
         raise
     except Exception as error:  # whatever a constructor makes of values that it does not expect
-        raise PipelineFolderError(
-            f"{path} describes no evaluator: {type(error).__name__}: {str(error)[:200]}"
-        ) from error
+        raise FileError(f"{path} describes no evaluator: {type(error).__name__}: {str(error)[:200]}") from error
     require_weights(weights, model)
     model.load_state_dict(load_file(weights), assign=True)
     return model, hashlib.sha256(weights.read_bytes()).hexdigest()

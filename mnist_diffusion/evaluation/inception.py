@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
-from mnist_diffusion.config import UserError
+from mnist_diffusion.errors import UserError
 
 BATCH_SIZE = 100
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_diffusion.data import DataError, ImageData, ImageSplit
-from mnist_diffusion.data.stateless import numpy_generator
+from mnist_diffusion.data.dataset import ImageData, ImageSplit
+from mnist_diffusion.data.pictures import DataError
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, logits_and_features, train_evaluator
+from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.metrics import (
     Share,
     frechet_distance,
@@ -28,7 +29,7 @@ from mnist_diffusion.evaluation.metrics import (
     pixel_statistics,
     wilson_share,
 )
-from mnist_diffusion.evaluation.samples import Sample
+from mnist_diffusion.seeds import numpy_generator
 
 BOOTSTRAPS = 20
 SMALL_SAMPLE = 5000
@@ -40,7 +41,7 @@ SYNTHETIC_STEPS = 1500
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedImages:
     """Images with what the evaluator makes of them: logits `[N, classes]` and features `[N, D]`."""
 
     images: Tensor
@@ -51,10 +52,10 @@ class Judged:
     def __len__(self) -> int:
         return len(self.images)
 
-    def subset(self, indices: Tensor) -> Judged:
+    def subset(self, indices: Tensor) -> EvaluatedImages:
         """Some of the images."""
         labels = None if self.labels is None else self.labels[indices]
-        return Judged(self.images[indices], labels, self.logits[indices], self.features[indices])
+        return EvaluatedImages(self.images[indices], labels, self.logits[indices], self.features[indices])
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Measured:
     """Which training image is nearest to each of those, `[n]`."""
 
 
-def judge(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> Judged:
+def judge(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> EvaluatedImages:
     """Run the evaluator over uint8 images `[N, C, H, W]`.
 
     Raises:
@@ -81,7 +82,7 @@ def judge(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> J
     """
     if images.min() == images.max():
         raise DataError(f"all {len(images)} images are of one value, {int(images.min())} of 255: nothing to measure")
-    return Judged(images, labels, *logits_and_features(evaluator, images))
+    return EvaluatedImages(images, labels, *logits_and_features(evaluator, images))
 
 
 class Reference:
@@ -140,7 +141,7 @@ class Reference:
         entry["warnings"] = self._warnings(entry)
         return replace(measured, values=entry)
 
-    def measure(self, judged: Judged) -> Measured:
+    def measure(self, judged: EvaluatedImages) -> Measured:
         """The metrics of one set of images against the training split, without a floor."""
         real = self.matched(judged)
         looked_at = self._permutation(len(judged))[:MAX_COPY_CHECK]
@@ -176,7 +177,7 @@ class Reference:
         threshold = float(np.quantile(floor.relative, COPY_QUANTILE))
         return wilson_share(int((measured.relative <= threshold).sum()), len(measured.relative))
 
-    def _read_as_asked(self, judged: Judged) -> dict[str, Any]:
+    def _read_as_asked(self, judged: EvaluatedImages) -> dict[str, Any]:
         if judged.labels is None:
             return {"accuracy": None}
         right = judged.logits.argmax(dim=1) == judged.labels
@@ -196,7 +197,7 @@ class Reference:
             "class_accuracy": by_class,
         }
 
-    def _by_class(self, judged: Judged) -> dict[str, Any]:
+    def _by_class(self, judged: EvaluatedImages) -> dict[str, Any]:
         """Fréchet and kernel distance of the images asked of each class to the real ones of that class."""
         if judged.labels is None or self.train.labels is None:
             return {}
@@ -211,24 +212,24 @@ class Reference:
             kernel[name] = kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
         return {"class_fid": frechet, "class_kernel_distance": kernel}
 
-    def _fid_standard_error(self, real: Judged, judged: Judged) -> float:
+    def _fid_standard_error(self, real: EvaluatedImages, judged: EvaluatedImages) -> float:
         """Standard deviation of the Fréchet distance when the images are drawn again with replacement."""
         generator = numpy_generator(self.seed, "eval", 1)
         draws = [torch.from_numpy(generator.integers(len(judged), size=len(judged))) for _ in range(BOOTSTRAPS)]
         return float(np.std([frechet_distance(real.features, judged.features[draw]) for draw in draws], ddof=1))
 
-    def judge(self, sample: Sample) -> Judged:
+    def judge(self, sample: Sample) -> EvaluatedImages:
         """Run the evaluator over a sample."""
         return judge(self.evaluator, sample.images, sample.labels)
 
-    def matched(self, judged: Judged) -> Judged:
+    def matched(self, judged: EvaluatedImages) -> EvaluatedImages:
         """The largest part of the training split with the class proportions of `judged`; all without labels."""
         if judged.labels is None:
             return self.train
         counts = torch.bincount(judged.labels, minlength=self.data.num_classes)
         return self.train.subset(self._choose(self.train, counts, None))
 
-    def _choose(self, pool: Judged, counts: Tensor, total: int | None) -> Tensor:
+    def _choose(self, pool: EvaluatedImages, counts: Tensor, total: int | None) -> Tensor:
         """Images of `pool` with classes in proportion to `counts`: `total` of them, or as many as there can be."""
         assert pool.labels is not None
         available = torch.bincount(pool.labels, minlength=len(counts))
@@ -249,7 +250,7 @@ class Reference:
             chosen.append(generator.permutation(where)[:share])
         return torch.from_numpy(np.sort(np.concatenate(chosen)))
 
-    def _some(self, judged: Judged, size: int) -> Judged:
+    def _some(self, judged: EvaluatedImages, size: int) -> EvaluatedImages:
         """`size` of the images, evenly chosen."""
         if size == len(judged):
             return judged
@@ -258,7 +259,7 @@ class Reference:
     def _permutation(self, size: int) -> Tensor:
         return torch.from_numpy(numpy_generator(self.seed, "eval", 3).permutation(size))
 
-    def _train_on_synthetic(self, judged: Judged) -> dict[str, Any]:
+    def _train_on_synthetic(self, judged: EvaluatedImages) -> dict[str, Any]:
         """Test accuracy on real images of a classifier trained on the sample, and on as many real images.
 
         Ravuri and Vinyals (2019), https://arxiv.org/abs/1905.10887: the classification accuracy score.

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.protocol import Measured
-from mnist_diffusion.evaluation.samples import Sample
-from mnist_diffusion.records import write_whole
-from mnist_diffusion.visualize import image_grid
+from mnist_diffusion.files import replace_text
+from mnist_diffusion.pictures.grids import image_grid
 
 IMAGES_A_ROW = 10
 Settings = Mapping[str, Callable[[Any], str]]
@@ -113,7 +113,7 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
         pictures: for each kind of picture, one grid a result, or None where there is nothing to show.
         folder: where to; it must be there.
     """
-    write_whole(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     lines = [f"# {report['source']}", "", markdown_table(report), ""]
     lines += [f"- {text}" for text in _explanations(report)]
     for plot, draw in (("quality_against_passes.png", plot_passes), ("guidance.png", plot_guidance)):
@@ -130,7 +130,7 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
                 lines += [f"![{kind.replace('_', ' ')}]({name})", "", f"*{CAPTIONS[kind]}*", ""]
         if "class_accuracy" in result:
             lines += [_class_table(result)]
-    write_whole(folder / "report.md", "\n".join(lines) + "\n")
+    replace_text(folder / "report.md", "\n".join(lines) + "\n")
 
 
 CAPTIONS = {

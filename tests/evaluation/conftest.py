@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mnist_diffusion.data import ImageData
+from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, train_evaluator
 from mnist_diffusion.evaluation.protocol import Reference
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mnist_diffusion.config import DataConfig, UserError
-from mnist_diffusion.data import ImageData, load_images
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator as module
 from mnist_diffusion.evaluation.evaluator import (
     SHIPPED,

@@ -11,10 +11,11 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from mnist_diffusion.config import DataConfig
-from mnist_diffusion.data import DataError, ImageData, ImageSplit, load_images
+from mnist_diffusion.data.dataset import ImageData, ImageSplit, load_images
+from mnist_diffusion.data.pictures import DataError
 from mnist_diffusion.evaluation.evaluator import evaluator_for
+from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.protocol import Reference, judge
-from mnist_diffusion.evaluation.samples import Sample
 
 WORSE_WHEN_HIGHER = ("fid", "kernel_distance", "pixel_histogram_distance")
 WORSE_WHEN_LOWER = ("recall", "coverage", "density")

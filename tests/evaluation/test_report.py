@@ -14,10 +14,12 @@ from PIL import Image
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import Config, ModelConfig, SamplingConfig
-from mnist_diffusion.data import ImageData
+from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.diffusion.network import build_unet
+from mnist_diffusion.diffusion.noise import build_noise_scheduler
+from mnist_diffusion.diffusion.pipeline import build_pipeline
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, load_evaluator, save_evaluator
-from mnist_diffusion.export import build_pipeline, export_pipeline
-from mnist_diffusion.model import build_noise_scheduler, build_unet
+from mnist_diffusion.sharing.export import export_pipeline
 
 CARD = {
     "title": "test", "location": "folder", "datasets": None, "num_classes": 10, "class_names": "0 to 9",

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist_diffusion.config import UserError
-from mnist_diffusion.data import DataError, ImageData, ImageSplit
-from mnist_diffusion.evaluation.samples import Artist, Way, read_sample
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
-from mnist_diffusion.sampling import build_sampler
+from mnist_diffusion.data.dataset import ImageData, ImageSplit
+from mnist_diffusion.data.pictures import DataError
+from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.evaluation.external import read_sample
+from mnist_diffusion.evaluation.generated import ImageGenerator, SamplingSettings
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 
 LETTERS = "abcdefghij"
@@ -28,21 +30,23 @@ def letters() -> ImageData:
     return ImageData(split, split, tuple(LETTERS), "letters", "letters")
 
 
-def artist(pipeline: MNISTDiffusionPipeline, data: ImageData, folder: Path | None = None, **changes: int) -> Artist:
+def artist(
+    pipeline: MNISTDiffusionPipeline, data: ImageData, folder: Path | None = None, **changes: int
+) -> ImageGenerator:
     arguments = {"num_images": 60, "seed": 0, "batch_size": 16, **changes}
-    return Artist(pipeline, data, **arguments, folder=folder)
+    return ImageGenerator(pipeline, data, **arguments, folder=folder)
 
 
 class TestDrawing:
     def test_equal_counts_quantised_and_passes_counted(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
     ) -> None:
-        sample = artist(pipeline, letters).draw(Way("ddim", 3, 2.0))
+        sample = artist(pipeline, letters).draw(SamplingSettings("ddim", 3, 2.0))
         assert sample.images.dtype == torch.uint8
         assert sample.labels is not None
         assert torch.bincount(sample.labels).tolist() == [6] * 10
         assert sample.passes_per_image == 6
-        assert artist(pipeline, letters).draw(Way("heun", 3, 1.0)).passes_per_image == 5
+        assert artist(pipeline, letters).draw(SamplingSettings("heun", 3, 1.0)).passes_per_image == 5
 
     def test_a_student_takes_one_pass_a_step_at_its_own_scale_alone(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
@@ -51,26 +55,26 @@ class TestDrawing:
         pipeline.scheduler = build_sampler("lcm", pipeline.scheduler.config)
         student = artist(pipeline, letters)
         way = student.way(None, 2, None)
-        assert way == Way("lcm", 2, 1.5)
+        assert way == SamplingSettings("lcm", 2, 1.5)
         student.check(way)
         assert student.draw(way).passes_per_image == 2
         with pytest.raises(UserError, match=r"guidance at scale 1\.5 was distilled into its weights"):
             student.check(student.way(None, 2, 5.0))
 
     def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        assert artist(pipeline, letters).way(None, None, None) == Way("dpmpp", 10, 2.0)
-        assert artist(pipeline, letters).way("ddim", 4, 0.0) == Way("ddim", 4, 0.0)
+        assert artist(pipeline, letters).way(None, None, None) == SamplingSettings("dpmpp", 10, 2.0)
+        assert artist(pipeline, letters).way("ddim", 4, 0.0) == SamplingSettings("ddim", 4, 0.0)
 
     def test_the_sampler_is_put_back(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         before = pipeline.scheduler
-        artist(pipeline, letters).draw(Way("ddpm", 2, 1.0))
+        artist(pipeline, letters).draw(SamplingSettings("ddpm", 2, 1.0))
         assert pipeline.scheduler is before
 
     def test_goes_on_where_it_stopped(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_A_PART", 20)
-        way = Way("ddim", 2, 2.0)
+        way = SamplingSettings("ddim", 2, 2.0)
         whole = artist(pipeline, letters, tmp_path).draw(way)
         [folder] = tmp_path.iterdir()
         parts = sorted(folder.iterdir())
@@ -92,7 +96,7 @@ class TestDrawing:
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_A_PART", 20)
-        few = artist(pipeline, letters, tmp_path, num_images=70).draw(Way("ddim", 2, 2.0))
+        few = artist(pipeline, letters, tmp_path, num_images=70).draw(SamplingSettings("ddim", 2, 2.0))
         drawn = 0
 
         def count(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -100,18 +104,20 @@ class TestDrawing:
             drawn += len(arguments[0])
 
         with pipeline.unet.register_forward_pre_hook(count):
-            more = artist(pipeline, letters, tmp_path, num_images=80).draw(Way("ddim", 2, 2.0))
+            more = artist(pipeline, letters, tmp_path, num_images=80).draw(SamplingSettings("ddim", 2, 2.0))
         assert drawn == 20 * 4
         assert torch.equal(more.images[:70], few.images)
 
     def test_damaged_parts_are_drawn_again(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        whole = artist(pipeline, letters, tmp_path).draw(Way("ddim", 2, 2.0))
+        whole = artist(pipeline, letters, tmp_path).draw(SamplingSettings("ddim", 2, 2.0))
         [path] = tmp_path.rglob("*.npz")
         for damaged in (b"", path.read_bytes()[:300]):
             path.write_bytes(damaged)
-            assert torch.equal(artist(pipeline, letters, tmp_path).draw(Way("ddim", 2, 2.0)).images, whole.images)
+            assert torch.equal(
+                artist(pipeline, letters, tmp_path).draw(SamplingSettings("ddim", 2, 2.0)).images, whole.images
+            )
             assert f"{path} is damaged" in capsys.readouterr().out
 
     @pytest.mark.parametrize("change", ["weights", "seed", "scale", "sampler setting"])
@@ -119,7 +125,7 @@ class TestDrawing:
         def draw(seed: int = 0, scale: float = 2.0, weights: int = 0, spacing: str = "trailing") -> torch.Tensor:
             pipe = make_pipeline(seed=weights)
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
-            return artist(pipe, letters, tmp_path, seed=seed).draw(Way("dpmpp", 4, scale)).images
+            return artist(pipe, letters, tmp_path, seed=seed).draw(SamplingSettings("dpmpp", 4, scale)).images
 
         changes = {
             "weights": {"weights": 1},
@@ -144,7 +150,7 @@ class TestDrawing:
         with torch.no_grad():
             pipeline.unet.conv_out.bias.fill_(value)
         with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2: values that are not finite"):
-            artist(pipeline, letters).draw(Way("ddim", 2, 2.0))
+            artist(pipeline, letters).draw(SamplingSettings("ddim", 2, 2.0))
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -174,7 +180,7 @@ class TestDrawing:
 
     def test_steps_that_cannot_be(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         with pytest.raises(UserError, match="num_inference_steps"):
-            artist(pipeline, letters).draw(Way("ddim", 1001, 2.0))
+            artist(pipeline, letters).draw(SamplingSettings("ddim", 1001, 2.0))
 
 
 def write_pictures(folder: Path, *, each: int = 6, mode: str = "L", size: int = 8, names: str = LETTERS) -> Path:

@@ -19,11 +19,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import MNISTDiffusionPipeline
-from mnist_diffusion.records import read_metrics
+from mnist_diffusion.run_folder.metrics import read_metrics
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
-from tests.hub_server import HubServer
-from tests.survival import FLAGS
+from tests.support.hub_server import HubServer
+from tests.support.survival import FLAGS
 
 BIN = Path(sys.executable).parent
 ACCELERATE, TORCHRUN, CONSOLE = str(BIN / "accelerate"), str(BIN / "torchrun"), str(BIN / "mnist-diffusion")
@@ -136,7 +136,7 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
 
 
 class TestTwoProcesses:
-    CPU = {"ACCELERATE_USE_CPU": "true"}  # noqa: RUF012
+    CPU = {"ACCELERATE_USE_CPU": "true"}
 
     @pytest.mark.slow
     def test_same_samples_and_draws_as_one(self, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from torchvision.transforms.functional import gaussian_blur
 
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.config import DataConfig
-from mnist_diffusion.data import load_images
+from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.evaluation.evaluator import evaluator_for
+from mnist_diffusion.evaluation.generated import ImageGenerator, Sample
 from mnist_diffusion.evaluation.protocol import Reference
-from mnist_diffusion.evaluation.samples import Artist, Sample
 from tests.journeys.test_commands import ACCELERATE, CONSOLE, SCRIPT, command
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
     """Real, then trained, then half-trained, then blurred, then noise."""
 
     def drawn(folder: Path) -> Sample:
-        artist = Artist(load(folder), reference.data, num_images=500, seed=0, batch_size=100)
+        artist = ImageGenerator(load(folder), reference.data, num_images=500, seed=0, batch_size=100)
         return artist.draw(artist.way(None, None, 1.0))
 
     test = reference.data.test

@@ -1,0 +1,67 @@
+"""Checks of options: each raises a `ConfigError` that names the option and the value it got."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from mnist_diffusion.errors import ConfigError
+
+SHORT_SAMPLERS = ("ddpm", "ddim", "dpmpp", "dpmpp-sde", "unipc", "euler", "heun", "lcm")
+"""The samplers that have a short name; any other is given by the name of its diffusers class."""
+
+
+def require(condition: bool, name: str, value: object, rule: str) -> None:
+    """Say what `name` must be, and what it is, where `condition` does not hold."""
+    if not condition:
+        raise ConfigError(f"{name} must be {rule}, got {value!r}")
+
+
+def require_at_least(low: float, section: str, config: object, *names: str) -> None:
+    """Check the named fields of `config`; None passes, NaN and infinity do not."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            require(math.isfinite(value) and value >= low, _dotted(section, name), value, f"at least {low}")
+
+
+def require_between(low: float, high: float, section: str, config: object, *names: str) -> None:
+    """Check the named fields of `config`, both bounds included; NaN does not pass."""
+    for name in names:
+        value = getattr(config, name)
+        require(low <= value <= high, _dotted(section, name), value, f"between {low} and {high}")
+
+
+def require_positive(section: str, config: object, *names: str) -> None:
+    """Check the named fields of `config`; None passes, NaN and infinity do not."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            require(math.isfinite(value) and value > 0, _dotted(section, name), value, "a positive number")
+
+
+def require_sampler(name: str, value: str) -> None:
+    """Make sure that `value` can name a sampler: a short name, or that of a scheduler class.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    rule = f"one of {', '.join(SHORT_SAMPLERS)}, or the name of a diffusers scheduler class"
+    require(value in SHORT_SAMPLERS or re.fullmatch(r"[A-Z]\w*Scheduler", value) is not None, name, value, rule)
+
+
+def parse_interval(text: str, name: str) -> tuple[float, str]:
+    """The number and the unit (`steps` or `epochs`) of an interval such as `500 steps` or `0.5 epochs`.
+
+    Raises:
+        ConfigError: it is no such interval; the message calls it `name`.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?) *(step|epoch)s?", text)
+    count = float(match[1]) if match else 0.0
+    whole = match is not None and count > 0 and (match[2] == "epoch" or count.is_integer())
+    require(whole, name, text, "null, or so many steps or epochs, such as '500 steps' or '0.5 epochs'")
+    return count, f"{match[2]}s" if match else ""
+
+
+def _dotted(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name

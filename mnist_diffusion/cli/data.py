@@ -1,0 +1,91 @@
+"""`mnist-diffusion data`: look at labelled images before training on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from mnist_diffusion.config import DataConfig
+
+SHOWN = 10
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Count, show, and tell what is wrong; 1 where a picture cannot be read."""
+    parser = ArgumentParser(
+        prog=prog,
+        description="Look at labelled images before training on them: classes, sizes, duplicates, unreadable files.",
+    )
+    parser.add_argument("source", type=str, help="what --data.source takes: a folder, a file, a Hub id, or digits")
+    skip = {"source", "batch_size", "augment", "image_size", "fit", "channels", "in_memory", "balance"}
+    parser.add_class_arguments(DataConfig, "data", skip=skip)
+    parser.add_argument("--out", type=Path, default=Path("data"), help="the folder for contact_sheet.png and data.json")
+    values = parser.parse_args(list(argv))
+    from rich.console import Console
+
+    from mnist_diffusion.data.survey import survey
+    from mnist_diffusion.pictures.grids import image_grid
+
+    found = survey(DataConfig(source=values.source, **values.data.as_dict()))
+    console = Console()
+    console.print(found.description, markup=False, soft_wrap=True)
+    console.print(_table(found))
+    for name, split in found.splits.items():
+        sizes = ", ".join(
+            f"{count} of {width} x {height} {'grey' if channels == 1 else 'RGB'}"
+            for (channels, height, width), count in split.shapes.most_common(5)
+        )
+        more = f", and {len(split.shapes) - 5} more sizes" if len(split.shapes) > 5 else ""
+        console.print(f"{name}: {sum(split.counts.values())} images: {sizes}{more}", markup=False, soft_wrap=True)
+    unreadable = [line for split in found.splits.values() for line in split.unreadable]
+    for title, lines in (
+        ("cannot be read", unreadable),
+        ("the same pixels in two classes", [" = ".join(group) for group in found.in_two_classes]),
+        ("the same pixels in the training and the held-out split", [" = ".join(g) for g in found.in_both_splits]),
+        ("the same pixels more than once", [" = ".join(group) for group in found.duplicates]),
+    ):
+        if lines:
+            console.print(f"\n{len(lines)} {title}:", markup=False)
+            rest = [f"and {len(lines) - SHOWN} more, in {values.out / 'data.json'}"] if len(lines) > SHOWN else []
+            console.print("\n".join(f"  {line}" for line in [*lines[:SHOWN], *rest]), markup=False, soft_wrap=True)
+    values.out.mkdir(parents=True, exist_ok=True)
+    tiles, names, columns = found.contact_sheet()
+    sheet = values.out / "contact_sheet.png"
+    image_grid(tiles, columns, row_labels=names, title="The first images of each class").save(sheet)
+    (values.out / "data.json").write_text(json.dumps(_plain(found), indent=1, ensure_ascii=False), encoding="utf-8")
+    console.print(f"\nThe first images of each class are in {sheet}", markup=False, soft_wrap=True)
+    return 1 if unreadable else 0
+
+
+def _table(found: Any) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("class")
+    for name in found.splits:
+        table.add_column(name, justify="right")
+    for name in found.class_names:
+        table.add_row(escape(name), *(str(split.counts[name]) for split in found.splits.values()))
+    return table
+
+
+def _plain(found: Any) -> dict[str, Any]:
+    return {
+        "source": found.description,
+        "splits": {
+            name: {
+                "counts": {each: split.counts[each] for each in found.class_names},
+                "shapes": [[*shape, count] for shape, count in split.shapes.most_common()],
+                "unreadable": split.unreadable,
+            }
+            for name, split in found.splits.items()
+        },
+        "duplicates": found.duplicates,
+        "in_two_classes": found.in_two_classes,
+        "in_both_splits": found.in_both_splits,
+    }

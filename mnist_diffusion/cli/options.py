@@ -1,0 +1,151 @@
+"""Options that several commands share, and how a run's configuration is parsed."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from mnist_diffusion.config import RECIPES, Config, DistillConfig, RunConfig, find_recipe, require_no_nulls
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import require_plain_yaml
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+RECIPES = Path(__file__).parents[1] / "configs"
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class RunArguments(Generic[AnyConfig]):
+    """What a command that starts a run was asked for."""
+
+    config: AnyConfig
+    recipe: str
+    dry_run: bool
+
+
+def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> RunArguments[Config]:
+    """Read a training run's configuration from the command line.
+
+    Exits with status 2 and a message that names field and value where something is wrong.
+    """
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
+        description="Train a class-conditional diffusion model and leave a pipeline folder that diffusers loads.",
+        epilog="Example: %(prog)s --config tiny --data.source digits --train.max_steps 100",
+    )
+    return _parse_run(parser, Config, list(sys.argv[1:] if argv is None else argv), recipes=RECIPES)
+
+
+def parse_distill_arguments(argv: Sequence[str], *, prog: str) -> RunArguments[DistillConfig]:
+    """Read a distillation's configuration from the command line.
+
+    Exits with status 2 and a message that names field and value where something is wrong.
+    """
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} PIPELINE [--out FOLDER] [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
+        description="Distil a trained pipeline (a folder, or a Hub id) into a student that draws in one pass or a few.",
+        epilog="PIPELINE, which comes first, is short for --distillation.teacher, and --out for --output_dir.",
+    )
+    short = argparse.ArgumentParser(prog=prog, usage=parser.usage, add_help=False, allow_abbrev=False)
+    short.add_argument("--out")
+    found, flags = short.parse_known_args(list(argv))
+    if flags and not flags[0].startswith("-"):
+        flags = ["--distillation.teacher", *flags]
+    if found.out is not None:
+        flags += ["--output_dir", found.out]
+    return _parse_run(parser, DistillConfig, flags, recipes=RECIPES / "distillation")
+
+
+def _parse_run(
+    parser: ArgumentParser, schema: type[AnyConfig], argv: list[str], *, recipes: Path
+) -> RunArguments[AnyConfig]:
+    """Read a configuration of `schema`: defaults, then recipes, then flags, which win wherever `--config` stands."""
+    refuse_tokens(parser, argv)
+    parser.add_argument("--config", action="config", help="a YAML file, or the name of a recipe such as 'tiny'")
+    add_switch(parser, "--dry_run", "show what would be done, and stop")
+    parser.add_class_arguments(schema, as_group=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    found, flags = first.parse_known_args(argv)
+    try:
+        files = [find_recipe(name, recipes) for name in found.config]
+        for file in files:
+            require_plain_yaml(file)
+        values = parser.parse_args([*(item for file in files for item in ("--config", str(file))), *flags])
+        require_no_nulls(schema, values)
+        built = parser.instantiate_classes(values)
+        config = schema(**{field.name: built[field.name] for field in fields(schema)})
+    except UserError as error:
+        parser.error(str(error))
+    return RunArguments(config, _recipe_name(files[-1]) if files else "default", values.dry_run)
+
+
+def _recipe_name(file: Path) -> str:
+    """The name for run folders: the file's, or its folder's for a run's own `config.yaml`."""
+    return file.resolve().parent.name if file.stem == "config" else file.stem
+
+
+def add_switch(parser: ArgumentParser, name: str, text: str) -> None:
+    """An option that stands alone for true, and also takes true or false."""
+    parser.add_argument(name, type=bool, default=False, nargs="?", const=True, help=text)
+
+
+def refuse_tokens(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Leave before an error message could repeat a token."""
+    if any(argument.startswith("-") and argument.partition("=")[0].endswith("token") for argument in argv):
+        parser.error("a token is never an argument, which others can see; log in with `hf auth login`, or set HF_TOKEN")
+
+
+def reporting_errors(command: Callable[[], int]) -> int:
+    """Run a command; what the user can put right is a message and exit code 2, not a traceback."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def require_no_nulls(schema: Any, values: Any, prefix: str = "") -> None:
+    """Make sure that only fields of a schema that may be null are, which the parser does not look at.
+
+    Raises:
+        ConfigError: another one is.
+    """
+    hints = get_type_hints(schema)
+    for each in fields(schema):
+        hint, value = hints[each.name], values[each.name]
+        if value is None and type(None) not in get_args(hint):
+            raise ConfigError(f"{prefix}{each.name} must not be null")
+        if is_dataclass(hint):
+            require_no_nulls(hint, value, f"{prefix}{each.name}.")
+
+
+def find_recipe(name_or_path: str, recipes: Path = RECIPES) -> Path:
+    """The YAML file of a recipe: a path, or the name of one in `recipes` that ships with the package.
+
+    Raises:
+        ConfigError: there is no such file or recipe; the message lists the recipes.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = recipes / f"{name_or_path}.yaml"
+    if shipped.is_file() and shipped.parent == recipes:
+        return shipped
+    known = ", ".join(sorted(recipe.stem for recipe in recipes.glob("*.yaml")))
+    raise ConfigError(f"--config must be a YAML file or one of the recipes {known}, got {name_or_path!r}")

@@ -1,0 +1,32 @@
+"""`mnist-diffusion pull`: a pipeline, or a run to go on with, from the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from mnist_diffusion.cli.options import add_switch
+
+
+def parser(prog: str) -> ArgumentParser:
+    """The arguments of `mnist-diffusion pull`."""
+    made = ArgumentParser(prog=prog, description="Fetch a pipeline from the Hub into a folder, running nothing of it.")
+    made.add_argument("source", type=str, help="user/name, or user/name@revision with a branch, tag or commit")
+    made.add_argument("--out", type=Path, required=True, help="the folder for it, which must hold nothing")
+    add_switch(made, "--with_checkpoints", "a run folder with the checkpoint, to go on training")
+    return made
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Pull."""
+    values = parser(prog).parse_args(list(argv))
+    from mnist_diffusion.sharing.hub import pull
+
+    repo_id, _, revision = values.source.partition("@")
+    out = pull(repo_id, values.out, revision=revision or None, with_checkpoints=values.with_checkpoints)
+    print(f"Pulled {values.source} into {out}")
+    if values.with_checkpoints:
+        print(f"Go on with: --config {out / 'config.yaml'} --train.resume true --output_dir {out}")
+    return 0

@@ -1,0 +1,46 @@
+"""`mnist-diffusion push`: a run or a pipeline folder to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from mnist_diffusion.cli.options import add_switch
+
+
+def parser(prog: str) -> ArgumentParser:
+    """The arguments of `mnist-diffusion push`."""
+    made = ArgumentParser(
+        prog=prog,
+        description="Push a run's pipeline to the Hub in one commit: weights, code, card, sample grid, configuration.",
+        epilog="The token is that of `hf auth login` or of HF_TOKEN; it is never an argument.",
+    )
+    add = made.add_argument
+    add("source", type=Path, help="a run folder, or a pipeline folder")
+    add("repo_id", type=str, help="the repository, user/name; made where it is not there")
+    add_switch(made, "--private", "nobody else may see the repository")
+    add_switch(made, "--create_pr", "propose the commit as a pull request")
+    add("--revision", type=str | None, help="the branch, made where it is not there; main where left out")
+    add_switch(made, "--with_checkpoints", "also the newest checkpoint, to go on training from")
+    add("--message", type=str, default="Upload pipeline", help="title of the commit")
+    return made
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Push."""
+    values = parser(prog).parse_args(list(argv))
+    from mnist_diffusion.sharing.hub import push
+
+    address = push(
+        values.source,
+        values.repo_id,
+        private=values.private,
+        create_pr=values.create_pr,
+        revision=values.revision,
+        with_checkpoints=values.with_checkpoints,
+        message=values.message,
+    )
+    print(f"Pushed: {address}")
+    return 0

@@ -1,0 +1,277 @@
+"""Labelled images for training and for holding out, uint8, in memory or decoded when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.lazy import LazyImages
+from mnist_diffusion.data.pictures import DataError, Pictures
+from mnist_diffusion.data.sources import RawSource, RawSplit, read_source
+from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_channels
+from mnist_diffusion.seeds import Balance, indices_of_step
+
+__all__ = ["DataError", "ImageData", "ImageSplit", "LazyImages", "draw_batch", "load_images"]
+
+MEMORY_LIMIT_BYTES = 2 * 10**9
+MAX_STAND_INS = 100_000
+"""How many images at most stand for those of a split that is not in memory."""
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Images, uint8 `[N, C, H, W]`, and their class labels, int64 `[N]`."""
+
+    images: Tensor | LazyImages
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The images as a tensor, where they are in memory; `in_memory` brings them there."""
+        assert isinstance(self.images, Tensor), "these images are decoded when they are asked for"
+        return self.images
+
+    @cached_property
+    def balance(self) -> Balance:
+        """For drawing each class equally often."""
+        return Balance(self.labels.numpy())
+
+    def select(self, wanted: Tensor) -> ImageSplit:
+        """Some of the images, by index."""
+        images = self.images.select(wanted) if isinstance(self.images, LazyImages) else self.images[wanted]
+        return ImageSplit(images, self.labels[wanted])
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All images, in one piece where they are in memory, else a few at a time."""
+        if isinstance(self.images, LazyImages):
+            yield from self.images.chunks()
+        else:
+            yield self.images
+
+    def spread(self, count: int) -> Tensor:
+        """At most `count` indices, spread evenly over all images, which may go by class."""
+        return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
+
+    def in_memory(self) -> ImageSplit:
+        """The images decoded: all that are in memory already, else as many as the limit allows, in the classes' shares.
+
+        Of each class there are at least two, where it has them.
+        """
+        if isinstance(self.images, Tensor):
+            return self
+        count = min(MAX_STAND_INS, MEMORY_LIMIT_BYTES // math.prod(self.images.shape[1:]))
+        share = min(1.0, count / len(self))
+        chosen = []
+        for label in self.labels.unique():
+            places = torch.nonzero(self.labels == label).flatten()
+            wanted = max(min(2, len(places)), math.floor(share * len(places)))
+            chosen.append(places[torch.linspace(0, len(places) - 1, wanted).round().long()])
+        places = torch.cat(chosen).sort().values
+        return ImageSplit(self.images.select(places).decoded(), self.labels[places])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A training and a held-out split of the same classes and shape."""
+
+    train: ImageSplit
+    test: ImageSplit
+    class_names: tuple[str, ...]
+    source_id: str
+    source: str
+    notice: str | None = None
+    hub_id: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.train.images.shape[-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over shapes, pixels, labels and class names of both splits."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for split in (self.train, self.test):
+            digest.update(repr((tuple(split.images.shape), torch.uint8)).encode())
+            for images in split.chunks():
+                digest.update(images.contiguous().numpy().data)
+            digest.update(repr((tuple(split.labels.shape), split.labels.dtype)).encode())
+            digest.update(split.labels.numpy().data)
+        return digest.hexdigest()
+
+    def in_memory(self) -> ImageData:
+        """These images decoded: all that are in memory already, else as many as stand for them."""
+        return replace(self, train=self.train.in_memory(), test=self.test.in_memory())
+
+    @property
+    def banner(self) -> str:
+        """The notice, so that nobody overlooks it; empty where there is none."""
+        return f"\n{'!' * 100}\n{self.notice}\n{'!' * 100}\n" if self.notice else ""
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Training images of each class."""
+        return torch.bincount(self.train.labels, minlength=self.num_classes).tolist()
+
+    def describe(self) -> str:
+        """Counts, shape and classes, a line each."""
+        named = [f"{name}: {count}" for name, count in zip(self.class_names, self.counts, strict=True)]
+        shown = ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else "")
+        colour = "grey" if self.channels == 1 else "RGB"
+        lazily = ", decoded when needed" if isinstance(self.train.images, LazyImages) else ""
+        return (
+            f"source       {self.source}\n"
+            f"images       {len(self.train)} to train on, {len(self.test)} held out, "
+            f"{self.image_size} x {self.image_size} {colour}{lazily}\n"
+            f"classes      {self.num_classes} ({shown})\n"
+            f"fingerprint  {self.fingerprint[:16]}"
+        )
+
+
+def load_images(config: DataConfig, *, seed: int) -> ImageData:
+    """Read, decode, bring to one shape and split the images that `config` names.
+
+    Args:
+        config: the source and the shape wanted.
+        seed: chooses the held-out tenth where the source has no split for it.
+
+    Raises:
+        DataError: the source cannot be had, is broken, or its images do not fit together.
+    """
+    source = read_source(config)
+    named = source.names(config.class_names)
+    position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
+
+    def labels_of(split: RawSplit) -> Tensor:
+        return torch.tensor([position[label] for label in split.labels], dtype=torch.int64)
+
+    shape = _common_shape(source, config)
+    total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
+    in_memory = config.in_memory if config.in_memory is not None else total <= MEMORY_LIMIT_BYTES
+    images = partial(_brought, shape=shape, config=config, description=source.description, in_memory=in_memory)
+    train = ImageSplit(images(source.train), labels_of(source.train))
+    if source.test is not None:
+        test = ImageSplit(images(source.test), labels_of(source.test))
+    else:
+        train, test = _hold_out(train, names, seed, source.description)
+    return ImageData(train, test, names, source.identifier, source.description, source.notice, source.hub_id)
+
+
+def _shapes(split: RawSplit) -> set[tuple[int, int, int]]:
+    if isinstance(split.images, Tensor):
+        return {(split.images.shape[1], split.images.shape[2], split.images.shape[3])}
+    return set(split.images.shapes())
+
+
+def _common_shape(source: RawSource, config: DataConfig) -> tuple[int, int, int]:
+    """Channels, height and width that all images are brought to.
+
+    Raises:
+        DataError: they differ, and the configuration names no size.
+    """
+    size, channels = config.image_size, config.channels
+    if size is not None and channels is not None:
+        return channels, size, size
+    shapes = _shapes(source.train)
+    channels = channels or max(shape[0] for shape in shapes)
+    if size is not None:
+        return channels, size, size
+    sizes = {shape[1:] for shape in shapes}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
+        raise DataError(f"{source.description}: images of different sizes ({shown}, ...); set data.image_size")
+    [(height, width)] = sizes
+    if height != width:
+        raise DataError(f"{source.description}: images of {width} x {height} are not square; set data.image_size")
+    others = {shape[1:] for shape in _shapes(source.test)} - sizes if source.test is not None else set()
+    if others:
+        other = min(others)
+        raise DataError(
+            f"{source.description}: training images are {width} x {height}, but held-out ones {other[1]} x {other[0]}; "
+            "set data.image_size"
+        )
+    return channels, height, width
+
+
+def _brought(
+    split: RawSplit, *, shape: tuple[int, int, int], config: DataConfig, description: str, in_memory: bool
+) -> Tensor | LazyImages:
+    """The images of a split, brought to one shape."""
+    bring = partial(_bring, shape=shape, fit=config.fit, description=description)
+    if isinstance(split.images, Pictures):
+        lazy = LazyImages(split.images, bring, shape)
+        return lazy.decoded() if in_memory else lazy
+    return bring(split.images).contiguous()
+
+
+def _bring(images: Tensor, *, shape: tuple[int, int, int], fit: Literal["pad", "resize"], description: str) -> Tensor:
+    """Bring uint8 `[..., C, H, W]` to channels and size."""
+    try:
+        return fit_to_size(to_channels(images, shape[0]), shape[1], fit)
+    except ValueError as error:
+        raise DataError(f"{description}: {error}") from error
+
+
+def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: str) -> tuple[ImageSplit, ImageSplit]:
+    """Split off a stratified tenth, at least one image a class, chosen by the seed."""
+    from sklearn.model_selection import train_test_split
+
+    counts = torch.bincount(images.labels, minlength=len(names))
+    if (counts < 2).any():
+        name = names[int(counts.argmin())]
+        raise DataError(
+            f"{description}: class {name!r} has {int(counts.min())} image, but holding out a test split needs 2 a class"
+        )
+    held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(images)))
+    kept, taken = train_test_split(
+        np.arange(len(images)), test_size=held_out, stratify=images.labels.numpy(), random_state=seed % 2**32
+    )
+    kept, taken = torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(taken))
+    return (
+        images.select(kept),
+        images.select(taken),
+    )
+
+
+def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, part: slice) -> tuple[Tensor, Tensor]:
+    """The part of a step's batch that one process works on.
+
+    Args:
+        data: the training split.
+        config: gives the global batch size and the augmentation.
+        seed: seed of the run.
+        step: the step, 0 for the first.
+        part: which of the global batch's images to give.
+
+    Returns:
+        uint8 images `[b, C, H, W]` and int64 labels `[b]`.
+    """
+    balance = data.balance if config.balance else None
+    indices, epochs = indices_of_step(seed, step, config.batch_size, len(data), balance=balance)
+    indices, epochs = indices[part], epochs[part]
+    chosen = torch.from_numpy(indices)
+    images = augment_images(data.images[chosen], config.augment, seed, epochs, indices)
+    return images, data.labels[chosen]

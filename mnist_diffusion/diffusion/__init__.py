@@ -1,0 +1,1 @@
+"""The diffusion model: network, noising process, objectives, samplers, pipeline."""

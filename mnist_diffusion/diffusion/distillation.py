@@ -1,0 +1,249 @@
+"""From a teacher to a student that draws in one pass or a few: one more objective for the training loop.
+
+The teacher draws: its guided trajectory leads from noise to an image in a few steps. The student learns, from points of
+the trajectory, the image at its end, which is what a consistency model is asked for (Song et al., 2023,
+https://arxiv.org/abs/2303.01469) and what the LCM sampler calls for. The target is the end of the trajectory itself
+(Luhman and Luhman, 2021, https://arxiv.org/abs/2101.02388, do so for its first point alone), not the word of the
+student at the next point, which is wrong at first and reaches the noisy points only hop by hop.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from mnist_diffusion.config import IMAGE_FIELDS, DataConfig, DiffusionConfig, DistillationConfig, DistillConfig
+from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.diffusion.objective import Batch, Draws, Objective, diffusion_draws
+from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import require_plain_yaml
+from mnist_diffusion.sharing.pipeline import (
+    MNISTDiffusionPipeline,
+    TrajectoryOutput,
+    predicted_original_sample,
+)
+
+
+class TeacherError(UserError):
+    """The teacher cannot teach what was asked."""
+
+
+def load_teacher(config: DistillationConfig, *, device: torch.device) -> MNISTDiffusionPipeline:
+    """The teacher, ready to draw trajectories.
+
+    Raises:
+        TeacherError: it is itself distilled.
+        UserError: it cannot be loaded.
+    """
+    teacher = load_pipeline(config.teacher, device=str(device), dtype="float32")
+    if teacher.config.guidance_distilled:
+        raise TeacherError(f"distillation.teacher={config.teacher!r} is itself a student; name the model it came from")
+    teacher.unet.eval().requires_grad_(False)
+    teacher.scheduler = build_sampler(config.scheduler, teacher.scheduler.config)
+    return teacher
+
+
+def with_teachers_images(config: DistillConfig) -> DistillConfig:
+    """The configuration with the images of the teacher's run, where it says nothing of images itself.
+
+    A run leaves its configuration beside its pipeline folder.
+
+    Raises:
+        TeacherError: what lies there is no run's configuration.
+    """
+    folder = Path(config.distillation.teacher)
+    beside, said = folder.resolve().parent / "config.yaml", asdict(config.data)
+    silent = all(said[name] == asdict(DataConfig())[name] for name in IMAGE_FIELDS)
+    if not (silent and folder.is_dir() and beside.is_file()):
+        return config
+    require_plain_yaml(beside)
+    try:
+        told = yaml.safe_load(beside.read_text(encoding="utf-8"))
+        data = replace(config.data, **{name: told["data"][name] for name in IMAGE_FIELDS if name in told["data"]})
+        learned = replace(config.distillation, split_seed=told["train"]["seed"])
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise TeacherError(
+            f"{beside} does not say what images the teacher was trained on ({error!r}); name them with --data.source"
+        ) from error
+    return replace(config, data=data, distillation=learned)
+
+
+def require_possible(config: DistillConfig, teacher: MNISTDiffusionPipeline) -> None:
+    """Make sure that what is asked can be had of this teacher, before any work.
+
+    Raises:
+        TeacherError: it takes fewer steps, or no classes.
+    """
+    available = teacher.scheduler.config.num_train_timesteps
+    for name, steps in (
+        ("distillation.num_teacher_steps", config.distillation.num_teacher_steps),
+        ("sampling.num_inference_steps", config.sampling.num_inference_steps),
+    ):
+        if steps > available:
+            raise TeacherError(f"{name}={steps} must not exceed the teacher's {available} timesteps")
+    if teacher.null_class is None and config.distillation.guidance_scale != 1:
+        scale = config.distillation.guidance_scale
+        raise TeacherError(f"distillation.guidance_scale={scale} needs a class-conditional teacher; set it to 1")
+    if teacher.null_class is None and config.train.best_metric == "accuracy":
+        raise TeacherError("train.best_metric='accuracy' needs a class-conditional teacher; set it to fid")
+
+
+def require_same_images(teacher: MNISTDiffusionPipeline, data: ImageData) -> None:
+    """Make sure that the images are such as the teacher draws.
+
+    Raises:
+        TeacherError: shape or classes differ.
+    """
+    shape = (data.channels, data.image_size, data.image_size)
+    if shape != teacher.image_shape:
+        raise TeacherError(
+            f"the teacher draws images of {teacher.image_shape} (C, H, W), but data.source={data.source_id!r} has "
+            f"{shape}; name the images it was trained on"
+        )
+    if teacher.num_classes not in (None, data.num_classes):
+        raise TeacherError(
+            f"the teacher knows {teacher.num_classes} classes, but data.source={data.source_id!r} has "
+            f"{data.num_classes}; name the images it was trained on"
+        )
+    names = teacher.config.id2label
+    numbers = map(str, range(teacher.num_classes or 0))
+    taught = data.class_names if names is None else tuple(names.get(number, number) for number in numbers)
+    if taught != data.class_names:
+        raise TeacherError(
+            f"the teacher's classes are {', '.join(taught)}, but those of data.source={data.source_id!r} are "
+            f"{', '.join(data.class_names)}; name the images it was trained on"
+        )
+
+
+def student_of(teacher: MNISTDiffusionPipeline) -> UNet2DModel:
+    """A network of the teacher's shape that starts with the teacher's weights."""
+    return copy.deepcopy(teacher.unet).train().requires_grad_(True)
+
+
+def student_scheduler(teacher: MNISTDiffusionPipeline) -> DDPMScheduler:
+    """The teacher's noising process, for a student: it predicts the velocity, and its samples are clipped.
+
+    From a prediction of the noise the image at the last, noisiest timestep is `(x - sigma eps) / alpha` with an alpha
+    near 0, which no network can learn; the velocity there is just minus the image.
+
+    LCM and TCD may take any of its timesteps, so that they start at the noisiest whatever the number of steps.
+    """
+    noise_scheduler = build_sampler("ddpm", teacher.scheduler.config)
+    scheduler = DDPMScheduler.from_config(
+        noise_scheduler.config, prediction_type="v_prediction", clip_sample=True, clip_sample_range=1.0
+    )
+    scheduler.register_to_config(original_inference_steps=scheduler.config.num_train_timesteps)
+    return scheduler
+
+
+def fingerprint(teacher: MNISTDiffusionPipeline) -> str:
+    """SHA-256 over what decides its trajectories: the scheduler's configuration, names and values of the weights."""
+    settings = {key: value for key, value in teacher.scheduler.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(teacher.unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def clipped_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """What is wrong with a predicted image once samples are clipped to [-1, 1], all `[B, C, H, W]`.
+
+    Beyond black where the target is black, or beyond white where it is white, nothing is wrong. A network can hit a
+    bound exactly only by overshooting it, and most of a digit's picture lies on one.
+    """
+    low = torch.where(target <= -1, -1.0, -math.inf)
+    high = torch.where(target >= 1, 1.0, math.inf)
+    return prediction.clamp(low, high) - target
+
+
+def pseudo_huber(errors: Tensor, c: float) -> Tensor:
+    """`sqrt(e^2 + c^2) - c`: square for small errors, linear for large ones. Song and Dhariwal (2023),
+    https://arxiv.org/abs/2310.14189, section 3.3."""
+    return (errors.square() + c * c).sqrt() - c
+
+
+def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPipeline) -> Objective:
+    """The loss of a student: at points of a teacher's trajectory, the error of the image it sees at the end.
+
+    An update of `data.batch_size` images draws as many trajectories, from noise and the labels of the images, whose
+    pixels it does not look at.
+
+    Args:
+        config: guidance, steps and loss.
+        teacher: draws the trajectories; not trained.
+    """
+    alphas_cumprod = teacher.scheduler.alphas_cumprod
+    process = DiffusionConfig(label_dropout=config.label_dropout if teacher.null_class is not None else 0.0)
+
+    def training_loss(model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        count, device = len(draws.noise), draws.noise.device
+        trajectory = draw_trajectories(teacher, config, batch.labels, draws)
+        chosen = chosen_points(config, draws.timesteps)
+        points = torch.cat([draws.noise[None], trajectory.latents[:-1].to(device)])
+        points = points[chosen, torch.arange(count, device=device)].flatten(0, 1)
+        timesteps = trajectory.timesteps.to(device, torch.int64)[chosen].flatten()
+        labels = None
+        if teacher.null_class is not None:
+            labels = torch.where(draws.dropped, teacher.null_class, batch.labels).repeat(len(chosen))
+        prediction = model(points, timesteps, class_labels=labels, return_dict=False)[0].float()
+        alpha = alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
+        images = predicted_original_sample(prediction, points, alpha, "v_prediction")
+        target = cleaned(trajectory.latents[-1].to(device), config.clean_within)
+        errors = clipped_error(images, target.repeat(len(chosen), 1, 1, 1))
+        return pseudo_huber(errors, config.huber_c).mean(dim=(1, 2, 3)).view(len(chosen), count).mean(dim=0)
+
+    return Objective(partial(diffusion_draws, process), training_loss, fingerprint=fingerprint(teacher))
+
+
+def draw_trajectories(
+    teacher: MNISTDiffusionPipeline, config: DistillationConfig, labels: Tensor, draws: Draws
+) -> TrajectoryOutput:
+    """The teacher's trajectories from `draws.noise` `[B, C, H, W]` under `labels` `[B]`, without guidance or class
+    where the label is dropped."""
+    asked: dict[str, Any] = {"num_images_per_label": len(labels)}
+    if teacher.null_class is not None:
+        scales = torch.where(draws.dropped, 0.0, config.guidance_scale).tolist()
+        asked = {"class_labels": labels.tolist(), "guidance_scale": scales}
+    return teacher.sample_trajectory(
+        **asked, latents=draws.noise, num_inference_steps=config.num_teacher_steps, eta=0.0, output_type="pt"
+    )
+
+
+def chosen_points(config: DistillationConfig, draws: Tensor) -> Tensor:
+    """Which points of each trajectory are learned from, int64 `[P, B]`, 0 being the noise, which always is.
+
+    One pass starts there, where most is still to be learned. The others are as far apart as can be, from one that
+    `draws`, random int64 `[B]`, decide on.
+    """
+    others, count = config.num_teacher_steps - 1, config.points_per_trajectory - 1
+    spread = torch.arange(count, device=draws.device) * others // max(1, count)
+    rest = 1 + (draws[None] + spread[:, None]) % max(1, others)
+    return torch.cat([torch.zeros_like(draws)[None], rest])
+
+
+def cleaned(images: Tensor, within: float) -> Tensor:
+    """Images `[B, C, H, W]` clipped to [-1, 1], and what is `within` of black or white set to it."""
+    images = torch.where(images < within - 1, -1.0, images)
+    return torch.where(images > 1 - within, 1.0, images)
+
+
+def method(config: DistillationConfig) -> str:
+    """What the student learned from, in words."""
+    return (
+        f"regression on the ends of the teacher's trajectories, {config.num_teacher_steps} steps of {config.scheduler} "
+        f"at guidance scale {config.guidance_scale:g}"
+    )

@@ -1,0 +1,95 @@
+"""Build the UNet from the configuration, and give it the weights of another pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+
+from mnist_diffusion.config import ModelConfig
+from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.errors import ConfigError
+from mnist_diffusion.seeds import mixed_seed
+
+CLASS_EMBEDDING = "class_embedding.weight"
+FREE = ("sample_size", "num_class_embeds", "dropout")
+"""What networks may differ in that share their weights."""
+
+
+def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_classes: int, seed: int = 0) -> UNet2DModel:
+    """A `UNet2DModel` for images `[B, channels, image_size, image_size]`, its weights a function of `seed`.
+
+    With class conditioning it has `num_classes + 1` class embeddings; the last one is the null class.
+
+    Raises:
+        ConfigError: `image_size` cannot be halved as often as the levels ask.
+    """
+    halvings = len(config.block_out_channels) - 1
+    if image_size % 2**halvings:
+        fits = image_size + -image_size % 2**halvings
+        raise ConfigError(
+            f"data.image_size={image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
+            f"model.block_out_channels ask; set data.image_size={fits}, with data.fit=pad, or use fewer levels"
+        )
+    attends = [level in config.attention_levels for level in range(len(config.block_out_channels))]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed_seed(seed, "init"))
+        return UNet2DModel(
+            sample_size=image_size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
+            up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)),
+            add_attention=any(attends),
+            attention_head_dim=config.attention_head_dim if any(attends) else None,
+            norm_num_groups=config.norm_num_groups,
+            act_fn=config.act_fn,
+            dropout=config.dropout,
+            num_class_embeds=num_classes + 1 if config.class_conditional else None,
+        )
+
+
+def initialise(
+    unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], prediction_type: str | None = None
+) -> str:
+    """Give `unet` the weights of a pipeline, in place; what was done, in words.
+
+    Class embeddings start anew where the pipeline knows other classes, or none.
+
+    Args:
+        unet: the network.
+        source: a pipeline folder, or a Hub id.
+        class_names: what `unet` is to draw.
+        prediction_type: what `unet` is to predict; None for none of what a diffusion model does.
+
+    Raises:
+        UserError: there is no such pipeline.
+        ConfigError: its network is of another kind, or predicts something else.
+    """
+    pipeline = load_pipeline(source, device="cpu", dtype="float32")
+    theirs, ours = _plain(pipeline.unet.config), _plain(unet.config)
+    different = [
+        f"{name} is {theirs[name]!r} there, {value!r} here" for name, value in ours.items() if theirs[name] != value
+    ]
+    predicts = pipeline.scheduler.config.prediction_type
+    if prediction_type is not None and predicts != prediction_type:
+        different.append(f"it predicts {predicts!r}, and diffusion.prediction_type is {prediction_type!r}")
+    if different:
+        raise ConfigError(f"train.init_from={source!r} has another kind of network: {'; '.join(different)}")
+    before, now = pipeline.unet.state_dict(), unet.state_dict()
+    names = pipeline.config.id2label or {}
+    known = tuple(names.get(str(label), str(label)) for label in range(pipeline.num_classes or 0))
+    anew = CLASS_EMBEDDING in now and known != class_names
+    unet.load_state_dict({name: now[name] if name == CLASS_EMBEDDING and anew else before[name] for name in now})
+    text = "; the class embeddings start anew, because the classes are others" if anew else ""
+    return f"weights      of {source}{text}"
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights mean to a network: its configuration as read from a file, without what may differ."""
+    kept = {name: value for name, value in config.items() if not name.startswith("_") and name not in FREE}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}

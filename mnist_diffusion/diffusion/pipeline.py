@@ -1,0 +1,112 @@
+"""Build, load and call pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.utils import logging
+from torch import Tensor
+
+from mnist_diffusion.config import SamplingConfig
+from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.environment import DEFAULT_DEVICE
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.sharing.errors import HubError, hub_errors
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+
+MakePipeline = Callable[[UNet2DModel], MNISTDiffusionPipeline]
+
+
+def build_pipeline(
+    noise_scheduler: DDPMScheduler,
+    config: SamplingConfig,
+    class_names: tuple[str, ...],
+    unet: UNet2DModel,
+    *,
+    guidance_distilled: bool = False,
+) -> MNISTDiffusionPipeline:
+    """A pipeline around `unet` (not a copy) with a fresh sampler and the configured defaults.
+
+    With `guidance_distilled` the network has learned to draw as if guided at the configured scale.
+    """
+    conditional = unet.config.num_class_embeds is not None
+    return MNISTDiffusionPipeline(
+        unet,
+        build_sampler(config.scheduler, noise_scheduler.config),
+        id2label={str(index): name for index, name in enumerate(class_names)} if conditional else None,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        eta=config.eta,
+        guidance_distilled=guidance_distilled,
+    )
+
+
+def generate_batches(
+    pipeline: MNISTDiffusionPipeline,
+    class_labels: Sequence[int] | None,
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 128,
+    **call_arguments: Any,
+) -> Iterator[Tensor]:
+    """Draw one image for each seed, in batches; an image depends on its seed and label, not on the batch.
+
+    Args:
+        pipeline: draws them.
+        class_labels: one label a seed, or None to draw unconditionally.
+        seeds: one seed an image.
+        batch_size: images drawn together.
+        call_arguments: further arguments of the pipeline's call.
+
+    Yields:
+        float32 `[b, C, H, W]` in [0, 1], on the CPU.
+    """
+    if class_labels is not None and len(class_labels) != len(seeds):
+        raise ValueError(f"class_labels must be one for each of the {len(seeds)} seeds, got {len(class_labels)}")
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        # Generators on the CPU make the noise independent of the device that denoises it.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        asked: dict[str, Any] = (
+            {"class_labels": list(class_labels[part])}
+            if class_labels is not None
+            else {"num_images_per_label": len(generators)}
+        )
+        yield pipeline(**asked, generator=generators, output_type="pt", **call_arguments).images.cpu()
+
+
+def generate(
+    pipeline: MNISTDiffusionPipeline, class_labels: Sequence[int] | None, seeds: Sequence[int], **arguments: Any
+) -> Tensor:
+    """All images of `generate_batches` in one tensor, float32 `[N, C, H, W]` in [0, 1]."""
+    return torch.cat(list(generate_batches(pipeline, class_labels, seeds, **arguments)))
+
+
+def repository(source: str) -> tuple[str, dict[str, str]]:
+    """A folder, or a Hub id and the revision behind its `@` as an argument, where there is one."""
+    repo_id, _, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
+    return repo_id, {"revision": revision} if revision else {}
+
+
+def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffusionPipeline:
+    """Load a pipeline folder or Hub repository (`user/name`, `user/name@revision`), running no code from it.
+
+    Raises:
+        UserError: it cannot be loaded, or there is no such device.
+    """
+    logging.disable_progress_bar()
+    repo_id, where = repository(source)
+    try:
+        with hub_errors(repo_id, f"pipeline {source!r} cannot be loaded: there is no such folder, and on the Hub"):
+            pipeline = MNISTDiffusionPipeline.from_pretrained(repo_id, dtype=getattr(torch, dtype), **where)
+        pipeline.to(device or DEFAULT_DEVICE)
+    except HubError:
+        raise
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"pipeline {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

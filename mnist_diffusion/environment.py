@@ -1,0 +1,41 @@
+"""What this machine is: threads, device, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+from joblib import cpu_count
+
+
+def set_num_threads(threads: int | None = None) -> None:
+    """Use every core on a CPU: launchers set one thread per process unless told otherwise, which halves the speed.
+
+    `threads` rules; an OMP_NUM_THREADS above 1 is kept; otherwise the physical cores are shared out.
+    """
+    if threads is None and int(os.environ.get("OMP_NUM_THREADS") or 1) <= 1:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        threads = max(1, cpu_count(only_physical_cores=True) // processes)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+PACKAGES = ("torch", "diffusers", "accelerate", "mnist-diffusion")
+
+
+def machine_description(device: torch.device, processes: int) -> str:
+    """The machine in a few words, without its name."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores ({platform.machine()})"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and the packages that shape a result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

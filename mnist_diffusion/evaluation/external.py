@@ -1,0 +1,92 @@
+"""Read images to evaluate from files that any program made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.data.pictures import DataError, picture_files
+from mnist_diffusion.data.sources import read_source
+from mnist_diffusion.evaluation.generated import MIN_IMAGES, Sample
+from mnist_diffusion.pictures.grids import SHEETS, safe_name
+
+PARTS_OF_A_RUN = ("unet", "scheduler", "pipeline", "config.yaml")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+LABELLED_NAME = re.compile(r"digit_(?P<name>.+)_\d+")
+
+
+def read_sample(path: Path, data: ImageData) -> Sample:
+    """Read images that some program wrote: one folder a class, parquet or arrow with labels, or a flat folder.
+
+    In a flat folder the class is read from names such as `digit_3_000.png`, which `mnist-diffusion sample --files`
+    writes; with other names there is no class, and nothing is said about how the images read.
+
+    Raises:
+        DataError: the images cannot be read, are too few, or differ from the data in size, channels or classes.
+    """
+    images, names = _read_flat(path) if _is_flat(path) else _read_labelled(path)
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise DataError(f"{path}: images of different shapes (C, H, W): {sorted(shapes)[:3]}")
+    stacked = _to_channels_of(torch.stack(images), data, path)
+    if tuple(stacked.shape[1:]) != (expected := tuple(data.train.images.shape[1:])):
+        raise DataError(f"{path}: images are {tuple(stacked.shape[1:])} (C, H, W), but the real ones {expected}")
+    labels = None
+    if names is not None:
+        known = {name: index for index, name in enumerate(data.class_names)}
+        known |= {safe_name(name): index for name, index in known.items()} if _is_flat(path) else {}
+        if unknown := sorted(set(names) - set(known)):
+            raise DataError(f"{path}: classes {unknown[:5]} are not among the real ones {list(known)[:20]}")
+        labels = torch.tensor([known[name] for name in names])
+        if missing := [name for index, name in enumerate(data.class_names) if index not in labels]:
+            raise DataError(f"{path}: no images of the classes {missing[:20]}")
+    if len(stacked) < MIN_IMAGES:
+        raise DataError(f"{path}: {len(stacked)} images are too few to measure; there must be at least {MIN_IMAGES}")
+    return Sample(stacked, labels)
+
+
+def _is_flat(path: Path) -> bool:
+    return path.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in path.iterdir())
+
+
+def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:
+    pictures = (file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = sorted(file for file in pictures if file.name not in SHEETS)
+    images = list(tqdm(picture_files(files), total=len(files), desc="reading", leave=False))
+    found = [LABELLED_NAME.fullmatch(file.stem) for file in files]
+    if any(found) and not all(found):
+        stray = next(file.name for file, match in zip(files, found, strict=True) if match is None)
+        raise DataError(f"{folder}: {stray!r} names no class, but other files do (digit_<class>_<number>.png)")
+    return images, [match["name"] for match in found if match] or None
+
+
+def _read_labelled(path: Path) -> tuple[list[Tensor], Sequence[str]]:
+    if any((path / name).exists() for name in PARTS_OF_A_RUN):
+        raise DataError(
+            f"source={str(path)!r} looks like a run folder or an incomplete pipeline folder: name the pipeline folder "
+            "in it, which has a model_index.json"
+        )
+    try:
+        source = read_source(DataConfig(source=str(path)))
+    except DataError as error:
+        raise DataError(f"source: {str(error).replace('data.source=', '')}") from error
+    if len(source.train.images) == 0:
+        raise DataError(f"{path} holds no images")
+    names = source.class_names or {}
+    return list(source.train.images), [str(names.get(label, label)) for label in source.train.labels]
+
+
+def _to_channels_of(images: Tensor, data: ImageData, path: Path) -> Tensor:
+    """Take one channel of grey pictures that were saved as RGB; anything else stays as it is."""
+    if data.channels == 1 and images.shape[1] == 3:
+        if not (images == images[:, :1]).all():
+            raise DataError(f"{path}: the images have colours, but the real ones are grey")
+        return images[:, :1]
+    return images

@@ -1,0 +1,142 @@
+"""Read files that others may have made, and write files whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from mnist_diffusion.errors import ConfigError, FileError
+
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**15, 10
+OPENING = (
+    *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
+    *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
+)
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
+def require_plain_yaml(path: Path) -> None:
+    """Make sure that a YAML file is a configuration's: small, flat, without anchors, which can grow when read.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES:,} bytes")
+    depth = 0
+    try:
+        for token in yaml.scan(content, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+                raise ConfigError(f"{path} has YAML anchors and aliases, which are not read")
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > MAX_YAML_DEPTH:
+                raise ConfigError(f"{path} is nested deeper than {MAX_YAML_DEPTH} levels")
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file that [`require_plain_yaml`] accepts.
+
+    Raises:
+        ConfigError: it is not plain YAML.
+    """
+    require_plain_yaml(path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, and put it in place of the one that may be there."""
+    temporary, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, nothing between."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def replace_picture(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture so that a reader sees the old one or the new, nothing between."""
+    temporary = path.with_name(f".{path.name}.partial")
+    picture.save(temporary, format=path.suffix.removeprefix(".").upper(), **options)
+    temporary.replace(path)
+
+
+PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
+MAX_JSON_BYTES = 2**20
+
+
+# Reading what a stranger may have made. Nothing here runs code: a few files are read, JSON and safetensors, and what
+# they say is checked before it is acted on and before memory is taken for it.
+
+
+def file_within(folder: Path, name: str) -> Path:
+    """The regular file `name` of a folder, which no link leads out of.
+
+    Raises:
+        FileError: it is missing, no regular file, or a link to somewhere else.
+    """
+    path, home = folder / name, folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
+        # Where the Hub's cache keeps the files of a snapshot: those of the repository, and those of all.
+        homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # not there, or links that go round in a circle
+        pickles = [each.name for each in sorted(path.parent.glob("*")) if each.suffix in PICKLES]
+        there = f" but {pickles[0]}, which is a pickle and can run code when it is read" if pickles else ""
+        raise FileError(f"there is no {path}{there}; only JSON and whole safetensors files are read") from None
+    if not any(real.is_relative_to(home) for home in homes):
+        raise FileError(f"{path} is a link that leads out of its folder, to {real}")
+    if not real.is_file():
+        raise FileError(f"{path} is not a regular file")
+    return real
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file of at most a mebibyte.
+
+    Raises:
+        FileError: it is larger, nested too deep, or not JSON with an object.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise FileError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise FileError(f"{path} holds no JSON object but a {type(values).__name__}")
+    return values

@@ -1,0 +1,1 @@
+"""Pictures: grids of images, plots of numbers, and what pipelines draw."""

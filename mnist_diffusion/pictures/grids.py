@@ -1,0 +1,218 @@
+"""Pictures made of images: tensors in, PIL images out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mnist_diffusion.files import replace_picture
+
+SHEETS = ("grid.png", "schedulers.png", "guidance.png", "interpolation.png")
+"""The pictures that `mnist-diffusion sample` writes beside single files."""
+MARGIN = 2
+INK = 235
+TITLE_SIZE = 14
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of matplotlib's figures, which knows far more letters than Pillow's own."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def image_grid(
+    images: Tensor,
+    columns: int,
+    *,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    title: str | None = None,
+    min_side: int = 40,
+) -> Image.Image:
+    """A sheet of images, row by row.
+
+    Args:
+        images: float `[N, C, H, W]` in [0, 1], with one or three channels.
+        columns: images a row.
+        row_labels: a name for each row, written to its left.
+        column_labels: a name for each column, written above it.
+        title: written above everything.
+        min_side: small images are enlarged by a whole factor until they have at least this many pixels a side.
+
+    Returns:
+        A PIL image, mode L or RGB.
+    """
+    height, width = images.shape[-2:]
+    factor = max(1, -(-min_side // height))
+    cell_width, cell_height = width * factor + MARGIN, height * factor + MARGIN
+    rows = -(-len(images) // columns)
+    font = _font(max(11, min(15, cell_height // 3)))
+    left = 0
+    if row_labels is not None:
+        left = int(max(font.getlength(label) for label in row_labels)) + 4 * MARGIN
+    heading_size = _fitting_size(column_labels or (), cell_width - MARGIN)
+    top = 0
+    if column_labels is not None:
+        lines = max(label.count("\n") for label in column_labels) + 1
+        top = lines * (heading_size + 3) + 2 * MARGIN
+    mode = "L" if images.shape[1] == 1 else "RGB"
+    sheet = Image.new(mode, (left + columns * cell_width + MARGIN, top + rows * cell_height + MARGIN), 0)
+    for index, picture in enumerate(to_pictures(images)):
+        tile = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        sheet.paste(tile, (left + MARGIN + column * cell_width, top + MARGIN + row * cell_height))
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(row_labels or ()):
+        middle = top + MARGIN + row * cell_height + cell_height // 2
+        draw.text((2 * MARGIN, middle), label, fill=_ink(mode), font=font, anchor="lm")
+    for column, label in enumerate(column_labels or ()):
+        middle = left + MARGIN + column * cell_width + cell_width // 2
+        draw.multiline_text(
+            (middle, top // 2), label, fill=_ink(mode), font=_font(heading_size), anchor="mm", align="center"
+        )
+    return sheet if title is None else titled(sheet, title)
+
+
+def _ink(mode: str) -> int | tuple[int, int, int]:
+    return INK if mode == "L" else (INK, INK, INK)
+
+
+def _fitting_size(labels: Sequence[str], width: int) -> int:
+    """The largest font from 8 to 12 points in which every line of the labels is at most `width` pixels wide."""
+    lines = [line for label in labels for line in label.split("\n")]
+    fitting = [size for size in range(12, 7, -1) if all(_font(size).getlength(line) <= width for line in lines)]
+    return fitting[0] if fitting else 8
+
+
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """The picture below a line of text, which widens it where it must."""
+    font = _font(TITLE_SIZE)
+    width = max(picture.width, int(font.getlength(title)) + 4 * MARGIN)
+    sheet = Image.new(picture.mode, (width, picture.height + 2 * TITLE_SIZE), 0)
+    sheet.paste(picture, (0, 2 * TITLE_SIZE))
+    ImageDraw.Draw(sheet).text((2 * MARGIN, TITLE_SIZE), title, fill=_ink(picture.mode), font=font, anchor="lm")
+    return sheet
+
+
+def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str], *, gap: int = 12) -> Image.Image:
+    """Pictures in a row, each below its title.
+
+    Args:
+        pictures: of any sizes, mode L or RGB.
+        titles: one a picture.
+        gap: pixels between them.
+    """
+    mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
+    parts = [titled(picture.convert(mode), title) for picture, title in zip(pictures, titles, strict=True)]
+    width = sum(part.width for part in parts) + gap * (len(parts) - 1)
+    sheet = Image.new(mode, (width, max(part.height for part in parts)), 0)
+    left = 0
+    for part in parts:
+        sheet.paste(part, (left, 0))
+        left += part.width + gap
+    return sheet
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the indices below `count`, evenly spread, the first and the last among them."""
+    return sorted({round(float(place)) for place in torch.linspace(0, count - 1, min(count, wanted))})
+
+
+def forward_noising(
+    images: Tensor, scheduler: DDPMScheduler, *, columns: int = 10, generator: torch.Generator | None = None
+) -> Image.Image:
+    """The way from images to noise: a row an image, a column a timestep, the same noise along a row.
+
+    Args:
+        images: float `[N, C, H, W]` in [-1, 1].
+        scheduler: the noising process.
+        columns: how many timesteps, evenly spread, after the image itself.
+        generator: draws the noise.
+    """
+    noise = torch.randn(images.shape, generator=generator)
+    timesteps = evenly(scheduler.config.num_train_timesteps, columns)
+    noisy = [
+        scheduler.add_noise(images, noise, torch.full((len(images),), timestep, dtype=torch.int64))
+        for timestep in timesteps
+    ]
+    tiles = to_unit(torch.stack([images, *noisy], dim=1)).flatten(0, 1)
+    names = ["image", *(f"t = {timestep}" for timestep in timesteps)]
+    return image_grid(tiles, len(names), column_labels=names, title="Forward noising, by timestep")
+
+
+def denoising_strip(
+    latents: Tensor, timesteps: Tensor, *, row_labels: Sequence[str] | None = None, columns: int = 10
+) -> Image.Image:
+    """The way from noise to images: a row an image, a column a step of the sampler.
+
+    Args:
+        latents: what the sampler held before the first step and after each, float `[S + 1, B, C, H, W]`.
+        timesteps: the timestep of each step, `[S]`.
+        row_labels: a name for each image.
+        columns: at most so many of the steps, evenly spread.
+    """
+    chosen = evenly(len(latents), columns)
+    tiles = to_unit(latents[chosen]).transpose(0, 1).flatten(0, 1)
+    names = [f"t = {int(timesteps[place])}" if place < len(timesteps) else "image" for place in chosen]
+    title = f"Denoising in {len(timesteps)} step{'s' if len(timesteps) > 1 else ''}, by timestep"
+    return image_grid(tiles, len(chosen), row_labels=row_labels, column_labels=names, title=title)
+
+
+def sigma_sweep(clean: Tensor, noisy: Tensor, denoised: Tensor, sigmas: Sequence[float], psnr: Tensor) -> Image.Image:
+    """A single-step denoiser at several noise levels: for each image a row noisy, a row denoised, a row clean.
+
+    Args:
+        clean: float `[N, C, H, W]` in [0, 1].
+        noisy: the same with noise, `[S, N, C, H, W]`.
+        denoised: what the network makes of them, `[S, N, C, H, W]`.
+        sigmas: the standard deviations of the noise.
+        psnr: peak signal-to-noise ratio of the denoised images at each, in dB, `[S]`.
+    """
+    levels = len(sigmas)
+    rows = torch.stack([noisy, denoised, clean.expand_as(noisy)], dim=1)  # [S, 3, N, C, H, W]
+    tiles = rows.permute(2, 1, 0, 3, 4, 5).flatten(0, 2)
+    names = [f"sigma {sigma:g}\n{value:.1f} dB" for sigma, value in zip(sigmas, psnr.tolist(), strict=True)]
+    return image_grid(
+        tiles,
+        levels,
+        row_labels=["noisy", "denoised", "clean"] * len(clean),
+        column_labels=names,
+        title="One denoising step, by standard deviation of the noise, with PSNR",
+        min_side=56,
+    )
+
+
+def safe_name(name: str) -> str:
+    """The name of a class as it stands in a file name."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """From [-1, 1] to [0, 1], clamped."""
+    return images.float().add(1).div(2).clamp(0, 1)
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """PIL images, mode L or RGB, of float `[N, C, H, W]` in [0, 1]."""
+    pixels = (images.clamp(0, 1) * 255).round().byte().cpu()
+    return [
+        Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()) for image in pixels
+    ]
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture so that a reader sees the old one or the new, nothing between."""
+    replace_picture(picture, path)
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 150) -> None:
+    """Write frames as a looping GIF that rests on its last frame, the old one or the new, nothing between."""
+    durations = [milliseconds] * (len(frames) - 1) + [8 * milliseconds]
+    replace_picture(frames[0], path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

@@ -1,0 +1,92 @@
+"""The options of the commands that take a pipeline: one sentence per field, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mnist_diffusion.checks import require_at_least, require_between, require_sampler
+from mnist_diffusion.config import ImagesConfig
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What `mnist-diffusion sample` draws, and how."""
+
+    pipeline: str
+    """A pipeline folder, or a Hub id such as `user/name`."""
+    class_labels: tuple[str, ...] = ()
+    """Classes by number or name; all where left out."""
+    num_images: int = 16
+    """Images in all, the classes taken in turn."""
+    guidance_scale: float | None = None
+    """1 is conditional, 0 unconditional; null takes the folder's default."""
+    scheduler: str | None = None
+    """The sampler, by its short name or its diffusers class; null takes the folder's own."""
+    num_inference_steps: int | None = None
+    """Denoising steps; null takes the folder's default."""
+    eta: float | None = None
+    """Noise of DDIM and TCD, from 0 to 1."""
+    seed: int = 0
+    """The same seed draws the same images, whatever the batch size."""
+    batch_size: int = 128
+    """Images drawn together."""
+    device: str | None = None
+    """Such as cpu or cuda:0; null takes a GPU where there is one."""
+    dtype: Precision = "float32"
+    """Precision of the network."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "", self, "num_images", "num_inference_steps", "batch_size")
+        require_at_least(0, "", self, "guidance_scale", "seed")
+        if self.eta is not None:
+            require_between(0, 1, "", self, "eta")
+        if self.scheduler is not None:
+            require_sampler("scheduler", self.scheduler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """What `mnist-diffusion evaluate` measures, and how."""
+
+    sources: tuple[str, ...]
+    """Pipeline folders or Hub ids; or a single folder of images."""
+    names: tuple[str, ...] = ()
+    """What to call the sources, where there are several; they themselves where left out."""
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    """The real images to measure against."""
+    num_images: int | None = None
+    """Images to draw, the same number of each class; 10,000 where left out."""
+    scheduler: tuple[str, ...] = ()
+    """Samplers, by short name or diffusers class; the folder's own where left out."""
+    num_inference_steps: tuple[int, ...] = ()
+    """Denoising steps; the folder's default where left out."""
+    guidance_scale: tuple[float, ...] = ()
+    """Guidance scales; the folder's default where left out."""
+    seed: int = 0
+    """Seed of the images drawn, and of choices among the real ones."""
+    split_seed: int = 0
+    """The run's train.seed, where data.source has no test split."""
+    batch_size: int = 128
+    """Images drawn together; changes nothing but the speed."""
+    device: str | None = None
+    """Such as cpu or cuda:0; null takes a GPU where there is one."""
+    dtype: Precision = "float32"
+    """Precision of the network."""
+    evaluator: Path | None = None
+    """A folder that train_evaluator left, in place of the data set's own evaluator."""
+    train_on_synthetic: bool = False
+    """Also train a classifier on the images and test it on real ones."""
+    imagenet_fid: bool = False
+    """Also ImageNet-Inception FID, which says little of such images."""
+    out: Path = Path("evaluation")
+    """The folder to write to; images found there are used again."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "", self, "num_images", "batch_size")
+        require_at_least(0, "", self, "seed", "split_seed")
+        for name in self.scheduler:
+            require_sampler("scheduler", name)

@@ -1,0 +1,75 @@
+"""The run folder: claimed by one run at a time, and marked as its own."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import replace_text
+from mnist_diffusion.run_folder.checkpoint import newest_run_id
+
+LOCK = ".lock"
+RUN_ID = "run_id"
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a run folder holds nothing, or only what an attempt to start left."""
+    return not path.is_dir() or {file.name for file in path.iterdir()} <= {LOCK}
+
+
+class RunFolderError(UserError):
+    """The run folder cannot be used."""
+
+
+class RunFolder:
+    """A run folder held by this run until it is released or the process ends, however it ends.
+
+    Args:
+        path: the folder; made where it is not there.
+        accelerator: its main process holds the lock; all learn of it.
+        resume: go on with the run in it; without that it must hold nothing.
+
+    Raises:
+        RunFolderError: another run holds it, it cannot be written to, or it is not empty.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, *, resume: bool):
+        self.path, self.lock = path, FileLock(path / LOCK)
+        problem, run_id = None, None
+        if accelerator.is_main_process:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                self.lock.acquire(timeout=0)
+                if not resume and not is_empty(path):
+                    self.lock.release()
+                    problem = f"another run has begun in {path}; name another output_dir"
+                else:
+                    run_id = self._run_id()
+            except Timeout:
+                problem = f"another run is writing to {path}; wait for it, or name another output_dir"
+            except OSError as error:
+                reason = errno.errorcode.get(error.errno or 0, "")
+                problem = f"output_dir={str(path)!r} cannot be written to: {error.strerror} ({reason})"
+        problem, run_id = broadcast_object_list([problem, run_id])
+        if problem is not None:
+            raise RunFolderError(problem)
+        self.run_id: str | None = run_id
+
+    def _run_id(self) -> str:
+        """The mark of the run that began this folder; where it was lost, that of its newest checkpoint."""
+        file = self.path / RUN_ID
+        known = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        if not known:
+            known = newest_run_id(self.path / "checkpoints") or uuid.uuid4().hex
+            replace_text(file, known)
+        return known
+
+    def release(self) -> None:
+        """Let another run have it."""
+        self.lock.release()

@@ -1,0 +1,41 @@
+"""`metrics.jsonl`: one JSON object per step."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mnist_diffusion.files import replace_text
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, each step once, also over resumes.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def cut_after(self, step: int) -> None:
+        """Drop the lines of later steps, which belong to work that is done again."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        """Add lines, on the disk before a checkpoint may count on them."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without a last one that was cut off; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

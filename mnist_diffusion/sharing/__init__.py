@@ -1,0 +1,1 @@
+"""Pipeline folders: read untrusted ones, write, describe, push and pull them."""

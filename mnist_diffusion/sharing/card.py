@@ -1,0 +1,106 @@
+"""The model card: rendered from measured values, and updated with evaluation results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+)
+
+CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
+EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
+CARD_METRICS = {
+    "accuracy": "Share read as asked",
+    "fid": "Fréchet distance in the evaluator's features",
+    "fid_floor": "Fréchet distance of as many held-out images",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+
+
+def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) -> ModelCard:
+    """The model card with measured values only: what is None in `values` is left out of the text."""
+    data = ModelCardData(
+        library_name="diffusers",
+        license="mit",
+        pipeline_tag=values.get("pipeline_tag", "unconditional-image-generation"),
+        tags=values.get("tags", ["diffusion"]),
+        datasets=values.get("datasets"),
+    )
+    return ModelCard.from_template(data, template_path=str(template), **values)
+
+
+def write_results_to_card(
+    folder: Path, results: Sequence[Mapping[str, Any]], *, text: str, dataset: str, dataset_id: str
+) -> None:
+    """Put measured values into the card of a pipeline folder, as metadata and as text, in place of earlier ones.
+
+    Args:
+        folder: the pipeline folder.
+        results: entries of an evaluation report.
+        text: Markdown for the card's section on evaluation.
+        dataset: what the images were measured against, for people.
+        dataset_id: its id on the Hub, or another name without spaces.
+    """
+    path = folder / CARD
+    content = path.read_text(encoding="utf-8")
+    if not EVALUATION_SECTION.search(content):
+        content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"
+    card = ModelCard(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))
+    settings = ("scheduler", "num_inference_steps", "guidance_scale", "num_images")
+    measured = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=dataset_id,
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(result[metric], 5),
+            metric_args={key: result[key] for key in settings if result[key] is not None},
+        )
+        for result in results
+        for metric, name in CARD_METRICS.items()
+        if result.get(metric) is not None
+    ]
+    about = {**card.data.to_dict(), "model_name": folder.resolve().parent.name, "eval_results": measured}
+    about.pop("model-index", None)
+    card.data = ModelCardData(**about)
+    temporary = path.with_name(".README.md.partial")
+    card.save(temporary)
+    temporary.replace(path)
+
+
+CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository"
+SHORT_CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+---
+
+A pipeline of mnist-diffusion. It was pushed without a card that says how it was trained.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{anywhere}", trust_remote_code=True)
+image = {call}.images[0]
+```
+"""
+
+
+def short_card(num_classes: int | None) -> str:
+    """The card of a pipeline that has none."""
+    return SHORT_CARD.format(
+        anywhere=ANYWHERE, call="pipeline()" if num_classes is None else "pipeline(class_labels=[0])"
+    )
+
+
+def card_for(text: str, repo_id: str) -> str:
+    """A card as it reads in a repository: the lines of code in it load that one, whichever it was written for."""
+    text = re.sub(r'from_pretrained\("[^"\n]*"', f'from_pretrained("{repo_id}"', text)
+    return re.sub(r"(mnist-diffusion evaluate )\S+", rf"\g<1>{repo_id}", text).replace(ANYWHERE, repo_id)

@@ -1,0 +1,70 @@
+"""Put files into a Hub repository as one commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from mnist_diffusion.errors import FileError
+
+CHANGED_MEANWHILE = 412  # HTTP: the head is not the parent any more
+
+
+def commit_files(
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    is_stale: Callable[[str], bool],
+    message: str,
+    create_pr: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """Put files into a repository as one commit on top of what is there, and remove what is stale.
+
+    Args:
+        api: the Hub's client.
+        repo_id: the repository, `user/name`.
+        files: paths or contents by name.
+        is_stale: of the names there that are not among `files`, which are to go.
+        message: title of the commit.
+        create_pr: propose the commit instead.
+        revision: the branch.
+
+    Returns:
+        The client's `CommitInfo`.
+
+    Raises:
+        ValueError: one of the files holds the token.
+        OSError: the Hub refused, or could not be reached; nothing has changed there.
+    """
+    token = (api.token if isinstance(api.token, str) else get_token() or "").encode()
+    for name, content in files.items():
+        read = b"" if name.endswith(".safetensors") else content if isinstance(content, bytes) else content.read_bytes()
+        if token and token in read:
+            raise FileError(f"{name} holds the Hub token that is used; take it out before it is pushed")
+    for attempt in range(2):
+        head = api.model_info(repo_id, revision=revision).sha
+        there = api.list_repo_files(repo_id, revision=head)
+        operations: list[Any] = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in files.items()
+        ]
+        operations += [CommitOperationDelete(name) for name in there if name not in files and is_stale(name)]
+        try:
+            return api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message,
+                create_pr=create_pr,
+                revision=revision,
+                parent_commit=None if create_pr else head,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != CHANGED_MEANWHILE or attempt == 1:
+                raise
+    raise AssertionError("unreachable")

@@ -1,0 +1,44 @@
+"""Write a pipeline folder: weights, scheduler, code, card and picture, replaced as a whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mnist_diffusion.files import replace_folder
+from mnist_diffusion.sharing.card import CARD, PICTURE, render_card
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+
+DEFAULTS = ("id2label", "num_inference_steps", "guidance_scale", "eta", "guidance_distilled")
+
+
+def export_pipeline(
+    pipeline: MNISTDiffusionPipeline, folder: Path, *, card: Mapping[str, Any], samples: Image.Image | None = None
+) -> None:
+    """Write a pipeline folder that anyone can load, in place of the one that may be there.
+
+    Args:
+        pipeline: what to save, as safetensors only.
+        folder: where to; a reader sees the old folder or the new one, or none for a moment, but never a part of one.
+        card: the values of the card's template.
+        samples: the picture on the card.
+    """
+
+    def write(temporary: Path) -> None:
+        # Safetensors refuses weights in channels-last order.
+        unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
+        type(pipeline)(**{**pipeline.components, "unet": unet}, **_defaults(pipeline)).save_pretrained(temporary)
+        if samples is not None:
+            samples.save(temporary / PICTURE)
+        render_card({**card, "samples": PICTURE if samples is not None else None}).save(temporary / CARD)
+
+    replace_folder(folder, write)
+
+
+def _defaults(pipeline: MNISTDiffusionPipeline) -> dict[str, Any]:
+    return {name: pipeline.config[name] for name in DEFAULTS}

@@ -1,0 +1,194 @@
+"""The installed pipeline class: it draws as the shipped one does, and loads, saves and pushes safely."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+
+from mnist_diffusion.errors import FileError
+from mnist_diffusion.files import file_within
+from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
+from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
+from mnist_diffusion.sharing.commit import commit_files
+from mnist_diffusion.sharing.reading import (
+    MAX_CARD_BYTES,
+    fetch_file,
+    fetch_pipeline,
+    folder_or_none,
+    read_index,
+    read_scheduler,
+    read_unet,
+    require_names,
+)
+
+TrajectoryOutput, slerp = shipped.TrajectoryOutput, shipped.slerp
+guided_prediction, rescale_guidance = shipped.guided_prediction, shipped.rescale_guidance
+predicted_original_sample = shipped.predicted_original_sample
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+NO_EFFECT = ("trust_remote_code", "low_cpu_mem_usage")  # no code is run, and memory is taken once, whatever they say
+
+
+class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
+    """Draws images of given classes, as the class of the shipped file does; loading it runs no code of a folder.
+
+    See [`pipelines.pipeline_mnist_diffusion.MNISTDiffusionPipeline`] for what it is made of and how it is called.
+    """
+
+    _origin: tuple[Path | None, Any] = (None, None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load a pipeline folder or Hub repository, running no code from it whatever it says.
+
+        `model_index.json`, the two configurations and the safetensors weights are read; they are checked before memory
+        is taken for them. To run the code of a repository that you trust, use `DiffusionPipeline.from_pretrained` with
+        `trust_remote_code=True` and a pinned `revision`.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub id such as `user/name`.
+            kwargs: `dtype`, `variant`, `device_map` (a device, or `balanced` for a GPU where there is one), `unet` and
+                `scheduler` in place of the folder's own, values of the constructor; for the Hub `revision`, `token`,
+                `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            FileError: it is not a pipeline folder, or not one that is read.
+            TypeError: an argument is not one of these.
+            OSError: the Hub has no such repository, or cannot be reached.
+        """
+        source, given = str(pretrained_model_name_or_path), dict(kwargs)
+        hub = {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
+        dtype, variant = given.pop("dtype", given.pop("torch_dtype", None)), given.pop("variant", None)
+        device_map = given.pop("device_map", None)
+        for name in NO_EFFECT:
+            given.pop(name, None)
+        _require_arguments(cls, given, dtype=dtype, variant=variant)
+        if isinstance(dtype, dict):
+            dtype = dtype.get("unet", dtype.get("default"))
+        folder, arguments = folder_or_none(source), inspect.signature(cls.__init__).parameters
+        if folder is None:
+            folder = fetch_pipeline(source, arguments, variant, **hub)
+        index = read_index(folder, arguments)
+        if given.get("unet") is None:
+            given["unet"] = read_unet(folder, "unet", variant=variant, dtype=dtype or torch.float32)
+        if given.get("scheduler") is None:
+            given["scheduler"] = read_scheduler(folder, index["scheduler"])
+        require_names(folder, given.get("id2label", index.get("id2label")), given["unet"])
+        given.pop("use_safetensors", None)
+        pipeline = super().from_pretrained(folder, **given)
+        pipeline.register_to_config(_name_or_path=source)
+        pipeline._origin = (folder, hub.get("cache_dir"))
+        if device_map is not None:  # one network is on one device
+            gpu = "cuda" if torch.cuda.is_available() else "cpu"
+            pipeline.to(gpu if device_map == "balanced" else device_map)
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write a folder that this class and plain diffusers load; push it too, if asked.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: whether to push what was saved.
+            kwargs: `variant`; with `push_to_hub` also `repo_id` and the other arguments of [`push_to_hub`].
+
+        Raises:
+            ValueError: pickles are asked for.
+            TypeError: an argument is not one of these.
+        """
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("safe_serialization must be true: pickles can run code when they are read")
+        variant = kwargs.pop("variant", None)
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained takes no argument {next(iter(kwargs))!r}")
+        super().save_pretrained(save_directory, variant=variant)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload pipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> str:
+        """Push this pipeline in one commit, with its code and the card of the folder it was loaded from.
+
+        Args:
+            repo_id: the repository, which is made where it is not there.
+            commit_message: title of the commit.
+            private: whether a new repository is private; null leaves it to the account.
+            token: a Hub token, where the one that is logged in with is not meant.
+            create_pr: propose the commit instead.
+            revision: the branch, which must be there.
+            variant: word in the name of the weights' file, such as `fp16`; other weights there then stay.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: what is to be pushed holds the token.
+            OSError: the Hub refused, or could not be reached; nothing has changed there.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save_pretrained(temporary, variant=variant)
+            paths = [path for path in Path(temporary).rglob("*") if path.is_file()]
+            files: dict[str, Path | bytes] = {path.relative_to(temporary).as_posix(): path for path in paths}
+            files[CARD] = card_for(self._card(token), repo_id).encode()
+            if (picture := self._beside(PICTURE, token)) is not None:
+                files[PICTURE] = picture
+            commit = commit_files(
+                api,
+                repo_id,
+                files,
+                is_stale=lambda name: variant is None and name.startswith(("unet/", "scheduler/")),
+                message=commit_message,
+                create_pr=create_pr,
+                revision=revision,
+            )
+        return str(commit.pr_url or commit.commit_url)
+
+    def _card(self, token: str | None) -> str:
+        """The card of the folder or commit that this pipeline was loaded from, or a short one."""
+        loaded = self._beside(CARD, token)
+        return short_card(self.num_classes) if loaded is None else loaded.read_text(encoding="utf-8")
+
+    def _beside(self, name: str, token: str | None) -> Path | None:
+        """A file of the folder or commit that this pipeline was loaded from; None where there is none."""
+        folder, cache_dir = self._origin
+        if folder is None:
+            return None
+        source = self.config._name_or_path
+        try:
+            if not Path(source).is_dir():
+                where = {"cache_dir": cache_dir, "token": token}
+                fetch_file(source, name, MAX_CARD_BYTES, revision=folder.name, **where)
+            path = file_within(folder, name)
+        except FileError:
+            return None
+        return path if path.stat().st_size <= MAX_CARD_BYTES else None
+
+
+def _require_arguments(pipeline_class: type, given: Mapping[str, Any], *, dtype: Any, variant: Any) -> None:
+    """What `from_pretrained` was given beside the source is something it can do."""
+    if given.get("use_safetensors") is False:
+        raise TypeError("use_safetensors must be true: only safetensors are read")
+    for name in given:
+        if name not in {*inspect.signature(pipeline_class).parameters, "use_safetensors"}:
+            raise TypeError(f"{pipeline_class.__name__}.from_pretrained takes no argument {name!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype | dict):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise TypeError(f"variant must be a word such as 'fp16', got {variant!r}")

@@ -1,0 +1,249 @@
+"""Read pipeline folders that others may have made: JSON and safetensors, checked first, running no code."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin, UNet2DModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from mnist_diffusion.errors import FileError
+from mnist_diffusion.files import MAX_JSON_BYTES, PICKLES, file_within, read_json
+
+MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
+MAX_LEVELS, MAX_LAYERS, MAX_NUMBER = 10, 16, 100_000
+FLOATS = ("BF16", "F16", "F32", "F64")
+PIPELINE_CLASS = "MNISTDiffusionPipeline"
+PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
+
+
+def read_unet(
+    folder: Path, subfolder: str = "", *, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> UNet2DModel:
+    """The network of a folder, from safetensors whose names, shapes and types are those its configuration asks for.
+
+    Args:
+        folder: the folder.
+        subfolder: where in it; no link may lead out of `folder`.
+        variant: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
+        dtype: of the weights.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    unet, path = _empty_unet(folder, subfolder), file_within(folder, _weights_name(subfolder, variant))
+    require_weights(path, unet)
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(path).items()}
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval()
+
+
+def _weights_name(subfolder: str, variant: str | None) -> str:
+    return _joined(subfolder, f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors")
+
+
+def _joined(subfolder: str, name: str) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
+
+
+def _empty_unet(folder: Path, subfolder: str = "") -> UNet2DModel:
+    """The network that `config.json` describes, without memory for its weights; it has been tried on one image."""
+    path = file_within(folder, _joined(subfolder, "config.json"))
+    values = read_json(path)
+    _require_flat(path, values)
+    if values.get("_class_name") != "UNet2DModel":
+        raise FileError(f"{path}: _class_name must be 'UNet2DModel', got {values.get('_class_name')!r:.100}")
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(values.get(name, []), list) or len(values.get(name, [])) > MAX_LEVELS:
+            raise FileError(f"{path}: {name} must be a list of at most {MAX_LEVELS}")
+    layers = values.get("layers_per_block", 1)
+    if not isinstance(layers, int) or layers > MAX_LAYERS:
+        raise FileError(f"{path}: layers_per_block must be an integer up to {MAX_LAYERS}, got {layers!r:.100}")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            unet = UNet2DModel.from_config(values)
+            size = unet.config.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+            image = torch.empty(1, unet.config.in_channels, height, width)
+            labels = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
+            shape = unet.eval()(image, torch.zeros(1), class_labels=labels).sample.shape
+    except Exception as error:  # whatever a constructor makes of values that it does not expect
+        raise FileError(f"{path} describes no network: {type(error).__name__}: {str(error)[:200]}") from error
+    if shape != image.shape:
+        raise FileError(f"{path} describes a network that turns {[*image.shape]} into {[*shape]}")
+    return unet
+
+
+def require_weights(path: Path, model: torch.nn.Module) -> None:
+    """Make sure that a safetensors file holds just the weights of a model, going by its header alone.
+
+    Raises:
+        FileError: names, shapes or types differ, or the header is not one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if length is None or length > min(MAX_HEADER_BYTES, size - 8):
+        claim = "has no header" if length is None else f"claims a header of {length:,} bytes in {size:,}"
+        raise FileError(f"{path} is not a safetensors file: it {claim}")
+    try:
+        with safe_open(path, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}
+            found = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise FileError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise FileError(f"{path} {'lacks' if name in wanted else 'has a'} tensor {name[:200]!r}")
+    for name, (shape, dtype) in found.items():
+        if shape != tuple(wanted[name].shape):
+            asked = tuple(wanted[name].shape)
+            raise FileError(f"{path}: {name} has the shape {shape}, but config.json asks for {asked}")
+        dtypes = FLOATS if wanted[name].is_floating_point() else ("I64",)
+        if dtype not in dtypes:
+            raise FileError(f"{path}: {name} is of type {dtype}, not {' or '.join(dtypes)}")
+
+
+def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
+    """The scheduler of a folder, which must be diffusers' own class of that name."""
+    path = file_within(folder, "scheduler/scheduler_config.json")
+    values = read_json(path)
+    _require_flat(path, values)
+    if values.get("_class_name") != class_name:
+        found = values.get("_class_name")
+        raise FileError(f"{path}: _class_name must be {class_name!r:.100}, as in the index, got {found!r:.100}")
+    made: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if SchedulerMixin not in getattr(made, "__mro__", ()):
+        raise FileError(f"{path}: diffusers {diffusers.__version__} has no scheduler {class_name!r:.100}")
+    try:
+        return made.from_config(values)
+    except Exception as error:  # whatever a constructor makes of values that it does not expect
+        raise FileError(f"{path} describes no {class_name}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _require_flat(path: Path, values: Mapping[str, Any]) -> None:
+    """A component's configuration is made of numbers, words and lists of them; counts are of a sensible size."""
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        if len(items) > MAX_NUMBER or any(isinstance(item, list | dict) for item in items):
+            raise FileError(f"{path}: {name[:100]} must be a plain value or a list, got {str(value)[:100]}")
+        for item in items:
+            if isinstance(item, int) and abs(item) > MAX_NUMBER:
+                raise FileError(f"{path}: {name[:100]} must be within ±{MAX_NUMBER:,}, got {str(item)[:100]}")
+
+
+def read_index(folder: Path, arguments: Container[str]) -> dict[str, Any]:
+    """The pipeline's own values in `model_index.json`, among `arguments`, and its scheduler's class as `scheduler`."""
+    path = file_within(folder, "model_index.json")
+    found, name = read_json(path), PIPELINE_CLASS
+    named = found.get("_class_name")
+    values = {key: value for key, value in found.items() if key not in PRIVATE}
+    if named not in (name, ["pipeline_mnist_diffusion", name]):
+        raise FileError(f"{path}: _class_name must be {name!r}, got {named!r:.100}")
+    unet, scheduler = values.pop("unet", None), values.pop("scheduler", None)
+    if unet != ["diffusers", "UNet2DModel"]:
+        raise FileError(f"{path}: unet must be ['diffusers', 'UNet2DModel'], got {unet!r:.100}")
+    if not (isinstance(scheduler, list) and len(scheduler) == 2 and scheduler[0] == "diffusers"):
+        raise FileError(f"{path}: scheduler must be one of diffusers', got {scheduler!r:.100}")
+    if not isinstance(scheduler[1], str):
+        raise FileError(f"{path}: scheduler must be one of diffusers', got {scheduler!r:.100}")
+    for name in values:
+        if name not in arguments:
+            raise FileError(f"{path}: {PIPELINE_CLASS} has no {name[:100]!r}")
+    _require_index_values(path, values)
+    return {**values, "scheduler": scheduler[1]}
+
+
+def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
+    names = values.get("id2label")
+    if names is not None and not (
+        isinstance(names, dict)
+        and all(re.fullmatch("[0-9]{1,6}", key) and isinstance(value, str) for key, value in names.items())
+    ):
+        raise FileError(f"{path}: id2label must name classes by their numbers, got {str(names)[:100]}")
+    for name, low, high in (("num_inference_steps", 1, MAX_NUMBER), ("guidance_scale", 0, math.inf), ("eta", 0, 1)):
+        value = values.get(name, low)
+        kind = int if name == "num_inference_steps" else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value == math.inf:
+            raise FileError(f"{path}: {name} must be a number from {low} to {high}, got {str(value)[:100]}")
+    if not isinstance(values.get("guidance_distilled", False), bool):
+        raise FileError(f"{path}: guidance_distilled must be true or false")
+
+
+def require_names(folder: Path, names: Mapping[str, str] | None, unet: Any) -> None:
+    """Names are of classes that the network has."""
+    embeddings = unet.config.num_class_embeds
+    for number in names or {}:
+        if embeddings is None or int(number) >= embeddings - 1:
+            raise FileError(f"{folder}: id2label names class {number}, which the network does not have")
+
+
+def folder_or_none(source: str) -> Path | None:
+    """The folder that `source` is; None where it is a Hub id.
+
+    Raises:
+        FileError: it is a file, or a path with nothing there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "model_index.json").exists() and (path / "pipeline" / "model_index.json").exists():
+            raise FileError(f"{source} is the folder of a run; its pipeline is {path / 'pipeline'}")
+        return path
+    if path.exists():
+        why = "is a pickle, which can run code when it is read" if path.suffix in PICKLES else "is not a folder"
+        raise FileError(f"{source} {why}; give a pipeline folder or a Hub id")
+    if path.is_absolute() or source.startswith(".") or len(path.parts) != 2 or path.suffix in PICKLES:
+        raise FileError(f"there is no folder {source}, and a Hub id is user/name")
+    return None
+
+
+def fetch_pipeline(repo_id: str, arguments: Container[str], variant: str | None = None, **hub: Any) -> Path:
+    """The folder, in the Hub's cache, of the files of one commit that make a pipeline; none larger than it has to be.
+
+    Raises:
+        FileError: it has no pipeline, or not one that is read.
+        OSError: the Hub has no such repository, or cannot be reached.
+    """
+    folder = fetch_file(repo_id, "model_index.json", MAX_JSON_BYTES, **hub).parent
+    read_index(folder, arguments)
+    hub["revision"] = folder.name
+    fetch_file(repo_id, "scheduler/scheduler_config.json", MAX_JSON_BYTES, **hub)
+    return fetch_unet(repo_id, "unet", variant=variant, **hub)
+
+
+def fetch_unet(repo_id: str, subfolder: str = "", *, variant: str | None = None, **hub: Any) -> Path:
+    """The folder, in the Hub's cache, of a commit whose network has been fetched, which [`read_unet`] reads.
+
+    Raises:
+        FileError: there is none, or not one that is read.
+        OSError: the Hub has no such repository, or cannot be reached.
+    """
+    name = _joined(subfolder, "config.json")
+    folder = fetch_file(repo_id, name, MAX_JSON_BYTES, **hub).parents[name.count("/")]
+    size = 8 * sum(tensor.numel() for tensor in _empty_unet(folder, subfolder).state_dict().values())
+    hub["revision"] = folder.name
+    fetch_file(repo_id, _weights_name(subfolder, variant), MAX_HEADER_BYTES + size, **hub)
+    return folder
+
+
+def fetch_file(repo_id: str, name: str, limit: int, **hub: Any) -> Path:
+    """A file of the Hub, in its cache, if it is not larger than `limit` bytes."""
+    try:
+        size = hf_hub_download(repo_id, name, dry_run=True, **hub).file_size
+        if size > limit:
+            raise FileError(f"{repo_id}: {name} is of {size:,} bytes, more than the {limit:,} it may have")
+        return Path(hf_hub_download(repo_id, name, **hub))
+    except RemoteEntryNotFoundError as error:
+        reason = "only JSON and whole safetensors files are read, never pickles (.bin, .pt, .ckpt)"
+        raise FileError(f"{repo_id} has no {name}; {reason}") from error

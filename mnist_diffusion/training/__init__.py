@@ -1,0 +1,1 @@
+"""Train: launch processes, run the loop, report, checkpoint, publish."""

@@ -1,0 +1,119 @@
+"""How processes start: devices, threads and precision, and launches that must be refused."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
+
+from mnist_diffusion.config import RunConfig
+from mnist_diffusion.environment import set_num_threads
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.run_folder.lock import is_empty
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+class LaunchError(UserError):
+    """The processes were started in a way that cannot work."""
+
+
+def start_processes(config: RunConfig) -> PartialState:
+    """Join the process group, if there is one, and give each process its share of the cores.
+
+    Raises:
+        LaunchError: several processes that know nothing of each other, or an engine that is not supported.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    announced = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if announced > 1 and state.num_processes == 1:
+        raise LaunchError(
+            f"the launcher started {announced} processes, but they found no common device and would be {announced} "
+            "independent runs writing over each other. For processes on CPUs set ACCELERATE_USE_CPU=true; on a machine "
+            "without that many GPUs launch one process"
+        )
+    if state.distributed_type not in SUPPORTED:
+        raise LaunchError(
+            f"distributed_type {state.distributed_type.value} is not supported; use one process, or plain data "
+            "parallelism on CPUs or GPUs (MULTI_CPU, MULTI_GPU)"
+        )
+    set_num_threads(config.train.num_threads)
+    return state
+
+
+def choose_output_dir(config: RunConfig, recipe: str) -> Path:
+    """The run folder, the same for every process; it is not made yet.
+
+    Raises:
+        LaunchError: the folder holds something and the run is not a resumed one, or it is a file.
+    """
+    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    [folder] = broadcast_object_list([config.output_dir or str(Path("runs") / name)])
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise LaunchError(f"output_dir={folder!r} is a file")
+    if not config.train.resume and not is_empty(path):
+        raise LaunchError(
+            f"output_dir={folder!r} is not empty; add --train.resume true to go on with the run in it, or name another"
+        )
+    return path
+
+
+def begins_anew(config: RunConfig, output_dir: Path) -> bool:
+    """Whether the run starts at step 0: it is not a resumed one, or there is no checkpoint to go on from."""
+    return not (config.train.resume and any((output_dir / "checkpoints").glob("step-*")))
+
+
+def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
+    """The `Accelerator`, with the precision and the trackers of the configuration.
+
+    Raises:
+        LaunchError: the launcher and the configuration ask for different precisions, the batch does not divide among
+            processes and micro-batches, or a tracker is not installed.
+    """
+    state = PartialState()
+    asked, launched = config.train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked is not None and launched not in ("no", asked):
+        raise LaunchError(
+            f"train.mixed_precision={asked!r}, but the launcher asks for {launched!r}; leave one of them out"
+        )
+    precision = asked or launched
+    if precision == "fp16" and state.device.type == "cpu":
+        raise LaunchError("train.mixed_precision='fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
+    parts = state.num_processes * config.train.gradient_accumulation_steps
+    if config.data.batch_size % parts:
+        raise LaunchError(
+            f"data.batch_size={config.data.batch_size} must be divisible by {state.num_processes} processes x "
+            f"train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}"
+        )
+    project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs"))
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=list(config.train.trackers) or None, project_config=project
+    )
+    missing = set(config.train.trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:
+        raise LaunchError(
+            f"train.trackers: {', '.join(sorted(missing))} is not installed; pip install 'mnist-diffusion[wandb]' or "
+            "'mnist-diffusion[tensorboard]'"
+        )
+    return accelerator
+
+
+def require_same(what: str, fingerprint: str) -> None:
+    """Make sure that every process read the same `what`.
+
+    Raises:
+        LaunchError: they did not, as when one machine of several has no data and fell back.
+    """
+    found = gather_object([fingerprint])
+    if len(set(found)) > 1:
+        raise LaunchError(f"the processes read different {what}: fingerprints {sorted({each[:16] for each in found})}")

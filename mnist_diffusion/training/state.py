@@ -1,0 +1,235 @@
+"""What changes while training: weights, their average, the optimizer; and one update of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from mnist_diffusion.config import RunConfig
+from mnist_diffusion.data.dataset import ImageData, draw_batch
+from mnist_diffusion.data.transforms import to_model_range
+from mnist_diffusion.diffusion.objective import Batch, Objective
+from mnist_diffusion.run_folder.checkpoint import Checkpoint, optimizer_state, restore_optimizer
+from mnist_diffusion.seeds import mixed_seed
+
+NOISE_LEVELS = 10
+
+
+class TrainState:
+    """A network under training.
+
+    Args:
+        config: the run.
+        accelerator: device, precision and processes.
+        data: the images.
+        unet: the network, its weights as they start.
+        objective: what it learns.
+    """
+
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, data: ImageData, unet: UNet2DModel, objective: Objective
+    ):
+        self.config, self.accelerator, self.data, self.objective = config, accelerator, data, objective
+        unet.to(accelerator.device)
+        if config.train.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        self.averaged_unet = copy.deepcopy(unet).eval().requires_grad_(False)
+        self.ema = EMAModel(unet.parameters(), decay=config.train.ema_decay, foreach=True)
+        optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, foreach=True
+        )
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.unet = unet
+        # The first step whose loss or gradient was not finite, -1 for none: read when the run reports or saves.
+        self.first_bad_step = torch.tensor(-1, device=accelerator.device)
+        # Summed loss and count of images by noise level, since it was last read.
+        self.by_noise = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
+
+    def update(self, step: int, learning_rate: float) -> dict[str, Tensor]:
+        """One optimizer update, the one after `step` others.
+
+        Where `train.on_non_finite` is `skip`, an update whose loss or gradient is not finite on any process leaves
+        weights, average and optimizer as they were.
+
+        Returns:
+            Scalars on the device: `loss`, this process's mean, and `grad_norm` before clipping; `skipped`, 0 or 1,
+            where such updates are skipped.
+        """
+        config, accelerator = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        share = config.data.batch_size // accelerator.num_processes
+        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        images, labels = draw_batch(self.data.train, config.data, seed=config.train.seed, step=step, part=mine)
+        draws = self.objective.draw(
+            (config.data.batch_size, *images.shape[1:]), seed=config.train.seed, step=step, device=accelerator.device
+        )[mine]
+        batch = self._to_device(images, labels)
+        micro_batches = config.train.gradient_accumulation_steps
+        size = share // micro_batches
+        losses = []
+        self.model.train()
+        for micro in range(micro_batches):
+            part = slice(micro * size, (micro + 1) * size)
+            last = micro == micro_batches - 1
+            torch.manual_seed(mixed_seed(config.train.seed, "dropout", step, micro, accelerator.process_index))
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self.objective.loss(self.model, Batch(batch.images[part], batch.labels[part]), draws[part])
+                accelerator.backward(loss.mean() / micro_batches)
+            self._count_by_noise(loss.detach(), draws[part].timesteps)
+            losses.append(loss.detach().mean())
+        measured = {"loss": torch.stack(losses).mean()}
+        limit = config.train.max_grad_norm
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        measured["grad_norm"] = norm.detach()
+        bad = self._is_bad(measured)
+        self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, step + 1, self.first_bad_step)
+        skipped = False
+        if config.train.on_non_finite == "skip":
+            skipped = bool(accelerator.reduce(bad.float(), reduction="sum") > 0)
+            measured["skipped"] = torch.tensor(float(skipped), device=accelerator.device)
+        if not skipped or accelerator.scaler is not None:  # a gradient scaler skips by itself, and must be told
+            self.optimizer.step()
+        if not skipped:
+            self._update_average(step + 1)
+        self.optimizer.zero_grad()
+        return measured
+
+    def _count_by_noise(self, losses: Tensor, timesteps: Tensor) -> None:
+        """Add losses `[b]` to those of their noise levels."""
+        if self.objective.num_timesteps is not None:
+            levels = timesteps * NOISE_LEVELS // self.objective.num_timesteps
+            self.by_noise[0].index_add_(0, levels, losses.float())
+            self.by_noise[1].index_add_(0, levels, torch.ones_like(losses, dtype=torch.float32))
+
+    def take_loss_by_noise(self) -> list[float | None] | None:
+        """Mean loss since the last call at each tenth of the timesteps, the least noisy first, over all processes.
+
+        None where the objective has no noise levels; None for a tenth that no image fell into.
+        """
+        if self.objective.num_timesteps is None:
+            return None
+        sums, counts = self.accelerator.reduce(self.by_noise, reduction="sum").tolist()
+        self.by_noise = torch.zeros_like(self.by_noise)
+        means = [each / count if count else math.nan for each, count in zip(sums, counts, strict=True)]
+        return [mean if math.isfinite(mean) else None for mean in means]
+
+    def _is_bad(self, measured: Mapping[str, Tensor]) -> Tensor:
+        """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which overflows at times."""
+        watched = [measured["loss"]]
+        if self.accelerator.scaler is None:
+            watched.append(measured["grad_norm"])
+        return ~torch.isfinite(torch.stack(watched)).all()
+
+    def _to_device(self, images: Tensor, labels: Tensor) -> Batch:
+        device = self.accelerator.device
+        return Batch(to_model_range(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
+
+    def _update_average(self, steps_done: int) -> None:
+        start, interval = self.config.train.ema_start_step, self.config.train.ema_update_every_steps
+        if steps_done <= start:
+            self.ema.shadow_params = [parameter.detach().clone() for parameter in self.unet.parameters()]
+        elif steps_done % interval == 0:
+            self.ema.step(self.unet.parameters())
+
+    def average(self) -> UNet2DModel:
+        """The network with the averaged weights, in evaluation mode; training goes on in another copy."""
+        self.ema.copy_to(self.averaged_unet.parameters())
+        return self.averaged_unet
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Loss of the averaged weights on held-out images, each time the same ones with the same draws.
+
+        Batches are of one size whatever the run's, so that runs can be compared.
+        """
+        unet, train = self.average(), self.config.train
+        total, count = 0.0, min(train.num_eval_images, len(self.data.test))
+        # The sources keep their order, which may go by class: spread the chosen images over all of it.
+        chosen = self.data.test.spread(count)
+        for index, part in enumerate(chosen.split(500)):
+            batch = self._to_device(self.data.test.images[part], self.data.test.labels[part])
+            draws = self.objective.draw(
+                tuple(batch.images.shape), seed=train.seed, step=index, device=self.accelerator.device, held_out=True
+            )
+            total += float(self.objective.loss(unet, batch, draws).mean()) * len(part)
+        return total / count
+
+    def measure_speed(self, seconds: float) -> float:
+        """Updates a second on this machine, from real updates that are then undone.
+
+        Every process takes part; all get the main process's figure.
+
+        Args:
+            seconds: how long to measure; the first third is warm-up and not counted.
+        """
+        weights = [parameter.detach().clone() for parameter in self.unet.parameters()]
+        scaler = self.accelerator.scaler
+        scaler_state = scaler.state_dict() if scaler is not None else None
+        speed, done, counted_from = None, 0, 0
+        started = warm = time.perf_counter()
+        while speed is None:
+            self.update(done, 0.0)
+            done += 1
+            self._synchronize()
+            now = time.perf_counter()
+            if counted_from == 0 and now - started >= seconds / 3:
+                counted_from, warm = done, now
+            over = counted_from and done > counted_from and now - started >= seconds
+            [speed] = broadcast_object_list([(done - counted_from) / (now - warm) if over else None])
+        with torch.no_grad():
+            for parameter, before in zip(self.unet.parameters(), weights, strict=True):
+                parameter.copy_(before)
+        self.optimizer.state.clear()
+        if scaler is not None and scaler_state is not None:
+            scaler.load_state_dict(scaler_state)
+        self.ema.shadow_params = weights
+        self.ema.optimization_step = 0
+        self.first_bad_step.fill_(-1)
+        self.by_noise.zero_()
+        return speed
+
+    def _synchronize(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything to resume from: tensors by file and name, and what JSON holds."""
+        moments, groups = optimizer_state(self.optimizer)
+        names = [name for name, _ in self.unet.named_parameters()]
+        tensors = {
+            "unet": dict(self.unet.state_dict()),
+            "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
+            "optimizer": moments,
+        }
+        scaler = self.accelerator.scaler
+        return tensors, {
+            "optimizer_groups": groups,
+            "ema_step": self.ema.optimization_step,
+            "grad_scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a checkpoint."""
+        tensors: Mapping[str, Mapping[str, Tensor]] = checkpoint.tensors
+        self.unet.load_state_dict(tensors["unet"])
+        with torch.no_grad():
+            for (name, _), shadow in zip(self.unet.named_parameters(), self.ema.shadow_params, strict=True):
+                shadow.copy_(tensors["ema"][name])
+        self.ema.optimization_step = checkpoint.state["ema_step"]
+        restore_optimizer(self.optimizer.optimizer, tensors["optimizer"], checkpoint.state["optimizer_groups"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.train.weight_decay
+        if self.accelerator.scaler is not None and checkpoint.state["grad_scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])

@@ -1,0 +1,431 @@
+"""From teacher to student: the loss against its definition, and whole runs of the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
+from torch import nn
+
+from mnist_diffusion import distill_cfg
+from mnist_diffusion.cli.options import RunArguments, parse_distill_arguments
+from mnist_diffusion.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    DistillationConfig,
+    DistillConfig,
+    FewStepConfig,
+    TrainConfig,
+)
+from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.diffusion.distillation import (
+    TeacherError,
+    chosen_points,
+    cleaned,
+    clipped_error,
+    distillation_objective,
+    draw_trajectories,
+    fingerprint,
+    load_teacher,
+    pseudo_huber,
+    require_possible,
+    require_same_images,
+    student_of,
+    student_scheduler,
+    with_teachers_images,
+)
+from mnist_diffusion.diffusion.objective import Batch, Draws
+from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.run_folder.metrics import read_metrics
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from tests.conftest import make_pipeline
+from tests.support.survival import Death, Nursery, final_state
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> None:
+    """Accelerate keeps device and precision for the life of a process; each test here is a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained teacher of 28 x 28 pixels and the digits' classes."""
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "pipeline", seed=0)
+
+
+def save_teacher(folder: Path, *, seed: int, **changes: Any) -> Path:
+    pipeline = make_pipeline(seed=seed, **changes)
+    pipeline.unet.register_to_config(sample_size=28)
+    if pipeline.null_class is not None:
+        pipeline.register_to_config(id2label={str(index): str(index) for index in range(10)})
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def distillation(teacher: Path, **changes: Any) -> DistillationConfig:
+    return DistillationConfig(
+        **{"teacher": str(teacher), "num_teacher_steps": 4, "points_per_trajectory": 2, **changes}
+    )
+
+
+def student_config(teacher: Path, folder: Path, **train: Any) -> DistillConfig:
+    defaults = {"max_steps": 4, "warmup_steps": 1, "num_eval_images": 4, "samples_per_class": 1}
+    often = {"checkpoint_every_steps": 2, "sample_every_steps": None, "log_every_steps": 1}
+    return DistillConfig(
+        data=DataConfig(source="digits", batch_size=4),
+        distillation=distillation(teacher),
+        train=TrainConfig(**{**defaults, **often, **train}),
+        output_dir=str(folder),
+    )
+
+
+def run(config: DistillConfig, **train: Any) -> Path:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+    assert distill_cfg.run(RunArguments(config, "tiny", dry_run=False)) == 0
+    assert config.output_dir is not None
+    return Path(config.output_dir)
+
+
+def make_draws(count: int, dropped: list[int], size: int = 8) -> tuple[Batch, Draws]:
+    noise = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[dropped] = True
+    return Batch(torch.zeros_like(noise), torch.arange(count)), Draws(noise, torch.zeros(count).long(), mask)
+
+
+class Oracle(nn.Module):
+    """A student that sees the image at the end of each trajectory exactly, off by `error`."""
+
+    def __init__(self, ends: torch.Tensor, alphas_cumprod: torch.Tensor, error: float):
+        super().__init__()
+        self.ends, self.alphas_cumprod, self.error = ends, alphas_cumprod, error
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: Any, **_: Any) -> Any:
+        self.sample, self.timestep, self.labels = sample, timestep, class_labels
+        alpha = self.alphas_cumprod[timestep].double().view(-1, 1, 1, 1)
+        image = self.ends.double().repeat(len(sample) // len(self.ends), 1, 1, 1) + self.error
+        return ((alpha.sqrt() * sample.double() - image) / (1 - alpha).sqrt(),)
+
+
+class TestLoss:
+    def test_error_ends_where_clipping_makes_it_right(self) -> None:
+        prediction = torch.tensor([-1.5, -1.5, -0.5, 1.5, 1.5, 0.5, -2.0, 0.3], requires_grad=True)
+        target = torch.tensor([-1.0, -0.9, -1.0, 1.0, 0.9, 1.0, 1.0, 0.3])
+        errors = clipped_error(prediction, target)
+        torch.testing.assert_close(errors, torch.tensor([0.0, -0.6, 0.5, 0.0, 0.6, -0.5, -3.0, 0.0]))
+        errors.sum().backward()
+        assert prediction.grad is not None
+        assert prediction.grad.tolist() == [0, 1, 1, 0, 1, 1, 1, 1]
+
+    def test_pseudo_huber_is_square_below_c_and_linear_above(self) -> None:
+        errors = torch.tensor([0.0, 1e-3, -1e-3, 100.0, -100.0], dtype=torch.float64)
+        expected = torch.tensor([0.0, 1e-6, 1e-6, 99.5, 99.5], dtype=torch.float64)
+        torch.testing.assert_close(pseudo_huber(errors, 0.5), expected, rtol=1e-4, atol=2e-3 * 1e-3)
+
+    def test_nearly_black_and_white_is_black_and_white(self) -> None:
+        images = torch.tensor([-1.2, -0.97, -0.95, 0.0, 0.95, 0.97, 1.2])
+        expected = torch.tensor([-1.0, -1.0, -0.95, 0.0, 0.95, 1.0, 1.0])
+        torch.testing.assert_close(cleaned(images, 0.04), expected)
+        torch.testing.assert_close(cleaned(images, 0.0), images.clamp(-1, 1))
+
+    @pytest.mark.parametrize("error", [0.0, 0.25])
+    def test_it_is_the_error_of_the_image_at_every_point(self, error: float, teacher_folder: Path) -> None:
+        """Of a student that is off by `error` everywhere: the Huber of it, but for white pixels, which are clipped."""
+        teacher = make_pipeline()
+        config = distillation(teacher_folder, points_per_trajectory=4, clean_within=0.0, huber_c=0.5)
+        teacher.scheduler = build_sampler("dpmpp", teacher.scheduler.config)
+        batch, draws = make_draws(3, dropped=[1])
+        trajectory = draw_trajectories(teacher, config, batch.labels, draws)
+        ends = trajectory.latents[-1].clamp(-1, 1)
+        student = Oracle(ends, teacher.scheduler.alphas_cumprod, error)
+        loss = distillation_objective(config, teacher).loss(student, batch, draws).mean()
+        errors = torch.where(ends == 1, 0.0, error).double()
+        expected = ((errors**2 + 0.25).sqrt() - 0.5).mean()
+        assert float(loss) == pytest.approx(float(expected), abs=2e-4)
+        assert student.timestep.tolist() == [t for t in (999, 749, 499, 249) for _ in range(3)]
+        assert student.labels.tolist() == [0, 10, 2] * 4
+        torch.testing.assert_close(student.sample[:3], draws.noise)
+        torch.testing.assert_close(student.sample[3:], trajectory.latents[:-1].flatten(0, 1))
+
+    @pytest.mark.parametrize(("steps", "points"), [(8, 4), (8, 8), (8, 1), (5, 3), (1, 1), (2, 2)])
+    def test_points_are_distinct_the_noise_among_them_and_all_come_up(self, steps: int, points: int) -> None:
+        config = DistillationConfig(teacher="a/b", num_teacher_steps=steps, points_per_trajectory=points)
+        chosen = chosen_points(config, torch.arange(100))
+        assert chosen.shape == (points, 100)
+        assert (chosen[0] == 0).all()
+        assert all(len(set(column)) == points for column in chosen.T.tolist())
+        assert set(chosen.flatten().tolist()) == (set(range(steps)) if points > 1 else {0})
+
+    def test_trajectories_are_the_teachers_own_pictures(self, teacher_folder: Path) -> None:
+        teacher, config = make_pipeline(), distillation(teacher_folder, guidance_scale=3.0)
+        batch, draws = make_draws(3, dropped=[1])
+        ends = draw_trajectories(teacher, config, batch.labels, draws).latents[-1]
+        common: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
+        guided = teacher([0, 2], guidance_scale=3.0, latents=draws.noise[[0, 2]], **common).images
+        free = teacher(None, latents=draws.noise[1:2], **common).images
+        torch.testing.assert_close(ends[[0, 2]].clamp(-1, 1) / 2 + 0.5, guided, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ends[1:2].clamp(-1, 1) / 2 + 0.5, free, atol=1e-5, rtol=0)
+
+    def test_students_steps_are_points_of_the_trajectory(self) -> None:
+        teacher = make_pipeline()
+        student = build_sampler("lcm", student_scheduler(teacher).config)
+        trajectory = build_sampler("dpmpp", teacher.scheduler.config)
+        trajectory.set_timesteps(8)
+        for steps in (1, 2, 4, 8):
+            student.set_timesteps(steps)
+            assert student.timesteps.tolist() == trajectory.timesteps.tolist()[:: 8 // steps]
+
+
+class TestStudentsScheduler:
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+    def test_it_predicts_the_velocity_on_the_teachers_noise(self, prediction_type: Any) -> None:
+        teacher = make_pipeline(diffusion=DiffusionConfig(prediction_type=prediction_type, beta_schedule="linear"))
+        scheduler = student_scheduler(teacher)
+        assert scheduler.config.prediction_type == "v_prediction"
+        torch.testing.assert_close(scheduler.alphas_cumprod, teacher.scheduler.alphas_cumprod)
+
+    @pytest.mark.parametrize("steps", [20, 75, 101, 1000])
+    @pytest.mark.parametrize("name", ["lcm", "tcd"])
+    def test_consistency_samplers_start_at_the_noisiest_timestep(self, name: Any, steps: int) -> None:
+        teacher = make_pipeline(diffusion=DiffusionConfig(num_train_timesteps=steps))
+        scheduler = build_sampler(name, student_scheduler(teacher).config)
+        for count in (1, 2, 3):
+            scheduler.set_timesteps(count)
+            assert scheduler.timesteps[0] == steps - 1
+            assert len(scheduler.timesteps) == count
+
+    @pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler])
+    def test_making_and_loading_warn_of_nothing(
+        self, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
+        name = {LCMScheduler: "lcm", TCDScheduler: "tcd"}[kind]
+        with caplog.at_level(logging.WARNING):
+            scheduler = build_sampler(name, student_scheduler(make_pipeline()).config)  # type: ignore[arg-type]
+            scheduler.save_pretrained(tmp_path)
+            kind.from_pretrained(tmp_path)
+            assert not [record for record in caplog.records if "config attributes" in record.message]
+            LCMScheduler.from_config({**scheduler.config, "skip_prk_steps": True})
+            assert [record for record in caplog.records if "config attributes" in record.message]  # it would be seen
+
+
+class TestTeachers:
+    def test_a_student_is_no_teacher(self, tmp_path: Path, teacher_folder: Path) -> None:
+        pipeline = MNISTDiffusionPipeline.from_pretrained(teacher_folder)
+        pipeline.register_to_config(guidance_distilled=True)
+        pipeline.save_pretrained(tmp_path)
+        with pytest.raises(TeacherError, match="is itself a student"):
+            load_teacher(distillation(tmp_path), device=CPU)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({}, r"guidance_scale=1\.5 needs a class-conditional teacher"),
+            (
+                {"distillation": {"guidance_scale": 1.0}, "best_metric": "accuracy"},
+                "train.best_metric='accuracy' needs",
+            ),
+            ({"distillation": {"num_teacher_steps": 1001}}, "num_teacher_steps=1001 must not exceed .* 1000 timesteps"),
+            ({"sampling": {"num_inference_steps": 1001}}, "num_inference_steps=1001 must not exceed"),
+        ],
+        ids=str,
+    )
+    def test_what_a_teacher_cannot_teach(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+        save_teacher(tmp_path, seed=0, conditional=False)
+        config = DistillConfig(
+            distillation=distillation(tmp_path, **change.get("distillation", {})),
+            sampling=FewStepConfig(**change.get("sampling", {})),
+            train=TrainConfig(best_metric=change.get("best_metric", "fid")),
+        )
+        teacher = load_teacher(config.distillation, device=CPU)
+        with pytest.raises(TeacherError, match=message):
+            require_possible(config, teacher)
+
+    def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_teacher(distillation(tmp_path), device=CPU)
+
+    def test_other_images(self, teacher_folder: Path, image_folder: Path, digits: ImageData) -> None:
+        teacher = load_teacher(distillation(teacher_folder), device=CPU)
+        with pytest.raises(TeacherError, match=r"the teacher draws images of \(1, 28, 28\).* has \(3, 16, 16\)"):
+            require_same_images(teacher, load_images(DataConfig(source=str(image_folder)), seed=0))
+        letters = dataclasses.replace(digits, class_names=tuple("abcdefghij"))
+        with pytest.raises(TeacherError, match=r"classes are 0, 1.* are a, b, c"):
+            require_same_images(teacher, letters)
+
+    def test_other_numbers_of_classes(self, teacher_folder: Path, digits: ImageData) -> None:
+        teacher = load_teacher(distillation(teacher_folder), device=CPU)
+        fewer = dataclasses.replace(digits, class_names=digits.class_names[:7])
+        with pytest.raises(TeacherError, match=r"the teacher knows 10 classes, but data.source='digits' has 7"):
+            require_same_images(teacher, fewer)
+
+    def test_fingerprint_is_of_weights_and_noising_process(self, teacher_folder: Path) -> None:
+        teacher = load_teacher(distillation(teacher_folder), device=CPU)
+        first = fingerprint(teacher)
+        assert fingerprint(load_teacher(distillation(teacher_folder), device=CPU)) == first
+        teacher.scheduler.register_to_config(prediction_type="epsilon")
+        second = fingerprint(teacher)
+        next(teacher.unet.parameters()).data.view(-1)[0] += 1
+        assert len({first, second, fingerprint(teacher)}) == 3
+
+    def test_images_of_the_teachers_run(self, tmp_path: Path) -> None:
+        teacher = save_teacher(tmp_path / "run" / "pipeline", seed=0)
+        named = student_config(teacher, tmp_path / "student")
+        silent = dataclasses.replace(named, data=DataConfig(batch_size=4))
+        assert with_teachers_images(silent) == silent
+        beside = tmp_path / "run" / "config.yaml"
+        told = Config(data=DataConfig(source="digits", image_size=28, batch_size=99), train=TrainConfig(seed=5))
+        beside.write_text(told.to_yaml())
+        found = with_teachers_images(silent)
+        assert found.data == DataConfig(source="digits", image_size=28, batch_size=4)
+        assert found.distillation.split_seed == 5
+        assert with_teachers_images(named) == named
+        folder = run(silent, max_steps=2)
+        again = parse_distill_arguments(["--config", str(folder / "config.yaml")], prog="distill").config
+        assert (again.data, again.distillation) == (found.data, found.distillation)
+        run(dataclasses.replace(again, output_dir=str(folder)), max_steps=4, resume=True)
+        beside.write_text("data: 3")
+        with pytest.raises(TeacherError, match="does not say what images the teacher was trained on"):
+            with_teachers_images(silent)
+
+
+class TestRuns:
+    def test_a_student_is_a_pipeline_folder_like_any_other(self, teacher_folder: Path, tmp_path: Path) -> None:
+        folder = run(student_config(teacher_folder, tmp_path / "run", max_steps=2)) / "pipeline"
+        loaded = [
+            MNISTDiffusionPipeline.from_pretrained(folder),
+            DiffusionPipeline.from_pretrained(folder, trust_remote_code=True),
+            DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True),
+        ]
+        pictures = []
+        for pipeline in loaded:
+            assert type(pipeline.scheduler) is LCMScheduler
+            passes: list[int] = []
+            pipeline.unet.register_forward_hook(lambda module, inputs, output, seen=passes: seen.append(len(inputs[0])))
+            pipeline.set_progress_bar_config(disable=True)
+            generator = torch.Generator().manual_seed(0)
+            pictures.append(pipeline(class_labels=[3, "7"], generator=generator, output_type="pt").images)
+            assert passes == [2]
+        assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+        card = (folder / "README.md").read_text()
+        for part in (
+            "It is a student",
+            str(teacher_folder),
+            "4 steps of dpmpp at guidance scale 1.5",
+            "1 step of lcm",
+        ):
+            assert part in card
+        assert "guidance_scale=5" not in card
+
+    def test_guidance_scale_is_explained(self, teacher_folder: Path, tmp_path: Path) -> None:
+        folder = run(student_config(teacher_folder, tmp_path / "run", max_steps=1)) / "pipeline"
+        student = MNISTDiffusionPipeline.from_pretrained(folder)
+        student.set_progress_bar_config(disable=True)
+        assert len(student([1, 2], guidance_scale=1.5).images) == 2
+        for scale in (5, 1, 0, [1.5, 2.0]):
+            with pytest.raises(ValueError, match=r"guidance at scale 1\.5 was distilled into its weights"):
+                student([1, 2], guidance_scale=scale)
+        for other in ({"guidance_interval": (0.2, 0.8)}, {"guidance_rescale": 0.5}):
+            with pytest.raises(ValueError, match="have no effect on this model"):
+                student([1, 2], **other)
+        with pytest.raises(ValueError, match="cannot be inverted with a distilled model"):
+            student.invert(torch.rand(1, 1, 28, 28), 1)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            {"prediction_type": "epsilon", "beta_schedule": "linear"},
+            {"prediction_type": "sample"},
+            {"conditional": False},
+        ],
+        ids=str,
+    )
+    def test_other_teachers(self, case: dict[str, Any], tmp_path: Path) -> None:
+        conditional = case.pop("conditional", True)
+        changes = {"diffusion": DiffusionConfig(**case), "conditional": conditional}
+        teacher = save_teacher(tmp_path / "teacher", seed=0, **changes)
+        config = student_config(teacher, tmp_path / "run")
+        if not conditional:
+            config = dataclasses.replace(config, distillation=distillation(teacher, guidance_scale=1.0))
+        student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
+        assert student.scheduler.config.prediction_type == "v_prediction"
+        assert student(3 if conditional else None, output_type="pt").images.isfinite().all()
+
+    def test_the_student_comes_nearer_to_the_teachers_pictures(self, teacher_folder: Path, tmp_path: Path) -> None:
+        teacher = load_teacher(distillation(teacher_folder), device=CPU)
+        config = student_config(teacher_folder, tmp_path / "run", max_steps=40, learning_rate=5e-3, ema_decay=0.9)
+        student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
+        for pipeline in (teacher, student):
+            pipeline.set_progress_bar_config(disable=True)
+        noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+        common: dict[str, Any] = {"class_labels": range(10), "latents": noise, "output_type": "pt"}
+        goal = teacher(**common, num_inference_steps=4, guidance_scale=1.5).images
+        learned = student(**common).images
+        student.unet = student_of(teacher).eval()
+        unlearned = student(**common).images
+        assert (learned - goal).square().mean() < 0.5 * (unlearned - goal).square().mean()
+
+    def test_resumed_run_gives_the_same_bits(self, teacher_folder: Path, tmp_path: Path) -> None:
+        whole = run(student_config(teacher_folder, tmp_path / "whole", max_steps=6))
+        cut = student_config(teacher_folder, tmp_path / "cut", max_steps=6)
+        nursery, log = Nursery(), tmp_path / "log.txt"
+        flags = tmp_path / "config.yaml"
+        flags.write_text(cut.to_yaml())
+        arguments = ["--config", str(flags), "--train.resume", "true", "--train.num_threads", "2"]
+        [code] = nursery.finish(arguments, log=log, death=Death(1, 5, after=True), work=distilling)
+        assert code == -signal.SIGKILL, log.read_text()
+        assert nursery.finish(arguments, log=log, work=distilling) == [0], log.read_text()
+        first, second = final_state(whole), final_state(tmp_path / "cut")
+        assert [name for name in first if first[name] != second[name]] == []
+        assert len(read_metrics(whole / "metrics.jsonl")) == 6
+
+    def test_two_processes_learn_what_one_does(self, teacher_folder: Path, tmp_path: Path) -> None:
+        nursery, log, weights = Nursery(), tmp_path / "log.txt", []
+        for ranks in (1, 2):
+            flags = tmp_path / f"{ranks}.yaml"
+            flags.write_text(student_config(teacher_folder, tmp_path / str(ranks)).to_yaml())
+            arguments = ["--config", str(flags), "--train.num_threads", "1"]
+            assert nursery.finish(arguments, log=log, ranks=ranks, work=distilling) == [0] * ranks, log.read_text()
+            weights.append(MNISTDiffusionPipeline.from_pretrained(tmp_path / str(ranks) / "pipeline").unet.state_dict())
+        start = MNISTDiffusionPipeline.from_pretrained(teacher_folder).unet.state_dict()
+        moved = max(float((weights[0][name] - start[name]).abs().max()) for name in start)
+        apart = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in start)
+        assert apart < 1e-3 * moved
+
+    def test_another_teacher_cannot_go_on(self, teacher_folder: Path, tmp_path: Path) -> None:
+        config = student_config(teacher_folder, tmp_path / "run")
+        run(config, max_steps=2)
+        other = save_teacher(tmp_path / "other", seed=1)
+        changed = dataclasses.replace(config, distillation=distillation(other))
+        with pytest.raises(UserError, match="the teacher's fingerprint was"):
+            run(changed, resume=True)
+        stronger = dataclasses.replace(config, distillation=distillation(teacher_folder, guidance_scale=3.0))
+        with pytest.raises(UserError, match=r"distillation\.guidance_scale was 1\.5, now 3\.0"):
+            run(stronger, resume=True)
+        moved = save_teacher(tmp_path / "moved", seed=0)
+        run(dataclasses.replace(config, distillation=distillation(moved)), resume=True)
+
+    def test_other_samplers_of_a_student(self, teacher_folder: Path, tmp_path: Path) -> None:
+        config = student_config(teacher_folder, tmp_path / "run", max_steps=1)
+        config = dataclasses.replace(config, sampling=FewStepConfig(scheduler="tcd", num_inference_steps=4, eta=0.3))
+        student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
+        assert type(student.scheduler) is TCDScheduler
+        assert (student.config.num_inference_steps, student.config.eta) == (4, 0.3)
+
+
+def distilling(arguments: list[str]) -> int:
+    """What the nursery's processes run."""
+    return distill_cfg.main(arguments)

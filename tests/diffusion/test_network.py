@@ -1,0 +1,124 @@
+"""The network and the training scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from mnist_diffusion.config import DiffusionConfig, ModelConfig
+from mnist_diffusion.diffusion.network import build_unet, initialise
+from mnist_diffusion.diffusion.noise import build_noise_scheduler
+from mnist_diffusion.errors import ConfigError, UserError
+from tests.conftest import make_pipeline
+
+NAMES = tuple("abcdefghij")
+TINY = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("levels", [(), (1,)])
+def test_shapes(channels: int, levels: tuple[int, ...]) -> None:
+    model = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_levels=levels, attention_head_dim=8)
+    unet = build_unet(model, image_size=8, channels=channels, num_classes=3)
+    images = torch.zeros(2, channels, 8, 8)
+    assert unet(images, 5, class_labels=torch.tensor([0, 3])).sample.shape == images.shape
+    assert unet.config.num_class_embeds == 4
+    assert any("attentions" in name for name, _ in unet.named_parameters()) == bool(levels)
+
+
+def test_unconditional() -> None:
+    model = ModelConfig(block_out_channels=(8,), norm_num_groups=4, class_conditional=False)
+    unet = build_unet(model, image_size=8, channels=1, num_classes=3)
+    assert unet.config.num_class_embeds is None
+    assert unet(torch.zeros(1, 1, 8, 8), 5).sample.shape == (1, 1, 8, 8)
+
+
+def test_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    nets = [build_unet(TINY, image_size=8, channels=1, num_classes=2, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.rand(1), expected)
+    weights = [net.conv_in.weight for net in nets]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_size_that_cannot_be_halved() -> None:
+    model = ModelConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    with pytest.raises(ConfigError, match=r"data.image_size=28 cannot be halved 3 times.* set data.image_size=32"):
+        build_unet(model, image_size=28, channels=1, num_classes=2)
+
+
+def test_training_scheduler_leaves_no_argument_to_a_default() -> None:
+    scheduler = build_noise_scheduler(DiffusionConfig())
+    assert not scheduler.config.get("_use_default_values")
+    arguments = set(inspect.signature(DDPMScheduler.__init__).parameters) - {"self"}
+    assert arguments <= set(scheduler.config)
+
+
+def test_custom_betas_and_zero_snr() -> None:
+    betas = tuple(0.01 * (i + 1) for i in range(10))
+    config = DiffusionConfig(num_train_timesteps=10, trained_betas=betas)
+    torch.testing.assert_close(build_noise_scheduler(config).betas, torch.tensor(betas))
+    zero = build_noise_scheduler(DiffusionConfig(rescale_betas_zero_snr=True, beta_schedule="linear"))
+    assert float(zero.alphas_cumprod[-1]) < 1e-6
+
+
+class TestInitialise:
+    """Weights of a pipeline to begin with."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> str:
+        make_pipeline(seed=5).save_pretrained(tmp_path / "pipeline")
+        return str(tmp_path / "pipeline")
+
+    def unet(self, num_classes: int = 10, **changes: Any) -> UNet2DModel:
+        shape: dict[str, Any] = {"block_out_channels": (8, 16), "norm_num_groups": 4, **changes}
+        return build_unet(ModelConfig(**shape), image_size=8, channels=1, num_classes=num_classes)
+
+    def test_same_classes_take_everything(self, folder: str) -> None:
+        unet, expected = self.unet(), make_pipeline(seed=5).unet.state_dict()
+        assert initialise(unet, folder, class_names=NAMES) == f"weights      of {folder}"
+        assert all(torch.equal(value, expected[name]) for name, value in unet.state_dict().items())
+
+    @pytest.mark.parametrize(
+        "names", [("x", "y", "z"), tuple("klmnopqrst"), None], ids=["fewer", "as many others", "none"]
+    )
+    def test_other_classes_start_anew_and_it_is_said(self, names: tuple[str, ...] | None, folder: str) -> None:
+        unet = self.unet(len(names or NAMES), class_conditional=names is not None)
+        before = {name: value.clone() for name, value in unet.state_dict().items()}
+        expected = make_pipeline(seed=5).unet.state_dict()
+        said = initialise(unet, folder, class_names=names or NAMES)
+        assert ("class embeddings start anew" in said) == (names is not None)
+        for name, value in unet.state_dict().items():
+            assert torch.equal(value, before[name] if name == "class_embedding.weight" else expected[name])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"block_out_channels": (8, 8)}, r"block_out_channels is .*8, 16.* there, .*8, 8.* here"),
+            ({"layers_per_block": 2}, "layers_per_block is 1 there, 2 here"),
+            ({"norm_num_groups": 8}, "norm_num_groups is 4 there, 8 here"),
+            ({"act_fn": "relu"}, "act_fn is 'silu' there, 'relu' here"),
+        ],
+    )
+    def test_another_kind_is_refused(self, changes: dict[str, Any], message: str, folder: str) -> None:
+        """Also where the weights would fit."""
+        with pytest.raises(ConfigError, match=message):
+            initialise(self.unet(**changes), folder, class_names=NAMES)
+
+    def test_another_prediction_is_refused(self, folder: str) -> None:
+        with pytest.raises(
+            ConfigError, match=r"it predicts 'v_prediction', and diffusion.prediction_type is 'epsilon'"
+        ):
+            initialise(self.unet(), folder, class_names=NAMES, prediction_type="epsilon")
+
+    def test_nowhere(self) -> None:
+        with pytest.raises(UserError, match="pipeline 'nowhere/at-all/x' cannot be loaded"):
+            initialise(self.unet(), "nowhere/at-all/x", class_names=NAMES)

@@ -1,0 +1,126 @@
+"""`mnist-diffusion sample`: what it writes, and that it says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mnist_diffusion.cli import main
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.dataset import load_images
+from tests.conftest import make_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pipelines") / "pipeline"
+    make_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def sample(folder: str, out: Path, *flags: Any, code: int = 0) -> Path:
+    arguments = ["sample", folder, "--out", str(out), "--num_inference_steps", "2", *map(str, flags)]
+    assert main(arguments) == code
+    return out
+
+
+def test_everything_on_request(folder: str, tmp_path: Path) -> None:
+    flags = ["--class_labels", "d", "7", "--num_images", "5", "--files", "--gif", "--compare_schedulers"]
+    out = sample(folder, tmp_path, *flags, "--guidance_sweep", "[0,1,5]", "--interpolation", "4")
+    names = {path.name for path in out.iterdir()}
+    files = {"digit_d_000.png", "digit_d_001.png", "digit_d_002.png", "digit_h_000.png", "digit_h_001.png"}
+    sheets = {"grid.png", "denoising.gif", "schedulers.png", "guidance.png", "interpolation.png"}
+    assert names == files | sheets
+    with Image.open(out / "denoising.gif") as animation:
+        assert animation.n_frames == 2  # type: ignore[attr-defined]
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size[0] > 3 * 40
+        assert np.asarray(grid).std() > 0
+
+
+def test_seed_fixes_the_images_whatever_the_batch(folder: str, tmp_path: Path) -> None:
+    one = sample(folder, tmp_path / "one", "--files", "--num_images", 4, "--batch_size", 1)
+    four = sample(folder, tmp_path / "four", "--files", "--num_images", 4, "--batch_size", 4)
+    other = sample(folder, tmp_path / "other", "--files", "--num_images", 4, "--seed", 1)
+    for path in one.glob("digit_*.png"):
+        pixels = [np.asarray(Image.open(where / path.name)).astype(int) for where in (one, four, other)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+        assert np.abs(pixels[0] - pixels[2]).max() > 1
+
+
+def test_labelled_data_set_comes_back(folder: str, tmp_path: Path) -> None:
+    out = sample(folder, tmp_path / "set", "--as_dataset", "--num_images", 23, "--batch_size", 10)
+    assert [path.name for path in out.iterdir()] == ["train-00000.parquet"]
+    data = load_images(DataConfig(source=str(out)), seed=0)
+    assert len(data.train) + len(data.test) == 23
+    assert data.class_names == tuple("abcdefghij")
+
+
+def test_unconditional(tmp_path: Path) -> None:
+    make_pipeline(conditional=False).save_pretrained(tmp_path / "pipeline")
+    out = sample(str(tmp_path / "pipeline"), tmp_path / "out", "--num_images", 4, "--files", "--gif")
+    assert {path.name for path in out.glob("image_*")} == {f"image_00{index}.png" for index in range(4)}
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_low_precision(folder: str, tmp_path: Path, name: str) -> None:
+    assert (sample(folder, tmp_path, "--dtype", name, "--num_images", 2) / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--class_labels", "12"], "class_labels must be from 0 to 9, got 12"),
+        (["--class_labels", "zebra"], "no class named 'zebra'"),
+        (["--num_inference_steps", "2000"], "num_inference_steps must be from 1 to 1000, got 2000"),
+        (["--scheduler", "lcm", "--num_inference_steps", "90"], "does not work with LCMScheduler"),
+        (["--eta", "0.5"], "eta=0.5 has no effect with DPMSolverMultistepScheduler"),
+        (["--device", "cuda:7"], "cannot be loaded"),
+        (["--class_labels", "3", "--interpolation", "4"], "--interpolation needs two class labels"),
+    ],
+)
+def test_errors_are_messages(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    sample(folder, tmp_path / "out", *flags, code=2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--num_images", "0"], ["--guidance_scale", "-1"], ["--scheduler", "magic"], ["--dtype", "int4"], ["--x"]]
+)
+def test_parser_refuses(folder: str, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        sample(folder, tmp_path / "out", *flags)
+    assert stopped.value.code == 2
+    assert flags[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_not_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    sample(str(tmp_path / "empty"), tmp_path / "out", code=2)
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [[], ["sample"], ["train"]])
+def test_help_imports_nothing_heavy(verb: list[str]) -> None:
+    code = (
+        "import sys\nfrom mnist_diffusion.cli import main\n"
+        f"try: main([*{verb!r}, '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'diffusers', 'datasets', 'transformers', 'sklearn'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "COLUMNS": "200"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=60
+    )
+    if verb != ["train"]:  # train_cfg's own help is parsed before anything heavy too, but behind its import
+        assert result.stdout.splitlines()[-1] == "[]"
+    assert "usage:" in result.stdout

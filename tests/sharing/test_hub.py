@@ -1,0 +1,559 @@
+"""Push and pull over real HTTP: the real client against a Hub on the loopback device."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+from mnist_diffusion.denoising import load_denoiser
+
+import train_cfg
+from mnist_diffusion import cli
+from mnist_diffusion.cli.options import RunArguments
+from mnist_diffusion.config import Config, HubConfig
+from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.errors import ConfigError, UserError
+from mnist_diffusion.run_folder.checkpoint import load_checkpoint
+from mnist_diffusion.run_folder.metrics import read_metrics
+from mnist_diffusion.sharing.card import write_results_to_card
+from mnist_diffusion.sharing.errors import HubError
+from mnist_diffusion.sharing.hub import pull, push
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from tests.conftest import make_pipeline, tiny_config, use_hub
+from tests.support.hub_server import Fault, HubServer, Request
+from tests.support.survival import Nursery
+
+NAME = "owner/digits"
+PUSHED = {
+    ".gitattributes",
+    "README.md",
+    "config.yaml",
+    "model_index.json",
+    "pipeline_mnist_diffusion.py",
+    "samples.png",
+    "scheduler/scheduler_config.json",
+    "summary.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}
+GUEST = "hf_guest0123456789"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def failing(status: int, *, code: str | None = None, where: str = "") -> Callable[[Request], Fault | None]:
+    """Every request whose path contains `where` is answered so."""
+    return lambda request: Fault(status=status, error_code=code) if where in request.path else None
+
+
+class TestPush:
+    def test_a_run(self, hub: HubServer, made_run: Path) -> None:
+        before = content(made_run)
+        address = push(made_run, NAME)
+        files = hub.repositories[NAME].files()
+        assert set(files) == PUSHED
+        assert address == f"{hub.url}/{NAME}/commit/{hub.repositories[NAME].refs['main']}"
+        assert files["unet/diffusion_pytorch_model.safetensors"] in hub.objects.values()
+        assert content(made_run) == before
+        card = files["README.md"].decode()
+        assert f'from_pretrained("{NAME}", trust_remote_code=True)' in card
+        assert "this-folder-or-repository" not in card
+        assert yaml.safe_load(files["config.yaml"])["hub"]["push"] is False
+
+    def test_a_pipeline_folder_alone(self, hub: HubServer, tmp_path: Path) -> None:
+        make_pipeline().save_pretrained(tmp_path / "alone")
+        push(tmp_path / "alone", NAME, private=True)
+        assert set(hub.repositories[NAME].files()) == PUSHED - {"config.yaml", "samples.png", "summary.json"}
+        assert hub.repositories[NAME].private
+
+    def test_a_denoiser(self, hub: HubServer, tmp_path: Path) -> None:
+        made = make_pipeline(conditional=False).unet
+        made.save_pretrained(tmp_path / "run" / "denoiser")
+        push(tmp_path / "run", NAME)
+        loaded = load_denoiser(NAME, device="cpu")
+        for name, value in made.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value)
+        assert content(pull(NAME, tmp_path / "pulled")) == content(tmp_path / "run" / "denoiser")
+
+    def test_again_after_a_change(self, hub: HubServer, made_run: Path) -> None:
+        """What is stale goes, what others put there stays; an unchanged push makes no commit."""
+        push(made_run, NAME)
+        repository = hub.repositories[NAME]
+        stale = {"unet/diffusion_pytorch_model.bin": b"old", "scheduler/old.json": b"{}", "docs/mine.png": b"mine"}
+        repository.commit("main", {**repository.files(), **stale})
+        make_pipeline(seed=9).save_pretrained(made_run / "pipeline")
+        push(made_run, NAME)
+        assert set(repository.files()) == PUSHED | {"docs/mine.png"}
+        commits = len(repository.history)
+        push(made_run, NAME)
+        assert len(repository.history) == commits
+        loaded = MNISTDiffusionPipeline.from_pretrained(NAME)
+        for name, value in make_pipeline(seed=9).unet.state_dict().items():
+            assert torch.equal(loaded.unet.state_dict()[name], value)
+
+    def test_to_a_branch_and_as_a_pull_request(
+        self, hub: HubServer, made_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        push(made_run, NAME)
+        main = hub.repositories[NAME].refs["main"]
+        make_pipeline(seed=2).save_pretrained(made_run / "pipeline")
+        push(made_run, NAME, revision="try")
+        assert hub.repositories[NAME].refs["try"] != main
+        monkeypatch.setenv("HF_TOKEN", GUEST)
+        assert push(made_run, NAME, create_pr=True) == f"{hub.url}/{NAME}/discussions/1"
+        assert set(hub.repositories[NAME].refs) == {"main", "try", "refs/pr/1"}
+        assert hub.repositories[NAME].refs["main"] == main
+
+    def test_training_state_only_where_it_is_asked_for(self, hub: HubServer, made_run: Path) -> None:
+        push(made_run, NAME, with_checkpoints=True)
+        checkpoint = {f"checkpoints/step-2/{name}" for name in ("manifest.json", "model.safetensors", "state.json")}
+        assert set(hub.repositories[NAME].files()) == PUSHED | checkpoint | {"metrics.jsonl"}
+        (made_run / "checkpoints" / "step-2" / "state.json").write_text("{}")
+        push(made_run, NAME, with_checkpoints=True)  # the newest is broken: the one before it
+        assert {name for name in hub.repositories[NAME].files() if "step-" in name} == {
+            name.replace("step-2", "step-1") for name in checkpoint
+        }
+        with pytest.raises(UserError, match="no whole checkpoint to push"):
+            push(run_without_checkpoints(made_run), NAME, with_checkpoints=True)
+
+    def test_measured_results_come_along(self, hub: HubServer, made_run: Path) -> None:
+        measured = {"accuracy": 0.98765, "fid": 3.21, "fid_floor": 0.4, "scheduler": "ddim", "num_images": 100}
+        result = {**measured, "num_inference_steps": 20, "guidance_scale": None}
+        about = {"text": "Measured: **98.77%**.", "dataset": "digits", "dataset_id": "digits"}
+        write_results_to_card(made_run / "pipeline", [result], **about)
+        push(made_run, NAME)
+        card: Any = ModelCard(hub.repositories[NAME].files()["README.md"].decode())
+        assert card.data.model_name == "digits"
+        assert {each.metric_type: each.metric_value for each in card.data.eval_results} == {
+            "accuracy": 0.98765,
+            "fid": 3.21,
+            "fid_floor": 0.4,
+        }
+        assert "Measured: **98.77%**." in card.text
+        card.validate()
+
+    def test_over_another_models_push(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        """Figures, pictures and configuration of the one do not stay with the other."""
+        push(made_run, NAME)
+        make_pipeline(seed=3).save_pretrained(tmp_path / "alone")
+        push(tmp_path / "alone", NAME)
+        assert set(hub.repositories[NAME].files()) == PUSHED - {"config.yaml", "samples.png", "summary.json"}
+        assert b"pushed without a card" in hub.repositories[NAME].files()["README.md"]
+
+    def test_what_lies_around_is_not_pushed(self, hub: HubServer, tmp_path: Path) -> None:
+        """A configuration of something else above the folder, a link to a secret, code that somebody put there."""
+        (tmp_path / "config.yaml").write_text("password: secret")
+        folder = tmp_path / "pipeline"
+        make_pipeline().save_pretrained(folder)
+        (folder / "pipeline_mnist_diffusion.py").write_text("print('evil')")
+        push(folder, NAME)
+        files = hub.repositories[NAME].files()
+        assert "config.yaml" not in files
+        assert b"class MNISTDiffusionPipeline" in files["pipeline_mnist_diffusion.py"]
+        for name in ("README.md", "samples.png", "config.yaml"):
+            (folder / name).symlink_to(tmp_path / "config.yaml")
+            with pytest.raises(UserError, match="is a link that leads out of its folder"):
+                push(folder, NAME)
+            (folder / name).unlink()
+
+    def test_a_card_that_is_broken(self, hub: HubServer, made_run: Path) -> None:
+        (made_run / "pipeline" / "README.md").write_text("---\na: [b\n---\n# x\n")
+        with pytest.raises(UserError, match=r"the metadata at the top of README.md cannot be read"):
+            push(made_run, NAME)
+
+    def test_somebody_else_at_the_same_time(self, hub: HubServer, made_run: Path) -> None:
+        """Another commit between looking and committing: looked again, so that the result is one model."""
+        push(made_run, NAME)
+        repository = hub.repositories[NAME]
+        others: list[str] = []
+
+        def fault(request: Request) -> None:
+            if "/commit/" in request.path and not others:
+                others.append(repository.commit("main", {**repository.files(), "unet/config.json": b"another"}))
+
+        hub.fault = fault
+        make_pipeline(seed=8).save_pretrained(made_run / "pipeline")
+        push(made_run, NAME)
+        assert len(others) == 1
+        loaded = MNISTDiffusionPipeline.from_pretrained(NAME)
+        assert torch.equal(loaded.unet.conv_in.weight, make_pipeline(seed=8).unet.conv_in.weight)
+
+    def test_a_name_without_the_account(self, hub: HubServer, made_run: Path) -> None:
+        push(made_run, "digits")
+        assert set(hub.repositories[NAME].files()) == PUSHED
+        assert b'from_pretrained("owner/digits"' in hub.repositories[NAME].files()["README.md"]
+
+    def test_what_cannot_be_pushed(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="neither a pipeline folder nor a run folder"):
+            push(tmp_path / "nothing", NAME)
+        (made_run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+        with pytest.raises(UserError, match=r"safetensors is not a safetensors file"):
+            push(made_run, NAME)
+        assert NAME not in hub.repositories
+        assert not hub.requests
+
+    def test_a_token_in_what_would_be_pushed(self, hub: HubServer, made_run: Path) -> None:
+        (made_run / "config.yaml").write_text("data:\n  source: /home/hf_owner0123456789\n")
+        with pytest.raises(UserError, match=r"config\.yaml holds the Hub token") as caught:
+            push(made_run, NAME)
+        assert "hf_owner" not in str(caught.value)
+        assert set(hub.repositories[NAME].files()) == {".gitattributes"}
+
+    def test_private_is_private(self, hub: HubServer, made_run: Path) -> None:
+        push(made_run, NAME)
+        with pytest.raises(HubError, match="it is there already, and public"):
+            push(made_run, NAME, private=True)
+
+
+def run_without_checkpoints(folder: Path) -> Path:
+    for path in (folder / "checkpoints").rglob("manifest.json"):
+        path.unlink()
+    return folder
+
+
+class TestFromAPipeline:
+    def test_a_loaded_one_takes_its_card_along(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        first = hub.repositories[NAME].files()
+        for source in (NAME, made_run / "pipeline"):
+            MNISTDiffusionPipeline.from_pretrained(source).push_to_hub("owner/copy")
+            copy = hub.repositories.pop("owner/copy").files()
+            assert set(copy) == PUSHED - {"config.yaml", "summary.json"}
+            assert copy["samples.png"] == first["samples.png"]
+            assert copy["README.md"].decode().count('"owner/copy"') == 1
+            assert b"owner/digits" not in copy["README.md"]
+            assert b"_name_or_path" not in copy["model_index.json"]
+            hub.add("owner/again", copy)
+            loaded = MNISTDiffusionPipeline.from_pretrained("owner/again")
+            loaded.save_pretrained(tmp_path / "saved")
+            assert MNISTDiffusionPipeline.from_pretrained(tmp_path / "saved")(3, num_inference_steps=1).images
+            assert copy["unet/diffusion_pytorch_model.safetensors"] == first["unet/diffusion_pytorch_model.safetensors"]
+            assert b"## Training" in copy["README.md"]
+
+    def test_one_from_nowhere_gets_a_short_card(self, hub: HubServer, tmp_path: Path) -> None:
+        make_pipeline().save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=NAME, private=True)
+        assert (
+            'DiffusionPipeline.from_pretrained("owner/digits"' in hub.repositories[NAME].files()["README.md"].decode()
+        )
+        assert hub.repositories[NAME].private
+        assert MNISTDiffusionPipeline.from_pretrained(NAME)("c", num_inference_steps=1).images
+
+    def test_variants_stand_beside_each_other(self, hub: HubServer) -> None:
+        make_pipeline().push_to_hub(NAME)
+        make_pipeline().to(torch.float16).push_to_hub(NAME, variant="fp16")
+        for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
+            loaded = MNISTDiffusionPipeline.from_pretrained(NAME, variant=variant, dtype=dtype)
+            assert loaded.unet.dtype == dtype
+
+    def test_its_card_is_found_where_it_was_cached(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        loaded = MNISTDiffusionPipeline.from_pretrained(NAME, cache_dir=str(tmp_path / "another"))
+        loaded.push_to_hub(NAME)
+        assert b"## Training" in hub.repositories[NAME].files()["README.md"]
+        hub.fault = lambda request: Fault(status=500) if "README" in request.path else None
+        with pytest.raises(OSError, match="trying to locate the file on the Hub"):
+            MNISTDiffusionPipeline.from_pretrained(NAME).push_to_hub("owner/copy")
+
+    def test_no_token_goes_with_it(self, hub: HubServer, made_run: Path) -> None:
+        card = made_run / "pipeline" / "README.md"
+        card.write_text(card.read_text() + "hf_owner0123456789")
+        with pytest.raises(ValueError, match=r"README\.md holds the Hub token"):
+            MNISTDiffusionPipeline.from_pretrained(made_run / "pipeline").push_to_hub(NAME)
+
+    def test_again_in_place(self, hub: HubServer, made_run: Path) -> None:
+        push(made_run, NAME)
+        pipeline = MNISTDiffusionPipeline.from_pretrained(NAME, scheduler=make_pipeline().scheduler)
+        pipeline.push_to_hub(NAME, commit_message="Another sampler")
+        assert set(hub.repositories[NAME].files()) == PUSHED
+        with pytest.raises(ValueError, match="pickles can run code"):
+            pipeline.save_pretrained(made_run / "x", safe_serialization=False)
+
+
+class TestPull:
+    def test_round_trip(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        out = pull(NAME, tmp_path / "pulled")
+        expected = content(made_run / "pipeline") | {"config.yaml": (made_run / "config.yaml").read_bytes()}
+        pulled = content(out)
+        for name in PUSHED - {".gitattributes", "README.md", "summary.json"}:
+            assert pulled[name] == expected[name], name
+        assert set(pulled) == PUSHED - {".gitattributes"}
+        drawn = [
+            MNISTDiffusionPipeline.from_pretrained(each)(
+                3, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
+            ).images
+            for each in (NAME, out, made_run / "pipeline")
+        ]
+        assert torch.equal(drawn[0], drawn[1])
+        assert torch.equal(drawn[0], drawn[2])
+        with pytest.raises(UserError, match="holds something already"):
+            pull(NAME, out)
+
+    def test_a_run_to_go_on_with(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        push(made_run, NAME, with_checkpoints=True)
+        out = pull(NAME, tmp_path / "pulled", with_checkpoints=True)
+        assert load_checkpoint(out / "checkpoints", 2).state == {"n": 2, "step": 2}
+        assert {path.name for path in out.iterdir()} == {
+            *("checkpoints", "config.yaml", "metrics.jsonl", "pipeline", "summary.json")
+        }
+        push(run_without_checkpoints(made_run), "owner/other")
+        with pytest.raises(UserError, match="has no checkpoint to go on from"):
+            pull("owner/other", tmp_path / "none", with_checkpoints=True)
+        assert not (tmp_path / "none").exists()
+
+    def test_pinned_revisions(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        first = hub.repositories[NAME].refs["main"]
+        make_pipeline(seed=4).save_pretrained(made_run / "pipeline")
+        push(made_run, NAME)
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        old, new = (hub.repositories[NAME].files(ref)[weights] for ref in (first, "main"))
+        assert old != new
+        assert content(pull(NAME, tmp_path / "a", revision=first))[weights] == old
+        assert content(pull(NAME, tmp_path / "b"))[weights] == new
+        pinned = MNISTDiffusionPipeline.from_pretrained(NAME, revision=first)
+        by_name = load_pipeline(f"{NAME}@{first}", device="cpu", dtype="float32")
+        for each in (pinned, by_name):
+            assert torch.equal(each.unet.conv_in.weight, make_pipeline().unet.conv_in.weight)
+        with pytest.raises(HubError, match="has no such revision"):
+            pull(NAME, tmp_path / "c", revision="nothing")
+
+    def test_from_the_cache_without_a_hub(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        MNISTDiffusionPipeline.from_pretrained(NAME)
+        use_hub("http://127.0.0.1:9", tmp_path / "cache")
+        assert MNISTDiffusionPipeline.from_pretrained(NAME)(3, num_inference_steps=1).images
+        assert MNISTDiffusionPipeline.from_pretrained(NAME, local_files_only=True)(3, num_inference_steps=1).images
+
+    def test_files_in_the_caches_common_store(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        """As the client lays out what it has fetched through Xet: links from the repository's blobs to those of all."""
+        push(made_run, NAME)
+        MNISTDiffusionPipeline.from_pretrained(NAME)
+        cache = tmp_path / "cache"
+        [blobs] = cache.glob("models--*/blobs")
+        (cache / "blobs" / "ab").mkdir(parents=True)
+        for blob in list(blobs.iterdir()):
+            shared = blob.rename(cache / "blobs" / "ab" / blob.name)
+            blob.symlink_to(Path("../../blobs/ab") / shared.name)
+        assert MNISTDiffusionPipeline.from_pretrained(NAME)(3, num_inference_steps=1).images
+        assert pull(NAME, tmp_path / "pulled")
+
+    def test_where_to(self, hub: HubServer, made_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(UserError, match="is the current folder"):
+            pull(NAME, Path())
+        assert pull(NAME, Path("new")) == tmp_path / "here" / "new"
+        pull(f"{NAME}", tmp_path / "here" / "other", revision="main")
+        push(Path("other"), "owner/copy")  # with the configuration that came along
+        assert set(hub.repositories["owner/copy"].files()) == PUSHED
+
+    def test_nothing_but_named_files(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+        push(made_run, NAME)
+        files = hub.repositories[NAME].files()
+        hub.repositories[NAME].commit("main", {**files, "evil.py": b"", "unet/evil.bin": b"", "x/../../out": b""})
+        assert set(content(pull(NAME, tmp_path / "pulled"))) == PUSHED - {".gitattributes"}
+
+    def test_a_private_one_with_a_token(
+        self, hub: HubServer, made_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        push(made_run, NAME, private=True)
+        assert pull(NAME, tmp_path / "mine")
+        monkeypatch.setenv("HF_TOKEN", GUEST)
+        with pytest.raises(HubError, match="it is private and may be seen only with another token"):
+            pull(NAME, tmp_path / "theirs")
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(HubError, match=r"may be seen only with a token; log in with `hf auth login`"):
+            pull(NAME, tmp_path / "nobodys")
+        with pytest.raises(HubError, match="log in with `hf auth login`"):
+            load_pipeline(NAME, device="cpu", dtype="float32")
+        assert not (tmp_path / "theirs").exists()
+
+
+WRONG = {
+    "no token": (None, None, r"nobody is logged in; log in with `hf auth login`, or set HF_TOKEN"),
+    "wrong token": ("hf_wrong", None, r"the Hub rejects the token"),
+    "not one's own": (
+        GUEST,
+        None,
+        r"the token may not do this; .*--create_pr.* \(You may not create",
+    ),
+    "gone": ("", failing(404, code="RepoNotFound", where="preupload"), r"it is not there, or it is private"),
+    "conflict": ("", failing(409, where="/commit/"), r"somebody else changed it at the same time; try again"),
+    "moved on": ("", failing(412, where="/commit/"), r"somebody else changed it at the same time; try again"),
+    "too large": ("", failing(413, where="/lfs/"), r"does not take files as large"),
+    "too many": ("", failing(429, where="/commit/"), r"asks to wait, after too many requests"),
+    "trouble": ("", failing(500, where="/preupload/"), r"trouble of its own \(it answered 500\); try again later"),
+    "unavailable": ("", failing(503, where="create"), r"trouble of its own \(it answered 503\)"),
+    "gated": ("", failing(403, code="GatedRepo", where="tree"), r"it is gated: ask for access at"),
+    "cut": ("", lambda request: Fault(cut="within") if request.path.startswith("/lfs/") else None, "cannot be reached"),
+    "cut at once": ("", lambda request: Fault(cut="before"), r"cannot be reached, or the connection broke; try again"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_goes_wrong_is_said(hub: HubServer, made_run: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Each is a message that says what to do; nothing here has changed, and a push afterwards goes through."""
+    token, fault, message = WRONG[case]
+    before = content(made_run)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    elif token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    hub.fault = fault or hub.fault
+    with pytest.raises(HubError, match=message) as caught:
+        push(made_run, NAME)
+    assert str(caught.value).startswith(f"cannot push to {NAME}: ")
+    assert "hf_" not in str(caught.value)
+    assert content(made_run) == before
+    hub.fault = lambda request: None
+    monkeypatch.setenv("HF_TOKEN", "hf_owner0123456789")
+    push(made_run, NAME)
+    assert set(hub.repositories[NAME].files()) == PUSHED
+
+
+def test_slow_and_halting_answers(hub: HubServer, made_run: Path, tmp_path: Path) -> None:
+    """Now and then an answer takes its time or breaks off: the client asks again."""
+    push(made_run, NAME)
+    weights = [0]
+
+    def fault(request: Request) -> Fault | None:
+        if request.method == "GET" and request.path.endswith(".safetensors") and weights[0] < 2:
+            weights[0] += 1
+            return Fault(cut="answer")
+        return Fault(wait=0.2) if request.number % 3 == 0 else None
+
+    hub.fault = fault
+    assert set(content(pull(NAME, tmp_path / "pulled"))) == PUSHED - {".gitattributes"}
+    assert weights[0] == 2
+
+
+def test_hub_out_of_reach(made_run: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer, tmp_path: Path) -> None:
+    use_hub("http://127.0.0.1:9", tmp_path / "empty")
+    with pytest.raises(HubError, match=r"http://127.0.0.1:9 cannot be reached"):
+        push(made_run, NAME)
+    with pytest.raises(HubError, match=r"http://127.0.0.1:9 cannot be reached"):
+        load_pipeline(NAME, device="cpu", dtype="float32")
+    with pytest.raises(HubError, match=r"a repository is named user/name, got 'a//b'"):
+        push(made_run, "a//b")
+
+
+def _push_in_a_process(arguments: list[str], *, url: str, cache: str) -> int:
+    use_hub(url, Path(cache))
+    os.environ["HF_TOKEN"] = "hf_owner0123456789"
+    return cli.main(["push", *arguments])
+
+
+def _kill(started: list[Any]) -> None:
+    os.kill(started[0].pid, signal.SIGKILL)
+
+
+def _at(number: int, fault: Fault, request: Request) -> Fault | None:
+    return fault if request.number == number else None
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Nursery:
+    return Nursery()
+
+
+def test_a_push_killed_anywhere(hub: HubServer, made_run: Path, tmp_path: Path, nursery: Nursery) -> None:
+    """Before, within and after each of its requests: the remote always loads, and the next push is whole."""
+    push(made_run, NAME)
+    requests = len(hub.requests)
+    work = partial(_push_in_a_process, url=hub.url, cache=str(tmp_path / "cache"))
+    points = [(number, where) for number in range(requests) for where in ("before", "within", "after")]
+    assert len(points) >= 20
+    killed = 0
+    for seed, (number, where) in enumerate(points):
+        make_pipeline(seed=seed + 10).save_pretrained(made_run / "pipeline")
+        first = len(hub.requests)
+        started: list[Any] = []
+
+        death = Fault(cut=where, then=partial(_kill, started))
+        hub.fault = partial(_at, first + number, death)
+        started += nursery.start([str(made_run), NAME], log=tmp_path / "log.txt", work=work)
+        started[0].join(60)
+        killed += started[0].exitcode == -signal.SIGKILL
+        hub.fault = lambda request: None
+        assert MNISTDiffusionPipeline.from_pretrained(NAME)(3, num_inference_steps=1).images
+    assert killed >= 20
+    push(made_run, NAME)
+    assert set(hub.repositories[NAME].files()) == PUSHED
+    loaded, last = MNISTDiffusionPipeline.from_pretrained(NAME), make_pipeline(seed=len(points) + 9)
+    assert torch.equal(loaded.unet.conv_in.weight, last.unet.conv_in.weight)
+
+
+class TestTraining:
+    def train(self, folder: Path, hub: HubConfig, **train: Any) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = dataclasses.replace(tiny_config(), output_dir=str(folder), hub=HubConfig())
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train), hub=hub)
+        return train_cfg.run(RunArguments(config, "tiny", dry_run=False))
+
+    def test_snapshots_on_the_way_and_the_run_at_the_end(self, hub: HubServer, tmp_path: Path) -> None:
+        asked = HubConfig(push=True, repo_id=NAME, private=True, every_snapshot=True, with_checkpoints=True)
+        hub.fault = lambda request: Fault(wait=0.05)
+        assert self.train(tmp_path / "run", asked, max_steps=6, snapshot_every_steps=2) == 0
+        repository = hub.repositories[NAME]
+        assert repository.private
+        assert len(repository.history) >= 3  # made, at least one snapshot, the run
+        files = repository.files()
+        assert PUSHED - {"samples.png"} <= set(files)
+        assert {name.split("/")[1] for name in files if name.startswith("checkpoints/")} == {"step-6"}
+        for sha in repository.history[1:]:
+            assert MNISTDiffusionPipeline.from_pretrained(NAME, revision=sha)(3, num_inference_steps=1).images
+        out = pull(NAME, tmp_path / "elsewhere", with_checkpoints=True)
+        resumed = HubConfig(push=True)  # the account and the folder's name
+        assert self.train(out, resumed, max_steps=8, resume=True) == 0
+        assert "owner/elsewhere" in hub.repositories
+        assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == list(range(1, 9))
+
+    def test_a_hub_that_fails_on_the_way(
+        self, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The run goes on and is whole; the message says how to push it later, and that works."""
+        hub.fault = failing(403, where="/commit/")
+        with pytest.raises(HubError, match=r"The run is whole in .*push it later with: mnist-diffusion push") as caught:
+            self.train(
+                tmp_path / "run", HubConfig(push=True, repo_id=NAME, every_snapshot=True), snapshot_every_steps=2
+            )
+        assert "was not pushed: cannot push to owner/digits: the token may not do this" in capsys.readouterr().err
+        assert (tmp_path / "run" / "summary.json").is_file()
+        hub.fault = lambda request: None
+        assert cli.main(str(caught.value).rsplit("push it later with: mnist-diffusion ", 1)[1].split()) == 0
+        assert MNISTDiffusionPipeline.from_pretrained(NAME)(3, num_inference_steps=1).images
+
+    def test_what_is_wrong_is_said_before_training(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_TOKEN", GUEST)
+        with pytest.raises(HubError, match="the token may not do this"):
+            self.train(tmp_path / "run", HubConfig(push=True, repo_id=NAME))
+        assert not (tmp_path / "run").exists()
+        with pytest.raises(ConfigError, match=r"hub\.private must be left out without hub\.push, got True"):
+            HubConfig(private=True)
+        with pytest.raises(ConfigError, match=r"hub\.every_snapshot=true needs train\.snapshot_every_steps"):
+            Config(hub=HubConfig(push=True, every_snapshot=True))
+
+
+def test_the_commands(hub: HubServer, made_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["push", str(made_run), NAME, "--private", "--with_checkpoints", "--message", "First"]) == 0
+    assert capsys.readouterr().out.startswith(f"Pushed: {hub.url}/{NAME}/commit/")
+    assert cli.main(["pull", f"{NAME}@main", "--out", str(tmp_path / "out"), "--with_checkpoints"]) == 0
+    assert f"--config {tmp_path / 'out' / 'config.yaml'} --train.resume true" in capsys.readouterr().out
+    assert cli.main(["pull", "owner/nothing", "--out", str(tmp_path / "none")]) == 2
+    assert "error: cannot pull owner/nothing: it is not there" in capsys.readouterr().err

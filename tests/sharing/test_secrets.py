@@ -1,0 +1,104 @@
+"""The token is in nothing that is written, said or sent, but in the header that it belongs in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+from mnist_diffusion import cli
+from mnist_diffusion.sharing.errors import HubError
+from tests.conftest import REPOSITORY
+from tests.support.hub_server import Fault, HubServer
+from tests.support.survival import FLAGS
+
+TOKEN = "hf_owner0123456789"
+NAME = "owner/digits"
+
+
+def require_nowhere(folder: Path) -> int:
+    """No file below holds the token, nor does a name; how many were looked at."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        assert TOKEN.encode() not in path.read_bytes(), path
+        assert TOKEN not in str(path)
+    return len(files)
+
+
+def command(*arguments: str, hub: HubServer, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A real command with the token in its environment; it has a home of its own."""
+    (folder / "home").mkdir(exist_ok=True)
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "WANDB_MODE": "offline"}
+    home = {"HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(folder / "home" / "hf")}
+    result = subprocess.run(
+        [sys.executable, "-m", "mnist_diffusion.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, **settings, **home, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert TOKEN not in result.stdout + result.stderr
+    return result
+
+
+@pytest.mark.slow
+def test_train_push_fail_and_crash(hub: HubServer, tmp_path: Path) -> None:
+    """Trained with both trackers and pushed; refused; and crashed in the midst: searched, all of it."""
+    flags = [*FLAGS, "--train.max_steps", "2", "--train.trackers", "[tensorboard,wandb]", "--train.pictures", "true"]
+    pushing = ["--hub.push", "true", "--hub.repo_id", NAME, "--hub.with_checkpoints", "true"]
+    done = command("train", *flags, *pushing, "--output_dir", "run", hub=hub, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"Pushed: {hub.url}/{NAME}" in done.stdout
+
+    hub.fault = lambda request: Fault(status=500) if "/commit/" in request.path else None
+    failed = command("train", *flags, *pushing, "--output_dir", "failed", hub=hub, folder=tmp_path)
+    assert failed.returncode == 2
+    assert "push it later with: mnist-diffusion push failed" in failed.stderr
+    hub.fault = lambda request: Fault(status=401) if "preupload" in request.path else None
+    assert command("push", "run", NAME, hub=hub, folder=tmp_path).returncode == 2
+
+    hub.fault = lambda request: None
+    code = "import os, sys\nfrom mnist_diffusion import hub, cli\nhub.HfApi.create_commit = None\nsys.exit(cli.main())"
+    (tmp_path / "crash.py").write_text(code)
+    crashed = subprocess.run(
+        [sys.executable, "crash.py", "push", "run", NAME],
+        cwd=tmp_path,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" in crashed.stderr
+    assert TOKEN not in crashed.stdout + crashed.stderr
+
+    assert require_nowhere(tmp_path) > 20
+    assert (tmp_path / "run" / "wandb").is_dir()
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    for repository in hub.repositories.values():
+        for files in repository.commits.values():
+            assert all(TOKEN.encode() not in content for content in files.values())
+    assert all(TOKEN.encode() not in body for body in hub.bodies)
+    assert not any(TOKEN in request.path for request in hub.requests)
+
+
+def test_errors_do_not_chain_to_what_tells_more(hub: HubServer, made_run: Path) -> None:
+    from mnist_diffusion.sharing.hub import push
+
+    hub.fault = lambda request: Fault(status=403)
+    with pytest.raises(HubError) as caught:
+        push(made_run, NAME)
+    assert caught.value.__suppress_context__
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_token_is_no_argument(capsys: pytest.CaptureFixture[str], made_run: Path) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["push", str(made_run), NAME, "--token", TOKEN])
+    error = capsys.readouterr().err
+    assert "a token is never an argument" in error
+    assert TOKEN not in error

@@ -1,0 +1,422 @@
+"""What strangers may send: none of it runs, each is refused by a clear error, and none takes memory or time."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import struct
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mnist_diffusion.denoising import load_denoiser
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mnist_diffusion.cli.options import parse_train_arguments
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.evaluation.evaluator import SHIPPED, load_evaluator
+from mnist_diffusion.run_folder.checkpoint import newest_verified, save_checkpoint
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from tests.conftest import make_pipeline
+from tests.support.survival import Nursery
+
+INDEX, UNET, WEIGHTS = "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
+SCHEDULER, CODE = "scheduler/scheduler_config.json", "pipeline_mnist_diffusion.py"
+GIBIBYTE = 2**30
+
+
+class Canary:
+    """Sings, that is writes its file, when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.write_text, (self.file, "it ran"))
+
+
+def code(canary: Path) -> str:
+    """Python that sings when it is imported, and goes on to be what is asked of it."""
+    return (
+        f"open({str(canary)!r}, 'w').write('it ran')\n"
+        "from diffusers import DiffusionPipeline, UNet2DModel, DDPMScheduler\n"
+        "class MNISTDiffusionPipeline(DiffusionPipeline):\n    pass\n"
+        "class Evil(UNet2DModel):\n    pass\n"
+        "class EvilScheduler(DDPMScheduler):\n    pass\n"
+    )
+
+
+def pickled(name: str, *, instead_of: str | None = None) -> Callable[[Path, Path], None]:
+    def change(folder: Path, canary: Path) -> None:
+        if instead_of is not None:
+            (folder / instead_of).unlink()
+        (folder / name).write_bytes(pickle.dumps(Canary(canary)))
+
+    return change
+
+
+def edited(name: str, **values: Any) -> Callable[[Path, Path], None]:
+    """A JSON file with other values; a file `evil.py` that sings lies everywhere."""
+
+    def change(folder: Path, canary: Path) -> None:
+        before = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**before, **values}))
+        for place in (folder, folder / "unet", folder / "scheduler", folder.parent):
+            (place / "evil.py").write_text(code(canary))
+
+    return change
+
+
+def both(*changes: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+    def change(folder: Path, canary: Path) -> None:
+        for each in changes:
+            each(folder, canary)
+
+    return change
+
+
+def written(name: str, content: bytes | str) -> Callable[[Path, Path], None]:
+    def change(folder: Path, canary: Path) -> None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def linked(name: str, target: str) -> Callable[[Path, Path], None]:
+    """A file, or a folder, that is a link to somewhere else; `OUTSIDE` is the whole one beside it."""
+
+    def change(folder: Path, canary: Path) -> None:
+        outside = folder.parent / "outside"
+        shutil.copytree(folder, outside)
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink()
+        (folder / name).symlink_to(target.replace("OUTSIDE", str(outside)))
+
+    return change
+
+
+def header(length: int, text: str) -> Callable[[Path, Path], None]:
+    return written(WEIGHTS, struct.pack("<Q", length) + text.encode())
+
+
+def lying(**entry: Any) -> Callable[[Path, Path], None]:
+    """Weights whose header says something else of the first tensor than what is in the file."""
+
+    def change(folder: Path, canary: Path) -> None:
+        content = (folder / WEIGHTS).read_bytes()
+        [length] = struct.unpack("<Q", content[:8])
+        values = json.loads(content[8 : 8 + length])
+        values["conv_in.weight"].update(entry)
+        text = json.dumps(values).encode()
+        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+    return change
+
+
+def other_weights(change_them: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path, Path], None]:
+    def change(folder: Path, canary: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change_them(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return change
+
+
+def replaced(name: str, value: torch.Tensor | None) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+
+    return change
+
+
+def pipe_in_place_of(name: str) -> Callable[[Path, Path], None]:
+    def change(folder: Path, canary: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def sharded(folder: Path, canary: Path) -> None:
+    """An index of shards, which names a file outside."""
+    weights = folder / WEIGHTS
+    shutil.move(weights, folder.parent / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "../../weights.safetensors"}}
+    weights.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    # Pickles in every place, by name or disguised.
+    "bin in place of the weights": (
+        pickled("unet/diffusion_pytorch_model.bin", instead_of=WEIGHTS),
+        r"there is no .* but diffusion_pytorch_model\.bin, which is a pickle",
+    ),
+    "ckpt": (pickled("unet/model.ckpt", instead_of=WEIGHTS), r"model\.ckpt, which is a pickle"),
+    "pt": (pickled("unet/model.pt", instead_of=WEIGHTS), r"model\.pt, which is a pickle"),
+    "pth": (pickled("unet/model.pth", instead_of=WEIGHTS), r"model\.pth, which is a pickle"),
+    "pkl": (pickled("unet/model.pkl", instead_of=WEIGHTS), r"model\.pkl, which is a pickle"),
+    "pickled weights": (pickled(WEIGHTS), "is not a safetensors file"),
+    "pickled index": (pickled(INDEX), "is not JSON"),
+    "pickled configuration": (pickled(UNET), "is not JSON"),
+    "pickled scheduler": (pickled(SCHEDULER), "is not JSON"),
+    "scheduler.bin": (pickled("scheduler/scheduler.bin", instead_of=SCHEDULER), "scheduler.bin, which is a pickle"),
+    # Code by name.
+    "class of another file": (edited(INDEX, _class_name=["evil", "MNISTDiffusionPipeline"]), "_class_name must be"),
+    "traversal to code": (edited(INDEX, _class_name=["../evil", "MNISTDiffusionPipeline"]), "_class_name must be"),
+    "absolute path to code": (edited(INDEX, _class_name=["/tmp/evil", "Evil"]), "_class_name must be"),
+    "another class": (edited(INDEX, _class_name="StableDiffusionPipeline"), "_class_name must be"),
+    "community name": (edited(INDEX, _class_name="clip_guided_stable_diffusion"), "_class_name must be"),
+    "nested class list": (edited(INDEX, _class_name=[["evil"], "x"]), "_class_name must be"),
+    "custom_pipeline": (edited(INDEX, custom_pipeline="evil"), "has no 'custom_pipeline'"),
+    "network of another file": (edited(INDEX, unet=["evil", "Evil"]), "unet must be"),
+    "network in a path": (edited(INDEX, unet=["../evil", "Evil"]), "unet must be"),
+    "network of the code file": (edited(INDEX, unet=[Path(CODE).stem, "Evil"]), "unet must be"),
+    "another network": (edited(INDEX, unet=["diffusers", "AutoencoderKL"]), "unet must be"),
+    "no network": (edited(INDEX, unet=[None, None]), "unet must be"),
+    "scheduler of another file": (edited(INDEX, scheduler=["evil", "EvilScheduler"]), "scheduler must be one of"),
+    "no scheduler of that name": (
+        edited(INDEX, scheduler=["diffusers", "OsScheduler"]),
+        "must be .OsScheduler., as in",
+    ),
+    "a class that is none": (
+        both(
+            edited(INDEX, scheduler=["diffusers", "UNet2DModel"]),
+            edited(SCHEDULER, _class_name="UNet2DModel"),
+        ),
+        "has no scheduler 'UNet2DModel'",
+    ),
+    "another component": (edited(INDEX, evil=["evil", "Evil"]), "has no 'evil'"),
+    "connected pipeline": (edited(INDEX, prior=["diffusers", "UNet2DModel"]), "has no 'prior'"),
+    # Values.
+    "labels that are none": (edited(INDEX, id2label={"../x": "y"}), "id2label must name classes by their numbers"),
+    "labels of no class": (edited(INDEX, id2label={"999999": "y"}), "which the network does not have"),
+    "nested labels": (edited(INDEX, id2label={"0": {"a": {}}}), "id2label must name classes by their numbers"),
+    "endless steps": (edited(INDEX, num_inference_steps=10**12), "num_inference_steps must be"),
+    "infinite guidance": (edited(INDEX, guidance_scale=1e999), "guidance_scale must be finite"),
+    "wide network": (edited(UNET, block_out_channels=[10**9, 10**9]), "block_out_channels must be within"),
+    "wide enough to fill memory": (edited(UNET, block_out_channels=[99968, 99968]), "has a tensor|has the shape"),
+    "deep network": (edited(UNET, layers_per_block=10**6), "layers_per_block must be"),
+    "many levels": (edited(UNET, block_out_channels=[8] * 1000), "block_out_channels must be a list of at most 10"),
+    "wide padding": (edited(UNET, downsample_padding=90_000), "describes no network"),
+    "huge image": (edited(UNET, sample_size=10**9), "sample_size must be within"),
+    "negative size": (edited(UNET, sample_size=-8), "describes no network"),
+    "no groups": (edited(UNET, norm_num_groups=0), "describes no network: ZeroDivisionError"),
+    "nested configuration": (edited(UNET, act_fn={"a": ["silu"]}), "act_fn must be a plain value or a list"),
+    "unknown blocks": (edited(UNET, down_block_types=["Evil", "Evil"]), "describes no network"),
+    "endless noise schedule": (edited(SCHEDULER, num_train_timesteps=10**12), "num_train_timesteps must be within"),
+    "endless solver": (edited(SCHEDULER, solver_order=10**10), "solver_order must be within"),
+    "schedule of nothing": (edited(SCHEDULER, beta_schedule="__import__('os')"), "describes no DPMSolverMultistep"),
+    # Links and things that are no files.
+    "index elsewhere": (linked(INDEX, f"OUTSIDE/{INDEX}"), "is a link that leads out of its folder"),
+    "weights elsewhere": (linked(WEIGHTS, f"OUTSIDE/{WEIGHTS}"), "is a link that leads out of its folder"),
+    "folder elsewhere": (linked("unet", "OUTSIDE/unet"), "is a link that leads out of its folder"),
+    "relative way out": (linked("scheduler", "../outside/scheduler"), "is a link that leads out of its folder"),
+    "secrets": (linked(UNET, "/etc/passwd"), "is a link that leads out of its folder"),
+    "endless device": (linked(WEIGHTS, "/dev/zero"), "is a link that leads out of its folder"),
+    "circle": (linked(INDEX, INDEX), "there is no"),
+    "pipe": (pipe_in_place_of(WEIGHTS), "is not a regular file"),
+    "shards elsewhere": (sharded, "there is no"),
+    # Headers that lie.
+    "header of exabytes": (header(2**63, "{}"), "claims a header of 9,223,372,036,854,775,808 bytes"),
+    "header beyond the end": (header(1000, "{}"), "claims a header of 1,000 bytes"),
+    "no header": (written(WEIGHTS, b"\0\0"), "it has no header"),
+    "empty": (written(WEIGHTS, b""), "it has no header"),
+    "header that is no JSON": (header(4, "nope"), "is not a safetensors file"),
+    "tensor of terabytes": (lying(shape=[2**40], data_offsets=[0, 2**42]), "is not a safetensors file"),
+    "tensor with negative shape": (lying(shape=[-1]), "is not a safetensors file"),
+    "product that overflows": (lying(shape=[2**62, 2**62]), "is not a safetensors file"),
+    "offsets backwards": (lying(data_offsets=[100, 0]), "is not a safetensors file"),
+    "overlapping tensors": (lying(data_offsets=[0, 4]), "is not a safetensors file"),
+    "unknown type": (lying(dtype="PICKLE"), "is not a safetensors file"),
+    "another shape": (other_weights(replaced("conv_in.bias", torch.zeros(1000))), "has the shape"),
+    "another type": (other_weights(replaced("conv_in.bias", torch.zeros(8, dtype=torch.int64))), "is of type I64"),
+    "a tensor more": (other_weights(replaced("evil", torch.zeros(1))), "has a tensor 'evil'"),
+    "a tensor less": (other_weights(replaced("conv_in.bias", None)), "lacks tensor 'conv_in.bias'"),
+    # JSON that is too much.
+    "huge JSON": (written(INDEX, '{"a": "' + "x" * 2**21 + '"}'), "is larger than 1,048,576 bytes"),
+    "nested JSON": (written(INDEX, "[" * 500_000), "is not JSON"),
+    "nested object": (written(UNET, '{"a":' * 100_000 + "1" + "}" * 100_000), "is not JSON"),
+    "long number": (written(UNET, '{"sample_size": ' + "9" * 100_000 + "}"), "is not JSON"),
+    "no object": (written(SCHEDULER, "[]"), "holds no JSON object but a list"),
+    "no text": (written(INDEX, b"\xff\xfe\x00"), "is not JSON"),
+    "nothing": (written(INDEX, ""), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folders(case: str, tmp_path: Path) -> None:
+    change, message = FOLDERS[case]
+    folder, canary = tmp_path / "folder", tmp_path / "canary"
+    make_pipeline().save_pretrained(folder)
+    (folder / CODE).write_text(code(canary))
+    change(folder, canary)
+    with pytest.raises(FileError, match=message) as caught:
+        MNISTDiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert len(str(caught.value)) < 1000
+    assert not canary.exists()
+
+
+def _load_all(arguments: list[str], *, out: str) -> int:
+    """Load folders in a process of its own; what came of it, and the most memory it took."""
+    results = {}
+    for folder in arguments:
+        before = time.perf_counter()
+        try:
+            MNISTDiffusionPipeline.from_pretrained(folder)
+            error = "none"
+        except Exception as problem:
+            error = type(problem).__name__
+        results[folder] = (error, time.perf_counter() - before)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path(out).write_text(json.dumps({"peak": peak, "results": results}))
+    return 0
+
+
+def test_memory(tmp_path: Path) -> None:
+    """All of them in one process of their own, libraries included: less than a gibibyte."""
+    folders = []
+    for number, (change, _) in enumerate(FOLDERS.values()):
+        folder = tmp_path / str(number) / "folder"
+        make_pipeline().save_pretrained(folder)
+        change(folder, tmp_path / "canary")
+        folders.append(str(folder))
+    out = tmp_path / "out.json"
+    assert Nursery().finish(folders, log=tmp_path / "log", work=partial(_load_all, out=str(out))) == [0]
+    found = json.loads(out.read_text())
+    assert {error for error, _ in found["results"].values()} == {"PipelineFolderError"}
+    assert len(found["results"]) == len(FOLDERS) > 40
+    assert found["peak"] < GIBIBYTE
+    assert not (tmp_path / "canary").exists()
+
+
+def test_files_in_place_of_folders(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+    with pytest.raises(FileError, match="is a pickle, which can run code when it is read"):
+        MNISTDiffusionPipeline.from_pretrained(tmp_path / "model.ckpt")
+    with pytest.raises(FileError, match=r"there is no folder model\.pt"):
+        MNISTDiffusionPipeline.from_pretrained("model.pt")
+    with pytest.raises(TypeError, match="takes no argument 'custom_pipeline'"):
+        MNISTDiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_denoisers_folder(tmp_path: Path) -> None:
+    folder, canary = tmp_path / "denoiser", tmp_path / "canary"
+    make_pipeline(conditional=False).unet.save_pretrained(folder)
+    assert load_denoiser(str(folder), device="cpu")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.rename(folder / "kept")
+    (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(UserError, match="which is a pickle and can run code"):
+        load_denoiser(str(folder), device="cpu")
+    weights.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is a link that leads out of its folder"):
+        load_denoiser(str(folder), device="cpu")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pickled("pytorch_model.bin", instead_of="model.safetensors"), r"pytorch_model\.bin, which is a pickle"),
+        (pickled("model.safetensors"), "is not a safetensors file"),
+        (edited("config.json", widths=[10**9] * 5), "widths must be at most"),
+        (edited("config.json", widths=[1] * 100_000), "widths must be at most"),
+        (edited("config.json", id2label={str(index): "x" for index in range(20_000)}), "id2label must name classes"),
+        (edited("config.json", id2label={"0": "a", "2": "b"}), "id2label must name classes"),
+        (edited("config.json", image_size={}), "reads .channels, size, classes."),
+        (edited("config.json", widths=["evil"]), "describes no evaluator"),
+        (written("model.safetensors", struct.pack("<Q", 2**63)), "claims a header"),
+    ],
+)
+def test_an_evaluators_folder(
+    change: Callable[[Path, Path], None], message: str, tmp_path: Path, digits: ImageData
+) -> None:
+    folder, canary = tmp_path / "evaluator", tmp_path / "canary"
+    shutil.copytree(SHIPPED, folder)
+    (folder / "unet").mkdir()
+    (folder / "scheduler").mkdir()
+    change(folder, canary)
+    with pytest.raises(UserError, match=message):
+        load_evaluator(folder, digits)
+    assert not canary.exists()
+
+
+def test_a_checkpoint_with_a_pickle(tmp_path: Path) -> None:
+    """A state that is pickled, or a manifest that leads elsewhere, is set aside unread."""
+    canary = tmp_path / "canary"
+    for step, change in ((1, pickled("state.json")), (2, pickled("model.safetensors")), (3, pickled("random.pkl"))):
+        save_checkpoint(tmp_path / "c", step, {"model": {"w": torch.zeros(1)}}, {}, keep=9)
+        change(tmp_path / "c" / f"step-{step}", canary)
+    assert newest_verified(tmp_path / "c")[0] is None
+    assert not canary.exists()
+
+
+def test_a_checkpoint_that_nests(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "c", 1, {"model": {"w": torch.zeros(1)}}, {}, keep=9)
+    (folder / "manifest.json").write_text('{"a":' * 100_000)
+    assert newest_verified(tmp_path / "c")[0] is None
+
+
+def test_labelled_images(tmp_path: Path) -> None:
+    """Pickles and code among the data are not opened; a source that is one is refused by name."""
+    canary = tmp_path / "canary"
+    for index in range(12):
+        (tmp_path / "data" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), index, np.uint8)).save(tmp_path / "data" / "ab"[index % 2] / f"{index}.png")
+    for name in ("data.py", "a/extra.pkl", "b/extra.pt", "dataset_infos.pickle"):
+        (tmp_path / "data" / name).write_bytes(
+            code(canary).encode() if name.endswith("py") else pickle.dumps(Canary(canary))
+        )
+    assert load_images(DataConfig(source=str(tmp_path / "data")), seed=0).num_classes == 2
+    for name in ("data.py", "a/extra.pkl", "b/extra.pt"):
+        with pytest.raises(UserError, match=Path(name).name):
+            load_images(DataConfig(source=str(tmp_path / "data" / name)), seed=0)
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        (tmp_path / "idx").mkdir(exist_ok=True)
+        (tmp_path / "idx" / name).write_bytes(gzip.compress(pickle.dumps(Canary(canary))))
+    with pytest.raises(UserError, match="idx"):
+        load_images(DataConfig(source=str(tmp_path / "idx")), seed=0)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("!!python/object/apply:os.system ['touch CANARY']", "python/object|could not determine a constructor"),
+        ("train: !!python/name:os.system", "python/name|could not determine a constructor"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "anchors and aliases"),
+        ("x: " + "[" * 1000, "nested|YAML"),
+        ("x: " + "y" * 100_000, "larger than"),
+        ("- 1", "Unexpected config"),
+        ("train: null", "train must not be null"),
+        ("data:\n  augment:\n    shift: null", r"data\.augment\.shift must not be null"),
+        ("model:\n  block_out_channels: null", r"model\.block_out_channels must not be null"),
+    ],
+)
+def test_configurations(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(text.replace("CANARY", str(tmp_path / "canary")))
+    before = time.perf_counter()
+    with pytest.raises(SystemExit):
+        parse_train_arguments(["--config", str(tmp_path / "config.yaml")])
+    error = capsys.readouterr().err
+    assert re.search(message, error.partition("error:")[2]), error
+    assert time.perf_counter() - before < 10
+    assert not (tmp_path / "canary").exists()

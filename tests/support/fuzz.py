@@ -1,0 +1,256 @@
+"""Mutated inputs for everything that reads what others made; a long run of it, and the short one of the tests.
+
+    python -m tests.support.fuzz --inputs 10000
+
+Inputs are a function of the seed and their number: `--first N --inputs 1` does one again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import struct
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+EXTREMES = (
+    b"0",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"99999999999999999999",
+    b"2147483648",
+    b"null",
+    b"true",
+    b"[]",
+    b"{}",
+    b'""',
+)
+LARGEST_WAIT = 2.0
+WARM_UP = 10
+"""Inputs of each target before memory is looked at, for what is imported at first use."""
+
+
+def mutated(content: bytes, source: random.Random, *, within: int | None = None) -> bytes:
+    """`content` with one to four changes, in its first `within` bytes where that is given."""
+    head, tail = bytearray(content[:within]), content[within:] if within is not None else b""
+    for _ in range(source.randint(1, 4)):
+        at, length = source.randrange(len(head) + 1), source.choice((1, 1, 2, 4, 8, 64))
+        kind = source.randrange(7)
+        if kind == 0:
+            head[at : at + length] = source.randbytes(length)
+        elif kind == 1:
+            head[at : at + length] = source.choice((b"\0", b"\xff", b"\x7f", b"\x80")) * length
+        elif kind == 2:
+            del head[at : at + length]
+        elif kind == 3:
+            head[at:at] = head[at : at + length] * source.choice((1, 2, 100))
+        elif kind == 4:
+            del head[at:]
+        elif kind == 5 and head:
+            at %= len(head)
+            head[at] ^= 1 << source.randrange(8)
+        elif numbers := list(re.finditer(rb"-?\d+(\.\d+)?", bytes(head))):
+            chosen = source.choice(numbers)
+            head[chosen.start() : chosen.end()] = source.choice(EXTREMES)
+    return bytes(head) + tail
+
+
+@dataclass
+class Findings:
+    """What a fuzzing run found: how often each kind of end came, and what should not have come."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+    grown_bytes: int = 0
+
+
+def _idx(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
+    from mnist_diffusion.config import DataConfig
+    from mnist_diffusion.data.dataset import load_images
+
+    pixels = np.arange(40 * 64, dtype=np.uint8).tobytes()
+    files = {}
+    for name, count in (("train", 30), ("t10k", 10)):
+        files[f"{name}-images-idx3-ubyte"] = struct.pack(">IIII", 2051, count, 8, 8) + pixels[: count * 64]
+        files[f"{name}-labels-idx1-ubyte"] = struct.pack(">II", 2049, count) + bytes(i % 3 for i in range(count))
+
+    def make(source: random.Random) -> Callable[[], object]:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        chosen, how = source.choice(list(files)), source.randrange(3)
+        for name, content in files.items():
+            if name != chosen:
+                (folder / name).write_bytes(content)
+            elif how == 0:
+                (folder / f"{name}.gz").write_bytes(mutated(gzip.compress(content), source))
+            else:
+                changed = mutated(content, source, within=16 if how == 1 else None)
+                (folder / f"{name}.gz").write_bytes(gzip.compress(changed))
+        return lambda: load_images(DataConfig(source=str(folder)), seed=0)
+
+    return make
+
+
+def _pictures(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
+    from mnist_diffusion.config import DataConfig
+    from mnist_diffusion.data.dataset import load_images
+
+    kinds = (
+        ("PNG", "RGB"),
+        ("PNG", "P"),
+        ("PNG", "I;16"),
+        ("JPEG", "RGB"),
+        ("GIF", "P"),
+        ("BMP", "L"),
+        ("WEBP", "RGB"),
+    )
+    pictures = []
+    for kind, mode in kinds:
+        file = io.BytesIO()
+        Image.new("RGB", (12, 12), (200, 30, 60)).convert("L" if mode == "I;16" else mode).save(file, kind)
+        pictures.append((kind.lower(), file.getvalue()))
+    for index in range(8):
+        (folder / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (index, 0, 0)).save(folder / "ab"[index % 2] / f"{index}.png")
+
+    def make(source: random.Random) -> Callable[[], object]:
+        for left in (folder / "a").glob("changed.*"):
+            left.unlink()
+        suffix, content = source.choice(pictures)
+        (folder / "a" / f"changed.{suffix}").write_bytes(mutated(content, source))
+        return lambda: load_images(DataConfig(source=str(folder)), seed=0)
+
+    return make
+
+
+def _yaml(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
+    from mnist_diffusion.cli.options import parse_train_arguments
+    from tests.conftest import tiny_config
+
+    content = tiny_config().to_yaml().encode()
+    folder.mkdir()
+
+    def make(source: random.Random) -> Callable[[], object]:
+        file = folder / "config.yaml"
+        file.write_bytes(mutated(content, source))
+        return lambda: parse_train_arguments(["--config", str(file)])
+
+    return make
+
+
+def _pipeline(folder: Path, name: str) -> Callable[[random.Random], Callable[[], object]]:
+    from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+    from tests.conftest import make_pipeline
+
+    make_pipeline().save_pretrained(folder)
+    content = (folder / name).read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0] if name.endswith(".safetensors") else None
+
+    def make(source: random.Random) -> Callable[[], object]:
+        (folder / name).write_bytes(mutated(content, source, within=header))
+        return lambda: MNISTDiffusionPipeline.from_pretrained(folder)
+
+    return make
+
+
+TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], object]]]] = {
+    "IDX files": _idx,
+    "folders of pictures": _pictures,
+    "YAML configurations": _yaml,
+    "model_index.json": partial(_pipeline, name="model_index.json"),
+    "unet/config.json": partial(_pipeline, name="unet/config.json"),
+    "scheduler_config.json": partial(_pipeline, name="scheduler/scheduler_config.json"),
+    "safetensors headers": partial(_pipeline, name="unet/diffusion_pytorch_model.safetensors"),
+}
+
+
+def fuzz(target: str, count: int, *, first: int = 0, seed: int = 0) -> Findings:
+    """Read `count` mutated inputs; only the package's own errors may come of it, and none may take long."""
+    from mnist_diffusion.errors import (
+        FileError,
+        UserError,
+    )
+
+    found, start = Findings(), _peak_bytes()
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make = TARGETS[target](Path(temporary) / "x")
+        for number in range(first, first + count):
+            read = make(random.Random(f"{seed} {target} {number}"))
+            before = time.perf_counter()
+            try:
+                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                    read()
+                end = "read"
+            except (UserError, FileError) as error:
+                end = type(error).__name__
+            except SystemExit as error:
+                end = f"exit {error.code}"
+                if error.code != 2:
+                    found.wrong.append(f"{target} {number}: {end}")
+            except BaseException as error:
+                end = type(error).__name__
+                found.wrong.append(f"{target} {number}: {''.join(traceback.format_exception(error))[-1500:]}")
+            seconds = time.perf_counter() - before
+            found.ends[end] += 1
+            found.slowest = max(found.slowest, seconds)
+            if seconds > LARGEST_WAIT:
+                found.wrong.append(f"{target} {number}: took {seconds:.1f} s")
+            if number == first + WARM_UP:
+                start = _peak_bytes()
+    found.grown_bytes = _peak_bytes() - start
+    return found
+
+
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def fuzz_into(arguments: list[str], *, out: str) -> int:
+    """`fuzz` of each target in this process, into a JSON file: `arguments` are first and count."""
+    first, count = map(int, arguments)
+    results: dict[str, Any] = {target: vars(fuzz(target, count, first=first)) for target in TARGETS}
+    Path(out).write_text(json.dumps(results), encoding="utf-8")
+    return 0
+
+
+def main() -> None:
+    """Print what came of a long run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.support.fuzz")
+    parser.add_argument("--inputs", type=int, default=10_000, help="in all")
+    parser.add_argument("--first", type=int, default=0, help="number of the first input of each target")
+    parser.add_argument("--target", choices=TARGETS, action="append", default=[])
+    asked = parser.parse_args()
+    chosen = asked.target or list(TARGETS)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    print("| input | inputs | ends | slowest | memory grew by |\n| --- | ---: | --- | ---: | ---: |")
+    for target in chosen:
+        found = fuzz(target, -(-asked.inputs // len(chosen)), first=asked.first)
+        ends = ", ".join(f"{end} {count}" for end, count in found.ends.most_common())
+        row = (target, str(found.ends.total()), ends, f"{found.slowest:.2f} s", f"{found.grown_bytes / 2**20:.0f} MiB")
+        print(f"| {' | '.join(row)} |", *found.wrong, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

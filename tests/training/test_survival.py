@@ -1,0 +1,426 @@
+"""Training that survives: kills, signals, full disks, other numbers of processes. Each run here is a real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mnist_diffusion.run_folder.checkpoint import load_checkpoint, newest_verified
+from mnist_diffusion.run_folder.metrics import read_metrics
+from tests.support.survival import FLAGS, Death, Nursery, chain_of_kills, elastic_runs, every_operation, join
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Nursery:
+    return Nursery()
+
+
+def wait_for_step(folder: Path, step: int, *, seconds: float = 60) -> None:
+    """Until the log has a line of this step or a later one."""
+    deadline = time.monotonic() + seconds
+    while not any(line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")):
+        assert time.monotonic() < deadline, f"no step {step} within {seconds} s"
+        time.sleep(0.02)
+
+
+def newest_step(folder: Path) -> int:
+    step, problems = newest_verified(folder / "checkpoints")
+    assert not problems
+    assert step is not None
+    return step
+
+
+class TestKills:
+    @pytest.mark.slow
+    def test_before_and_after_each_file_operation_of_a_save_and_at_random_times(
+        self, nursery: Nursery, tmp_path: Path
+    ) -> None:
+        deaths = every_operation()
+        assert len(deaths) > 24
+        result = chain_of_kills(nursery, tmp_path, [*deaths, *[None] * 8])
+        assert result["different"] == []
+        assert result["kills"] >= len(deaths) + 6
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--train.gradient_accumulation_steps", "2", "--train.checkpoint_every_steps", "2"],
+            ["--train.mixed_precision", "bf16", "--data.augment.shift", "0.1", "--model.dropout", "0.2"],
+            ["--train.channels_last", "true", "--train.keep_checkpoints", "1"],
+        ],
+        ids=["accumulation", "bf16, dropout, augmentation", "channels last, one checkpoint kept"],
+    )
+    def test_other_settings(self, nursery: Nursery, tmp_path: Path, flags: list[str]) -> None:
+        deaths: list[Death | None] = [Death(1, 5, after=True), None, Death(1, 12, after=False), None]
+        result = chain_of_kills(nursery, tmp_path, deaths, flags)
+        assert (result["kills"], result["different"]) == (4, [])
+
+    def test_two_processes_and_the_other_leaves_by_itself(self, nursery: Nursery, tmp_path: Path) -> None:
+        deaths: list[Death | None] = [Death(1, 3, after=False), Death(0, 12, after=True), None]
+        result = chain_of_kills(nursery, tmp_path, deaths, ranks=2)
+        assert (result["kills"], result["different"]) == (3, [])
+
+
+class TestSignals:
+    @pytest.mark.parametrize(
+        ("kind", "ranks", "count"),
+        [
+            (signal.SIGTERM, 1, 3),
+            (signal.SIGINT, 1, 2),
+            (signal.SIGUSR1, 1, 1),
+            (signal.SIGTERM, 2, 2),
+            (signal.SIGINT, 2, 1),
+            (signal.SIGUSR1, 2, 1),
+        ],
+        ids=str,
+    )
+    def test_ends_with_a_checkpoint_and_a_pipeline(
+        self, nursery: Nursery, tmp_path: Path, kind: signal.Signals, ranks: int, count: int
+    ) -> None:
+        interrupt_again_and_again(nursery, tmp_path, kind, ranks=ranks, count=count)
+
+    @pytest.mark.slow
+    def test_fifty_signals(self, nursery: Nursery, tmp_path: Path) -> None:
+        for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for ranks, count in ((1, 10), (2, 7)):
+                folder = tmp_path / f"{kind.name}-{ranks}"
+                folder.mkdir()
+                interrupt_again_and_again(nursery, folder, kind, ranks=ranks, count=count)
+
+    def test_second_int_ends_in_mid_step(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "100000", "--output_dir", str(folder)]
+        [process] = nursery.start(flags, log=log, work=steps_of_a_minute)
+        wait_for_step(folder, 4)
+        time.sleep(0.3)  # into the step that takes a minute
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.3)
+        assert process.is_alive()
+        os.kill(process.pid, signal.SIGINT)
+        assert join([process], seconds=5) == [128 + signal.SIGINT]
+        assert newest_step(folder) == 4
+
+
+def interrupt_again_and_again(nursery: Nursery, root: Path, kind: signal.Signals, *, ranks: int, count: int) -> None:
+    """Send a signal to one run's processes, go on with it, and so on: exit code, checkpoint and pipeline each time."""
+    folder, log = root / "run", root / "log.txt"
+    flags = [*FLAGS, "--train.max_steps", "100000", "--train.checkpoint_every_steps", "1000000"]
+    flags += ["--train.resume", "true", "--output_dir", str(folder)]
+    random.seed(int(kind))
+    reached = 0
+    for _ in range(count):
+        processes = nursery.start(flags, log=log, ranks=ranks)
+        wait_for_step(folder, reached + 3)
+        time.sleep(random.uniform(0, 0.3))
+        for process in processes if kind != signal.SIGTERM else processes[-1:]:  # one that is told tells the others
+            os.kill(process.pid, kind)
+        assert join(processes, seconds=30) == [128 + kind] * ranks, log.read_text()[-3000:]
+        assert newest_step(folder) > reached
+        reached = newest_step(folder)
+        assert (folder / "pipeline" / "model_index.json").is_file()
+        assert json.loads((folder / "summary.json").read_text())["stopped_by_signal"] == kind
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, reached + 1))
+
+
+def steps_of_a_minute(arguments: list[str]) -> int:
+    """A run each of whose steps from the fifth on takes minutes, in one operation that no signal interrupts."""
+    import train_cfg
+    from mnist_diffusion.training.state import TrainState
+
+    update = TrainState.update
+
+    def slow(self: TrainState, step: int, learning_rate: float) -> Any:
+        if step >= 4:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+        return update(self, step, learning_rate)
+
+    TrainState.update = slow  # type: ignore[method-assign]
+    return train_cfg.main(arguments)
+
+
+class TestElastic:
+    def test_one_to_two_to_one_in_float64(self, nursery: Nursery, tmp_path: Path) -> None:
+        """Same samples, draws and learning rates in the same order, so the same weights to rounding."""
+        whole, elastic = elastic_runs(nursery, tmp_path, dtype="float64")
+        first, second = (load_checkpoint(folder / "checkpoints", 20).tensors for folder in (whole, elastic))
+        assert first["unet"]["conv_in.weight"].dtype == torch.float64
+        for group in ("unet", "ema"):
+            for name, value in first[group].items():
+                torch.testing.assert_close(second[group][name], value, rtol=0, atol=1e-6)
+        one, other = (read_metrics(folder / "metrics.jsonl") for folder in (whole, elastic))
+        for mine, theirs in zip(one, other, strict=True):
+            assert (mine["step"], mine["learning_rate"]) == (theirs["step"], theirs["learning_rate"])
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+    def test_ranks_see_their_slices_of_what_one_process_sees(self, nursery: Nursery, tmp_path: Path) -> None:
+        log = tmp_path / "log.txt"
+        for ranks in (1, 2):
+            folder = tmp_path / f"ranks-{ranks}"
+            flags = [*FLAGS, "--train.max_steps", "3", "--data.augment.shift", "0.1", "--output_dir", str(folder)]
+            assert nursery.finish(flags, log=log, ranks=ranks, work=recording_batches) == [0] * ranks, log.read_text()
+        [whole] = (torch.load(tmp_path / "ranks-1" / "seen-0.pt", weights_only=True),)
+        halves = [torch.load(tmp_path / "ranks-2" / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
+        assert len(whole["images"]) == 3
+        for name, steps in whole.items():
+            if name == "weights":
+                continue
+            for step, value in enumerate(steps):
+                assert torch.equal(value, torch.cat([half[name][step] for half in halves])), name
+        for mine, theirs in zip(halves[0]["weights"], halves[1]["weights"], strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def recording_batches(arguments: list[str]) -> int:
+    """A run that writes down what each of its updates saw, and the weights it ended with."""
+    import train_cfg
+    from mnist_diffusion.diffusion.objective import Batch, Objective
+    from mnist_diffusion.training import state as module
+
+    learner_class = module.TrainState
+    seen: dict[str, list[Any]] = {name: [] for name in ("images", "labels", "noise", "timesteps", "dropped")}
+    made: list[Any] = []
+
+    class Recording(learner_class):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any, accelerator: Any, data: Any, unet: Any, objective: Objective):
+            def loss(model: Any, batch: Batch, draws: Any) -> Any:
+                if model.training:
+                    for record in (batch, draws):
+                        for field in dataclasses.fields(record):
+                            seen[field.name].append(getattr(record, field.name).clone())
+                return objective.loss(model, batch, draws)
+
+            super().__init__(config, accelerator, data, unet, Objective(objective.draw, loss))
+            made.append(self)
+
+    module.TrainState = Recording  # type: ignore[misc]
+    code = train_cfg.main(arguments)
+    weights = [parameter.detach().clone() for parameter in made[0].unet.parameters()]
+    folder = Path(arguments[arguments.index("--output_dir") + 1])
+    torch.save({**seen, "weights": weights}, folder / f"seen-{os.environ.get('RANK', '0')}.pt")
+    return code
+
+
+class TestBadTimes:
+    def test_second_run_on_a_folder_refuses(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "100000", "--output_dir", str(folder)]
+        [first] = nursery.start(flags, log=tmp_path / "first.txt")
+        wait_for_step(folder, 2)
+        assert nursery.finish([*flags, "--train.resume", "true"], log=log) == [2]
+        assert "another run is writing to" in log.read_text()
+        assert nursery.finish(flags, log=log) == [2]
+        assert "is not empty" in log.read_text()
+        os.kill(first.pid, signal.SIGKILL)
+        join([first])
+        again = [*flags, "--train.resume", "true", "--train.max_steps", str(newest_step(folder) + 2)]
+        assert nursery.finish(again, log=log) == [0], log.read_text()
+
+    def test_disk_full_in_a_save(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.keep_checkpoints", "1", "--output_dir", str(folder)]
+        assert nursery.finish([*flags, "--train.max_steps", "2"], log=log) == [0]
+        before = {path.name: path.read_bytes() for path in (folder / "checkpoints" / "step-2").iterdir()}
+        more = [*flags, "--train.max_steps", "9", "--train.resume", "true"]
+        assert nursery.finish(more, log=log, work=with_small_files) == [2], log.read_text()
+        said = log.read_text()
+        assert "error: the checkpoint of step 3 could not be written" in said
+        assert "step-2 in" in said
+        assert "Traceback" not in said
+        assert {path.name: path.read_bytes() for path in (folder / "checkpoints" / "step-2").iterdir()} == before
+        assert not list((folder / "checkpoints").glob(".*"))
+        assert nursery.finish(more, log=log) == [0], log.read_text()
+
+    def test_disk_full_tells_every_process(self, nursery: Nursery, tmp_path: Path) -> None:
+        log = tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "9", "--output_dir", str(tmp_path / "run")]
+        assert nursery.finish(flags, log=log, ranks=2, work=with_small_files, seconds=60) == [2, 2], log.read_text()
+
+    def test_folder_that_cannot_be_written_to(self, nursery: Nursery, tmp_path: Path) -> None:
+        log = tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "2", "--output_dir", "/proc/nowhere/run"]
+        assert nursery.finish(flags, log=log) == [2]
+        assert "output_dir='/proc/nowhere/run' cannot be written to" in log.read_text()
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_process_that_raises_in_mid_save(self, nursery: Nursery, tmp_path: Path, rank: int) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "50", "--output_dir", str(folder)]
+        started = time.monotonic()
+        codes = nursery.finish(flags, log=log, ranks=2, work=partial(raising_in_the_third_save, rank=rank), seconds=90)
+        assert 0 not in codes
+        assert time.monotonic() - started < 75
+        assert newest_step(folder) in (2, 3)
+
+    @pytest.mark.parametrize("patience", [5, pytest.param(60, marks=pytest.mark.slow)])
+    def test_a_process_that_hangs_in_mid_save(self, nursery: Nursery, tmp_path: Path, patience: int) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "50", "--output_dir", str(folder)]
+        first, second = nursery.start(
+            flags, log=log, ranks=2, work=partial(hanging_in_the_third_save, patience=patience)
+        )
+        wait_for_step(folder, 3)
+        try:
+            assert join([first], seconds=patience + 20) == [2], log.read_text()
+        finally:
+            second.kill()
+        assert "another process ended, or gave no answer within " in log.read_text()
+        assert newest_step(folder) == 3
+
+    def test_not_finite_stops_before_a_save(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "9", "--train.checkpoint_every_steps", "2", "--output_dir", str(folder)]
+        assert nursery.finish(flags, log=log, work=nan_at_step_six) == [2]
+        assert "step 6 was not finite (loss nan" in log.read_text()
+        assert newest_step(folder) == 4
+        assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_not_finite_without_clipping_and_on_one_of_two(self, nursery: Nursery, tmp_path: Path, ranks: int) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "9", "--train.max_grad_norm", "null", "--output_dir", str(folder)]
+        assert nursery.finish(flags, log=log, work=nan_at_step_six, ranks=ranks) == [2] * ranks
+        assert "step 6 was not finite" in log.read_text()
+        assert newest_step(folder) == 5
+
+    def test_killed_between_the_last_checkpoint_and_the_pipeline(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "6", "--train.resume", "true", "--output_dir", str(folder)]
+        assert nursery.finish(flags, log=log, work=killed_before_the_pipeline) == [-signal.SIGKILL]
+        assert newest_step(folder) == 6
+        assert not (folder / "pipeline").exists()
+        assert nursery.finish(flags, log=log) == [0], log.read_text()
+        assert (folder / "pipeline" / "model_index.json").is_file()
+        assert json.loads((folder / "summary.json").read_text())["step"] == 6
+
+    def test_nothing_verifies(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "2", "--output_dir", str(folder)]
+        assert nursery.finish(flags, log=log) == [0]
+        lines = (folder / "metrics.jsonl").read_text()
+        for path in (folder / "checkpoints").glob("*/manifest.json"):
+            path.unlink()
+        assert nursery.finish([*flags, "--train.resume", "true"], log=log) == [2]
+        assert "starting again would overwrite what the run has left" in log.read_text()
+        assert (folder / "metrics.jsonl").read_text() == lines
+
+    def test_run_id_that_was_lost(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--output_dir", str(folder), "--train.max_steps"]
+        assert nursery.finish([*flags, "2"], log=log) == [0]
+        before = (folder / "run_id").read_text()
+        (folder / "run_id").write_text("")
+        assert nursery.finish([*flags, "4", "--train.resume", "true"], log=log) == [0]
+        assert (folder / "run_id").read_text() == before
+        assert newest_step(folder) == 4
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_not_finite_is_skipped_where_asked(self, nursery: Nursery, tmp_path: Path, ranks: int) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_steps", "9", "--train.on_non_finite", "skip", "--output_dir", str(folder)]
+        assert nursery.finish(flags, log=log, work=nan_at_step_six, ranks=ranks) == [0] * ranks, log.read_text()
+        lines = read_metrics(folder / "metrics.jsonl")
+        assert [line["step"] for line in lines if line["skipped"]] == [6]
+        assert lines[5]["loss"] is None
+        five, six = (load_checkpoint(folder / "checkpoints", step) for step in (8, 9))
+        assert all(torch.isfinite(value).all() for value in six.tensors["unet"].values())
+        assert not torch.equal(five.tensors["unet"]["conv_in.weight"], six.tensors["unet"]["conv_in.weight"])
+
+
+def with_small_files(arguments: list[str]) -> int:
+    """A run that cannot write files as large as its weights: what a full disk does, without filling one."""
+    import train_cfg
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return train_cfg.main(arguments)
+
+
+def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
+    """A run one of whose processes raises while the third checkpoint is written."""
+    import train_cfg
+    from mnist_diffusion.training import trainer as module
+
+    training: Any = module
+    save, together, count = training.save_checkpoint, training.Processes.on_main, 0
+
+    def failing_save(*arguments: Any, **options: Any) -> Any:
+        if count == 3 and rank == 0:
+            raise RuntimeError("on purpose")
+        return save(*arguments, **options)
+
+    def failing(self: Any, work: Any, *, saving: bool = False) -> None:
+        nonlocal count
+        count += saving
+        if saving and count == 3 and rank == 1 and os.environ["RANK"] == "1":
+            raise RuntimeError("on purpose")
+        together(self, work, saving=saving)
+
+    training.save_checkpoint, training.Processes.on_main = failing_save, failing
+    return train_cfg.main(arguments)
+
+
+def killed_before_the_pipeline(arguments: list[str]) -> int:
+    """A run killed after its last checkpoint, before it writes its pipeline."""
+    import train_cfg
+    from mnist_diffusion.pictures import pipelines as module
+
+    product: Any = module
+    product.export_pipeline = lambda pipeline, folder, **more: os.kill(os.getpid(), signal.SIGKILL)
+    return train_cfg.main(arguments)
+
+
+def hanging_in_the_third_save(arguments: list[str], *, patience: float) -> int:
+    """A run whose second process never comes to the end of the third save."""
+    import train_cfg
+    from mnist_diffusion.training import processes as module
+
+    together: Any = module
+    on_main, count = together.Processes.on_main, 0
+    together.SAVE_PATIENCE = timedelta(seconds=patience)
+
+    def hanging(self: Any, work: Any, *, saving: bool = False) -> None:
+        nonlocal count
+        count += saving
+        if saving and count == 3 and os.environ["RANK"] == "1":
+            time.sleep(3600)
+        on_main(self, work, saving=saving)
+
+    together.Processes.on_main = hanging
+    return train_cfg.main(arguments)
+
+
+def nan_at_step_six(arguments: list[str]) -> int:
+    """A run whose sixth update sees NaN on its last process."""
+    import train_cfg
+    from mnist_diffusion.training import state as module
+
+    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    to_device = module.TrainState._to_device
+
+    def spoiled(self: Any, images: Any, labels: Any) -> Any:
+        batch = to_device(self, images, labels)
+        if self.now == 5 and int(os.environ.get("RANK", "0")) == last and self.unet.training:
+            batch.images[0, 0, 0, 0] = float("nan")
+        return batch
+
+    def remembering(self: Any, step: int, learning_rate: float) -> Any:
+        self.now = step
+        return update(self, step, learning_rate)
+
+    update = module.TrainState.update
+    module.TrainState.update = remembering  # type: ignore[method-assign]
+    module.TrainState._to_device = spoiled  # type: ignore[method-assign]
+    return train_cfg.main(arguments)

@@ -1,0 +1,519 @@
+"""The loop on real digits with a tiny network: schedule, logs, resume, average, trackers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_cfg
+from mnist_diffusion.cli.options import RunArguments, parse_train_arguments
+from mnist_diffusion.config import AugmentConfig, Config, TrainConfig
+from mnist_diffusion.data.dataset import draw_batch, load_images
+from mnist_diffusion.diffusion.network import build_unet
+from mnist_diffusion.diffusion.noise import build_noise_scheduler
+from mnist_diffusion.diffusion.objective import diffusion_objective
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.evaluation import evaluator
+from mnist_diffusion.run_folder.metrics import read_metrics
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.training.launch import build_accelerator
+from mnist_diffusion.training.length import learning_rate_at, steps_of_epochs
+from mnist_diffusion.training.state import TrainState
+from tests.conftest import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> None:
+    """Accelerate keeps device and precision for the life of a process; each test here is a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+EVALUATE_EVERY_TWO: dict[str, Any] = {"evaluate_every_steps": 2, "num_evaluation_images": 50}
+LOSSES = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+
+
+def run(config: Config, folder: Path, **train: Any) -> Path:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train), output_dir=str(folder))
+    assert train_cfg.run(RunArguments(config, "tiny", dry_run=False)) == 0
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def losses(folder: Path) -> list[tuple[Any, ...]]:
+    return [tuple(line[name] for name in LOSSES) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def make_learner(config: Config, tmp_path: Path) -> TrainState:
+    data = load_images(config.data, seed=config.train.seed)
+    unet = build_unet(config.model, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
+    scheduler = build_noise_scheduler(config.diffusion)
+    objective = diffusion_objective(config.diffusion, scheduler, null_class=data.num_classes)
+    return TrainState(config, build_accelerator(config, tmp_path), data, unet, objective)
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize("lr_schedule", ["constant", "linear", "cosine", "exponential"])
+    def test_ends(self, lr_schedule: Any) -> None:
+        config = TrainConfig(lr_schedule=lr_schedule, learning_rate=2.0, warmup_steps=10, final_lr_factor=0.1)
+        assert learning_rate_at(config, 0, 100) == pytest.approx(0.2)
+        assert learning_rate_at(config, 9, 100) == pytest.approx(2.0)
+        assert learning_rate_at(config, 10, 100) == pytest.approx(2.0)
+        last = learning_rate_at(config, 100, 100)
+        assert last == pytest.approx(2.0 if lr_schedule == "constant" else 0.2)
+        middle = {"constant": 2.0, "linear": 1.1, "cosine": 1.1, "exponential": 2 * 0.1**0.5}[lr_schedule]
+        assert learning_rate_at(config, 55, 100) == pytest.approx(middle)
+
+    def test_against_torch(self) -> None:
+        config = TrainConfig(learning_rate=1.0, warmup_steps=0, final_lr_factor=0.01)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.01)
+        for step in range(50):
+            assert learning_rate_at(config, step, 50) == pytest.approx(reference.get_last_lr()[0])
+            optimizer.step()
+            reference.step()
+
+    def test_epochs(self) -> None:
+        assert steps_of_epochs(2, 100, 30) == 7
+        assert steps_of_epochs(0.01, 10, 64) == 1
+
+
+class TestRunFolder:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        return run(tiny_config(sample_every_steps=3, snapshot_every_steps=2), folder, max_steps=5)
+
+    def test_everything_is_there(self, folder: Path) -> None:
+        names = {path.name for path in folder.iterdir()}
+        assert names == {
+            ".lock",
+            "run_id",
+            "pipeline",
+            "checkpoints",
+            "snapshots",
+            "samples",
+            "config.yaml",
+            "metrics.jsonl",
+            "summary.json",
+        }
+        assert {path.name for path in (folder / "snapshots").iterdir()} == {"step-2", "step-4"}
+        assert {path.name for path in (folder / "samples").iterdir()} == {"step-000003.png", "step-000005.png"}
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-4", "step-5"}
+
+    def test_metrics_have_each_step_once(self, folder: Path) -> None:
+        lines = read_metrics(folder / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+        assert all(np.isfinite(line["loss"]) for line in lines)
+        assert {"held_out_loss", "images_per_second"} <= set(lines[2]) & set(lines[4])
+
+    def test_summary(self, folder: Path) -> None:
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["finished"]
+        assert summary["step"] == 5
+        assert summary["data_source"] == "scikit-learn digits (embedded)"
+        assert {"loss", "train_seconds", "images_per_second", "versions", "data_fingerprint"} <= set(summary)
+
+    def test_grid_has_a_row_a_class(self, folder: Path) -> None:
+        with Image.open(folder / "samples" / "step-000005.png") as grid:
+            assert grid.size[1] > 10 * 28
+            assert np.asarray(grid).std() > 0
+
+    def test_snapshots_and_pipeline_load(self, folder: Path) -> None:
+        for each in (folder / "pipeline", folder / "snapshots" / "step-2"):
+            pipeline = MNISTDiffusionPipeline.from_pretrained(each)
+            assert len(pipeline(class_labels=[3], num_inference_steps=1).images) == 1
+            assert pipeline.config.id2label["3"] == "3"
+
+    def test_card(self, folder: Path) -> None:
+        card = (folder / "pipeline" / "README.md").read_text()
+        header = yaml.safe_load(card.split("---")[1])
+        assert header["library_name"] == "diffusers"
+        assert "datasets" not in header  # which are the Hub's; these images are not
+        assert "| steps | 5 of 8 images" in card
+        assert "scikit-learn digits" in card
+        assert "{{" not in card
+        assert "not measured" not in card
+
+    def test_config_reproduces_the_run_to_the_bit(self, folder: Path, tmp_path: Path) -> None:
+        arguments = parse_train_arguments(["--config", str(folder / "config.yaml")])
+        assert arguments.config.train.mixed_precision == "no"
+        again = run(arguments.config, tmp_path / "again")
+        assert losses(again) == losses(folder)
+        for name, tensor in weights(folder).items():
+            assert torch.equal(tensor, weights(again)[name])
+
+    def test_nothing_is_left_half_made(self, folder: Path) -> None:
+        assert not [path for path in folder.rglob("*") if "partial" in path.name or path.name.endswith(".old")]
+
+    def test_not_empty_is_refused(self, folder: Path) -> None:
+        with pytest.raises(UserError, match=r"is not empty; add --train.resume true"):
+            run(tiny_config(), folder)
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        "train", [{}, {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}, {"channels_last": True}], ids=str
+    )
+    def test_equal_to_the_bit(self, tmp_path: Path, train: dict[str, Any]) -> None:
+        config = tiny_config(max_steps=7, checkpoint_every_steps=3, keep_checkpoints=9, **train)
+        model = dataclasses.replace(config.model, dropout=0.2)
+        config = dataclasses.replace(config, model=model)
+        whole = run(config, tmp_path / "whole")
+        parts = run(config, tmp_path / "parts")
+        for step in (6, 7):  # what a run killed after step 3 leaves behind
+            shutil.rmtree(parts / "checkpoints" / f"step-{step}")
+        run(config, parts, resume=True)
+        assert losses(parts) == losses(whole)
+        for name, tensor in weights(whole).items():
+            assert torch.equal(tensor, weights(parts)[name]), name
+
+    def test_starts_at_0_where_there_is_none(self, tmp_path: Path) -> None:
+        assert losses(run(tiny_config(), tmp_path / "run", resume=True))[0][0] == 1
+
+    def test_finished_run_is_left_alone(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = run(tiny_config(), tmp_path / "run")
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        run(tiny_config(), folder, resume=True)
+        assert "Finished at step 4 already" in capsys.readouterr().out
+        assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def test_more_steps_go_on(self, tmp_path: Path) -> None:
+        folder = run(tiny_config(), tmp_path / "run")
+        run(tiny_config(), folder, resume=True, max_steps=6)
+        assert [line[0] for line in losses(folder)] == [1, 2, 3, 4, 5, 6]
+
+    def test_other_model_or_data_is_refused(self, tmp_path: Path) -> None:
+        folder = run(tiny_config(), tmp_path / "run")
+        config = tiny_config(max_steps=9)
+        other = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, beta_schedule="linear"))
+        with pytest.raises(UserError, match=r"diffusion.beta_schedule was 'squaredcos_cap_v2', now 'linear'"):
+            run(other, folder, resume=True)
+        with pytest.raises(UserError, match="the images' fingerprint was"):
+            run(config, folder, resume=True, seed=5)
+
+
+class TestEvaluation:
+    """Images measured while training, with an evaluator of a few steps."""
+
+    @pytest.fixture(autouse=True)
+    def quick_evaluator(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(evaluator, "STEPS", 20)
+
+    def test_logged_and_the_best_kept(self, tmp_path: Path) -> None:
+        folder = run(tiny_config(**EVALUATE_EVERY_TWO, max_steps=5), tmp_path / "run", learning_rate=0.05)
+        lines = read_metrics(folder / "metrics.jsonl")
+        measured = {line["step"]: line["fid"] for line in lines if "fid" in line}
+        assert set(measured) == {2, 4, 5}
+        assert {"accuracy", "fid_ratio", "precision", "recall"} <= set(lines[1])
+        best = min(measured, key=lambda step: measured[step])
+        card = (folder / "pipeline_best" / "README.md").read_text()
+        assert f"| steps | {best} of 8 images" in card
+        MNISTDiffusionPipeline.from_pretrained(folder / "pipeline_best")
+
+    def test_same_figures_after_a_resume(self, tmp_path: Path) -> None:
+        whole = run(tiny_config(**EVALUATE_EVERY_TWO, checkpoint_every_steps=3, max_steps=6), tmp_path / "whole")
+        cut = tmp_path / "cut"
+        shutil.copytree(whole, cut)
+        shutil.rmtree(cut / "checkpoints" / "step-6")
+        run(tiny_config(**EVALUATE_EVERY_TWO, checkpoint_every_steps=3, max_steps=6), cut, resume=True)
+        first, second = (
+            [(line["step"], line["fid"]) for line in read_metrics(folder / "metrics.jsonl") if "fid" in line]
+            for folder in (whole, cut)
+        )
+        assert first == second
+        assert (whole / "pipeline_best" / "README.md").is_file()
+
+    @pytest.mark.parametrize(
+        ("train", "message"),
+        [
+            ({"num_evaluation_images": 55}, "multiple of the 10 classes"),
+            ({"num_evaluation_images": 40}, r"train.num_evaluation_images must be at least 50, got 40"),
+        ],
+    )
+    def test_bad_numbers_are_refused_before_the_first_step(
+        self, tmp_path: Path, train: dict[str, int], message: str
+    ) -> None:
+        with pytest.raises(UserError, match=message):
+            run(tiny_config(evaluate_every_steps=2), tmp_path / "run", **train)
+        assert not (tmp_path / "run").exists()
+
+    def test_unconditional_has_no_accuracy(self, tmp_path: Path) -> None:
+        config = tiny_config(**EVALUATE_EVERY_TWO, max_steps=2)
+        model = dataclasses.replace(config.model, class_conditional=False)
+        folder = run(dataclasses.replace(config, model=model), tmp_path / "run")
+        last = read_metrics(folder / "metrics.jsonl")[-1]
+        assert "fid" in last
+        assert "accuracy" not in last
+        with pytest.raises(UserError, match=r"train.best_metric='accuracy' needs model.class_conditional=true"):
+            dataclasses.replace(config, model=model, train=TrainConfig(best_metric="accuracy"))
+
+
+class TestLength:
+    def test_epochs(self, tmp_path: Path) -> None:
+        config = tiny_config(max_steps=None, max_epochs=0.01)
+        assert len(losses(run(config, tmp_path / "run"))) == steps_of_epochs(0.01, 1617, 8)
+
+    def test_epoch_intervals(self, tmp_path: Path) -> None:
+        config = tiny_config(
+            max_steps=12, checkpoint_every_steps=None, checkpoint_every_epochs=0.02, keep_checkpoints=9
+        )
+        folder = run(config, tmp_path / "run")
+        steps = sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+        assert steps == [5, 9, 12]  # 0.02 epochs are 32.3 images, 4.04 steps; and the end
+
+    def test_minutes_alone_are_planned_and_written_down(self, tmp_path: Path) -> None:
+        folder = run(tiny_config(max_steps=None, max_minutes=0.13), tmp_path / "run")
+        saved = yaml.safe_load((folder / "config.yaml").read_text())["train"]
+        planned = json.loads((folder / "summary.json").read_text())["planned_steps"]
+        assert saved["max_steps"] == planned == len(losses(folder))
+        assert saved["max_minutes"] is None
+        assert planned > 5
+        state = json.loads((folder / "checkpoints" / f"step-{planned}" / "state.json").read_text())
+        assert state["planned_steps"] == planned
+
+    def test_minutes_beside_steps_cut_the_run(self, tmp_path: Path) -> None:
+        folder = run(tiny_config(max_steps=100_000, max_minutes=0.02), tmp_path / "run")
+        summary = json.loads((folder / "summary.json").read_text())
+        assert not summary["finished"]
+        assert summary["planned_steps"] == 100_000
+        assert (folder / "pipeline" / "model_index.json").is_file()
+
+    def test_measuring_leaves_no_trace(self, tmp_path: Path) -> None:
+        config = tiny_config()
+        measured, plain = make_learner(config, tmp_path), make_learner(config, tmp_path)
+        assert measured.measure_speed(0.1) > 0
+        for learner in (measured, plain):
+            for step in range(3):
+                learner.update(step, 0.01)
+        for mine, theirs in zip(measured.unet.parameters(), plain.unet.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        for mine, theirs in zip(measured.average().parameters(), plain.average().parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+class TestLearner:
+    def test_accumulation_changes_nothing_but_rounding(self, tmp_path: Path) -> None:
+        whole = make_learner(tiny_config(), tmp_path)
+        parts = make_learner(tiny_config(gradient_accumulation_steps=4), tmp_path)
+        for step in range(3):
+            one, other = whole.update(step, 0.01), parts.update(step, 0.01)
+            torch.testing.assert_close(one["loss"], other["loss"], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(one["grad_norm"], other["grad_norm"], atol=1e-4, rtol=1e-3)
+
+    def test_average_follows_emas_formula(self, tmp_path: Path) -> None:
+        learner = make_learner(tiny_config(ema_start_step=1, ema_decay=0.5), tmp_path)
+        learner.update(0, 0.01)
+        expected = next(learner.unet.parameters()).detach().clone()
+        torch.testing.assert_close(next(learner.average().parameters()), expected)
+        for n in range(3):
+            learner.update(n + 1, 0.01)
+            decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
+            expected = decay * expected + (1 - decay) * next(learner.unet.parameters()).detach()
+        torch.testing.assert_close(next(learner.average().parameters()), expected)
+
+    def test_gradient_clipping(self, tmp_path: Path) -> None:
+        learner = make_learner(tiny_config(max_grad_norm=1e-9), tmp_path)
+        before = [parameter.detach().clone() for parameter in learner.unet.parameters()]
+        assert learner.update(0, 0.01)["grad_norm"] > 1e-3
+        moved = max(float((a - b).abs().max()) for a, b in zip(before, learner.unet.parameters(), strict=True))
+        assert moved < 0.01
+
+    def test_loss_by_noise_level_is_the_loss_in_parts(self, tmp_path: Path) -> None:
+        learner = make_learner(tiny_config(gradient_accumulation_steps=2), tmp_path)
+        count = learner.config.data.batch_size
+        levels, losses = [], []
+        for step in range(5):
+            losses.append(float(learner.update(step, 0.01)["loss"]))
+            draws = learner.objective.draw((count, 1, 28, 28), seed=0, step=step, device="cpu")
+            levels += (draws.timesteps // 100).tolist()
+        found = learner.take_loss_by_noise()
+        assert found is not None
+        shares = np.bincount(levels, minlength=10)
+        assert [mean is None for mean in found] == [share == 0 for share in shares]
+        total = sum(mean * share for mean, share in zip(found, shares, strict=True) if mean is not None)
+        assert total / shares.sum() == pytest.approx(float(np.mean(losses)), rel=1e-4)
+        assert learner.take_loss_by_noise() == [None] * 10
+
+    def test_held_out_loss_repeats(self, tmp_path: Path) -> None:
+        learner = make_learner(tiny_config(), tmp_path)
+        assert learner.held_out_loss() == learner.held_out_loss()
+        before = learner.held_out_loss()
+        for step in range(20):
+            learner.update(step, 0.01)
+        assert learner.held_out_loss() < before
+
+
+def test_init_from_goes_on_where_the_pipeline_ended(tmp_path: Path) -> None:
+    """With the averaged weights of the pipeline, and an optimizer that starts anew."""
+    first = run(tiny_config(max_steps=60, learning_rate=0.01, checkpoint_every_steps=None), tmp_path / "first")
+    asked = {"init_from": str(first / "pipeline"), "learning_rate": 1e-9, "num_eval_images": 64}
+    again = run(tiny_config(**asked), tmp_path / "again")
+    for name, value in weights(again).items():
+        torch.testing.assert_close(value, weights(first)[name], atol=1e-6, rtol=0)
+    saved = yaml.safe_load((again / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["train"]["init_from"] == str(first / "pipeline")
+    shutil.rmtree(first)
+    run(tiny_config(**asked), again, resume=True, max_steps=6)  # needs it no more
+    with pytest.raises(UserError, match=r"pipeline .* cannot be loaded"):
+        run(tiny_config(**asked), tmp_path / "third")
+
+
+def test_balance_draws_small_classes_as_often(tmp_path: Path, image_folder: Path) -> None:
+    for index in range(30):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
+    config = tiny_config()
+    shares = []
+    for balance in (False, True):
+        data = dataclasses.replace(config.data, source=str(image_folder), balance=balance, batch_size=12)
+        images = load_images(data, seed=0)
+        drawn = [draw_batch(images.train, data, seed=0, step=step, part=slice(0, 12))[1] for step in range(20)]
+        shares.append((torch.cat(drawn) == images.class_names.index("red")).float().mean().item())
+    assert shares[0] == pytest.approx(32 / 42, abs=0.06)
+    assert shares[1] == pytest.approx(1 / 3, abs=0.03)
+    folder = run(dataclasses.replace(config, data=data), tmp_path / "run")
+    other = dataclasses.replace(config, data=dataclasses.replace(data, balance=False))
+    with pytest.raises(UserError, match=r"data\.balance was True, now False"):
+        run(other, folder, resume=True, max_steps=6)
+
+
+def test_hints(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_diffusion.planning.expected_cost", lambda learner: "")  # which takes seconds to measure
+
+    def said(**data: Any) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = tiny_config()
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, **data), output_dir=str(tmp_path / "x")
+        )
+        capsys.readouterr()
+        assert train_cfg.run(RunArguments(config, "tiny", dry_run=True)) == 0
+        return capsys.readouterr().out
+
+    assert "\nhint" not in said(source=str(image_folder))
+    for index in range(40):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
+    assert "--data.balance true draws each equally often" in said(source=str(image_folder))
+    assert "\nhint" not in said(source=str(image_folder), balance=True)
+    assert "horizontal_flip mirrors images" in said(source="digits", augment=AugmentConfig(horizontal_flip=True))
+    for name in ("green", "blue"):
+        shutil.rmtree(image_folder / name)
+    assert "one class only: guidance has nothing to tell apart" in said(source=str(image_folder))
+
+
+def test_loss_falls(tmp_path: Path) -> None:
+    folder = run(tiny_config(max_steps=60, learning_rate=0.01, checkpoint_every_steps=None), tmp_path / "run")
+    values = [line[2] for line in losses(folder)]
+    assert np.mean(values[-10:]) < 0.6 * np.mean(values[:5])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"class_conditional": False},
+        {"image_size": 32, "channels": 3},
+        {"image_size": 32, "channels": 1, "fit": "pad"},
+    ],
+    ids=str,
+)
+def test_other_kinds_of_runs(tmp_path: Path, image_folder: Path, case: dict[str, Any]) -> None:
+    """Unconditional, RGB and 32 pixels, on a data set smaller than a batch."""
+    config = tiny_config()
+    conditional = case.pop("class_conditional", True)
+    data = dataclasses.replace(config.data, source=str(image_folder), batch_size=32, **case)
+    model = dataclasses.replace(config.model, class_conditional=conditional)
+    folder = run(dataclasses.replace(config, data=data, model=model), tmp_path / "run")
+    pipeline = MNISTDiffusionPipeline.from_pretrained(folder / "pipeline")
+    image = pipeline("red" if conditional else None, num_inference_steps=2).images[0]
+    assert image.size == ((32, 32) if "image_size" in case else (16, 16))
+    assert image.mode == ("L" if case.get("channels") == 1 else "RGB")
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    folder = run(tiny_config(trackers=("tensorboard",), pictures=True, sample_every_steps=2), tmp_path / "run")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [events] = list((folder / "logs" / "mnist-diffusion").glob("events*"))
+    recorded = EventAccumulator(str(events)).Reload()
+    assert {"loss", "loss_by_noise/0", "loss_by_noise/9"} <= set(recorded.Tags()["scalars"])
+    assert set(recorded.Tags()["images"]) == {
+        *("samples", "noise_schedule", "forward_noising", "denoising", "pixel_histograms", "training_curves", "epochs"),
+    }
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = run(tiny_config(trackers=("wandb",)), tmp_path / "run")
+    [recorded] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert recorded.stat().st_size > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_with_a_usable_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    original = TrainState.update
+
+    def update(self: TrainState, step: int, learning_rate: float) -> dict[str, torch.Tensor]:
+        if step == 2:
+            signal.raise_signal(number)
+        return original(self, step, learning_rate)
+
+    monkeypatch.setattr(TrainState, "update", update)
+    config = dataclasses.replace(tiny_config(max_steps=50), output_dir=str(tmp_path / "run"))
+    assert train_cfg.run(RunArguments(config, "tiny", dry_run=False)) == 128 + number
+    assert [line[0] for line in losses(tmp_path / "run")] == [1, 2, 3]
+    assert MNISTDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")(3, num_inference_steps=1).images
+    assert signal.getsignal(number) is not signal.SIG_DFL or number == signal.SIGTERM
+    monkeypatch.undo()
+    run(config, tmp_path / "run", resume=True, max_steps=5)
+    assert [line[0] for line in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "message"),
+    [
+        ({"gradient_accumulation_steps": 3}, {}, r"data.batch_size=8 must be divisible by 1 processes x .*=3"),
+        ({"mixed_precision": "fp16"}, {}, r"train.mixed_precision='fp16' needs a GPU"),
+        ({}, {"source": "/no/such/folder"}, r"data.source='/no/such/folder' was not found"),
+        ({}, {"image_size": 9}, r"data.image_size=9 cannot be halved 1 times"),
+    ],
+)
+def test_bad_runs_leave_nothing_behind(tmp_path: Path, train: Any, data: Any, message: str) -> None:
+    config = tiny_config(**train)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="is a file"):
+        run(tiny_config(), tmp_path / "run")
+
+
+def test_launchers_precision_against_the_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match=r"train.mixed_precision='no', but the launcher asks for 'bf16'"):
+        run(tiny_config(mixed_precision="no"), tmp_path / "run")
+    folder = run(tiny_config(), tmp_path / "run")
+    assert json.loads((folder / "summary.json").read_text())["mixed_precision"] == "bf16"
