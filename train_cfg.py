@@ -20,8 +20,9 @@ from mnist_diffusion.config import Config
 
 def run(arguments: RunArguments[Config]) -> int:
     """Assemble a run from its configuration, and train."""
-    from mnist_diffusion.data.dataset import load_images
     from mnist_diffusion.denoising import DenoiserProduct, denoiser_objective
+
+    from mnist_diffusion.data.dataset import load_images
     from mnist_diffusion.diffusion.network import build_unet, initialise
     from mnist_diffusion.diffusion.noise import build_noise_scheduler
     from mnist_diffusion.diffusion.objective import diffusion_objective

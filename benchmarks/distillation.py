@@ -102,7 +102,7 @@ def speeds(student: MNISTDiffusionPipeline, repeats: int = 51) -> list[str]:
     dtype = str(student.dtype).removeprefix("torch.")
     return [
         f"One pass, median of {repeats} calls in {dtype}: {64 / batch:.0f} digits/s in batches of 64, "
-        f"{1000 * single:.1f} ms for a single digit as a PIL image.",
+        f"{1000 * single:.1f} ms for a single digit as a PIL image."
     ]
 
 

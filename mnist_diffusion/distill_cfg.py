@@ -75,13 +75,7 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     product = PipelineProduct(make_pipeline, noise_scheduler)
     publisher = Publisher(config.hub, output_dir, accelerator)
     code = train(
-        config,
-        learner,
-        product,
-        output_dir,
-        recipe=arguments.recipe,
-        card=card,
-        on_snapshot=publisher.snapshot,
+        config, learner, product, output_dir, recipe=arguments.recipe, card=card, on_snapshot=publisher.snapshot
     )
     if code == 0:
         publisher.finish()

@@ -40,12 +40,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from mnist_diffusion.evaluation.evaluate import run
     from mnist_diffusion.evaluation.report import card_text, markdown, print_table
     from mnist_diffusion.files import replace_text
-    from mnist_diffusion.pictures.compare import (
-        HEADINGS,
-        distinct_names,
-        rows,
-        sheet_of_epochs,
-    )
+    from mnist_diffusion.pictures.compare import HEADINGS, distinct_names, rows, sheet_of_epochs
     from mnist_diffusion.pictures.grids import save_picture, side_by_side
     from mnist_diffusion.pictures.plots import compared_curves, to_picture
     from mnist_diffusion.run_folder.read import read_run

@@ -177,10 +177,7 @@ def _parser(plot: Plot, *, prog: str) -> ArgumentParser:
     if plot.needs_data:
         parser.add_class_arguments(DataConfig, "data", skip={"batch_size", "augment", "balance"})
         parser.add_argument(
-            "--split_seed",
-            type=NonNegativeInt,
-            default=0,
-            help="the run's train.seed, if the data has no test split",
+            "--split_seed", type=NonNegativeInt, default=0, help="the run's train.seed, if the data has no test split"
         )
     if plot.draws:
         parser.add_argument("--guidance_scale", type=NonNegativeFloat | None, help="the folder's default if left out")

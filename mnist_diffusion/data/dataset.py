@@ -250,10 +250,7 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
         np.arange(len(images)), test_size=held_out, stratify=images.labels.numpy(), random_state=seed % 2**32
     )
     kept, taken = torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(taken))
-    return (
-        images.select(kept),
-        images.select(taken),
-    )
+    return (images.select(kept), images.select(taken))
 
 
 def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, part: slice) -> tuple[Tensor, Tensor]:

@@ -30,11 +30,7 @@ from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import require_plain_yaml
-from mnist_diffusion.sharing.pipeline import (
-    MNISTDiffusionPipeline,
-    TrajectoryOutput,
-    predicted_original_sample,
-)
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline, TrajectoryOutput, predicted_original_sample
 
 
 class TeacherError(UserError):

@@ -220,12 +220,7 @@ def plot_guidance(results: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def _plot(
-    results: Sequence[Mapping[str, Any]],
-    across: str,
-    label: str,
-    settings: Settings,
-    *,
-    log: bool,
+    results: Sequence[Mapping[str, Any]], across: str, label: str, settings: Settings, *, log: bool
 ) -> Figure | None:
     """A line for each pipeline and each of the other settings, which are told by name and how they are spelled."""
     results = [result for result in results if result.get(across) is not None]

@@ -13,13 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import (
-    CardData,
-    HfApi,
-    ModelCard,
-    get_token,
-    snapshot_download,
-)
+from huggingface_hub import CardData, HfApi, ModelCard, get_token, snapshot_download
 from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError, UserError

@@ -99,7 +99,7 @@ def require_weights(path: Path, model: torch.nn.Module) -> None:
         raise FileError(f"{path} is not a safetensors file: it {claim}")
     try:
         with safe_open(path, framework="pt") as weights:
-            slices = {name: weights.get_slice(name) for name in weights.keys()}
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  (not a dictionary)
             found = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise FileError(f"{path} is not a safetensors file: {str(error)[:200]}") from error

@@ -37,11 +37,7 @@ def show_samples(run: Run) -> None:
     """The sample sheet of this step, and further pictures of what the averaged weights do."""
     train = run.config.train
     shown = run.product.pictures(
-        run.learner.average(),
-        run.learner.data,
-        columns=train.samples_per_class,
-        seed=train.seed,
-        more=train.pictures,
+        run.learner.average(), run.learner.data, columns=train.samples_per_class, seed=train.seed, more=train.pictures
     )
     run.grid = shown.pop("samples")
     path = run.folder / "samples" / f"step-{run.step:06d}.png"

@@ -321,12 +321,7 @@ class TestRuns:
             assert passes == [2]
         assert all(torch.equal(picture, pictures[0]) for picture in pictures)
         card = (folder / "README.md").read_text()
-        for part in (
-            "It is a student",
-            str(teacher_folder),
-            "4 steps of dpmpp at guidance scale 1.5",
-            "1 step of lcm",
-        ):
+        for part in ("It is a student", str(teacher_folder), "4 steps of dpmpp at guidance scale 1.5", "1 step of lcm"):
             assert part in card
         assert "guidance_scale=5" not in card
 

@@ -44,11 +44,9 @@ def test_loss_is_the_mean_square_of_the_target(prediction_type: str, beta_schedu
     images, noise = batch.images.double(), draws.noise.double()
     noisy = alpha.sqrt() * images + (1 - alpha).sqrt() * noise
     torch.testing.assert_close(model.sample.double(), noisy, atol=1e-6, rtol=1e-5)
-    target = {
-        "epsilon": noise,
-        "sample": images,
-        "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * images,
-    }[prediction_type]
+    target = {"epsilon": noise, "sample": images, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * images}[
+        prediction_type
+    ]
     torch.testing.assert_close(loss.double(), target.square().mean(), atol=1e-6, rtol=1e-5)
 
 

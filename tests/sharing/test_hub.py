@@ -386,11 +386,7 @@ class TestPull:
 WRONG = {
     "no token": (None, None, r"nobody is logged in; log in with `hf auth login`, or set HF_TOKEN"),
     "wrong token": ("hf_wrong", None, r"the Hub rejects the token"),
-    "not one's own": (
-        GUEST,
-        None,
-        r"the token may not do this; .*--create_pr.* \(You may not create",
-    ),
+    "not one's own": (GUEST, None, r"the token may not do this; .*--create_pr.* \(You may not create"),
     "gone": ("", failing(404, code="RepoNotFound", where="preupload"), r"it is not there, or it is private"),
     "conflict": ("", failing(409, where="/commit/"), r"somebody else changed it at the same time; try again"),
     "moved on": ("", failing(412, where="/commit/"), r"somebody else changed it at the same time; try again"),

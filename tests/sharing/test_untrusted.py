@@ -196,10 +196,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         "must be .OsScheduler., as in",
     ),
     "a class that is none": (
-        both(
-            edited(INDEX, scheduler=["diffusers", "UNet2DModel"]),
-            edited(SCHEDULER, _class_name="UNet2DModel"),
-        ),
+        both(edited(INDEX, scheduler=["diffusers", "UNet2DModel"]), edited(SCHEDULER, _class_name="UNet2DModel")),
         "has no scheduler 'UNet2DModel'",
     ),
     "another component": (edited(INDEX, evil=["evil", "Evil"]), "has no 'evil'"),

@@ -187,10 +187,7 @@ TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], objec
 
 def fuzz(target: str, count: int, *, first: int = 0, seed: int = 0) -> Findings:
     """Read `count` mutated inputs; only the package's own errors may come of it, and none may take long."""
-    from mnist_diffusion.errors import (
-        FileError,
-        UserError,
-    )
+    from mnist_diffusion.errors import FileError, UserError
 
     found, start = Findings(), _peak_bytes()
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():

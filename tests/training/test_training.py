@@ -426,11 +426,7 @@ def test_loss_falls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [
-        {"class_conditional": False},
-        {"image_size": 32, "channels": 3},
-        {"image_size": 32, "channels": 1, "fit": "pad"},
-    ],
+    [{"class_conditional": False}, {"image_size": 32, "channels": 3}, {"image_size": 32, "channels": 1, "fit": "pad"}],
     ids=str,
 )
 def test_other_kinds_of_runs(tmp_path: Path, image_folder: Path, case: dict[str, Any]) -> None:
@@ -454,7 +450,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     recorded = EventAccumulator(str(events)).Reload()
     assert {"loss", "loss_by_noise/0", "loss_by_noise/9"} <= set(recorded.Tags()["scalars"])
     assert set(recorded.Tags()["images"]) == {
-        *("samples", "noise_schedule", "forward_noising", "denoising", "pixel_histograms", "training_curves", "epochs"),
+        *("samples", "noise_schedule", "forward_noising", "denoising", "pixel_histograms", "training_curves", "epochs")
     }
 
 
