@@ -95,10 +95,6 @@ PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 MAX_JSON_BYTES = 2**20
 
 
-# Reading what a stranger may have made. Nothing here runs code: a few files are read, JSON and safetensors, and what
-# they say is checked before it is acted on and before memory is taken for it.
-
-
 def file_within(folder: Path, name: str) -> Path:
     """The regular file `name` of a folder, which no link leads out of.
 

@@ -12,12 +12,11 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from mnist_diffusion.config import Config, DataConfig, DiffusionConfig, ModelConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.config import Config, DataConfig, ModelConfig, SamplingConfig, TrainConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.pipeline import build_pipeline
-from mnist_diffusion.pictures.pipelines import PipelineProduct
 from mnist_diffusion.run_folder.checkpoint import save_checkpoint
 from mnist_diffusion.sharing.card import ANYWHERE
 from mnist_diffusion.sharing.export import export_pipeline
@@ -69,8 +68,8 @@ def tiny_config(**train: object) -> Config:
         "warmup_steps": 1,
         "num_eval_images": 32,
         "samples_per_class": 1,
-        "checkpoint_every_steps": 2,
-        "sample_every_steps": None,
+        "checkpoint_every": "2 steps",
+        "sample_every": None,
         "pictures": False,
     }
     return Config(
@@ -112,8 +111,8 @@ def run_folder(folder: Path) -> Path:
         **{"steps": 2, "batch_size": 8, "epochs": 1.0, "machine": "a machine", "versions": "none", "config": "data:\n"},
         **{"class_names": "a", "scheduler": "dpmpp", "recipe": "tiny"},
     }
-    product = PipelineProduct(lambda unet: pipeline, build_noise_scheduler(DiffusionConfig()))
-    card = {**values, **about, **product.card_values(pipeline.unet)}
+    card = {**values, **about, "num_classes": 10, "example_call": "pipeline(class_labels=[3], guidance_scale=5)"}
+    card |= {name: pipeline.config[name] for name in ("num_inference_steps", "guidance_scale", "guidance_distilled")}
     export_pipeline(pipeline, folder / "pipeline", card=card, samples=Image.new("L", (8, 8)))
     for step in (1, 2):
         tensors = {"model": {"w": torch.full((3,), float(step))}}

@@ -14,22 +14,21 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from mnist_diffusion.config import IMAGE_FIELDS, DataConfig, DiffusionConfig, DistillationConfig, DistillConfig
+from mnist_diffusion.config import IMAGE_FIELDS, DataConfig, DistillationConfig, DistillConfig
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.diffusion.objective import Batch, Draws, Objective, diffusion_draws
-from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.diffusion.objective import Batch, Objective
+from mnist_diffusion.diffusion.pipeline import load_pipeline, require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import require_plain_yaml
+from mnist_diffusion.files import read_yaml
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline, TrajectoryOutput, predicted_original_sample
 
 
@@ -37,52 +36,61 @@ class TeacherError(UserError):
     """The teacher cannot teach what was asked."""
 
 
-def load_teacher(config: DistillationConfig, *, device: torch.device) -> MNISTDiffusionPipeline:
-    """The teacher, ready to draw trajectories.
+def load_teacher(config: DistillConfig, accelerator: Accelerator) -> MNISTDiffusionPipeline:
+    """The teacher on the student's device and in its precision, ready to draw trajectories.
 
     Raises:
         TeacherError: it is itself distilled.
-        UserError: it cannot be loaded.
+        UserError: it could not be loaded.
     """
-    teacher = load_pipeline(config.teacher, device=str(device), dtype="float32")
+    name = config.distillation.teacher
+    teacher = load_pipeline(name, device=str(accelerator.device), dtype="float32")
     if teacher.config.guidance_distilled:
-        raise TeacherError(f"distillation.teacher={config.teacher!r} is itself a student; name the model it came from")
+        raise TeacherError(f"distillation.teacher={name!r} is itself a student; name the model it came from")
     teacher.unet.eval().requires_grad_(False)
-    teacher.scheduler = build_sampler(config.scheduler, teacher.scheduler.config)
+    teacher.scheduler = build_sampler(config.distillation.scheduler, teacher.scheduler.config)
     return teacher
 
 
+def prepare_teacher(config: DistillConfig, teacher: MNISTDiffusionPipeline, accelerator: Accelerator) -> None:
+    """Bring the teacher's network to the memory layout and the precision of the student, in place."""
+    if config.train.channels_last:
+        teacher.unet.to(memory_format=torch.channels_last)
+    accelerator.prepare_model(teacher.unet, evaluation_mode=True)
+
+
 def with_teachers_images(config: DistillConfig) -> DistillConfig:
-    """The configuration with the images of the teacher's run, where it says nothing of images itself.
+    """The configuration with the images of the teacher's run, if it says nothing of images itself.
 
     A run leaves its configuration beside its pipeline folder.
 
     Raises:
-        TeacherError: what lies there is no run's configuration.
+        TeacherError: what is there is not the configuration of a run.
     """
     folder = Path(config.distillation.teacher)
-    beside, said = folder.resolve().parent / "config.yaml", asdict(config.data)
-    silent = all(said[name] == asdict(DataConfig())[name] for name in IMAGE_FIELDS)
-    if not (silent and folder.is_dir() and beside.is_file()):
+    beside, given, default = folder.resolve().parent / "config.yaml", asdict(config.data), asdict(DataConfig())
+    if not (folder.is_dir() and beside.is_file()) or any(given[name] != default[name] for name in IMAGE_FIELDS):
         return config
-    require_plain_yaml(beside)
+    run = read_yaml(beside)
     try:
-        told = yaml.safe_load(beside.read_text(encoding="utf-8"))
-        data = replace(config.data, **{name: told["data"][name] for name in IMAGE_FIELDS if name in told["data"]})
-        learned = replace(config.distillation, split_seed=told["train"]["seed"])
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        images = {name: run["data"][name] for name in IMAGE_FIELDS if name in run["data"]}
+        data = replace(config.data, **images)
+        learned = replace(config.distillation, split_seed=run["train"]["seed"])
+    except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(
             f"{beside} does not say what images the teacher was trained on ({error!r}); name them with --data.source"
         ) from error
     return replace(config, data=data, distillation=learned)
 
 
-def require_possible(config: DistillConfig, teacher: MNISTDiffusionPipeline) -> None:
-    """Make sure that what is asked can be had of this teacher, before any work.
+def require_possible(config: DistillConfig, teacher: MNISTDiffusionPipeline, data: ImageData) -> None:
+    """Make sure that the teacher can teach what is asked, on images like those it draws.
 
     Raises:
-        TeacherError: it takes fewer steps, or no classes.
+        UserError: its images have another shape or other classes.
+        TeacherError: it has fewer timesteps, or no classes.
     """
+    require_fit(teacher, data)
     available = teacher.scheduler.config.num_train_timesteps
     for name, steps in (
         ("distillation.num_teacher_steps", config.distillation.num_teacher_steps),
@@ -95,33 +103,6 @@ def require_possible(config: DistillConfig, teacher: MNISTDiffusionPipeline) -> 
         raise TeacherError(f"distillation.guidance_scale={scale} needs a class-conditional teacher; set it to 1")
     if teacher.null_class is None and config.train.best_metric == "accuracy":
         raise TeacherError("train.best_metric='accuracy' needs a class-conditional teacher; set it to fid")
-
-
-def require_same_images(teacher: MNISTDiffusionPipeline, data: ImageData) -> None:
-    """Make sure that the images are such as the teacher draws.
-
-    Raises:
-        TeacherError: shape or classes differ.
-    """
-    shape = (data.channels, data.image_size, data.image_size)
-    if shape != teacher.image_shape:
-        raise TeacherError(
-            f"the teacher draws images of {teacher.image_shape} (C, H, W), but data.source={data.source_id!r} has "
-            f"{shape}; name the images it was trained on"
-        )
-    if teacher.num_classes not in (None, data.num_classes):
-        raise TeacherError(
-            f"the teacher knows {teacher.num_classes} classes, but data.source={data.source_id!r} has "
-            f"{data.num_classes}; name the images it was trained on"
-        )
-    names = teacher.config.id2label
-    numbers = map(str, range(teacher.num_classes or 0))
-    taught = data.class_names if names is None else tuple(names.get(number, number) for number in numbers)
-    if taught != data.class_names:
-        raise TeacherError(
-            f"the teacher's classes are {', '.join(taught)}, but those of data.source={data.source_id!r} are "
-            f"{', '.join(data.class_names)}; name the images it was trained on"
-        )
 
 
 def student_of(teacher: MNISTDiffusionPipeline) -> UNet2DModel:
@@ -182,19 +163,17 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         config: guidance, steps and loss.
         teacher: draws the trajectories; not trained.
     """
-    alphas_cumprod = teacher.scheduler.alphas_cumprod
-    process = DiffusionConfig(label_dropout=config.label_dropout if teacher.null_class is not None else 0.0)
+    alphas_cumprod, null_class = teacher.scheduler.alphas_cumprod, teacher.null_class
 
-    def training_loss(model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
-        count, device = len(draws.noise), draws.noise.device
-        trajectory = draw_trajectories(teacher, config, batch.labels, draws)
-        chosen = chosen_points(config, draws.timesteps)
-        points = torch.cat([draws.noise[None], trajectory.latents[:-1].to(device)])
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        count, device = len(batch.noise), batch.noise.device
+        trajectory = draw_trajectories(teacher, config, batch)
+        chosen = chosen_points(config, batch.timesteps)
+        points = torch.cat([batch.noise[None], trajectory.latents[:-1].to(device)])
         points = points[chosen, torch.arange(count, device=device)].flatten(0, 1)
         timesteps = trajectory.timesteps.to(device, torch.int64)[chosen].flatten()
-        labels = None
-        if teacher.null_class is not None:
-            labels = torch.where(draws.dropped, teacher.null_class, batch.labels).repeat(len(chosen))
+        labels = batch.conditions(null_class)
+        labels = None if labels is None else labels.repeat(len(chosen))
         prediction = model(points, timesteps, class_labels=labels, return_dict=False)[0].float()
         alpha = alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
         images = predicted_original_sample(prediction, points, alpha, "v_prediction")
@@ -202,28 +181,29 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         errors = clipped_error(images, target.repeat(len(chosen), 1, 1, 1))
         return pseudo_huber(errors, config.huber_c).mean(dim=(1, 2, 3)).view(len(chosen), count).mean(dim=0)
 
-    return Objective(partial(diffusion_draws, process), training_loss, fingerprint=fingerprint(teacher))
+    label_dropout = config.label_dropout if null_class is not None else 0.0
+    return Objective(
+        loss, label_dropout, num_timesteps=max(1, config.num_teacher_steps - 1), fingerprint=fingerprint(teacher)
+    )
 
 
-def draw_trajectories(
-    teacher: MNISTDiffusionPipeline, config: DistillationConfig, labels: Tensor, draws: Draws
-) -> TrajectoryOutput:
-    """The teacher's trajectories from `draws.noise` `[B, C, H, W]` under `labels` `[B]`, without guidance or class
-    where the label is dropped."""
-    asked: dict[str, Any] = {"num_images_per_label": len(labels)}
+def draw_trajectories(teacher: MNISTDiffusionPipeline, config: DistillationConfig, batch: Batch) -> TrajectoryOutput:
+    """The teacher's trajectories from the noise and the labels of a batch, without guidance or class if a label is
+    dropped."""
+    asked: dict[str, Any] = {"num_images_per_label": len(batch.labels)}
     if teacher.null_class is not None:
-        scales = torch.where(draws.dropped, 0.0, config.guidance_scale).tolist()
-        asked = {"class_labels": labels.tolist(), "guidance_scale": scales}
+        scales = torch.where(batch.dropped, 0.0, config.guidance_scale).tolist()
+        asked = {"class_labels": batch.labels.tolist(), "guidance_scale": scales}
     return teacher.sample_trajectory(
-        **asked, latents=draws.noise, num_inference_steps=config.num_teacher_steps, eta=0.0, output_type="pt"
+        **asked, latents=batch.noise, num_inference_steps=config.num_teacher_steps, eta=0.0, output_type="pt"
     )
 
 
 def chosen_points(config: DistillationConfig, draws: Tensor) -> Tensor:
     """Which points of each trajectory are learned from, int64 `[P, B]`, 0 being the noise, which always is.
 
-    One pass starts there, where most is still to be learned. The others are as far apart as can be, from one that
-    `draws`, random int64 `[B]`, decide on.
+    One pass starts there, where most is still to be learned. The others are as far apart as can be, beginning with the
+    one that `draws`, random int64 `[B]`, decides on.
     """
     others, count = config.num_teacher_steps - 1, config.points_per_trajectory - 1
     spread = torch.arange(count, device=draws.device) * others // max(1, count)
@@ -237,9 +217,14 @@ def cleaned(images: Tensor, within: float) -> Tensor:
     return torch.where(images > 1 - within, 1.0, images)
 
 
-def method(config: DistillationConfig) -> str:
-    """What the student learned from, in words."""
-    return (
-        f"regression on the ends of the teacher's trajectories, {config.num_teacher_steps} steps of {config.scheduler} "
-        f"at guidance scale {config.guidance_scale:g}"
-    )
+def card_values(config: DistillationConfig, objective: Objective) -> dict[str, Any]:
+    """What the model card says of the student's training."""
+    return {
+        "teacher": config.teacher,
+        "teacher_fingerprint": objective.fingerprint,
+        "seed": config.split_seed,
+        "method": (
+            f"regression on the ends of the teacher's trajectories, {config.num_teacher_steps} steps of "
+            f"{config.scheduler} at guidance scale {config.guidance_scale:g}"
+        ),
+    }

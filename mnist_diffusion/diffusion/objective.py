@@ -1,18 +1,16 @@
-"""What the network is asked to do: draws, targets, weights and the loss, each a small function.
+"""What the network learns: an objective is a loss, a share of dropped labels, and a number of timesteps.
 
-The training loop is given an `Objective`, a pair of functions, and knows nothing of diffusion; another objective,
-such as a student's, is another pair.
+The training loop takes an `Objective` and knows nothing of diffusion. Another objective is another function that
+returns one, in a file of its own; `examples/own_objective.py` shows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from dataclasses import dataclass, fields
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from mnist_diffusion.config import DiffusionConfig
@@ -21,76 +19,71 @@ from mnist_diffusion.seeds import Purpose, torch_generator
 
 @dataclass(frozen=True)
 class Batch:
-    """Images in [-1, 1], float32 `[B, C, H, W]`, and their labels, int64 `[B]`."""
+    """Images and the randomness of one step.
+
+    Args:
+        images: in [-1, 1], float32 `[B, C, H, W]`.
+        labels: int64 `[B]`.
+        noise: standard normal, float32 `[B, C, H, W]`.
+        timesteps: uniform below the objective's number of timesteps, int64 `[B]`.
+        dropped: which labels are dropped, bool `[B]`.
+    """
 
     images: Tensor
     labels: Tensor
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The randomness of a batch: noise, float32 `[B, C, H, W]`; timesteps, int64 `[B]`; dropped labels, bool `[B]`."""
-
     noise: Tensor
     timesteps: Tensor
     dropped: Tensor
 
-    def __getitem__(self, part: slice) -> Draws:
-        return Draws(self.noise[part], self.timesteps[part], self.dropped[part])
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(*(getattr(self, each.name)[part] for each in fields(self)))
 
-
-class Draw(Protocol):
-    """Draws the randomness of a global batch of `shape` at a step; `held_out` draws are a stream of their own."""
-
-    def __call__(
-        self, shape: tuple[int, ...], *, seed: int, step: int, device: torch.device | str, held_out: bool = False
-    ) -> Draws:
-        """Draw them."""
+    def conditions(self, null_class: int | None) -> Tensor | None:
+        """The labels, with the null class in place of dropped ones; None for an unconditional network."""
+        return None if null_class is None else torch.where(self.dropped, null_class, self.labels)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loop is given: `draw` makes the randomness of a step, `loss` turns a batch into a loss an image, `[B]`.
+    """What the training loop minimises.
 
-    `num_timesteps` is given where the draws' timesteps, all below it, say how noisy an image is. `fingerprint` stands
-    for what the loss depends on beside configuration and images, such as a teacher's weights; a resumed run must find
-    it the same.
+    Args:
+        loss: turns a network and a batch into one loss per image, `[B]`.
+        label_dropout: share of the labels that are dropped.
+        num_timesteps: how many timesteps there are to draw from.
+        fingerprint: stands for what the loss depends on beside configuration and images, such as a teacher's weights; a
+            resumed run must find it the same.
     """
 
-    draw: Draw
-    loss: Callable[[nn.Module, Batch, Draws], Tensor]
-    num_timesteps: int | None = None
+    loss: Callable[[nn.Module, Batch], Tensor]
+    label_dropout: float = 0.0
+    num_timesteps: int = 1000
     fingerprint: str = ""
 
+    def draw(
+        self, shape: tuple[int, ...], *, seed: int, step: int, device: torch.device | str, held_out: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise, timesteps and dropped labels of a step, for a global batch of `shape` `[B, C, H, W]`.
 
-def diffusion_draws(
-    config: DiffusionConfig,
-    shape: tuple[int, ...],
-    *,
-    seed: int,
-    step: int,
-    device: torch.device | str,
-    held_out: bool = False,
-) -> Draws:
-    """The randomness of step `step` for a global batch of `shape` `[B, C, H, W]`, a stream for each purpose.
+        Each has a stream of its own. With `held_out` they come from other streams, and no label is dropped.
+        """
 
-    With `held_out` the draws come from a stream of their own and no label is dropped.
-    """
+        def generator(purpose: Purpose) -> torch.Generator:
+            return torch_generator(device, seed, purpose, 0 if held_out else 1, step)
 
-    def generator(purpose: Purpose) -> torch.Generator:
-        place = (0, step) if held_out else (1, step)
-        return torch_generator(device, seed, purpose, *place)
-
-    noise = torch.randn(shape, generator=generator("noise"), device=device, dtype=torch.float32)
-    timesteps = torch.randint(
-        config.num_train_timesteps, shape[:1], generator=generator("timesteps"), device=device, dtype=torch.int64
-    )
-    share = 0.0 if held_out else config.label_dropout
-    dropped = torch.rand(shape[:1], generator=generator("labels"), device=device) < share
-    return Draws(noise, timesteps, dropped)
+        noise = torch.randn(shape, generator=generator("noise"), device=device, dtype=torch.float32)
+        timesteps = torch.randint(self.num_timesteps, shape[:1], generator=generator("timesteps"), device=device)
+        share = 0.0 if held_out else self.label_dropout
+        return noise, timesteps, torch.rand(shape[:1], generator=generator("labels"), device=device) < share
 
 
-def diffusion_target(scheduler: DDPMScheduler, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def null_class(unet: UNet2DModel) -> int | None:
+    """The label that stands for no class: the last class embedding; None for an unconditional network."""
+    embeddings = unet.config.num_class_embeds
+    return None if embeddings is None else embeddings - 1
+
+
+def diffusion_target(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
     """What the network should predict, `[B, C, H, W]`: the noise, the image, or the velocity.
 
     Ho et al. (2020), https://arxiv.org/abs/2006.11239, algorithm 1; Salimans and Ho (2022),
@@ -98,11 +91,11 @@ def diffusion_target(scheduler: DDPMScheduler, images: Tensor, noise: Tensor, ti
     """
     match scheduler.config.prediction_type:
         case "epsilon":
-            return noise
+            return batch.noise
         case "sample":
-            return images
+            return batch.images
         case _:
-            return scheduler.get_velocity(images, noise, timesteps)
+            return scheduler.get_velocity(batch.images, batch.noise, batch.timesteps)
 
 
 def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:
@@ -113,31 +106,27 @@ def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) 
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
-    # At zero terminal SNR an epsilon weight would be 0 / 0; such a schedule is refused by the configuration.
+    # At zero terminal SNR an epsilon weight would be 0 / 0; the configuration refuses such a schedule.
     return snr.clamp(max=gamma) / divisor
 
 
 def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, null_class: int | None) -> Objective:
-    """The loss of denoising diffusion: mean squared error to the target, weighted over timesteps.
+    """Denoising diffusion: mean squared error to the target, weighted over timesteps.
 
     Args:
-        config: loss weighting.
+        config: label dropout and weighting.
         scheduler: the training scheduler.
         null_class: the label that stands for no class; None for an unconditional network.
     """
     weights = None
-    if config.loss_weighting == "min_snr":
+    if config.min_snr_gamma is not None:
         weights = min_snr_weights(scheduler.alphas_cumprod, config.prediction_type, config.min_snr_gamma)
 
-    def training_loss(model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
-        noisy = scheduler.add_noise(batch.images, draws.noise, draws.timesteps)
-        target = diffusion_target(scheduler, batch.images, draws.noise, draws.timesteps)
-        labels = None if null_class is None else torch.where(draws.dropped, null_class, batch.labels)
-        prediction = model(noisy, draws.timesteps, class_labels=labels, return_dict=False)[0]
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
+        prediction = model(noisy, batch.timesteps, class_labels=batch.conditions(null_class), return_dict=False)[0]
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        errors = (prediction - target).square().mean(dim=(1, 2, 3))
-        if weights is not None:
-            errors = errors * weights.to(errors.device)[draws.timesteps]
-        return errors
+        errors = (prediction - diffusion_target(scheduler, batch)).square().mean(dim=(1, 2, 3))
+        return errors if weights is None else errors * weights.to(errors.device)[batch.timesteps]
 
-    return Objective(partial(diffusion_draws, config), training_loss, num_timesteps=config.num_train_timesteps)
+    return Objective(loss, config.label_dropout, config.num_train_timesteps)

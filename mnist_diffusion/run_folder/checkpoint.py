@@ -1,4 +1,4 @@
-"""State to resume from: written whole or not at all, verified before it is believed, without pickle.
+"""Save and load the state to resume from: whole or not at all, verified before it is used, without pickle.
 
 A checkpoint is a folder `step-N` of safetensors and JSON files. It is written beside its final place, a manifest
 with every file's size and SHA-256 comes last, everything is flushed to disk, and one rename makes it count.
@@ -24,7 +24,7 @@ from torch import Tensor
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import read_json
 
-FORMAT = 2
+FORMAT = 3
 NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"
 
@@ -60,7 +60,7 @@ def save_checkpoint(
         tensors: for each file, its tensors by name.
         state: what JSON can hold.
         keep: how many checkpoints to keep.
-        about: what the manifest says of the run besides, such as its `run_id`.
+        about: what else the manifest says of the run, such as its `run_id`.
 
     Raises:
         CheckpointError: it could not be written, as on a full disk; the earlier checkpoints are as they were.
@@ -80,7 +80,7 @@ def save_checkpoint(
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         _verify(temporary, step)
-        if target.exists():  # it did not verify when the run was taken up, or it would have gone on from there
+        if target.exists():  # it was invalid when the run resumed, or the run would have resumed from there
             _set_aside(target)
         temporary.rename(target)
         _flush(root)
@@ -96,9 +96,9 @@ def save_checkpoint(
 
 
 def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | None, list[str]]:
-    """The step of the newest checkpoint that verifies, and what was found wrong with newer ones.
+    """The step of the newest valid checkpoint, and what is wrong with newer ones.
 
-    One that does not verify, or is another run's, is set aside under the name `step-N.broken`, never removed.
+    One that is invalid, or is another run's, is set aside under the name `step-N.broken`, never removed.
 
     Args:
         root: the folder of checkpoints.
@@ -111,14 +111,14 @@ def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | Non
             if run_id is not None and manifest.get("run_id") != run_id:
                 raise CheckpointError(f"it belongs to another run, {manifest.get('run_id')!r}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{path} does not verify ({error}); set aside as {_set_aside(path).name}")
+            problems.append(f"{path} is invalid ({error}); set aside as {_set_aside(path).name}")
         else:
             return step, problems
     return None, problems
 
 
 def newest_intact(root: Path) -> Path | None:
-    """The folder of the newest checkpoint that verifies, changing nothing; None where there is none."""
+    """The folder of the newest valid checkpoint, changing nothing; None if there is none."""
     for step, path in _folders(root):
         try:
             _verify(path, step)
@@ -129,7 +129,7 @@ def newest_intact(root: Path) -> Path | None:
 
 
 def newest_run_id(root: Path) -> str | None:
-    """The run that the newest checkpoint which verifies belongs to; None where there is none, or it does not say."""
+    """The run that the newest valid checkpoint belongs to; None if there is none, or it does not say."""
     newest = newest_intact(root)
     run_id = None if newest is None else json.loads((newest / MANIFEST).read_text(encoding="utf-8")).get("run_id")
     return run_id if isinstance(run_id, str) else None
@@ -139,7 +139,7 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
     """Load the checkpoint of a step, verified once more.
 
     Raises:
-        CheckpointError: it does not verify.
+        CheckpointError: it is invalid.
     """
     path = root / f"step-{step}"
     try:
@@ -151,7 +151,7 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
             if name.endswith(".safetensors")
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} does not verify ({error})") from error
+        raise CheckpointError(f"{path} is invalid ({error})") from error
     return Checkpoint(step, path, tensors, state)
 
 

@@ -1,4 +1,4 @@
-"""The run folder: claimed by one run at a time, and marked as its own."""
+"""Hold a run folder: one run at a time, which marks it as its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN_ID = "run_id"
 
 
 def is_empty(path: Path) -> bool:
-    """Whether a run folder holds nothing, or only what an attempt to start left."""
+    """Whether a run folder holds nothing, or only the lock of a run that did not start."""
     return not path.is_dir() or {file.name for file in path.iterdir()} <= {LOCK}
 
 
@@ -31,9 +31,9 @@ class RunFolder:
     """A run folder held by this run until it is released or the process ends, however it ends.
 
     Args:
-        path: the folder; made where it is not there.
-        accelerator: its main process holds the lock; all learn of it.
-        resume: go on with the run in it; without that it must hold nothing.
+        path: the folder; made if it does not exist.
+        accelerator: its main process holds the lock, and tells the others.
+        resume: resume the run in it; without that it must hold nothing.
 
     Raises:
         RunFolderError: another run holds it, it cannot be written to, or it is not empty.
@@ -62,7 +62,7 @@ class RunFolder:
         self.run_id: str | None = run_id
 
     def _run_id(self) -> str:
-        """The mark of the run that began this folder; where it was lost, that of its newest checkpoint."""
+        """The mark of the run that began this folder; if it was lost, that of its newest checkpoint."""
         file = self.path / RUN_ID
         known = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
         if not known:
@@ -71,5 +71,5 @@ class RunFolder:
         return known
 
     def release(self) -> None:
-        """Let another run have it."""
+        """Let another run hold the folder."""
         self.lock.release()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
@@ -15,7 +18,8 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from mnist_diffusion.config import RunConfig
+from mnist_diffusion.config import ImagesConfig, RunConfig
+from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.run_folder.lock import is_empty
@@ -25,6 +29,59 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 
 class LaunchError(UserError):
     """The processes were started in a way that cannot work."""
+
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that has been launched: its processes with their device and precision, and where it will be written.
+
+    Args:
+        accelerator: device, precision, processes and trackers.
+        folder: the run folder, which need not exist yet.
+        recipe: name of the recipe, for titles.
+        resumes: whether there is a checkpoint to resume from.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    recipe: str
+    resumes: bool
+
+    def main_first(self, read: Callable[[], Read]) -> Read:
+        """Read something on the main process, which may fetch it, then on the others, which find it in the cache."""
+        with self.accelerator.main_process_first():
+            return read()
+
+    def require_same(self, what: str, fingerprint: str) -> None:
+        """Make sure that every process has read the same `what`.
+
+        Raises:
+            LaunchError: they have not, as when one machine of several has no data and fell back.
+        """
+        found = {each[:16] for each in gather_object([fingerprint])}
+        if len(found) > 1:
+            raise LaunchError(f"the processes read different {what}: fingerprints {sorted(found)}")
+
+    def load_images(self, config: ImagesConfig, *, seed: int) -> ImageData:
+        """Load labelled images, the same on every process; `seed` chooses the held-out ones if the source does not."""
+        images = self.main_first(lambda: load_images(config, seed=seed))
+        self.require_same("images", images.fingerprint)
+        return images
+
+
+def launch(config: RunConfig, recipe: str) -> Launch:
+    """Start processes, choose device and precision, and name the run folder, which is not made yet.
+
+    Raises:
+        LaunchError: it cannot work: the processes, the folder, the precision, the batch size or the trackers.
+    """
+    start_processes(config)
+    folder = choose_output_dir(config, recipe)
+    resumes = config.train.resume and any((folder / "checkpoints").glob("step-*"))
+    return Launch(build_accelerator(config, folder), folder, recipe, resumes)
 
 
 def start_processes(config: RunConfig) -> PartialState:
@@ -63,14 +120,9 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
         raise LaunchError(f"output_dir={folder!r} is a file")
     if not config.train.resume and not is_empty(path):
         raise LaunchError(
-            f"output_dir={folder!r} is not empty; add --train.resume true to go on with the run in it, or name another"
+            f"output_dir={folder!r} is not empty; add --train.resume true to resume the run in it, or name another"
         )
     return path
-
-
-def begins_anew(config: RunConfig, output_dir: Path) -> bool:
-    """Whether the run starts at step 0: it is not a resumed one, or there is no checkpoint to go on from."""
-    return not (config.train.resume and any((output_dir / "checkpoints").glob("step-*")))
 
 
 def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
@@ -106,14 +158,3 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
             "'mnist-diffusion[tensorboard]'"
         )
     return accelerator
-
-
-def require_same(what: str, fingerprint: str) -> None:
-    """Make sure that every process read the same `what`.
-
-    Raises:
-        LaunchError: they did not, as when one machine of several has no data and fell back.
-    """
-    found = gather_object([fingerprint])
-    if len(set(found)) > 1:
-        raise LaunchError(f"the processes read different {what}: fingerprints {sorted({each[:16] for each in found})}")

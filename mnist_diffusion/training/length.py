@@ -1,4 +1,4 @@
-"""How long a run is and how its learning rate goes: given, counted from epochs, or measured to fit the minutes."""
+"""How long a run is and how its learning rate changes: given, counted from epochs, or measured to fit the minutes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 
 from accelerate.utils import broadcast_object_list
 
-from mnist_diffusion.config import TrainConfig
+from mnist_diffusion.config import RunConfig, TrainConfig
 from mnist_diffusion.training.state import TrainState
 
-# With `max_minutes` alone, this share of the time is planned for steps; the rest is for grids, evaluation and saving.
 SHARE_FOR_STEPS = 0.93
-# Of the planned time, what measuring the speed may take.
+"""With `max_minutes` alone, this share of the time is planned for steps; the rest is for grids and saving."""
 SHARE_FOR_MEASURING = 0.04
+"""Of the planned time, what measuring the speed may take."""
 
 
 def learning_rate_at(config: TrainConfig, step: int, planned_steps: int) -> float:
@@ -35,44 +35,55 @@ def steps_of_epochs(epochs: float, images: int, batch_size: int) -> int:
     return max(1, math.ceil(epochs * images / batch_size))
 
 
-def plan_steps(learner: TrainState, *, seconds_used: float) -> int:
-    """How many steps shape the learning rate, the same for every process.
+def describe_length(config: RunConfig, images: int) -> str:
+    """How long the run is to be, in words."""
+    train, batch_size = config.train, config.data.batch_size
+    if train.max_steps is not None:
+        return f"{train.max_steps} steps of {batch_size} images"
+    if train.max_epochs is not None:
+        return f"{train.max_epochs:g} epochs of {images} images"
+    return f"as many steps of {batch_size} images as fit into {train.time_limit_minutes:g} minutes"
 
-    Args:
-        learner: is measured where the time decides.
-        seconds_used: of the run's time, what is gone already.
-    """
-    config, train = learner.config, learner.config.train
+
+def _steps_at(state: TrainState, speed: float | None, seconds: float) -> int:
+    """The steps of the run: as configured, or as many as fit into the seconds at a speed in steps per second."""
+    train = state.config.train
     if train.max_steps is not None:
         return train.max_steps
     if train.max_epochs is not None:
-        return steps_of_epochs(train.max_epochs, len(learner.data.train), config.data.batch_size)
-    minutes = train.time_limit_minutes
-    assert minutes is not None
-    speed = learner.measure_speed(60 * minutes * SHARE_FOR_MEASURING)
+        return steps_of_epochs(train.max_epochs, len(state.data.train), state.config.data.batch_size)
+    assert speed is not None
+    return max(1, round(seconds * speed))
+
+
+def plan_steps(state: TrainState, *, seconds_used: float) -> int:
+    """How many steps shape the learning rate, the same for every process.
+
+    Args:
+        state: is measured if the time decides.
+        seconds_used: of the run's time, what is gone already.
+    """
+    train = state.config.train
+    if train.max_steps is not None or train.max_epochs is not None:
+        return _steps_at(state, None, 0.0)
+    minutes = train.time_limit_minutes or 0.0
+    speed = state.measure_speed(60 * minutes * SHARE_FOR_MEASURING)
     left = 60 * minutes * (SHARE_FOR_STEPS - SHARE_FOR_MEASURING) - seconds_used
-    [planned] = broadcast_object_list([max(1, round(left * speed))])
-    learner.accelerator.print(
-        f"Measured {speed * config.data.batch_size:.0f} images/s: {planned} steps fit into {minutes:g} minutes"
+    [planned] = broadcast_object_list([_steps_at(state, speed, left)])
+    state.accelerator.print(
+        f"Measured {speed * state.config.data.batch_size:.0f} images/s: {planned} steps fit into {minutes:g} minutes"
     )
     return planned
 
 
-def expected_cost(learner: TrainState) -> str:
+def expected_cost(state: TrainState) -> str:
     """Steps and minutes that the run would take here, from a few seconds of real updates that are then undone."""
-    config, train = learner.config, learner.config.train
-    speed = learner.measure_speed(6.0)
-    minutes = train.time_limit_minutes
-    if train.max_steps is not None:
-        steps = train.max_steps
-    elif train.max_epochs is not None:
-        steps = steps_of_epochs(train.max_epochs, len(learner.data.train), config.data.batch_size)
-    else:
-        assert minutes is not None
-        steps = round(60 * minutes * (SHARE_FOR_STEPS - SHARE_FOR_MEASURING) * speed)
-    expected = steps / speed / (SHARE_FOR_STEPS - SHARE_FOR_MEASURING) / 60
+    speed = state.measure_speed(6.0)
+    minutes, share = state.config.train.time_limit_minutes, SHARE_FOR_STEPS - SHARE_FOR_MEASURING
+    steps = _steps_at(state, speed, 60 * (minutes or 0.0) * share)
+    expected = steps / speed / share / 60
     limited = f", cut at {minutes:g} minutes" if minutes is not None and minutes < 0.99 * expected else ""
     return (
-        f"expected     {steps} steps at {speed * config.data.batch_size:.0f} images/s: "
+        f"expected     {steps} steps at {speed * state.config.data.batch_size:.0f} images/s: "
         f"about {expected:.1f} minutes{limited}"
     )

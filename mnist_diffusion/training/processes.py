@@ -1,4 +1,4 @@
-"""What the processes of a run agree on, over the CPU, so that no step waits for a GPU."""
+"""Let the processes of a run agree, over the CPU, so that no step waits for a GPU."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from accelerate import Accelerator
 from mnist_diffusion.errors import UserError
 
 PATIENCE = timedelta(hours=6)
-"""How long a process waits for one that evaluates or draws."""
+"""How long the others wait while one evaluates or draws."""
 SAVE_PATIENCE = timedelta(seconds=60)
-"""How long a process waits for one that saves."""
+"""How long the others wait while one saves."""
 
 
 class ProcessError(UserError):
-    """Another process had a problem, or is no more."""
+    """Another process had a problem, or has ended."""
 
 
 class Processes:
-    """The processes of a run; alone, everything is agreed on at once.
+    """The processes of a run. A single one agrees with itself at once.
 
     Args:
         accelerator: tells how many there are.
@@ -44,14 +44,14 @@ class Processes:
         return mine.tolist()
 
     def on_main(self, work: Callable[[], object], *, saving: bool = False) -> None:
-        """Do something on the main process while the others wait, and let all of them fail alike.
+        """Do something on the main process while the others wait; if it fails, all of them raise.
 
         Args:
             work: what to do.
-            saving: wait for a minute only, not for hours.
+            saving: wait for a minute only, instead of hours.
 
         Raises:
-            UserError: the work had a problem that the user can put right, or a process has ended.
+            UserError: the work raised one, or a process has ended.
         """
         problem = None
         if self.main:

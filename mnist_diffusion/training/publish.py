@@ -20,12 +20,12 @@ from mnist_diffusion.sharing.hub import open_repository, push
 
 
 class Publisher:
-    """Pushes a run's snapshots while it goes on, and its pipeline when it has ended; nothing where none is asked for.
+    """Pushes a run's snapshots while it trains and its pipeline when it has ended, if `hub.push` asks for it.
 
     Args:
         config: where to and what.
         folder: the run folder.
-        accelerator: its main process pushes; all learn of what is wrong.
+        accelerator: its main process pushes; if it fails, all raise.
 
     Raises:
         HubError: nobody is logged in, or the Hub refuses. Training has not begun then.
@@ -51,7 +51,7 @@ class Publisher:
             self.worker.start()
 
     def snapshot(self, folder: Path) -> None:
-        """Push a snapshot in the background, in place of those that still wait for their turn."""
+        """Push a snapshot in the background, in place of those that are still waiting."""
         if self.worker.is_alive():
             self.waiting.put(folder)
 
@@ -72,7 +72,7 @@ class Publisher:
         return push(folder, self.repo_id, private=self.config.private, revision=self.config.revision, **more)
 
     def finish(self) -> None:
-        """Push the finished run, after a snapshot that is on its way.
+        """Push the finished run, after a snapshot that is being pushed.
 
         Raises:
             HubError: it could not be pushed; the message says how to do it later.

@@ -1,4 +1,4 @@
-"""What changes while training: weights, their average, the optimizer; and one update of them."""
+"""The state of training: weights, their average and the optimizer, and one update of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOISE_LEVELS = 10
 
 
 class TrainState:
-    """A network under training.
+    """A network in training, with its average and its optimizer.
 
     Args:
         config: the run.
@@ -57,14 +57,14 @@ class TrainState:
         self.by_noise = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)
 
     def update(self, step: int, learning_rate: float) -> dict[str, Tensor]:
-        """One optimizer update, the one after `step` others.
+        """Make one optimizer update, the one after `step` others.
 
-        Where `train.on_non_finite` is `skip`, an update whose loss or gradient is not finite on any process leaves
+        If `train.on_non_finite` is `skip`, an update whose loss or gradient is not finite on any process leaves
         weights, average and optimizer as they were.
 
         Returns:
             Scalars on the device: `loss`, this process's mean, and `grad_norm` before clipping; `skipped`, 0 or 1,
-            where such updates are skipped.
+            if such updates are skipped.
         """
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
@@ -72,22 +72,21 @@ class TrainState:
         share = config.data.batch_size // accelerator.num_processes
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         images, labels = draw_batch(self.data.train, config.data, seed=config.train.seed, step=step, part=mine)
-        draws = self.objective.draw(
-            (config.data.batch_size, *images.shape[1:]), seed=config.train.seed, step=step, device=accelerator.device
-        )[mine]
-        batch = self._to_device(images, labels)
+        # Drawn for the global batch, so that what an image gets does not depend on the number of processes.
+        shape = (config.data.batch_size, *images.shape[1:])
+        draws = self.objective.draw(shape, seed=config.train.seed, step=step, device=accelerator.device)
+        batch = self._batch(images, labels, *(each[mine] for each in draws))
         micro_batches = config.train.gradient_accumulation_steps
         size = share // micro_batches
         losses = []
         self.model.train()
         for micro in range(micro_batches):
-            part = slice(micro * size, (micro + 1) * size)
-            last = micro == micro_batches - 1
+            part, last = batch[micro * size : (micro + 1) * size], micro == micro_batches - 1
             torch.manual_seed(mixed_seed(config.train.seed, "dropout", step, micro, accelerator.process_index))
             with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self.objective.loss(self.model, Batch(batch.images[part], batch.labels[part]), draws[part])
+                loss = self.objective.loss(self.model, part)
                 accelerator.backward(loss.mean() / micro_batches)
-            self._count_by_noise(loss.detach(), draws[part].timesteps)
+            self._count_by_noise(loss.detach(), part.timesteps)
             losses.append(loss.detach().mean())
         measured = {"loss": torch.stack(losses).mean()}
         limit = config.train.max_grad_norm
@@ -108,17 +107,16 @@ class TrainState:
 
     def _count_by_noise(self, losses: Tensor, timesteps: Tensor) -> None:
         """Add losses `[b]` to those of their noise levels."""
-        if self.objective.num_timesteps is not None:
-            levels = timesteps * NOISE_LEVELS // self.objective.num_timesteps
-            self.by_noise[0].index_add_(0, levels, losses.float())
-            self.by_noise[1].index_add_(0, levels, torch.ones_like(losses, dtype=torch.float32))
+        levels = timesteps * NOISE_LEVELS // self.objective.num_timesteps
+        self.by_noise[0].index_add_(0, levels, losses.float())
+        self.by_noise[1].index_add_(0, levels, torch.ones_like(losses, dtype=torch.float32))
 
     def take_loss_by_noise(self) -> list[float | None] | None:
         """Mean loss since the last call at each tenth of the timesteps, the least noisy first, over all processes.
 
-        None where the objective has no noise levels; None for a tenth that no image fell into.
+        None if the objective has fewer than ten timesteps; None for a tenth that no image fell into.
         """
-        if self.objective.num_timesteps is None:
+        if self.objective.num_timesteps < NOISE_LEVELS:
             return None
         sums, counts = self.accelerator.reduce(self.by_noise, reduction="sum").tolist()
         self.by_noise = torch.zeros_like(self.by_noise)
@@ -126,48 +124,47 @@ class TrainState:
         return [mean if math.isfinite(mean) else None for mean in means]
 
     def _is_bad(self, measured: Mapping[str, Tensor]) -> Tensor:
-        """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which overflows at times."""
+        """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which may overflow."""
         watched = [measured["loss"]]
         if self.accelerator.scaler is None:
             watched.append(measured["grad_norm"])
         return ~torch.isfinite(torch.stack(watched)).all()
 
-    def _to_device(self, images: Tensor, labels: Tensor) -> Batch:
+    def _batch(self, images: Tensor, labels: Tensor, *draws: Tensor) -> Batch:
         device = self.accelerator.device
-        return Batch(to_model_range(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
+        images = to_model_range(images.to(device, non_blocking=True))
+        return Batch(images, labels.to(device, non_blocking=True), *draws)
 
     def _update_average(self, steps_done: int) -> None:
-        start, interval = self.config.train.ema_start_step, self.config.train.ema_update_every_steps
-        if steps_done <= start:
+        if steps_done <= self.config.train.ema_start_step:
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self.unet.parameters()]
-        elif steps_done % interval == 0:
+        else:
             self.ema.step(self.unet.parameters())
 
     def average(self) -> UNet2DModel:
-        """The network with the averaged weights, in evaluation mode; training goes on in another copy."""
+        """The network with the averaged weights, in evaluation mode; it is another copy than the one being trained."""
         self.ema.copy_to(self.averaged_unet.parameters())
         return self.averaged_unet
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Loss of the averaged weights on held-out images, each time the same ones with the same draws.
+        """Loss of the averaged weights on held-out images: the same images with the same draws each time.
 
-        Batches are of one size whatever the run's, so that runs can be compared.
+        The batch size does not depend on the run, so that runs can be compared.
         """
         unet, train = self.average(), self.config.train
         total, count = 0.0, min(train.num_eval_images, len(self.data.test))
-        # The sources keep their order, which may go by class: spread the chosen images over all of it.
+        # The images may be sorted by class: spread the chosen ones over all of them.
         chosen = self.data.test.spread(count)
         for index, part in enumerate(chosen.split(500)):
-            batch = self._to_device(self.data.test.images[part], self.data.test.labels[part])
-            draws = self.objective.draw(
-                tuple(batch.images.shape), seed=train.seed, step=index, device=self.accelerator.device, held_out=True
-            )
-            total += float(self.objective.loss(unet, batch, draws).mean()) * len(part)
+            images, device = self.data.test.images[part], self.accelerator.device
+            draws = self.objective.draw(tuple(images.shape), seed=train.seed, step=index, device=device, held_out=True)
+            batch = self._batch(images, self.data.test.labels[part], *draws)
+            total += float(self.objective.loss(unet, batch).mean()) * len(part)
         return total / count
 
     def measure_speed(self, seconds: float) -> float:
-        """Updates a second on this machine, from real updates that are then undone.
+        """Updates per second on this machine, from real updates that are then undone.
 
         Every process takes part; all get the main process's figure.
 
@@ -221,7 +218,7 @@ class TrainState:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up the state of a checkpoint."""
+        """Load the state of a checkpoint."""
         tensors: Mapping[str, Mapping[str, Tensor]] = checkpoint.tensors
         self.unet.load_state_dict(tensors["unet"])
         with torch.no_grad():

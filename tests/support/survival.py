@@ -32,14 +32,14 @@ from mnist_diffusion.run_folder.metrics import read_metrics
 FLAGS = [
     *("--data.source", "digits", "--data.batch_size", "8", "--model.block_out_channels", "[8, 8]"),
     *("--model.norm_num_groups", "4", "--sampling.num_inference_steps", "1", "--train.samples_per_class", "1"),
-    *("--train.num_eval_images", "8", "--train.sample_every_steps", "null", "--train.warmup_steps", "2"),
-    *("--train.num_threads", "1", "--train.log_every_steps", "3", "--train.checkpoint_every_steps", "1"),
+    *("--train.num_eval_images", "8", "--train.sample_every", "null", "--train.warmup_steps", "2"),
+    *("--train.num_threads", "1", "--train.log_every_steps", "3", "--train.checkpoint_every", "1 step"),
     *("--train.pictures", "false"),
 ]
 FILE_OPERATIONS = (
-    ("mnist_diffusion.checkpoint", "save_file"),
-    ("mnist_diffusion.checkpoint", "_flush"),
-    ("mnist_diffusion.checkpoint.shutil", "rmtree"),
+    ("mnist_diffusion.run_folder.checkpoint", "save_file"),
+    ("mnist_diffusion.run_folder.checkpoint", "_flush"),
+    ("mnist_diffusion.run_folder.checkpoint.shutil", "rmtree"),
     ("pathlib.Path", "write_text"),
     ("pathlib.Path", "mkdir"),
     ("pathlib.Path", "rename"),
@@ -139,7 +139,7 @@ def _child(
 
 def _plan_death(death: Death) -> None:
     """Make this process kill itself before or after a file operation of a save."""
-    from mnist_diffusion.training import trainer as module
+    from mnist_diffusion.training import loop as module
 
     training: Any = module
     saves, operations, saving = -1, 0, False
@@ -319,17 +319,17 @@ def run_until(arguments: list[str], *, dtype: str, until: int | None = None) -> 
 
     import train_cfg
     from mnist_diffusion.diffusion.objective import Batch, Objective
-    from mnist_diffusion.training import state as module
+    from mnist_diffusion.training import loop as module
 
-    learner_class, kind = module.TrainState, getattr(torch, dtype)
+    state_class, kind = module.TrainState, getattr(torch, dtype)
 
-    class StoppingLearner(learner_class):  # type: ignore[misc,valid-type]
+    class StoppingState(state_class):  # type: ignore[misc,valid-type]
         def __init__(self, config: Any, accelerator: Any, data: Any, unet: Any, objective: Objective):
-            def loss(model: Any, batch: Batch, draws: Any) -> Any:
-                images = Batch(batch.images.to(kind), batch.labels)
-                return objective.loss(model, images, dataclasses.replace(draws, noise=draws.noise.to(kind)))
+            def loss(model: Any, batch: Batch) -> Any:
+                typed = dataclasses.replace(batch, images=batch.images.to(kind), noise=batch.noise.to(kind))
+                return objective.loss(model, typed)
 
-            super().__init__(config, accelerator, data, unet.to(kind), Objective(objective.draw, loss))
+            super().__init__(config, accelerator, data, unet.to(kind), dataclasses.replace(objective, loss=loss))
 
         def update(self, step: int, learning_rate: float) -> Any:
             measured = super().update(step, learning_rate)
@@ -338,7 +338,7 @@ def run_until(arguments: list[str], *, dtype: str, until: int | None = None) -> 
                 time.sleep(0.2)
             return measured
 
-    module.TrainState = StoppingLearner  # type: ignore[misc]
+    module.TrainState = StoppingState  # type: ignore[misc]
     return train_cfg.main(arguments)
 
 

@@ -57,7 +57,7 @@ class TestKills:
     @pytest.mark.parametrize(
         "flags",
         [
-            ["--train.gradient_accumulation_steps", "2", "--train.checkpoint_every_steps", "2"],
+            ["--train.gradient_accumulation_steps", "2", "--train.checkpoint_every", "2 steps"],
             ["--train.mixed_precision", "bf16", "--data.augment.shift", "0.1", "--model.dropout", "0.2"],
             ["--train.channels_last", "true", "--train.keep_checkpoints", "1"],
         ],
@@ -117,7 +117,7 @@ class TestSignals:
 def interrupt_again_and_again(nursery: Nursery, root: Path, kind: signal.Signals, *, ranks: int, count: int) -> None:
     """Send a signal to one run's processes, go on with it, and so on: exit code, checkpoint and pipeline each time."""
     folder, log = root / "run", root / "log.txt"
-    flags = [*FLAGS, "--train.max_steps", "100000", "--train.checkpoint_every_steps", "1000000"]
+    flags = [*FLAGS, "--train.max_steps", "100000", "--train.checkpoint_every", "1000000 steps"]
     flags += ["--train.resume", "true", "--output_dir", str(folder)]
     random.seed(int(kind))
     reached = 0
@@ -188,22 +188,21 @@ def recording_batches(arguments: list[str]) -> int:
     """A run that writes down what each of its updates saw, and the weights it ended with."""
     import train_cfg
     from mnist_diffusion.diffusion.objective import Batch, Objective
-    from mnist_diffusion.training import state as module
+    from mnist_diffusion.training import loop as module
 
-    learner_class = module.TrainState
-    seen: dict[str, list[Any]] = {name: [] for name in ("images", "labels", "noise", "timesteps", "dropped")}
+    state_class = module.TrainState
+    seen: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Batch)}
     made: list[Any] = []
 
-    class Recording(learner_class):  # type: ignore[misc,valid-type]
+    class Recording(state_class):  # type: ignore[misc,valid-type]
         def __init__(self, config: Any, accelerator: Any, data: Any, unet: Any, objective: Objective):
-            def loss(model: Any, batch: Batch, draws: Any) -> Any:
+            def loss(model: Any, batch: Batch) -> Any:
                 if model.training:
-                    for record in (batch, draws):
-                        for field in dataclasses.fields(record):
-                            seen[field.name].append(getattr(record, field.name).clone())
-                return objective.loss(model, batch, draws)
+                    for name, values in seen.items():
+                        values.append(getattr(batch, name).clone())
+                return objective.loss(model, batch)
 
-            super().__init__(config, accelerator, data, unet, Objective(objective.draw, loss))
+            super().__init__(config, accelerator, data, unet, dataclasses.replace(objective, loss=loss))
             made.append(self)
 
     module.TrainState = Recording  # type: ignore[misc]
@@ -282,7 +281,7 @@ class TestBadTimes:
 
     def test_not_finite_stops_before_a_save(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"
-        flags = [*FLAGS, "--train.max_steps", "9", "--train.checkpoint_every_steps", "2", "--output_dir", str(folder)]
+        flags = [*FLAGS, "--train.max_steps", "9", "--train.checkpoint_every", "2 steps", "--output_dir", str(folder)]
         assert nursery.finish(flags, log=log, work=nan_at_step_six) == [2]
         assert "step 6 was not finite (loss nan" in log.read_text()
         assert newest_step(folder) == 4

@@ -40,7 +40,7 @@ def fresh_accelerate_state() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-EVALUATE_EVERY_TWO: dict[str, Any] = {"evaluate_every_steps": 2, "num_evaluation_images": 50}
+EVALUATE_EVERY_TWO: dict[str, Any] = {"evaluate_every": "2 steps", "num_evaluation_images": 50}
 LOSSES = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
 
@@ -58,7 +58,7 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
     return [tuple(line[name] for name in LOSSES) for line in read_metrics(folder / "metrics.jsonl")]
 
 
-def make_learner(config: Config, tmp_path: Path) -> TrainState:
+def make_state(config: Config, tmp_path: Path) -> TrainState:
     data = load_images(config.data, seed=config.train.seed)
     unet = build_unet(config.model, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
     scheduler = build_noise_scheduler(config.diffusion)
@@ -96,7 +96,7 @@ class TestRunFolder:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("runs") / "run"
-        return run(tiny_config(sample_every_steps=3, snapshot_every_steps=2), folder, max_steps=5)
+        return run(tiny_config(sample_every="3 steps", snapshot_every="2 steps"), folder, max_steps=5)
 
     def test_everything_is_there(self, folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
@@ -170,7 +170,7 @@ class TestResume:
         "train", [{}, {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}, {"channels_last": True}], ids=str
     )
     def test_equal_to_the_bit(self, tmp_path: Path, train: dict[str, Any]) -> None:
-        config = tiny_config(max_steps=7, checkpoint_every_steps=3, keep_checkpoints=9, **train)
+        config = tiny_config(max_steps=7, checkpoint_every="3 steps", keep_checkpoints=9, **train)
         model = dataclasses.replace(config.model, dropout=0.2)
         config = dataclasses.replace(config, model=model)
         whole = run(config, tmp_path / "whole")
@@ -227,11 +227,11 @@ class TestEvaluation:
         MNISTDiffusionPipeline.from_pretrained(folder / "pipeline_best")
 
     def test_same_figures_after_a_resume(self, tmp_path: Path) -> None:
-        whole = run(tiny_config(**EVALUATE_EVERY_TWO, checkpoint_every_steps=3, max_steps=6), tmp_path / "whole")
+        whole = run(tiny_config(**EVALUATE_EVERY_TWO, checkpoint_every="3 steps", max_steps=6), tmp_path / "whole")
         cut = tmp_path / "cut"
         shutil.copytree(whole, cut)
         shutil.rmtree(cut / "checkpoints" / "step-6")
-        run(tiny_config(**EVALUATE_EVERY_TWO, checkpoint_every_steps=3, max_steps=6), cut, resume=True)
+        run(tiny_config(**EVALUATE_EVERY_TWO, checkpoint_every="3 steps", max_steps=6), cut, resume=True)
         first, second = (
             [(line["step"], line["fid"]) for line in read_metrics(folder / "metrics.jsonl") if "fid" in line]
             for folder in (whole, cut)
@@ -250,7 +250,7 @@ class TestEvaluation:
         self, tmp_path: Path, train: dict[str, int], message: str
     ) -> None:
         with pytest.raises(UserError, match=message):
-            run(tiny_config(evaluate_every_steps=2), tmp_path / "run", **train)
+            run(tiny_config(evaluate_every="2 steps"), tmp_path / "run", **train)
         assert not (tmp_path / "run").exists()
 
     def test_unconditional_has_no_accuracy(self, tmp_path: Path) -> None:
@@ -270,9 +270,7 @@ class TestLength:
         assert len(losses(run(config, tmp_path / "run"))) == steps_of_epochs(0.01, 1617, 8)
 
     def test_epoch_intervals(self, tmp_path: Path) -> None:
-        config = tiny_config(
-            max_steps=12, checkpoint_every_steps=None, checkpoint_every_epochs=0.02, keep_checkpoints=9
-        )
+        config = tiny_config(max_steps=12, checkpoint_every="0.02 epochs", keep_checkpoints=9)
         folder = run(config, tmp_path / "run")
         steps = sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
         assert steps == [5, 9, 12]  # 0.02 epochs are 32.3 images, 4.04 steps; and the end
@@ -296,72 +294,72 @@ class TestLength:
 
     def test_measuring_leaves_no_trace(self, tmp_path: Path) -> None:
         config = tiny_config()
-        measured, plain = make_learner(config, tmp_path), make_learner(config, tmp_path)
+        measured, plain = make_state(config, tmp_path), make_state(config, tmp_path)
         assert measured.measure_speed(0.1) > 0
-        for learner in (measured, plain):
+        for state in (measured, plain):
             for step in range(3):
-                learner.update(step, 0.01)
+                state.update(step, 0.01)
         for mine, theirs in zip(measured.unet.parameters(), plain.unet.parameters(), strict=True):
             assert torch.equal(mine, theirs)
         for mine, theirs in zip(measured.average().parameters(), plain.average().parameters(), strict=True):
             assert torch.equal(mine, theirs)
 
 
-class TestLearner:
+class TestTrainState:
     def test_accumulation_changes_nothing_but_rounding(self, tmp_path: Path) -> None:
-        whole = make_learner(tiny_config(), tmp_path)
-        parts = make_learner(tiny_config(gradient_accumulation_steps=4), tmp_path)
+        whole = make_state(tiny_config(), tmp_path)
+        parts = make_state(tiny_config(gradient_accumulation_steps=4), tmp_path)
         for step in range(3):
             one, other = whole.update(step, 0.01), parts.update(step, 0.01)
             torch.testing.assert_close(one["loss"], other["loss"], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(one["grad_norm"], other["grad_norm"], atol=1e-4, rtol=1e-3)
 
     def test_average_follows_emas_formula(self, tmp_path: Path) -> None:
-        learner = make_learner(tiny_config(ema_start_step=1, ema_decay=0.5), tmp_path)
-        learner.update(0, 0.01)
-        expected = next(learner.unet.parameters()).detach().clone()
-        torch.testing.assert_close(next(learner.average().parameters()), expected)
+        state = make_state(tiny_config(ema_start_step=1, ema_decay=0.5), tmp_path)
+        state.update(0, 0.01)
+        expected = next(state.unet.parameters()).detach().clone()
+        torch.testing.assert_close(next(state.average().parameters()), expected)
         for n in range(3):
-            learner.update(n + 1, 0.01)
+            state.update(n + 1, 0.01)
             decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
-            expected = decay * expected + (1 - decay) * next(learner.unet.parameters()).detach()
-        torch.testing.assert_close(next(learner.average().parameters()), expected)
+            expected = decay * expected + (1 - decay) * next(state.unet.parameters()).detach()
+        torch.testing.assert_close(next(state.average().parameters()), expected)
 
     def test_gradient_clipping(self, tmp_path: Path) -> None:
-        learner = make_learner(tiny_config(max_grad_norm=1e-9), tmp_path)
-        before = [parameter.detach().clone() for parameter in learner.unet.parameters()]
-        assert learner.update(0, 0.01)["grad_norm"] > 1e-3
-        moved = max(float((a - b).abs().max()) for a, b in zip(before, learner.unet.parameters(), strict=True))
+        state = make_state(tiny_config(max_grad_norm=1e-9), tmp_path)
+        before = [parameter.detach().clone() for parameter in state.unet.parameters()]
+        assert state.update(0, 0.01)["grad_norm"] > 1e-3
+        moved = max(float((a - b).abs().max()) for a, b in zip(before, state.unet.parameters(), strict=True))
         assert moved < 0.01
 
     def test_loss_by_noise_level_is_the_loss_in_parts(self, tmp_path: Path) -> None:
-        learner = make_learner(tiny_config(gradient_accumulation_steps=2), tmp_path)
-        count = learner.config.data.batch_size
+        state = make_state(tiny_config(gradient_accumulation_steps=2), tmp_path)
+        count = state.config.data.batch_size
         levels, losses = [], []
         for step in range(5):
-            losses.append(float(learner.update(step, 0.01)["loss"]))
-            draws = learner.objective.draw((count, 1, 28, 28), seed=0, step=step, device="cpu")
-            levels += (draws.timesteps // 100).tolist()
-        found = learner.take_loss_by_noise()
+            losses.append(float(state.update(step, 0.01)["loss"]))
+            _, timesteps, _ = state.objective.draw((count, 1, 28, 28), seed=0, step=step, device="cpu")
+            levels += (timesteps // 100).tolist()
+        found = state.take_loss_by_noise()
         assert found is not None
         shares = np.bincount(levels, minlength=10)
         assert [mean is None for mean in found] == [share == 0 for share in shares]
         total = sum(mean * share for mean, share in zip(found, shares, strict=True) if mean is not None)
         assert total / shares.sum() == pytest.approx(float(np.mean(losses)), rel=1e-4)
-        assert learner.take_loss_by_noise() == [None] * 10
+        assert state.take_loss_by_noise() == [None] * 10
 
     def test_held_out_loss_repeats(self, tmp_path: Path) -> None:
-        learner = make_learner(tiny_config(), tmp_path)
-        assert learner.held_out_loss() == learner.held_out_loss()
-        before = learner.held_out_loss()
+        state = make_state(tiny_config(), tmp_path)
+        assert state.held_out_loss() == state.held_out_loss()
+        before = state.held_out_loss()
         for step in range(20):
-            learner.update(step, 0.01)
-        assert learner.held_out_loss() < before
+            state.update(step, 0.01)
+        assert state.held_out_loss() < before
 
 
 def test_init_from_goes_on_where_the_pipeline_ended(tmp_path: Path) -> None:
     """With the averaged weights of the pipeline, and an optimizer that starts anew."""
-    first = run(tiny_config(max_steps=60, learning_rate=0.01, checkpoint_every_steps=None), tmp_path / "first")
+    first = run(tiny_config(max_steps=60, learning_rate=0.01, checkpoint_every=None), tmp_path / "first")
     asked = {"init_from": str(first / "pipeline"), "learning_rate": 1e-9, "num_eval_images": 64}
     again = run(tiny_config(**asked), tmp_path / "again")
     for name, value in weights(again).items():
@@ -395,7 +393,9 @@ def test_balance_draws_small_classes_as_often(tmp_path: Path, image_folder: Path
 def test_hints(
     tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnist_diffusion.planning.expected_cost", lambda learner: "")  # which takes seconds to measure
+    monkeypatch.setattr(
+        "mnist_diffusion.training.loop.expected_cost", lambda state: ""
+    )  # which takes seconds to measure
 
     def said(**data: Any) -> str:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -419,7 +419,7 @@ def test_hints(
 
 
 def test_loss_falls(tmp_path: Path) -> None:
-    folder = run(tiny_config(max_steps=60, learning_rate=0.01, checkpoint_every_steps=None), tmp_path / "run")
+    folder = run(tiny_config(max_steps=60, learning_rate=0.01, checkpoint_every=None), tmp_path / "run")
     values = [line[2] for line in losses(folder)]
     assert np.mean(values[-10:]) < 0.6 * np.mean(values[:5])
 
@@ -443,7 +443,7 @@ def test_other_kinds_of_runs(tmp_path: Path, image_folder: Path, case: dict[str,
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    folder = run(tiny_config(trackers=("tensorboard",), pictures=True, sample_every_steps=2), tmp_path / "run")
+    folder = run(tiny_config(trackers=("tensorboard",), pictures=True, sample_every="2 steps"), tmp_path / "run")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     [events] = list((folder / "logs" / "mnist-diffusion").glob("events*"))

@@ -1,0 +1,381 @@
+"""The training loop: plan, resume, then step, report and save until the run is done.
+
+`TrainingLoop` knows nothing of diffusion: it is given an objective, and what is drawn, measured and exported is up to
+its subclass. `training.trainer.Trainer` is the one for pipelines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mnist_diffusion.checks import parse_interval
+from mnist_diffusion.config import HubConfig, RunConfig
+from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.diffusion.objective import Objective
+from mnist_diffusion.environment import package_versions
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import replace_text
+from mnist_diffusion.run_folder.checkpoint import save_checkpoint
+from mnist_diffusion.run_folder.lock import RunFolder
+from mnist_diffusion.run_folder.metrics import MetricsLog
+from mnist_diffusion.training import report
+from mnist_diffusion.training.launch import Launch
+from mnist_diffusion.training.length import expected_cost, learning_rate_at, plan_steps, steps_of_epochs
+from mnist_diffusion.training.processes import Processes
+from mnist_diffusion.training.publish import Publisher
+from mnist_diffusion.training.resume import load_newest
+from mnist_diffusion.training.signals import StopRequest, stop_signals
+from mnist_diffusion.training.state import TrainState
+
+NEVER = 2**62
+
+
+class NonFiniteError(UserError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; a checkpoint holds it.
+
+    Args:
+        planned_steps: how many updates the learning rate is shaped for.
+        seconds: training time of earlier launches, planning included.
+        best: the best value of `train.best_metric` so far.
+        loss: mean loss since the report before the last.
+        held_out_loss: loss on held-out images when samples were last drawn.
+    """
+
+    planned_steps: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    loss: float | None = None
+    held_out_loss: float | None = None
+
+
+class TrainingLoop:
+    """One training run.
+
+    Args:
+        launch: its processes, device and folder.
+        config: the run.
+        data: the images.
+        unet: the network, with the weights to start from.
+        objective: what it learns.
+    """
+
+    exported = "pipeline"
+    """The folder in the run folder that [`export`] writes at the end."""
+
+    def __init__(self, launch: Launch, config: RunConfig, data: ImageData, unet: UNet2DModel, objective: Objective):
+        self.accelerator, self.folder, self.recipe = launch.accelerator, launch.folder, launch.recipe
+        self.config, self.data = config, data
+        self.state = TrainState(config, self.accelerator, data, unet, objective)
+        self.processes = Processes(self.accelerator)
+        self.step, self.progress = 0, Progress()
+        self.started = time.perf_counter()
+        self.run_id: str | None = None
+        self.measured: dict[str, float] = {}
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+
+    # What a subclass adds. The main process calls these; `export` is the only one that it must have.
+
+    def prepare(self) -> None:
+        """Get ready for the first step, and raise what would fail later."""
+
+    def draw_before(self) -> None:
+        """Draw what does not change while training."""
+
+    def draw_samples(self) -> None:
+        """Draw what the averaged weights do now."""
+
+    def draw_curves(self) -> None:
+        """Draw what has been logged so far."""
+
+    def draw_animation(self) -> None:
+        """Draw how the samples of this step form."""
+
+    def draw_at_the_end(self) -> None:
+        """Draw a finished run."""
+
+    def evaluate(self) -> None:
+        """Measure images of the averaged weights."""
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights, in place of what `folder` may hold, in a form that others load."""
+        raise NotImplementedError
+
+    def usage(self) -> str:
+        """Lines of Python that load and use what was exported."""
+        return ""
+
+    # The run.
+
+    def run(self, *, dry_run: bool = False) -> int:
+        """Train until the planned steps are done or a signal comes, or with `dry_run` only say what would be done.
+
+        Returns:
+            The exit code: 0 if finished, 128 + the signal's number if one ended the run.
+        """
+        self.accelerator.print(report.describe(self))
+        if dry_run:
+            self.accelerator.print(f"{expected_cost(self.state)}\n\n{self.config.to_yaml()}")
+            return 0
+        self.publisher = Publisher(self.config.hub, self.folder, self.accelerator)
+        code = self._train()
+        if code == 0:
+            self.publisher.finish()
+        return code
+
+    def _train(self) -> int:
+        self.started = time.perf_counter()
+        folder = RunFolder(self.folder, self.accelerator, resume=True) if self.config.train.resume else None
+        try:
+            if folder is not None:
+                self.run_id = folder.run_id
+                self._resume()
+            if self.step == 0:
+                self.progress.planned_steps = plan_steps(self.state, seconds_used=self.seconds)
+            self.config = self._resolved()
+            if self.step >= self.last_step:
+                self.processes.on_main(self._complete)
+                return 0
+            self.processes.on_main(self.prepare)
+            folder = folder or RunFolder(self.folder, self.accelerator, resume=False)
+            self.run_id = folder.run_id
+            return self._loop()
+        finally:
+            if folder is not None:
+                folder.release()
+
+    def _loop(self) -> int:
+        """Step, report, save, until done; the exit code."""
+        train = self.config.train
+        self.processes.on_main(self._open_folder)
+        report.start_trackers(self)
+        if self.step == 0:
+            self.processes.on_main(self.draw_before)
+        pending: list[dict[str, Tensor]] = []
+        since, signal_number = time.perf_counter(), 0
+        with stop_signals() as stop, self._progress_bar() as bar:
+            while self.step < self.last_step:
+                rate = learning_rate_at(train, self.step, self.progress.planned_steps)
+                pending.append(self.state.update(self.step, rate))
+                self.step += 1
+                bar.update()
+
+                signal_number, over = self._is_over(stop)
+                due = self._due(over=over, interrupted=signal_number > 0)
+                if due:
+                    lines = self._collect(pending)
+                    speed = len(lines) * self.config.data.batch_size / (time.perf_counter() - since)
+                    lines[-1]["images_per_second"] = round(speed, 1)
+                    if "sample" in due:
+                        self.processes.on_main(self._sample)
+                    if "evaluate" in due:
+                        self.processes.on_main(self.evaluate)
+                    self._log(lines)
+                    if "sample" in due:
+                        self.processes.on_main(self.draw_curves)
+                    bar.set_postfix(loss=f"{self.progress.loss:.4f}", img_s=f"{speed:.0f}")
+                    pending, since = [], time.perf_counter()
+                if "checkpoint" in due:
+                    self.processes.on_main(self._checkpoint, saving=True)
+                if "animation" in due:
+                    self.processes.on_main(self.draw_animation)
+                if "snapshot" in due:
+                    self.processes.on_main(self._snapshot)
+                if over:
+                    break
+            self.processes.on_main(lambda: self._finish(signal_number))
+        self.accelerator.trackers.clear()
+        self.accelerator.end_training()
+        return 128 + signal_number if signal_number else 0
+
+    def _progress_bar(self) -> Any:
+        hidden = not self.accelerator.is_main_process
+        return tqdm(
+            total=self.last_step, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True, mininterval=0.5
+        )
+
+    def _is_over(self, stop: StopRequest) -> tuple[int, bool]:
+        """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
+        minutes = self.config.train.time_limit_minutes
+        out_of_time = minutes is not None and self.seconds > 60 * minutes
+        signal_number, out_of_time = self.processes.largest(stop.number, int(out_of_time))
+        return signal_number, bool(signal_number or out_of_time) or self.step == self.last_step
+
+    def _due(self, *, over: bool, interrupted: bool) -> set[str]:
+        """What comes after this step."""
+        train = self.config.train
+        due = {name for name in ("checkpoint", "sample", "evaluate", "snapshot") if self._passes(f"{name}_every")}
+        before, now = self._epochs(self.step - 1), self._epochs(self.step)
+        if any(before < epoch <= now for epoch in train.animate_at_epochs):
+            due.add("animation")
+        if over:
+            due |= {"checkpoint", "sample"} | ({"evaluate"} if train.evaluate_every is not None else set())
+        if interrupted:  # who sends a signal does not want to wait for pictures
+            due -= {"sample", "evaluate", "animation"}
+        return due | ({"report"} if self.step % train.log_every_steps == 0 else set())
+
+    def _passes(self, option: str) -> bool:
+        """Whether this step completes another interval of `train.<option>`."""
+        interval = getattr(self.config.train, option)
+        if interval is None:
+            return False
+        count, unit = parse_interval(interval, f"train.{option}")
+        before, now = (place if unit == "steps" else self._epochs(place) for place in (self.step - 1, self.step))
+        return math.floor(before / count) < math.floor(now / count)
+
+    def _epochs(self, step: int) -> float:
+        return step * self.config.data.batch_size / len(self.data.train)
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all launches, planning included."""
+        return self.progress.seconds + time.perf_counter() - self.started
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run is finished."""
+        epochs = self.config.train.max_epochs
+        if epochs is None:
+            return self.progress.planned_steps
+        steps = steps_of_epochs(epochs, len(self.data.train), self.config.data.batch_size)
+        return min(self.progress.planned_steps, steps)
+
+    def reproducible_config(self) -> RunConfig:
+        """The configuration to save: a run from it is this run again, in a folder of its own, and is not published."""
+        train = dataclasses.replace(self.config.train, resume=False)
+        return dataclasses.replace(self.config, train=train, hub=HubConfig(), output_dir=None)
+
+    # The steps of the loop.
+
+    def _resolved(self) -> RunConfig:
+        """The configuration with what the run has decided: the planned steps, the precision, the source."""
+        train = self.config.train
+        if train.max_steps is None and train.max_epochs is None:
+            train = dataclasses.replace(train, max_steps=self.progress.planned_steps, max_minutes=None)
+        train = dataclasses.replace(train, mixed_precision=self.accelerator.mixed_precision)
+        data = dataclasses.replace(self.config.data, source=self.config.data.source or self.data.source_id)
+        return dataclasses.replace(self.config, train=train, data=data)
+
+    def _open_folder(self) -> None:
+        replace_text(self.folder / "config.yaml", self.reproducible_config().to_yaml())
+        self.log.cut_after(self.step)
+
+    def _collect(self, pending: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+        """The lines of the steps since the last report, losses averaged over processes, in one exchange.
+
+        Raises:
+            NonFiniteError: a step was not finite, and the run is to stop there; the lines before it are written.
+        """
+        names, train = list(pending[0]), self.config.train
+        stacked = torch.stack([torch.stack([measured[name].float() for name in names]) for measured in pending])
+        values = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        # The smallest over the processes: a bad gradient of one makes all of them bad a step later.
+        first_bad = int(self.state.first_bad_step)
+        bad_step = -self.processes.largest(-first_bad if first_bad >= 0 else -NEVER)[0]
+        lines: list[dict[str, Any]] = []
+        for offset, row in enumerate(values):
+            step = self.step - len(values) + offset + 1
+            if step == bad_step and train.on_non_finite == "stop":
+                self.processes.on_main(lambda: self.log.append(lines))
+                cause = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
+                raise NonFiniteError(
+                    f"step {step} was not finite ({cause}); the run stopped before saving anything of it. Resume from "
+                    f"an earlier checkpoint in {self.folder / 'checkpoints'} with a lower train.learning_rate or "
+                    "train.max_grad_norm, or with train.on_non_finite=skip"
+                )
+            finite = {name: value if math.isfinite(value) else None for name, value in zip(names, row, strict=True)}
+            rate = learning_rate_at(train, step - 1, self.progress.planned_steps)
+            lines.append({"step": step, "epoch": round(self._epochs(step), 4), **finite, "learning_rate": rate})
+        return lines
+
+    def _log(self, lines: list[dict[str, Any]]) -> None:
+        """Write the lines, and what was measured after the last of them, to the file and the trackers."""
+        lines[-1] |= self.measured
+        self.measured = {}
+        if (by_noise := self.state.take_loss_by_noise()) is not None:
+            lines[-1]["loss_by_noise"] = by_noise
+        finite = [line["loss"] for line in lines if line["loss"] is not None]
+        self.progress.loss = sum(finite) / len(finite) if finite else math.nan
+        tracked = {**lines[-1], "loss": self.progress.loss}
+        for level, value in enumerate(tracked.pop("loss_by_noise", [])):
+            tracked[f"loss_by_noise/{level}"] = value
+        self.accelerator.log({name: value for name, value in tracked.items() if value is not None}, step=self.step)
+        self.processes.on_main(lambda: self.log.append(lines))
+
+    def _sample(self) -> None:
+        if self.config.train.num_eval_images > 0:
+            self.progress.held_out_loss = self.measured["held_out_loss"] = self.state.held_out_loss()
+        self.draw_samples()
+
+    def _snapshot(self) -> None:
+        folder = self.folder / "snapshots" / f"step-{self.step}"
+        self.export(folder)
+        self.publisher.snapshot(folder)
+
+    def _checkpoint(self) -> None:
+        """Save all that a resumed run needs: weights, average and optimizer, progress, and what must not change."""
+        tensors, state = self.state.state()
+        state |= {
+            **dataclasses.asdict(dataclasses.replace(self.progress, seconds=self.seconds)),
+            "config": self.config.to_dict(),
+            "data_fingerprint": self.data.fingerprint,
+            "objective_fingerprint": self.state.objective.fingerprint,
+        }
+        settings = json.dumps(self.reproducible_config().to_dict(), sort_keys=True)
+        about = {
+            "run_id": self.run_id,
+            "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+            "processes": self.accelerator.num_processes,
+            "versions": package_versions(),
+        }
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.folder / "checkpoints", self.step, tensors, state, keep=keep, about=about)
+
+    def _resume(self) -> None:
+        """Take up the newest valid checkpoint of the run folder, if there is one."""
+        checkpoint = load_newest(self)
+        if checkpoint is None:
+            return
+        self.state.restore(checkpoint)
+        self.step = checkpoint.step
+        self.progress = Progress(**{each.name: checkpoint.state[each.name] for each in dataclasses.fields(Progress)})
+        train = self.config.train
+        if train.max_steps is not None or train.max_epochs is not None:
+            self.progress.planned_steps = plan_steps(self.state, seconds_used=self.seconds)
+        else:
+            planned = self.progress.planned_steps
+            self.accelerator.print(f"{planned} steps were planned; --train.max_steps sets another length")
+        self.accelerator.print(f"Resuming from {checkpoint.path}")
+
+    def _finish(self, signal_number: int) -> None:
+        self.export(self.folder / self.exported)
+        if not signal_number:
+            self.draw_at_the_end()
+        report.summarise(self, signal_number)
+        # All wait for the trackers: a launcher ends the others as soon as one has ended with a signal's code.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _complete(self) -> None:
+        """Say that the run is finished; write again what it was killed before writing."""
+        summary, exported = self.folder / "summary.json", self.folder / self.exported
+        written = json.loads(summary.read_text(encoding="utf-8"))["step"] if summary.is_file() else None
+        if written != self.step or not exported.is_dir():
+            self.export(exported)
+            report.summarise(self, 0)
+        print(f"Finished at step {self.step} already; nothing to do. The {self.exported} is in {exported}")
