@@ -387,6 +387,10 @@ class HubConfig:
             )
 
 
+SECTIONS = ("distillation", "data", "model", "diffusion", "sampling", "train", "hub", "output_dir")
+"""The order in which a configuration is written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every run has: images, a loop, and a place for the result."""
@@ -413,7 +417,8 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain dicts, lists and scalars."""
-        return _plain(asdict(self))
+        values = _plain(asdict(self))
+        return {name: values[name] for name in SECTIONS if name in values}
 
     def to_yaml(self) -> str:
         """The configuration as YAML that `--config` reads back to an equal one."""

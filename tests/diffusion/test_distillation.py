@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 from torch import nn
@@ -23,7 +24,7 @@ from mnist_diffusion.config import (
     DiffusionConfig,
     DistillationConfig,
     DistillConfig,
-    FewStepConfig,
+    SamplerConfig,
     TrainConfig,
 )
 from mnist_diffusion.data.dataset import ImageData, load_images
@@ -38,20 +39,17 @@ from mnist_diffusion.diffusion.distillation import (
     load_teacher,
     pseudo_huber,
     require_possible,
-    require_same_images,
     student_of,
     student_scheduler,
     with_teachers_images,
 )
-from mnist_diffusion.diffusion.objective import Batch, Draws
+from mnist_diffusion.diffusion.objective import Batch
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 from tests.support.survival import Death, Nursery, final_state
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +81,7 @@ def distillation(teacher: Path, **changes: Any) -> DistillationConfig:
 
 def student_config(teacher: Path, folder: Path, **train: Any) -> DistillConfig:
     defaults = {"max_steps": 4, "warmup_steps": 1, "num_eval_images": 4, "samples_per_class": 1}
-    often = {"checkpoint_every_steps": 2, "sample_every_steps": None, "log_every_steps": 1}
+    often = {"checkpoint_every": "2 steps", "sample_every": None, "log_every_steps": 1}
     return DistillConfig(
         data=DataConfig(source="digits", batch_size=4),
         distillation=distillation(teacher),
@@ -99,11 +97,16 @@ def run(config: DistillConfig, **train: Any) -> Path:
     return Path(config.output_dir)
 
 
-def make_draws(count: int, dropped: list[int], size: int = 8) -> tuple[Batch, Draws]:
+def make_batch(count: int, dropped: list[int], size: int = 8) -> Batch:
     noise = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(count, dtype=torch.bool)
     mask[dropped] = True
-    return Batch(torch.zeros_like(noise), torch.arange(count)), Draws(noise, torch.zeros(count).long(), mask)
+    return Batch(torch.zeros_like(noise), torch.arange(count), noise, torch.zeros(count).long(), mask)
+
+
+def loaded(teacher: Path, **config: Any) -> MNISTDiffusionPipeline:
+    settings = DistillConfig(distillation=distillation(teacher), **config)
+    return load_teacher(settings, Accelerator(cpu=True))
 
 
 class Oracle(nn.Module):
@@ -147,17 +150,17 @@ class TestLoss:
         teacher = make_pipeline()
         config = distillation(teacher_folder, points_per_trajectory=4, clean_within=0.0, huber_c=0.5)
         teacher.scheduler = build_sampler("dpmpp", teacher.scheduler.config)
-        batch, draws = make_draws(3, dropped=[1])
-        trajectory = draw_trajectories(teacher, config, batch.labels, draws)
+        batch = make_batch(3, dropped=[1])
+        trajectory = draw_trajectories(teacher, config, batch)
         ends = trajectory.latents[-1].clamp(-1, 1)
         student = Oracle(ends, teacher.scheduler.alphas_cumprod, error)
-        loss = distillation_objective(config, teacher).loss(student, batch, draws).mean()
+        loss = distillation_objective(config, teacher).loss(student, batch).mean()
         errors = torch.where(ends == 1, 0.0, error).double()
         expected = ((errors**2 + 0.25).sqrt() - 0.5).mean()
         assert float(loss) == pytest.approx(float(expected), abs=2e-4)
         assert student.timestep.tolist() == [t for t in (999, 749, 499, 249) for _ in range(3)]
         assert student.labels.tolist() == [0, 10, 2] * 4
-        torch.testing.assert_close(student.sample[:3], draws.noise)
+        torch.testing.assert_close(student.sample[:3], batch.noise)
         torch.testing.assert_close(student.sample[3:], trajectory.latents[:-1].flatten(0, 1))
 
     @pytest.mark.parametrize(("steps", "points"), [(8, 4), (8, 8), (8, 1), (5, 3), (1, 1), (2, 2)])
@@ -171,11 +174,11 @@ class TestLoss:
 
     def test_trajectories_are_the_teachers_own_pictures(self, teacher_folder: Path) -> None:
         teacher, config = make_pipeline(), distillation(teacher_folder, guidance_scale=3.0)
-        batch, draws = make_draws(3, dropped=[1])
-        ends = draw_trajectories(teacher, config, batch.labels, draws).latents[-1]
+        batch = make_batch(3, dropped=[1])
+        ends = draw_trajectories(teacher, config, batch).latents[-1]
         common: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
-        guided = teacher([0, 2], guidance_scale=3.0, latents=draws.noise[[0, 2]], **common).images
-        free = teacher(None, latents=draws.noise[1:2], **common).images
+        guided = teacher([0, 2], guidance_scale=3.0, latents=batch.noise[[0, 2]], **common).images
+        free = teacher(None, latents=batch.noise[1:2], **common).images
         torch.testing.assert_close(ends[[0, 2]].clamp(-1, 1) / 2 + 0.5, guided, atol=1e-5, rtol=0)
         torch.testing.assert_close(ends[1:2].clamp(-1, 1) / 2 + 0.5, free, atol=1e-5, rtol=0)
 
@@ -228,7 +231,7 @@ class TestTeachers:
         pipeline.register_to_config(guidance_distilled=True)
         pipeline.save_pretrained(tmp_path)
         with pytest.raises(TeacherError, match="is itself a student"):
-            load_teacher(distillation(tmp_path), device=CPU)
+            loaded(tmp_path)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -243,39 +246,38 @@ class TestTeachers:
         ],
         ids=str,
     )
-    def test_what_a_teacher_cannot_teach(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    def test_what_a_teacher_cannot_teach(
+        self, tmp_path: Path, digits: ImageData, change: dict[str, Any], message: str
+    ) -> None:
         save_teacher(tmp_path, seed=0, conditional=False)
         config = DistillConfig(
             distillation=distillation(tmp_path, **change.get("distillation", {})),
-            sampling=FewStepConfig(**change.get("sampling", {})),
+            sampling=SamplerConfig(**change.get("sampling", {})),
             train=TrainConfig(best_metric=change.get("best_metric", "fid")),
         )
-        teacher = load_teacher(config.distillation, device=CPU)
+        teacher = load_teacher(config, Accelerator(cpu=True))
         with pytest.raises(TeacherError, match=message):
-            require_possible(config, teacher)
+            require_possible(config, teacher, digits)
 
     def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="cannot be loaded"):
-            load_teacher(distillation(tmp_path), device=CPU)
+        with pytest.raises(UserError, match="could not be loaded"):
+            loaded(tmp_path)
 
     def test_other_images(self, teacher_folder: Path, image_folder: Path, digits: ImageData) -> None:
-        teacher = load_teacher(distillation(teacher_folder), device=CPU)
-        with pytest.raises(TeacherError, match=r"the teacher draws images of \(1, 28, 28\).* has \(3, 16, 16\)"):
-            require_same_images(teacher, load_images(DataConfig(source=str(image_folder)), seed=0))
-        letters = dataclasses.replace(digits, class_names=tuple("abcdefghij"))
-        with pytest.raises(TeacherError, match=r"classes are 0, 1.* are a, b, c"):
-            require_same_images(teacher, letters)
-
-    def test_other_numbers_of_classes(self, teacher_folder: Path, digits: ImageData) -> None:
-        teacher = load_teacher(distillation(teacher_folder), device=CPU)
-        fewer = dataclasses.replace(digits, class_names=digits.class_names[:7])
-        with pytest.raises(TeacherError, match=r"the teacher knows 10 classes, but data.source='digits' has 7"):
-            require_same_images(teacher, fewer)
+        teacher, config = loaded(teacher_folder), student_config(teacher_folder, teacher_folder)
+        others = [
+            (load_images(DataConfig(source=str(image_folder)), seed=0), "16"),
+            (dataclasses.replace(digits, class_names=tuple("abcdefghij")), "a, b, c"),
+            (dataclasses.replace(digits, class_names=digits.class_names[:7]), "7"),
+        ]
+        for data, named in others:
+            with pytest.raises(UserError, match=named):
+                require_possible(config, teacher, data)
 
     def test_fingerprint_is_of_weights_and_noising_process(self, teacher_folder: Path) -> None:
-        teacher = load_teacher(distillation(teacher_folder), device=CPU)
+        teacher = loaded(teacher_folder)
         first = fingerprint(teacher)
-        assert fingerprint(load_teacher(distillation(teacher_folder), device=CPU)) == first
+        assert fingerprint(loaded(teacher_folder)) == first
         teacher.scheduler.register_to_config(prediction_type="epsilon")
         second = fingerprint(teacher)
         next(teacher.unet.parameters()).data.view(-1)[0] += 1
@@ -360,7 +362,7 @@ class TestRuns:
         assert student(3 if conditional else None, output_type="pt").images.isfinite().all()
 
     def test_the_student_comes_nearer_to_the_teachers_pictures(self, teacher_folder: Path, tmp_path: Path) -> None:
-        teacher = load_teacher(distillation(teacher_folder), device=CPU)
+        teacher = loaded(teacher_folder)
         config = student_config(teacher_folder, tmp_path / "run", max_steps=40, learning_rate=5e-3, ema_decay=0.9)
         student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
         for pipeline in (teacher, student):
@@ -415,7 +417,7 @@ class TestRuns:
 
     def test_other_samplers_of_a_student(self, teacher_folder: Path, tmp_path: Path) -> None:
         config = student_config(teacher_folder, tmp_path / "run", max_steps=1)
-        config = dataclasses.replace(config, sampling=FewStepConfig(scheduler="tcd", num_inference_steps=4, eta=0.3))
+        config = dataclasses.replace(config, sampling=SamplerConfig(scheduler="tcd", num_inference_steps=4, eta=0.3))
         student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
         assert type(student.scheduler) is TCDScheduler
         assert (student.config.num_inference_steps, student.config.eta) == (4, 0.3)

@@ -80,9 +80,8 @@ def test_printed_lines_work_as_they_stand(tmp_path: Path) -> None:
 def test_all_cores_are_used_though_a_launcher_sets_one_thread(tmp_path: Path) -> None:
     code = (
         "import torch\n"
-        "from mnist_diffusion.config import TrainConfig\n"
-        "from mnist_diffusion.launch import set_num_threads\n"
-        "set_num_threads(TrainConfig())\n"
+        "from mnist_diffusion.environment import set_num_threads\n"
+        "set_num_threads()\n"
         "print(torch.get_num_threads())"
     )
     script = tmp_path / "threads.py"
@@ -135,15 +134,16 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-class TestTwoProcesses:
-    CPU = {"ACCELERATE_USE_CPU": "true"}
+CPU = {"ACCELERATE_USE_CPU": "true"}
 
+
+class TestTwoProcesses:
     @pytest.mark.slow
     def test_same_samples_and_draws_as_one(self, tmp_path: Path) -> None:
         flags = [*SHORT, "--train.ema_decay", "0.9", "--train.max_steps", "5"]
         command(sys.executable, SCRIPT, *flags, "--output_dir", "one", cwd=tmp_path)
         launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", SCRIPT]
-        command(*launch, *flags, "--output_dir", "two", cwd=tmp_path, environment=self.CPU)
+        command(*launch, *flags, "--output_dir", "two", cwd=tmp_path, environment=CPU)
         one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
         assert [line["step"] for line in two] == [1, 2, 3, 4, 5]
         # Equal weights and equal samples and draws make equal losses, up to the rounding of two sums.
@@ -175,13 +175,13 @@ class TestTwoProcesses:
         script.write_text(
             "import os\n"
             "from mnist_diffusion.config import Config\n"
-            "from mnist_diffusion.launch import require_same, start_processes\n"
-            "start_processes(Config())\n"
-            "require_same('images', 'same')\n"
-            "require_same('images', os.environ['RANK'] * 64)\n"
+            "from mnist_diffusion.training.launch import launch\n"
+            "launched = launch(Config(), 'tiny')\n"
+            "launched.require_same('images', 'same')\n"
+            "launched.require_same('images', os.environ['RANK'] * 64)\n"
         )
         launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", str(script)]
-        result = command(*launch, cwd=tmp_path, environment=self.CPU, code=1)
+        result = command(*launch, cwd=tmp_path, environment=CPU, code=1)
         assert (
             "the processes read different images: fingerprints ['0000000000000000', '1111111111111111']"
             in result.stderr
@@ -189,7 +189,7 @@ class TestTwoProcesses:
 
     def test_batch_must_divide(self, tmp_path: Path) -> None:
         launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", SCRIPT]
-        result = command(*launch, *SHORT, "--data.batch_size", "15", cwd=tmp_path, environment=self.CPU, code=1)
+        result = command(*launch, *SHORT, "--data.batch_size", "15", cwd=tmp_path, environment=CPU, code=1)
         assert "data.batch_size=15 must be divisible by 2 processes" in result.stderr
 
 
@@ -288,7 +288,7 @@ def test_from_five_folders_of_pictures_to_pictures_of_five_classes(tmp_path: Pat
             pixels = np.clip(np.array(colour) + random.integers(-30, 30, (16, 16, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "my pictures" / name / f"no {index}.png")
     small = ["--model.block_out_channels", "[16,16]", "--model.norm_num_groups", "4", "--train.max_steps", "150"]
-    learn = ["--train.learning_rate", "0.01", "--train.ema_decay", "0.9", "--train.sample_every_steps", "1000"]
+    learn = ["--train.learning_rate", "0.01", "--train.ema_decay", "0.9", "--train.sample_every", "1000 steps"]
     flags = ["--data.source", "my pictures", *small, *learn, "--train.warmup_steps", "10", "--output_dir", "run"]
     printed = command(sys.executable, SCRIPT, *flags, cwd=tmp_path).stdout
     assert "5 (blue jays: 27, grass: 27, snow: 27, tar: 27, Äpfel: 27)" in printed
@@ -314,7 +314,7 @@ def test_a_folder_of_pictures_from_nothing(tmp_path: Path) -> None:
 def test_two_torchrun_nodes_on_loopback(tmp_path: Path) -> None:
     """Each sees its half of what one process sees, and both end with the same weights, to the bit."""
     worker = tmp_path / "worker.py"
-    worker.write_text("import sys\nfrom tests.test_survival import recording_batches\n")
+    worker.write_text("import sys\nfrom tests.training.test_survival import recording_batches\n")
     worker.write_text(worker.read_text() + "sys.exit(recording_batches(sys.argv[1:]))\n")
     environment = {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"}
     with socket.socket() as found:

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, mnist_folder: Path) -> Path:
     """A shortened default run, with a snapshot at a quarter of it."""
     folder = tmp_path_factory.mktemp("mnist") / "run"
     flags = ["--data.source", str(mnist_folder.resolve()), "--output_dir", str(folder), "--train.max_steps", "480"]
-    flags += ["--train.snapshot_every_steps", "120", "--train.sample_every_steps", "null"]
+    flags += ["--train.snapshot_every", "120 steps", "--train.sample_every", "null"]
     command(ACCELERATE, "launch", SCRIPT, *flags, cwd=folder.parent, timeout=900)
     return folder
 
@@ -44,7 +44,7 @@ def load(folder: Path) -> MNISTDiffusionPipeline:
     return pipeline
 
 
-def test_evaluate_says_that_digits_read_as_asked(run: Path, mnist_folder: Path, tmp_path: Path) -> None:
+def test_evaluate_finds_high_class_accuracy(run: Path, mnist_folder: Path, tmp_path: Path) -> None:
     data = ["--data.source", str(mnist_folder.resolve())]
     flags = ["--num_images", "500", "--scheduler", "ddim", "--num_inference_steps", "20", "--out", "report"]
     command(CONSOLE, "evaluate", str(run / "pipeline"), *data, *flags, "--write_card", cwd=tmp_path, timeout=900)

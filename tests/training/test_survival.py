@@ -258,10 +258,9 @@ class TestBadTimes:
     def test_a_process_that_raises_in_mid_save(self, nursery: Nursery, tmp_path: Path, rank: int) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"
         flags = [*FLAGS, "--train.max_steps", "50", "--output_dir", str(folder)]
-        started = time.monotonic()
-        codes = nursery.finish(flags, log=log, ranks=2, work=partial(raising_in_the_third_save, rank=rank), seconds=90)
+        # Waits no longer than a save may take; a hang would be a timeout.
+        codes = nursery.finish(flags, log=log, ranks=2, work=partial(raising_in_the_third_save, rank=rank), seconds=75)
         assert 0 not in codes
-        assert time.monotonic() - started < 75
         assert newest_step(folder) in (2, 3)
 
     @pytest.mark.parametrize("patience", [5, pytest.param(60, marks=pytest.mark.slow)])
@@ -350,10 +349,10 @@ def with_small_files(arguments: list[str]) -> int:
 def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
     """A run one of whose processes raises while the third checkpoint is written."""
     import train_cfg
-    from mnist_diffusion.training import trainer as module
+    from mnist_diffusion.training import loop as module
 
     training: Any = module
-    save, together, count = training.save_checkpoint, training.Processes.on_main, 0
+    save, on_main, count = training.save_checkpoint, training.Processes.on_main, 0
 
     def failing_save(*arguments: Any, **options: Any) -> Any:
         if count == 3 and rank == 0:
@@ -365,7 +364,7 @@ def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
         count += saving
         if saving and count == 3 and rank == 1 and os.environ["RANK"] == "1":
             raise RuntimeError("on purpose")
-        together(self, work, saving=saving)
+        on_main(self, work, saving=saving)
 
     training.save_checkpoint, training.Processes.on_main = failing_save, failing
     return train_cfg.main(arguments)
@@ -374,10 +373,10 @@ def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
 def killed_before_the_pipeline(arguments: list[str]) -> int:
     """A run killed after its last checkpoint, before it writes its pipeline."""
     import train_cfg
-    from mnist_diffusion.pictures import pipelines as module
+    from mnist_diffusion.training import trainer as module
 
-    product: Any = module
-    product.export_pipeline = lambda pipeline, folder, **more: os.kill(os.getpid(), signal.SIGKILL)
+    trainer: Any = module
+    trainer.export_pipeline = lambda pipeline, folder, **more: os.kill(os.getpid(), signal.SIGKILL)
     return train_cfg.main(arguments)
 
 
@@ -386,9 +385,9 @@ def hanging_in_the_third_save(arguments: list[str], *, patience: float) -> int:
     import train_cfg
     from mnist_diffusion.training import processes as module
 
-    together: Any = module
-    on_main, count = together.Processes.on_main, 0
-    together.SAVE_PATIENCE = timedelta(seconds=patience)
+    processes: Any = module
+    on_main, count = processes.Processes.on_main, 0
+    processes.SAVE_PATIENCE = timedelta(seconds=patience)
 
     def hanging(self: Any, work: Any, *, saving: bool = False) -> None:
         nonlocal count
@@ -397,7 +396,7 @@ def hanging_in_the_third_save(arguments: list[str], *, patience: float) -> int:
             time.sleep(3600)
         on_main(self, work, saving=saving)
 
-    together.Processes.on_main = hanging
+    processes.Processes.on_main = hanging
     return train_cfg.main(arguments)
 
 
@@ -406,20 +405,20 @@ def nan_at_step_six(arguments: list[str]) -> int:
     import train_cfg
     from mnist_diffusion.training import state as module
 
-    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
-    to_device = module.TrainState._to_device
+    last, now = int(os.environ.get("WORLD_SIZE", "1")) - 1, 0
+    update, make_batch = module.TrainState.update, module.TrainState._batch
 
-    def spoiled(self: Any, images: Any, labels: Any) -> Any:
-        batch = to_device(self, images, labels)
-        if self.now == 5 and int(os.environ.get("RANK", "0")) == last and self.unet.training:
+    def spoiled(self: Any, *parts: Any) -> Any:
+        batch = make_batch(self, *parts)
+        if now == 5 and int(os.environ.get("RANK", "0")) == last and self.unet.training:
             batch.images[0, 0, 0, 0] = float("nan")
         return batch
 
     def remembering(self: Any, step: int, learning_rate: float) -> Any:
-        self.now = step
+        nonlocal now
+        now = step
         return update(self, step, learning_rate)
 
-    update = module.TrainState.update
     module.TrainState.update = remembering  # type: ignore[method-assign]
-    module.TrainState._to_device = spoiled  # type: ignore[method-assign]
+    module.TrainState._batch = spoiled  # type: ignore[method-assign]
     return train_cfg.main(arguments)
