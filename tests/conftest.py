@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from huggingface_hub import constants
 from PIL import Image
 
@@ -24,6 +27,12 @@ from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from tests.support.hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[1]
+
+# Each worker keeps to one core, with the processes that it starts: threads that wait for each other end all speed.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    torch.set_num_threads(1)
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
 
@@ -80,16 +89,23 @@ def tiny_config(**train: object) -> Config:
     )
 
 
-def make_pipeline(
-    *, conditional: bool = True, channels: int = 1, seed: int = 0, **changes: object
-) -> MNISTDiffusionPipeline:
-    """An untrained pipeline of 10 classes and 8 x 8 pixels, whose conditional and null predictions differ."""
-    config = Config(**changes)  # type: ignore[arg-type]
+@lru_cache
+def untrained_network(conditional: bool, channels: int, seed: int) -> UNet2DModel:
+    """A network of 10 classes and 8 x 8 pixels, to be copied, whose conditional and null predictions differ."""
     model = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4, class_conditional=conditional)
     unet = build_unet(model, image_size=8, channels=channels, num_classes=10, seed=seed).eval()
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.mul_(1.2)
+    return unet
+
+
+def make_pipeline(
+    *, conditional: bool = True, channels: int = 1, seed: int = 0, **changes: object
+) -> MNISTDiffusionPipeline:
+    """An untrained pipeline around a copy of that network."""
+    config = Config(**changes)  # type: ignore[arg-type]
+    unet = copy.deepcopy(untrained_network(conditional, channels, seed))
     scheduler = build_noise_scheduler(config.diffusion)
     pipeline = build_pipeline(scheduler, config.sampling, tuple("abcdefghij"), unet)
     pipeline.set_progress_bar_config(disable=True)
