@@ -33,9 +33,9 @@ def run(arguments: RunArguments[Config]) -> int:
     unet = network.build_unet(config.model, **shape, seed=config.train.seed)
     # Its first weights: random, or those of another pipeline.
     if config.train.init_from is not None and not launched.resumes:
-        like = {"class_names": images.class_names, "prediction_type": config.diffusion.prediction_type}
-        start = partial(network.initialise, unet, config.train.init_from, **like)
-        launched.accelerator.print(launched.main_first(start))
+        predicts = config.diffusion.prediction_type
+        first = partial(network.initialise, class_names=images.class_names, prediction_type=predicts)
+        launched.accelerator.print(launched.main_first(partial(first, unet, config.train.init_from)))
     # The noising process: how an image becomes noise over the timesteps.
     scheduler = noise.build_noise_scheduler(config.diffusion)
     # What the network learns: to undo the noise, sometimes without being told the class, as guidance needs.

@@ -6,14 +6,14 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from mnist_diffusion.config import RECIPES, Config, DistillConfig, RunConfig, find_recipe, require_no_nulls
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.config import Config, DistillConfig, RunConfig
+from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.files import require_plain_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -47,7 +47,6 @@ def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_class
             add_attention=any(attends),
             attention_head_dim=config.attention_head_dim if any(attends) else None,
             norm_num_groups=config.norm_num_groups,
-            act_fn=config.act_fn,
             dropout=config.dropout,
             num_class_embeds=num_classes + 1 if config.class_conditional else None,
         )

@@ -212,8 +212,8 @@ class TrainingLoop:
     def _is_over(self, stop: StopRequest) -> tuple[int, bool]:
         """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
         minutes = self.config.train.time_limit_minutes
-        out_of_time = minutes is not None and self.seconds > 60 * minutes
-        signal_number, out_of_time = self.processes.largest(stop.number, int(out_of_time))
+        late = minutes is not None and self.seconds > 60 * minutes
+        signal_number, out_of_time = self.processes.largest(stop.number, int(late))
         return signal_number, bool(signal_number or out_of_time) or self.step == self.last_step
 
     def _due(self, *, over: bool, interrupted: bool) -> set[str]:
