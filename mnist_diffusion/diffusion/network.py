@@ -9,17 +9,18 @@ import torch
 from diffusers import UNet2DModel
 
 from mnist_diffusion.config import ModelConfig
+from mnist_diffusion.diffusion.pipeline import class_names as pipeline_class_names
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.seeds import mixed_seed
 
 CLASS_EMBEDDING = "class_embedding.weight"
 FREE = ("sample_size", "num_class_embeds", "dropout")
-"""What networks may differ in that share their weights."""
+"""Values in which networks that share their weights may differ."""
 
 
 def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_classes: int, seed: int = 0) -> UNet2DModel:
-    """A `UNet2DModel` for images `[B, channels, image_size, image_size]`, its weights a function of `seed`.
+    """Build a `UNet2DModel` for images `[B, channels, image_size, image_size]`, its weights a function of `seed`.
 
     With class conditioning it has `num_classes + 1` class embeddings; the last one is the null class.
 
@@ -52,18 +53,16 @@ def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_class
         )
 
 
-def initialise(
-    unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], prediction_type: str | None = None
-) -> str:
-    """Give `unet` the weights of a pipeline, in place; what was done, in words.
+def initialise(unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], prediction_type: str) -> str:
+    """Give `unet` the weights of a pipeline, in place, and say what was done.
 
-    Class embeddings start anew where the pipeline knows other classes, or none.
+    Class embeddings start afresh if the pipeline has other classes, or none.
 
     Args:
         unet: the network.
         source: a pipeline folder, or a Hub id.
-        class_names: what `unet` is to draw.
-        prediction_type: what `unet` is to predict; None for none of what a diffusion model does.
+        class_names: the classes that `unet` is to draw.
+        prediction_type: what `unet` is to predict.
 
     Raises:
         UserError: there is no such pipeline.
@@ -75,20 +74,18 @@ def initialise(
         f"{name} is {theirs[name]!r} there, {value!r} here" for name, value in ours.items() if theirs[name] != value
     ]
     predicts = pipeline.scheduler.config.prediction_type
-    if prediction_type is not None and predicts != prediction_type:
+    if predicts != prediction_type:
         different.append(f"it predicts {predicts!r}, and diffusion.prediction_type is {prediction_type!r}")
     if different:
         raise ConfigError(f"train.init_from={source!r} has another kind of network: {'; '.join(different)}")
     before, now = pipeline.unet.state_dict(), unet.state_dict()
-    names = pipeline.config.id2label or {}
-    known = tuple(names.get(str(label), str(label)) for label in range(pipeline.num_classes or 0))
-    anew = CLASS_EMBEDDING in now and known != class_names
-    unet.load_state_dict({name: now[name] if name == CLASS_EMBEDDING and anew else before[name] for name in now})
-    text = "; the class embeddings start anew, because the classes are others" if anew else ""
+    fresh = CLASS_EMBEDDING in now and pipeline_class_names(pipeline) != class_names
+    unet.load_state_dict({name: now[name] if name == CLASS_EMBEDDING and fresh else before[name] for name in now})
+    text = "; the class embeddings start afresh, because the classes are others" if fresh else ""
     return f"weights      of {source}{text}"
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What weights mean to a network: its configuration as read from a file, without what may differ."""
+    """A network's configuration as read from a file, without the values that may differ."""
     kept = {name: value for name, value in config.items() if not name.startswith("_") and name not in FREE}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}

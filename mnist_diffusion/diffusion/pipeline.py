@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,18 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from mnist_diffusion.config import SamplingConfig
+from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.environment import DEFAULT_DEVICE
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.sharing.errors import HubError, hub_errors
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
-MakePipeline = Callable[[UNet2DModel], MNISTDiffusionPipeline]
-
 
 def build_pipeline(
     noise_scheduler: DDPMScheduler,
     config: SamplingConfig,
-    class_names: tuple[str, ...],
+    names: tuple[str, ...],
     unet: UNet2DModel,
     *,
     guidance_distilled: bool = False,
@@ -37,12 +36,44 @@ def build_pipeline(
     return MNISTDiffusionPipeline(
         unet,
         build_sampler(config.scheduler, noise_scheduler.config),
-        id2label={str(index): name for index, name in enumerate(class_names)} if conditional else None,
+        id2label={str(index): name for index, name in enumerate(names)} if conditional else None,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         eta=config.eta,
         guidance_distilled=guidance_distilled,
     )
+
+
+def class_names(pipeline: MNISTDiffusionPipeline) -> tuple[str, ...]:
+    """The names of a pipeline's classes, in their order; a class without a name is called by its number."""
+    names = pipeline.config.id2label or {}
+    return tuple(names.get(str(label), str(label)) for label in range(pipeline.num_classes or 0))
+
+
+def require_fit(pipeline: MNISTDiffusionPipeline, data: ImageData) -> None:
+    """Make sure that a pipeline draws images of the shape and the classes of the data.
+
+    Raises:
+        UserError: it does not.
+    """
+    shape = (data.channels, data.image_size, data.image_size)
+    if shape != pipeline.image_shape:
+        raise UserError(
+            f"the pipeline draws images of {pipeline.image_shape} (C, H, W), but data.source={data.source_id!r} has "
+            f"{shape}; set data.source, data.image_size and data.channels to what it was trained on"
+        )
+    if pipeline.num_classes is None:
+        return
+    if pipeline.num_classes != data.num_classes:
+        raise UserError(
+            f"the pipeline has {pipeline.num_classes} classes, but data.source={data.source_id!r} has "
+            f"{data.num_classes}; set data.source to what it was trained on"
+        )
+    if pipeline.config.id2label and class_names(pipeline) != data.class_names:
+        raise UserError(
+            f"the pipeline's classes are {', '.join(class_names(pipeline)[:12])}, but those of "
+            f"data.source={data.source_id!r} are {', '.join(data.class_names[:12])}, in this order"
+        )
 
 
 def generate_batches(
@@ -57,8 +88,8 @@ def generate_batches(
 
     Args:
         pipeline: draws them.
-        class_labels: one label a seed, or None to draw unconditionally.
-        seeds: one seed an image.
+        class_labels: one label per seed, or None to draw unconditionally.
+        seeds: one seed per image.
         batch_size: images drawn together.
         call_arguments: further arguments of the pipeline's call.
 
@@ -71,11 +102,10 @@ def generate_batches(
         part = slice(start, start + batch_size)
         # Generators on the CPU make the noise independent of the device that denoises it.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        asked: dict[str, Any] = (
-            {"class_labels": list(class_labels[part])}
-            if class_labels is not None
-            else {"num_images_per_label": len(generators)}
-        )
+        if class_labels is None:
+            asked: dict[str, Any] = {"num_images_per_label": len(generators)}
+        else:
+            asked = {"class_labels": list(class_labels[part])}
         yield pipeline(**asked, generator=generators, output_type="pt", **call_arguments).images.cpu()
 
 
@@ -86,27 +116,23 @@ def generate(
     return torch.cat(list(generate_batches(pipeline, class_labels, seeds, **arguments)))
 
 
-def repository(source: str) -> tuple[str, dict[str, str]]:
-    """A folder, or a Hub id and the revision behind its `@` as an argument, where there is one."""
-    repo_id, _, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
-    return repo_id, {"revision": revision} if revision else {}
-
-
-def load_pipeline(source: str, *, device: str | None, dtype: str) -> MNISTDiffusionPipeline:
+def load_pipeline(source: str, *, device: str | None, dtype: str = "float32") -> MNISTDiffusionPipeline:
     """Load a pipeline folder or Hub repository (`user/name`, `user/name@revision`), running no code from it.
 
     Raises:
-        UserError: it cannot be loaded, or there is no such device.
+        UserError: it could not be loaded, or there is no such device.
     """
     logging.disable_progress_bar()
-    repo_id, where = repository(source)
+    repo_id, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+    failed = f"pipeline {source!r} could not be loaded"
     try:
-        with hub_errors(repo_id, f"pipeline {source!r} cannot be loaded: there is no such folder, and on the Hub"):
+        with hub_errors(repo_id, f"{failed}: there is no such folder, and on the Hub"):
+            where = {"revision": revision} if revision else {}
             pipeline = MNISTDiffusionPipeline.from_pretrained(repo_id, dtype=getattr(torch, dtype), **where)
         pipeline.to(device or DEFAULT_DEVICE)
     except HubError:
         raise
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"pipeline {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{failed}: {str(error).strip().splitlines()[0]}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,74 +1,66 @@
-"""Samplers by name, and batched generation with one seed an image."""
+"""Make samplers: by a short name, or by the name of a diffusers scheduler class."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 
-from mnist_diffusion.config import SchedulerName
+from mnist_diffusion.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Sampler:
-    """A diffusers scheduler class and the arguments that make it this sampler.
-
-    With `alone` the class warns of the other samplers' arguments, which it is therefore not given.
-    """
-
-    scheduler: str
-    arguments: Mapping[str, Any]
-    alone: bool = False
-
-
-OF_THE_LONE = ("original_inference_steps", "timestep_scaling")
-"""Arguments of LCM and TCD that the others warn of."""
 MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
 
-SAMPLERS: Mapping[SchedulerName, Sampler] = {
-    "ddpm": Sampler("DDPMScheduler", {"variance_type": "fixed_small"}),
-    "ddim": Sampler("DDIMScheduler", {}),
-    "dpmpp": Sampler("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "dpmsolver++"}),
-    "dpmpp-sde": Sampler("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "sde-dpmsolver++"}),
-    "unipc": Sampler("UniPCMultistepScheduler", {**MULTISTEP, "solver_type": "bh2"}),
-    "deis": Sampler("DEISMultistepScheduler", {**MULTISTEP, "algorithm_type": "deis", "solver_type": "logrho"}),
-    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": Sampler("EulerDiscreteScheduler", {}),
-    "euler-a": Sampler("EulerAncestralDiscreteScheduler", {}),
-    "heun": Sampler("HeunDiscreteScheduler", {}),
-    "kdpm2": Sampler("KDPM2DiscreteScheduler", {}),
-    "lcm": Sampler("LCMScheduler", {}, alone=True),
-    "tcd": Sampler("TCDScheduler", {}, alone=True),
+SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small"}),
+    "ddim": ("DDIMScheduler", {}),
+    "dpmpp": ("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "dpmsolver++"}),
+    "dpmpp-sde": ("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {**MULTISTEP, "solver_type": "bh2"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
 }
+"""The diffusers class of each short name, and the arguments that make it this sampler."""
+ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "DEISMultistepScheduler": {**MULTISTEP, "algorithm_type": "deis", "solver_type": "logrho"},
+    "PNDMScheduler": {"skip_prk_steps": True},
+}
+"""The arguments of classes without a short name, where another sampler's would not do."""
+CONSISTENCY_ARGUMENTS = ("original_inference_steps", "timestep_scaling")
+"""Arguments of LCM and TCD, of which the other classes warn, as these two do of the arguments of others."""
 
 
-def build_sampler(name: SchedulerName, config: Mapping[str, Any]) -> Any:
-    """A fresh scheduler for sampling.
+def build_sampler(name: str, config: Mapping[str, Any]) -> Any:
+    """Make a fresh scheduler for sampling.
 
     Args:
-        name: a key of `SAMPLERS`.
+        name: a short name, or the name of a diffusers scheduler class.
         config: configuration of the training scheduler, or of any sampler made from it.
 
     Raises:
-        ValueError: there is no such sampler.
+        ConfigError: there is no such sampler, or it could not be made.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"scheduler must be one of {', '.join(SAMPLERS)}, got {name!r}")
-    sampler = SAMPLERS[name]
-    made = getattr(diffusers, sampler.scheduler)
-    known = inspect.signature(made.__init__).parameters
-    config = {key: value for key, value in config.items() if key in known or not (sampler.alone or key in OF_THE_LONE)}
-    return made.from_config(config, **sampler.arguments)
+    class_name, arguments = SAMPLERS.get(name) or (name, ARGUMENTS.get(name, {}))
+    made: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if not (isinstance(made, type) and issubclass(made, diffusers.SchedulerMixin)):
+        raise ConfigError(
+            f"scheduler must be one of {', '.join(SAMPLERS)}, or a scheduler class of diffusers, got {name!r}"
+        )
+    known = inspect.signature(made).parameters
+    alone = "original_inference_steps" in known
+    kept = {key: value for key, value in config.items() if key in known or not (alone or key in CONSISTENCY_ARGUMENTS)}
+    try:
+        return made.from_config(kept, **arguments)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(f"scheduler={name!r} could not be made from this noising process: {error}") from error
 
 
 def sampler_name(scheduler: Any) -> str:
-    """The short name of a scheduler, or its class name where it is none of `SAMPLERS`."""
-    for name, sampler in SAMPLERS.items():
-        arguments = {**sampler.arguments, "scheduler": sampler.scheduler}
-        asked = {**{key: scheduler.config.get(key) for key in sampler.arguments}, "scheduler": type(scheduler).__name__}
-        if asked == arguments:
+    """The short name of a scheduler, or its class name if it has none."""
+    for name, (class_name, arguments) in SAMPLERS.items():
+        same = all(scheduler.config.get(key) == value for key, value in arguments.items())
+        if type(scheduler).__name__ == class_name and same:
             return name
     return type(scheduler).__name__

@@ -201,7 +201,7 @@ class TestStudentsScheduler:
         torch.testing.assert_close(scheduler.alphas_cumprod, teacher.scheduler.alphas_cumprod)
 
     @pytest.mark.parametrize("steps", [20, 75, 101, 1000])
-    @pytest.mark.parametrize("name", ["lcm", "tcd"])
+    @pytest.mark.parametrize("name", ["lcm", "TCDScheduler"])
     def test_consistency_samplers_start_at_the_noisiest_timestep(self, name: Any, steps: int) -> None:
         teacher = make_pipeline(diffusion=DiffusionConfig(num_train_timesteps=steps))
         scheduler = build_sampler(name, student_scheduler(teacher).config)
@@ -215,7 +215,7 @@ class TestStudentsScheduler:
         self, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
-        name = {LCMScheduler: "lcm", TCDScheduler: "tcd"}[kind]
+        name = {LCMScheduler: "lcm", TCDScheduler: "TCDScheduler"}[kind]
         with caplog.at_level(logging.WARNING):
             scheduler = build_sampler(name, student_scheduler(make_pipeline()).config)  # type: ignore[arg-type]
             scheduler.save_pretrained(tmp_path)
@@ -417,7 +417,7 @@ class TestRuns:
 
     def test_other_samplers_of_a_student(self, teacher_folder: Path, tmp_path: Path) -> None:
         config = student_config(teacher_folder, tmp_path / "run", max_steps=1)
-        config = dataclasses.replace(config, sampling=SamplerConfig(scheduler="tcd", num_inference_steps=4, eta=0.3))
+        config = dataclasses.replace(config, sampling=SamplerConfig(scheduler="TCDScheduler", num_inference_steps=4, eta=0.3))
         student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
         assert type(student.scheduler) is TCDScheduler
         assert (student.config.num_inference_steps, student.config.eta) == (4, 0.3)
