@@ -23,7 +23,6 @@ from mnist_diffusion.checks import (
 from mnist_diffusion.errors import ConfigError
 
 TrajectorySampler = Literal["dpmpp", "unipc", "ddim"]
-SchedulerName = str
 TrackerName = Literal["tensorboard", "wandb"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 

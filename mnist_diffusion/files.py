@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from PIL import Image
@@ -74,21 +74,27 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, nothing between."""
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a new file, and put it in place of the one that may be there.
+
+    A reader sees the old content or the new, nothing between.
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as [`replace_file`] does."""
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
 def replace_picture(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Write a picture so that a reader sees the old one or the new, nothing between."""
-    temporary = path.with_name(f".{path.name}.partial")
-    picture.save(temporary, format=path.suffix.removeprefix(".").upper(), **options)
-    temporary.replace(path)
+    """Write a picture as [`replace_file`] does, in the format of its suffix."""
+    replace_file(path, lambda file: picture.save(file, path.suffix.removeprefix("."), **options))
 
 
 PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")

@@ -20,6 +20,7 @@ from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.pipeline import build_pipeline
+from mnist_diffusion.diffusion.samplers import SAMPLERS
 from mnist_diffusion.run_folder.checkpoint import save_checkpoint
 from mnist_diffusion.sharing.card import ANYWHERE
 from mnist_diffusion.sharing.export import export_pipeline
@@ -33,6 +34,11 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     torch.set_num_threads(1)
+ALL_SAMPLERS = [
+    *SAMPLERS,
+    *("DEISMultistepScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    "TCDScheduler",
+]
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
 

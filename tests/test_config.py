@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mnist_diffusion.cli.options import parse_distill_arguments, parse_train_arguments
+from mnist_diffusion.checks import parse_interval
+from mnist_diffusion.cli.options import RECIPES, find_recipe, parse_distill_arguments, parse_train_arguments
 from mnist_diffusion.config import (
-    RECIPES,
     Config,
     DataConfig,
     DiffusionConfig,
@@ -18,7 +18,6 @@ from mnist_diffusion.config import (
     ModelConfig,
     SamplingConfig,
     TrainConfig,
-    find_recipe,
 )
 from mnist_diffusion.errors import ConfigError
 
@@ -36,7 +35,12 @@ BAD_FLAGS = [
     (["--model.block_out_channels", "[20]"], "model.norm_num_groups=8 must divide every width"),
     (["--model.attention_levels", "[3]"], "model.attention_levels must be distinct levels from 0 to 2, got [3]"),
     (["--model.dropout", "1.0"], "model.dropout must be between 0 and 0.95, got 1.0"),
-    (["--model.act_fn", "swoosh"], "model.act_fn"),
+    (["--diffusion.min_snr_gamma", "0"], "diffusion.min_snr_gamma must be a positive number, got 0"),
+    (["--train.checkpoint_every", "often"], "train.checkpoint_every must be null, or so many steps or epochs"),
+    (["--train.sample_every", "0 steps"], "train.sample_every must be null, or so many steps or epochs"),
+    (["--train.snapshot_every", "0.5 steps"], "train.snapshot_every must be null, or so many steps or epochs"),
+    (["--train.evaluate_every", "-1 epochs"], "train.evaluate_every"),
+    (["--hub.push", "true", "--hub.every_snapshot", "true"], "hub.every_snapshot=true needs train.snapshot_every"),
     (["--diffusion.beta_schedule", "steep"], "diffusion.beta_schedule"),
     (["--diffusion.beta_start", "0.5"], "diffusion.beta_start=0.5 must not exceed diffusion.beta_end=0.02"),
     (["--diffusion.trained_betas", "[0.1]"], "diffusion.trained_betas must be num_train_timesteps=1000 values"),
@@ -157,7 +161,7 @@ def test_yaml_keeps_every_kind_of_value(tmp_path: Path) -> None:
         data=DataConfig(source="a b/é", channels=3),
         model=ModelConfig(attention_levels=(1, 2)),
         diffusion=DiffusionConfig(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
-        sampling=SamplingConfig(num_inference_steps=2, scheduler="euler-a"),
+        sampling=SamplingConfig(num_inference_steps=2, scheduler="EulerAncestralDiscreteScheduler"),
         train=TrainConfig(
             trackers=("tensorboard", "wandb"), max_epochs=0.5, mixed_precision="bf16", learning_rate=1e-5
         ),
@@ -178,3 +182,20 @@ def test_config_error_is_a_value_error() -> None:
         TrainConfig(weight_decay=math.inf)
     with pytest.raises(ConfigError):
         ModelConfig(block_out_channels=(-8,))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("500 steps", (500, "steps")),
+        ("1 step", (1, "steps")),
+        ("0.5 epochs", (0.5, "epochs")),
+        ("2epoch", (2, "epochs")),
+    ],
+)
+def test_intervals(text: str, expected: tuple[float, str]) -> None:
+    assert parse_interval(text, "train.sample_every") == expected
+
+
+def test_sections_are_written_in_the_order_of_a_run() -> None:
+    assert list(Config().to_dict()) == ["data", "model", "diffusion", "sampling", "train", "hub", "output_dir"]

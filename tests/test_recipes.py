@@ -1,4 +1,4 @@
-"""Every recipe that ships: a few real steps, a save, a load, and an image or a denoised one."""
+"""Every recipe that ships: a few real steps, a save, a load, and an image."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline
 
 import train_cfg
-from mnist_diffusion.cli.options import parse_train_arguments
-from mnist_diffusion.config import RECIPES, find_recipe
+from mnist_diffusion.cli.options import RECIPES, find_recipe, parse_train_arguments
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.run_folder.metrics import read_metrics
@@ -21,7 +19,7 @@ SHORT = [
     *("--data.source", "digits", "--data.batch_size", "4", "--train.max_epochs", "null", "--train.max_minutes", "null"),
     *("--train.max_steps", "3", "--train.log_every_steps", "1", "--train.num_eval_images", "8"),
     *("--train.samples_per_class", "1", "--train.pictures", "false"),
-    *("--train.evaluate_every_epochs", "null"),
+    *("--train.evaluate_every", "null"),
 ]
 NARROWER = {
     "ddpm_1000": "[32,256,32,256]",
@@ -40,7 +38,7 @@ def fresh_accelerate_state() -> None:
 
 def test_the_known_systems_are_here() -> None:
     assert set(NAMES) == {
-        *("compact_500", "ddpm_1000", "ddpm_1000_unconditional", "ddpm_200", "default", "denoiser", "guided_300"),
+        *("compact_500", "ddpm_1000", "ddpm_1000_unconditional", "ddpm_200", "default", "guided_300"),
         *("quality", "rgb32_attention", "tiny"),
     }
 
@@ -48,17 +46,13 @@ def test_the_known_systems_are_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_short_run(name: str, tmp_path: Path) -> None:
     narrower = ["--model.block_out_channels", NARROWER[name]] if name in NARROWER else []
-    narrower += ["--sampling.num_inference_steps", "2"] if name != "denoiser" else []
+    narrower += ["--sampling.num_inference_steps", "2"]
     folder = tmp_path / "run"
     assert train_cfg.main(["--config", name, *SHORT, *narrower, "--output_dir", str(folder)]) == 0
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["loss"] > 0 for line in lines)
     assert (folder / "checkpoints" / "step-3" / "manifest.json").is_file()
-    if name == "denoiser":
-        unet = UNet2DModel.from_pretrained(folder / "denoiser", use_safetensors=True)
-        assert unet(torch.rand(2, 1, 28, 28), 0).sample.shape == (2, 1, 28, 28)
-        return
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline", trust_remote_code=True)
     config = parse_train_arguments(["--config", name]).config
     labels = [3] if config.model.class_conditional else None
@@ -112,14 +106,8 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(evaluator, "STEPS", 20)
     folder = tmp_path / "run"
     small = ["--model.block_out_channels", "[8,8]", "--model.norm_num_groups", "4", "--model.attention_levels", "[]"]
-    measure = ["--train.evaluate_every_epochs", "0.002", "--train.num_evaluation_images", "50"]
+    measure = ["--train.evaluate_every", "0.002 epochs", "--train.num_evaluation_images", "50"]
     assert train_cfg.main(["--config", "ddpm_1000", *SHORT, *small, *measure, "--output_dir", str(folder)]) == 0
     assert (folder / "pipeline_best" / "model_index.json").is_file()
     assert (folder / "pipeline" / "model_index.json").is_file()
     assert any("fid" in line for line in read_metrics(folder / "metrics.jsonl"))
-
-
-def test_a_denoisers_diffusion_cannot_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_train_arguments(["--config", "denoiser", "--sampling.num_inference_steps", "2"])
-    assert "sampling must be left alone with a denoiser" in capsys.readouterr().err

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import docstring_parser
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mnist_diffusion.config import Config, DistillConfig, RunConfig
 from mnist_diffusion.errors import ConfigError, UserError
@@ -21,11 +22,12 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 RECIPES = Path(__file__).parents[1] / "configs"
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+Schema = TypeVar("Schema")
 
 
 @dataclass(frozen=True)
 class RunArguments(Generic[AnyConfig]):
-    """What a command that starts a run was asked for."""
+    """A run that was asked for on the command line: its configuration, and the name of its recipe."""
 
     config: AnyConfig
     recipe: str
@@ -35,7 +37,7 @@ class RunArguments(Generic[AnyConfig]):
 def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> RunArguments[Config]:
     """Read a training run's configuration from the command line.
 
-    Exits with status 2 and a message that names field and value where something is wrong.
+    Exits with status 2 and a message that names option and value if something is wrong.
     """
     parser = ArgumentParser(
         prog=prog,
@@ -49,7 +51,7 @@ def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "tra
 def parse_distill_arguments(argv: Sequence[str], *, prog: str) -> RunArguments[DistillConfig]:
     """Read a distillation's configuration from the command line.
 
-    Exits with status 2 and a message that names field and value where something is wrong.
+    Exits with status 2 and a message that names option and value if something is wrong.
     """
     parser = ArgumentParser(
         prog=prog,
@@ -83,32 +85,63 @@ def _parse_run(
         for file in files:
             require_plain_yaml(file)
         values = parser.parse_args([*(item for file in files for item in ("--config", str(file))), *flags])
-        require_no_nulls(schema, values)
-        built = parser.instantiate_classes(values)
+        _require_no_nulls(schema, values)
+        built = parser.instantiate(values)
         config = schema(**{field.name: built[field.name] for field in fields(schema)})
     except UserError as error:
         parser.error(str(error))
-    return RunArguments(config, _recipe_name(files[-1]) if files else "default", values.dry_run)
-
-
-def _recipe_name(file: Path) -> str:
-    """The name for run folders: the file's, or its folder's for a run's own `config.yaml`."""
-    return file.resolve().parent.name if file.stem == "config" else file.stem
+    # A run's own `config.yaml` is named by its folder.
+    recipe = "default" if not files else files[-1].stem
+    return RunArguments(config, files[-1].resolve().parent.name if recipe == "config" else recipe, values.dry_run)
 
 
 def add_switch(parser: ArgumentParser, name: str, text: str) -> None:
-    """An option that stands alone for true, and also takes true or false."""
+    """Add an option that stands alone for true, and also takes true or false."""
     parser.add_argument(name, type=bool, default=False, nargs="?", const=True, help=text)
 
 
+def add_options(parser: ArgumentParser, schema: type, *, skip: Collection[str] = ()) -> None:
+    """Add an option for each field of a dataclass, with the field's docstring as help; a tuple takes several values."""
+    texts = {each.arg_name: each.description for each in docstring_parser.parse_from_object(schema).params}
+    hints = get_type_hints(schema)
+    for each in fields(schema):
+        name, hint = each.name, hints[each.name]
+        if name in skip:
+            continue
+        if is_dataclass(hint):
+            parser.add_class_arguments(hint, name)
+        elif hint is bool:
+            add_switch(parser, f"--{name}", texts[name] or "")
+        elif get_origin(hint) is tuple:
+            parser.add_argument(f"--{name}", type=get_args(hint)[0], nargs="+", default=[], help=texts[name])
+        else:
+            parser.add_argument(f"--{name}", type=hint, default=each.default, help=texts[name])
+
+
+def from_options(schema: type[Schema], values: Namespace, **given: Any) -> Schema:
+    """The dataclass that the parsed options of [`add_options`] stand for; `given` are the fields without an option.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+    hints = get_type_hints(schema)
+    for each in fields(schema):  # type: ignore[arg-type]
+        if each.name in values and each.name not in given:
+            value, hint = values[each.name], hints[each.name]
+            if is_dataclass(hint):
+                value = hint(**value.as_dict())  # type: ignore[operator]
+            given[each.name] = tuple(value) if isinstance(value, list) else value
+    return schema(**given)
+
+
 def refuse_tokens(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Leave before an error message could repeat a token."""
+    """Exit before an error message could repeat a token."""
     if any(argument.startswith("-") and argument.partition("=")[0].endswith("token") for argument in argv):
         parser.error("a token is never an argument, which others can see; log in with `hf auth login`, or set HF_TOKEN")
 
 
 def reporting_errors(command: Callable[[], int]) -> int:
-    """Run a command; what the user can put right is a message and exit code 2, not a traceback."""
+    """Run a command; an error that the user can put right is a message and exit code 2, not a traceback."""
     try:
         return command()
     except UserError as error:
@@ -120,8 +153,8 @@ def reporting_errors(command: Callable[[], int]) -> int:
     return 2
 
 
-def require_no_nulls(schema: Any, values: Any, prefix: str = "") -> None:
-    """Make sure that only fields of a schema that may be null are, which the parser does not look at.
+def _require_no_nulls(schema: Any, values: Any, prefix: str = "") -> None:
+    """Make sure that only fields that may be null are null, which the parser does not check.
 
     Raises:
         ConfigError: another one is.
@@ -132,11 +165,11 @@ def require_no_nulls(schema: Any, values: Any, prefix: str = "") -> None:
         if value is None and type(None) not in get_args(hint):
             raise ConfigError(f"{prefix}{each.name} must not be null")
         if is_dataclass(hint):
-            require_no_nulls(hint, value, f"{prefix}{each.name}.")
+            _require_no_nulls(hint, value, f"{prefix}{each.name}.")
 
 
 def find_recipe(name_or_path: str, recipes: Path = RECIPES) -> Path:
-    """The YAML file of a recipe: a path, or the name of one in `recipes` that ships with the package.
+    """The YAML file of a recipe: a path, or the name of a recipe in the folder `recipes`.
 
     Raises:
         ConfigError: there is no such file or recipe; the message lists the recipes.

@@ -1,4 +1,4 @@
-"""`mnist-diffusion train_evaluator`: train the classifier that evaluations read images with."""
+"""`mnist-diffusion train_evaluator`: train the classifier that evaluations classify images with."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
-from mnist_diffusion.config import DataConfig
+from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Train the classifier that evaluations read images with, and save it."""
+    """Train the classifier, and save it."""
     parser = ArgumentParser(
         prog=prog, description="Train the classifier that evaluations use, on the training split of labelled images."
     )
-    parser.add_class_arguments(DataConfig, "data", skip={"batch_size", "augment"})
+    parser.add_class_arguments(ImagesConfig, "data")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of weights, order and augmentation")
     parser.add_argument(
-        "--split_seed", type=NonNegativeInt, default=0, help="the run's train.seed, where data.source has no test split"
+        "--split_seed", type=NonNegativeInt, default=0, help="the run's train.seed, if data.source has no test split"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write to; it must not be there")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to; it must not exist")
     values = parser.parse_args(list(argv))
     if values.out.exists():
-        raise UserError(f"--out {values.out} is there already")
+        raise UserError(f"--out {values.out} exists already")
     from mnist_diffusion.data.dataset import load_images
     from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.evaluation import evaluator
 
     set_num_threads()
-    data = load_images(DataConfig(**values.data.as_dict()), seed=values.split_seed)
+    data = load_images(ImagesConfig(**values.data.as_dict()), seed=values.split_seed)
     print(data.describe())
     model = evaluator.train_evaluator(data, steps=evaluator.STEPS, seed=values.seed)
     evaluator.save_evaluator(model, values.out)
-    print(f"{evaluator.accuracy(model, data.test):.2%} of {len(data.test)} held-out images read right; in {values.out}")
+    share = evaluator.accuracy(model, data.test)
+    print(f"{share:.2%} of {len(data.test)} held-out images classified correctly; in {values.out}")
     return 0

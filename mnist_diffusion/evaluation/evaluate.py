@@ -1,11 +1,11 @@
-"""What `mnist-diffusion evaluate` does: images in, a report out."""
+"""Measure pipelines, or the images of any program: images in, a report out."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from mnist_diffusion.config import DataConfig, SchedulerName
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, package_versions
@@ -23,38 +22,19 @@ from mnist_diffusion.evaluation.external import read_sample
 from mnist_diffusion.evaluation.generated import ImageGenerator, Sample
 from mnist_diffusion.evaluation.inception import ImageNetDistance
 from mnist_diffusion.evaluation.protocol import Reference
-from mnist_diffusion.evaluation.report import misread_grid, nearest_grid, sample_grid, write_report
+from mnist_diffusion.evaluation.report import misclassified_grid, nearest_grid, sample_grid, write_report
+from mnist_diffusion.requests import EvaluationRequest
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
 NUM_IMAGES = 10_000
 TRUSTED_ACCURACY = 0.9
+MONITORED = ("accuracy", "fid", "fid_ratio", "precision", "recall")
+
+Draws = list[tuple[dict[str, Any], Callable[[], Sample]]]
+"""Descriptions of sets of images, each with a function that gets the images."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to evaluate, and how; None and empty tuples stand for the pipeline's own."""
-
-    sources: tuple[str, ...]
-    """Pipeline folders or Hub ids; or a single folder of images."""
-    data: DataConfig
-    names: tuple[str, ...] = ()
-    """What to call the sources, where there are several; they themselves where left out."""
-    num_images: int | None = None
-    scheduler: tuple[SchedulerName, ...] = ()
-    num_inference_steps: tuple[int, ...] = ()
-    guidance_scale: tuple[float, ...] = ()
-    seed: int = 0
-    split_seed: int = 0
-    batch_size: int = 128
-    device: str | None = None
-    dtype: str = "float32"
-    evaluator: Path | None = None
-    train_on_synthetic: bool = False
-    imagenet_fid: bool = False
-    out: Path
-
-
-def run(request: Request) -> dict[str, Any]:
+def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     """Measure images and write the report.
 
     Returns:
@@ -68,17 +48,32 @@ def run(request: Request) -> dict[str, Any]:
     imagenet = ImageNetDistance(device) if request.imagenet_fid else None
     data = load_images(request.data, seed=request.split_seed).in_memory()
     print(data.banner, end="")
-    samples = _samples(request, data)
+    draws = _draws(request, data)
     evaluator = evaluator_for(data) if request.evaluator is None else load_evaluator(request.evaluator, data)
-    reference = Reference(data, evaluator.model, seed=request.seed)
-    reads = accuracy(evaluator.model, data.test)
-    if reads < TRUSTED_ACCURACY:
-        print(f"warning: the evaluator reads {reads:.1%} of the held-out images right: its figures say little")
+    reference, reached = Reference(data, evaluator.model, seed=request.seed), accuracy(evaluator.model, data.test)
+    if reached < TRUSTED_ACCURACY:
+        print(f"warning: the evaluator classifies {reached:.1%} of the held-out images correctly: figures say little")
     if imagenet is not None:
         imagenet.set_reference(data.train.tensor)
-    results: list[dict[str, Any]] = []
-    pictures: dict[str, list[Any]] = {"samples": [], "misread": [], "nearest": []}
-    for about, draw in tqdm(samples, desc="evaluating", unit="result", disable=len(samples) < 2):
+    report = {
+        "source": ", ".join(request.names or request.sources),
+        "data": {
+            "source": data.source,
+            "hub_id": data.hub_id,
+            "fingerprint": data.fingerprint,
+            "notice": data.notice,
+            "num_train_images": len(data.train),
+            "num_held_out_images": len(data.test),
+        },
+        "evaluator": {"sha256": evaluator.sha256, "origin": evaluator.origin, "accuracy": reached},
+        "seed": request.seed,
+        "dtype": request.dtype,
+        "machine": machine_description(device, 1),
+        "versions": package_versions(),
+        "results": (results := []),
+    }
+    pictures: dict[str, list[Any]] = {"samples": [], "misclassified": [], "nearest": []}
+    for about, draw in tqdm(draws, desc="evaluating", unit="result", disable=len(draws) < 2):
         sample = draw()
         started = time.perf_counter()
         measured = reference.report(sample, train_on_synthetic=request.train_on_synthetic)
@@ -89,26 +84,9 @@ def run(request: Request) -> dict[str, Any]:
         cost = {"passes_per_image": sample.passes_per_image, "seconds": sample.seconds}
         results.append({**about, **cost, "metrics_seconds": time.perf_counter() - started, **values})
         pictures["samples"].append(sample_grid(sample, data.class_names))
-        pictures["misread"].append(misread_grid(sample, measured.read))
+        pictures["misclassified"].append(misclassified_grid(sample, measured.predicted))
         pictures["nearest"].append(nearest_grid(sample, data.train.tensor, measured))
         # After each result, so that an interrupted sweep has a report of what is done.
-        report = {
-            "source": ", ".join(request.names or request.sources),
-            "data": {
-                "source": data.source,
-                "hub_id": data.hub_id,
-                "fingerprint": data.fingerprint,
-                "notice": data.notice,
-                "num_train_images": len(data.train),
-                "num_held_out_images": len(data.test),
-            },
-            "evaluator": {"sha256": evaluator.sha256, "origin": evaluator.origin, "accuracy": reads},
-            "seed": request.seed,
-            "dtype": request.dtype,
-            "machine": machine_description(device, 1),
-            "versions": package_versions(),
-            "results": results,
-        }
         write_report(report, pictures, request.out)
     return report
 
@@ -118,12 +96,12 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or DEFAULT_DEVICE)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device={name!r} could not be used: {str(error).splitlines()[0]}") from error
     return device
 
 
-def _samples(request: Request, data: ImageData) -> list[tuple[dict[str, Any], Callable[[], Sample]]]:
-    """What is judged: a description of each set of images, and how to get it."""
+def _draws(request: EvaluationRequest, data: ImageData) -> Draws:
+    """The sets of images to measure."""
     first = Path(request.sources[0])
     if len(request.sources) == 1 and first.exists() and not (first / "model_index.json").is_file():
         asked = ("num_images", "scheduler", "num_inference_steps", "guidance_scale")
@@ -134,39 +112,31 @@ def _samples(request: Request, data: ImageData) -> list[tuple[dict[str, Any], Ca
     names = request.names or request.sources
     found = []
     for name, source in zip(names, request.sources, strict=True):
-        for about, draw in _ways(source, request, data):
-            called = f"{name}: {about['name']}" if len(names) > 1 else about["name"]
-            found.append(({**about, "pipeline": name, "name": called}, draw))
+        for about, draw in _pipeline_draws(source, request, data):
+            title = f"{name}: {about['name']}" if len(names) > 1 else about["name"]
+            found.append(({**about, "pipeline": name, "name": title}, draw))
     return found
 
 
-def _ways(source: str, request: Request, data: ImageData) -> list[tuple[dict[str, Any], Callable[[], Sample]]]:
-    """Each way of drawing with one pipeline, tried on a first step."""
-    pipeline = load_pipeline(source, device=request.device, dtype=request.dtype)
-    artist = ImageGenerator(
-        pipeline,
+def _pipeline_draws(source: str, request: EvaluationRequest, data: ImageData) -> Draws:
+    """The images of one pipeline by each of the settings asked for, tried on a first step."""
+    generator = ImageGenerator(
+        load_pipeline(source, device=request.device, dtype=request.dtype),
         data,
         num_images=request.num_images or NUM_IMAGES,
         seed=request.seed,
         batch_size=request.batch_size,
         folder=request.out / "images",
     )
-    ways = [
-        artist.way(*chosen)
-        for chosen in itertools.product(
-            request.scheduler or (None,), request.num_inference_steps or (None,), request.guidance_scale or (None,)
-        )
-    ]
-    for way in ways:
-        artist.check(way)
-    return [({"name": way.name, **asdict(way)}, partial(artist.draw, way)) for way in ways]
-
-
-FOLLOWED = ("accuracy", "fid", "fid_ratio", "precision", "recall")
+    asked = (request.scheduler, request.num_inference_steps, request.guidance_scale)
+    chosen = [generator.settings(*each) for each in itertools.product(*(values or (None,) for values in asked))]
+    for settings in chosen:
+        generator.check(settings)
+    return [({"name": each.name, **asdict(each)}, partial(generator.draw, each)) for each in chosen]
 
 
 class Monitor:
-    """Measures one pipeline, whose weights change, with its default call.
+    """Measures one pipeline again and again while its weights are trained: its default call, from the same seeds.
 
     Args:
         pipeline: around the weights that are trained.
@@ -180,11 +150,11 @@ class Monitor:
 
     def __init__(self, pipeline: MNISTDiffusionPipeline, data: ImageData, *, num_images: int, seed: int):
         data = data.in_memory()
-        self.artist = ImageGenerator(pipeline, data, num_images=num_images, seed=seed, batch_size=128)
+        self.generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed, batch_size=128)
         self.reference = Reference(data, evaluator_for(data).model, seed=seed)
         self.reference.floor(num_images)
 
     def measure(self) -> dict[str, float]:
         """The figures to follow, by name."""
-        values = self.reference.report(self.artist.draw(self.artist.way(None, None, None))).values
-        return {name: values[name] for name in FOLLOWED if values[name] is not None}
+        values = self.reference.report(self.generator.draw(self.generator.settings())).values
+        return {name: values[name] for name in MONITORED if values[name] is not None}

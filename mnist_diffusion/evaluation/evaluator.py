@@ -1,4 +1,4 @@
-"""The evaluator: a small image classifier whose labels and features the measurements are taken from.
+"""The evaluator: a small image classifier whose predictions and features the figures are computed from.
 
 It is a `transformers` model built from a configuration, without any download, because the stock stems shrink an
 image of 28 pixels too fast. It never sees a generated image.
@@ -163,7 +163,7 @@ def logits_and_features(model: ImageEvaluator, images: Tensor, *, batch_size: in
 
 
 def accuracy(model: ImageEvaluator, split: ImageSplit) -> float:
-    """Share of a split's images that the evaluator reads as labelled."""
+    """Share of a split's images that the evaluator classifies as labelled."""
     logits, _ = logits_and_features(model, split.tensor)
     return float((logits.argmax(dim=1) == split.labels).float().mean())
 
@@ -181,18 +181,18 @@ def load_evaluator(folder: Path, data: ImageData) -> TrustedEvaluator:
     """Load a saved evaluator of a data set, for inference.
 
     Raises:
-        UserError: there is none in the folder, or it reads other classes or images of another shape.
+        UserError: there is none in the folder, or it is for other classes or images of another shape.
     """
     try:
         model, digest = _read_evaluator(folder)
     except FileError as error:
-        raise UserError(f"evaluator {str(folder)!r} cannot be loaded: {error}") from error
+        raise UserError(f"evaluator {str(folder)!r} could not be loaded: {error}") from error
     config = model.config
     reads = (config.channels, config.image_size, tuple(config.id2label[index] for index in range(config.num_labels)))
     wanted = (data.channels, data.image_size, data.class_names)
     if reads != wanted:
         raise UserError(
-            f"evaluator {str(folder)!r} reads (channels, size, classes) {reads}, but the images have {wanted}"
+            f"evaluator {str(folder)!r} is for (channels, size, classes) {reads}, but the images have {wanted}"
         )
     return TrustedEvaluator(model.eval(), digest, str(folder))
 
@@ -214,7 +214,7 @@ def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
 
 
 def _evaluator_config(values: dict[str, Any]) -> EvaluatorConfig:
-    """The configuration that a file's values describe; what else they say is left alone."""
+    """The configuration that a file's values describe; other values are ignored."""
     names = values["id2label"]
     if len(names) > MAX_CLASSES or set(names) != {str(index) for index in range(len(names))}:
         raise ValueError(f"id2label must name classes 0 to at most {MAX_CLASSES - 1}")
@@ -229,12 +229,12 @@ def _evaluator_config(values: dict[str, Any]) -> EvaluatorConfig:
 
 
 def evaluator_for(data: ImageData) -> TrustedEvaluator:
-    """The evaluator of a data set: the one that ships with the package for MNIST, else one trained once and kept.
+    """The evaluator of a data set: for MNIST the one that ships with the package, else one that is trained once.
 
-    It is kept in the Hugging Face cache, by the data's fingerprint and the recipe of its training.
+    It is kept in the Hugging Face cache, by the data's fingerprint and the settings of its training.
 
     Raises:
-        UserError: there is one class only, which says nothing about features.
+        UserError: there is only one class, from which no features can be learned.
     """
     if data.num_classes < 2:
         raise UserError(f"an evaluator needs images of two classes or more, and data.source has {data.num_classes}")
@@ -255,20 +255,20 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
 
 
 def save_evaluator(model: ImageEvaluator, folder: Path) -> None:
-    """Save an evaluator as a transformers folder that is there whole or not at all.
+    """Save an evaluator as a transformers folder, whole or not at all.
 
     Raises:
-        FileExistsError: the folder is there already and holds something.
+        FileExistsError: the folder exists already and holds something.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         whole = Path(temporary) / "evaluator"
         model.save_pretrained(whole)
-        # The saved file is readable by its owner alone, which would not do for one that is shipped.
+        # The saved file is readable by its owner only, which will not do for one that is shipped.
         (whole / "model.safetensors").chmod(0o644)
         try:
             whole.rename(folder)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            raise FileExistsError(f"{folder} is there already") from error
+            raise FileExistsError(f"{folder} exists already") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mnist_diffusion.config import DataConfig
+from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.pictures import DataError, picture_files
 from mnist_diffusion.data.sources import read_source
@@ -23,13 +23,13 @@ LABELLED_NAME = re.compile(r"digit_(?P<name>.+)_\d+")
 
 
 def read_sample(path: Path, data: ImageData) -> Sample:
-    """Read images that some program wrote: one folder a class, parquet or arrow with labels, or a flat folder.
+    """Read images that any program wrote: one folder per class, parquet or arrow with labels, or a flat folder.
 
     In a flat folder the class is read from names such as `digit_3_000.png`, which `mnist-diffusion sample --files`
-    writes; with other names there is no class, and nothing is said about how the images read.
+    writes; with other names there are no classes, and no class accuracy.
 
     Raises:
-        DataError: the images cannot be read, are too few, or differ from the data in size, channels or classes.
+        DataError: the images could not be read, are too few, or differ from the data in size, channels or classes.
     """
     images, names = _read_flat(path) if _is_flat(path) else _read_labelled(path)
     shapes = {tuple(image.shape) for image in images}
@@ -74,7 +74,7 @@ def _read_labelled(path: Path) -> tuple[list[Tensor], Sequence[str]]:
             "in it, which has a model_index.json"
         )
     try:
-        source = read_source(DataConfig(source=str(path)))
+        source = read_source(ImagesConfig(source=str(path)))
     except DataError as error:
         raise DataError(f"source: {str(error).replace('data.source=', '')}") from error
     if len(source.train.images) == 0:

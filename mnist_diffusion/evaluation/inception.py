@@ -24,7 +24,7 @@ class ImageNetDistance:
         device: runs the network.
 
     Raises:
-        UserError: torch-fidelity is not installed, or its weights cannot be had.
+        UserError: torch-fidelity is not installed, or its weights could not be loaded.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class ImageNetDistance:
             ) from error
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"imagenet_fid=true needs the weights of the Inception network, which cannot be had ({error}). "
+                f"imagenet_fid=true needs the weights of the Inception network, which could not be loaded ({error}). "
                 "torch-fidelity fetches them from GitHub; without a network, put them into torch.hub.get_dir()"
             ) from error
 

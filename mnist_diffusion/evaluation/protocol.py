@@ -1,12 +1,11 @@
-"""The protocol: what is measured on a set of images, and how it is set against real ones.
+"""Measure a set of images against real ones.
 
-The reference is the training split. The floor is what held-out real images score, as many as are judged, measured
-by the same function: no model can be expected to do better.
+The reference is the training split. The floor is what as many held-out real images score, measured by the same
+function: no model can be expected to do better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,11 +37,17 @@ MAX_COPY_CHECK = 2000
 MIN_HELD_OUT = 50
 COPY_QUANTILE = 0.01
 SYNTHETIC_STEPS = 1500
+FLOORED = (
+    *("num_images", "accuracy", "fid", "kernel_distance", "class_fid", "class_kernel_distance", "inception_score"),
+    *("precision", "recall", "density", "coverage", "pixel_mean", "pixel_deviation", "black_share"),
+    *("pixel_histogram_distance", "nearest_distance"),
+)
+"""The figures that are also given for held-out images."""
 
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """Images with what the evaluator makes of them: logits `[N, classes]` and features `[N, D]`."""
+    """Images with the evaluator's logits `[N, classes]` and features `[N, D]`."""
 
     images: Tensor
     labels: Tensor | None
@@ -60,21 +65,21 @@ class EvaluatedImages:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on a set of images, and what pictures of it need."""
+    """The figures of a set of images, and what pictures of it need."""
 
     values: dict[str, Any]
     """Plain numbers by name, and `warnings` in words."""
-    read: Tensor
-    """The class that each image is read as, int64 `[N]`."""
-    looked_at: Tensor
-    """Which images, at most 2,000, were looked at for copies, int64 `[n]`."""
+    predicted: Tensor
+    """The class that the evaluator predicts for each image, int64 `[N]`."""
+    checked: Tensor
+    """Which images, at most 2,000, were checked for copies, int64 `[n]`."""
     relative: np.ndarray
     """Distance to the nearest training image relative to the nearest ten, of each of those, `[n]`."""
     nearest: np.ndarray
     """Which training image is nearest to each of those, `[n]`."""
 
 
-def judge(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> EvaluatedImages:
+def evaluate_images(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> EvaluatedImages:
     """Run the evaluator over uint8 images `[N, C, H, W]`.
 
     Raises:
@@ -104,12 +109,12 @@ class Reference:
                 f"data.source has {len(data.test)} held-out images, too few for a floor; there must be at least "
                 f"{MIN_HELD_OUT}"
             )
-        self.train = judge(evaluator, data.train.tensor, data.train.labels)
-        self.held_out = judge(evaluator, data.test.tensor, data.test.labels)
+        self.train = evaluate_images(evaluator, data.train.tensor, data.train.labels)
+        self.held_out = evaluate_images(evaluator, data.test.tensor, data.test.labels)
         self._floors: dict[int, Measured] = {}
 
     def floor(self, num_images: int) -> Measured:
-        """What `num_images` held-out images score (all of them where there are fewer), with their labels."""
+        """What `num_images` held-out images score (all of them if there are fewer), with their labels."""
         count = min(num_images, len(self.held_out))
         if count not in self._floors:
             assert self.held_out.labels is not None
@@ -119,7 +124,7 @@ class Reference:
         return self._floors[count]
 
     def report(self, sample: Sample, *, train_on_synthetic: bool = False) -> Measured:
-        """Everything that is measured on a sample, with its floor.
+        """All figures of a sample, with their floor.
 
         Args:
             sample: uint8 images and the classes asked for.
@@ -128,8 +133,8 @@ class Reference:
         Returns:
             With values such as `fid`, `fid_floor` and `fid_ratio`.
         """
-        judged = self.judge(sample)
-        measured, floor = self.measure(judged), self.floor(len(judged))
+        evaluated = self.evaluated(sample)
+        measured, floor = self.measure(evaluated), self.floor(len(evaluated))
         copies = self._copies(measured, floor)
         entry = dict(measured.values)
         entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in FLOORED and name in entry}
@@ -137,28 +142,28 @@ class Reference:
         entry |= {"copied_share": copies.value, "copied_share_floor": COPY_QUANTILE}
         entry["copies_suspected"] = copies.low > 5 * COPY_QUANTILE
         if train_on_synthetic:
-            entry |= self._train_on_synthetic(judged)
+            entry |= self._train_on_synthetic(evaluated)
         entry["warnings"] = self._warnings(entry)
         return replace(measured, values=entry)
 
-    def measure(self, judged: EvaluatedImages) -> Measured:
+    def measure(self, evaluated: EvaluatedImages) -> Measured:
         """The metrics of one set of images against the training split, without a floor."""
-        real = self.matched(judged)
-        looked_at = self._permutation(len(judged))[:MAX_COPY_CHECK]
-        distances = nearest_images(judged.images[looked_at], self.data.train.tensor)
-        size = min(len(judged), len(real), MAX_NEIGHBOURHOOD)
-        near = neighbourhoods(self._some(real, size).features, self._some(judged, size).features)
-        kernel, deviation = kernel_distance(real.features, judged.features, seed=self.seed)
-        pixels, real_pixels = pixel_statistics(judged.images), pixel_statistics(real.images)
+        real = self.matched(evaluated)
+        checked = self._permutation(len(evaluated))[:MAX_COPY_CHECK]
+        distances = nearest_images(evaluated.images[checked], self.data.train.tensor)
+        size = min(len(evaluated), len(real), MAX_NEIGHBOURHOOD)
+        near = neighbourhoods(self._some(real, size).features, self._some(evaluated, size).features)
+        kernel, deviation = kernel_distance(real.features, evaluated.features, seed=self.seed)
+        pixels, real_pixels = pixel_statistics(evaluated.images), pixel_statistics(real.images)
         values = {
-            "num_images": len(judged),
-            **self._read_as_asked(judged),
-            "fid": frechet_distance(real.features, judged.features),
-            "fid_standard_error": self._fid_standard_error(real, judged),
+            "num_images": len(evaluated),
+            **self._class_accuracy(evaluated),
+            "fid": frechet_distance(real.features, evaluated.features),
+            "fid_standard_error": self._fid_standard_error(real, evaluated),
             "kernel_distance": kernel,
             "kernel_distance_deviation": deviation,
-            **self._by_class(judged),
-            "inception_score": inception_score(judged.logits),
+            **self._by_class(evaluated),
+            "inception_score": inception_score(evaluated.logits),
             "precision": near.precision,
             "recall": near.recall,
             "density": near.density,
@@ -169,42 +174,32 @@ class Reference:
             "pixel_histogram_distance": histogram_distance(real_pixels, pixels),
             "nearest_distance": float(np.median(distances.distances)),
         }
-        read = judged.logits.argmax(dim=1)
-        return Measured(values, read, looked_at, distances.relative, distances.indices)
+        predicted = evaluated.logits.argmax(dim=1)
+        return Measured(values, predicted, checked, distances.relative, distances.indices)
 
     def _copies(self, measured: Measured, floor: Measured) -> Share:
-        """Images nearer to one training image, next to the others around, than one in a hundred held-out images is."""
+        """Images that are nearer to one training image, relative to the others, than 99 of 100 held-out images are."""
         threshold = float(np.quantile(floor.relative, COPY_QUANTILE))
         return wilson_share(int((measured.relative <= threshold).sum()), len(measured.relative))
 
-    def _read_as_asked(self, judged: EvaluatedImages) -> dict[str, Any]:
-        if judged.labels is None:
+    def _class_accuracy(self, evaluated: EvaluatedImages) -> dict[str, Any]:
+        """Share of the images that the evaluator classifies as asked, with 95% intervals, over all and by class."""
+        if evaluated.labels is None:
             return {"accuracy": None}
-        right = judged.logits.argmax(dim=1) == judged.labels
-        overall = wilson_share(int(right.sum()), len(right))
-        by_class: dict[str, dict[str, Any]] = {}
-        for label, name in enumerate(self.data.class_names):
-            asked = right[judged.labels == label]
-            if len(asked) == 0:
-                by_class[name] = {"accuracy": None, "low": None, "high": None, "num_images": 0}
-                continue
-            share = wilson_share(int(asked.sum()), len(asked))
-            by_class[name] = {"accuracy": share.value, "low": share.low, "high": share.high, "num_images": len(asked)}
-        return {
-            "accuracy": overall.value,
-            "accuracy_low": overall.low,
-            "accuracy_high": overall.high,
-            "class_accuracy": by_class,
-        }
+        correct = evaluated.logits.argmax(dim=1) == evaluated.labels
+        overall = _share(correct)
+        by_class = {name: _share(correct[evaluated.labels == i]) for i, name in enumerate(self.data.class_names)}
+        intervals = {"accuracy_low": overall["low"], "accuracy_high": overall["high"]}
+        return {"accuracy": overall["accuracy"], **intervals, "class_accuracy": by_class}
 
-    def _by_class(self, judged: EvaluatedImages) -> dict[str, Any]:
-        """Fréchet and kernel distance of the images asked of each class to the real ones of that class."""
-        if judged.labels is None or self.train.labels is None:
+    def _by_class(self, evaluated: EvaluatedImages) -> dict[str, Any]:
+        """Fréchet and kernel distance of the images of each class to the real ones of that class."""
+        if evaluated.labels is None or self.train.labels is None:
             return {}
         frechet: dict[str, float | None] = {}
         kernel: dict[str, float | None] = {}
         for label, name in enumerate(self.data.class_names):
-            real, drawn = self.train.features[self.train.labels == label], judged.features[judged.labels == label]
+            real, drawn = self.train.features[self.train.labels == label], evaluated.features[evaluated.labels == label]
             if min(len(real), len(drawn)) < 2:
                 frechet[name] = kernel[name] = None
                 continue
@@ -212,25 +207,25 @@ class Reference:
             kernel[name] = kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
         return {"class_fid": frechet, "class_kernel_distance": kernel}
 
-    def _fid_standard_error(self, real: EvaluatedImages, judged: EvaluatedImages) -> float:
+    def _fid_standard_error(self, real: EvaluatedImages, evaluated: EvaluatedImages) -> float:
         """Standard deviation of the Fréchet distance when the images are drawn again with replacement."""
         generator = numpy_generator(self.seed, "eval", 1)
-        draws = [torch.from_numpy(generator.integers(len(judged), size=len(judged))) for _ in range(BOOTSTRAPS)]
-        return float(np.std([frechet_distance(real.features, judged.features[draw]) for draw in draws], ddof=1))
+        draws = [torch.from_numpy(generator.integers(len(evaluated), size=len(evaluated))) for _ in range(BOOTSTRAPS)]
+        return float(np.std([frechet_distance(real.features, evaluated.features[draw]) for draw in draws], ddof=1))
 
-    def judge(self, sample: Sample) -> EvaluatedImages:
+    def evaluated(self, sample: Sample) -> EvaluatedImages:
         """Run the evaluator over a sample."""
-        return judge(self.evaluator, sample.images, sample.labels)
+        return evaluate_images(self.evaluator, sample.images, sample.labels)
 
-    def matched(self, judged: EvaluatedImages) -> EvaluatedImages:
-        """The largest part of the training split with the class proportions of `judged`; all without labels."""
-        if judged.labels is None:
+    def matched(self, evaluated: EvaluatedImages) -> EvaluatedImages:
+        """The largest part of the training split with the class proportions of `evaluated`; all without labels."""
+        if evaluated.labels is None:
             return self.train
-        counts = torch.bincount(judged.labels, minlength=self.data.num_classes)
+        counts = torch.bincount(evaluated.labels, minlength=self.data.num_classes)
         return self.train.subset(self._choose(self.train, counts, None))
 
     def _choose(self, pool: EvaluatedImages, counts: Tensor, total: int | None) -> Tensor:
-        """Images of `pool` with classes in proportion to `counts`: `total` of them, or as many as there can be."""
+        """Images of `pool` with classes in proportion to `counts`: `total` of them, or as many as possible."""
         assert pool.labels is not None
         available = torch.bincount(pool.labels, minlength=len(counts))
         wanted = counts > 0
@@ -250,25 +245,25 @@ class Reference:
             chosen.append(generator.permutation(where)[:share])
         return torch.from_numpy(np.sort(np.concatenate(chosen)))
 
-    def _some(self, judged: EvaluatedImages, size: int) -> EvaluatedImages:
+    def _some(self, evaluated: EvaluatedImages, size: int) -> EvaluatedImages:
         """`size` of the images, evenly chosen."""
-        if size == len(judged):
-            return judged
-        return judged.subset(self._permutation(len(judged))[:size])
+        if size == len(evaluated):
+            return evaluated
+        return evaluated.subset(self._permutation(len(evaluated))[:size])
 
     def _permutation(self, size: int) -> Tensor:
         return torch.from_numpy(numpy_generator(self.seed, "eval", 3).permutation(size))
 
-    def _train_on_synthetic(self, judged: EvaluatedImages) -> dict[str, Any]:
+    def _train_on_synthetic(self, evaluated: EvaluatedImages) -> dict[str, Any]:
         """Test accuracy on real images of a classifier trained on the sample, and on as many real images.
 
         Ravuri and Vinyals (2019), https://arxiv.org/abs/1905.10887: the classification accuracy score.
         """
-        if judged.labels is None:
+        if evaluated.labels is None:
             raise DataError("train_on_synthetic=true needs images with classes, and these have none")
-        real = self._some(self.train, min(len(judged), len(self.train)))
+        real = self._some(self.train, min(len(evaluated), len(self.train)))
         shares = []
-        for name, training in (("synthetic", judged), ("as many real", real)):
+        for name, training in (("synthetic", evaluated), ("as many real", real)):
             assert training.labels is not None
             split = ImageSplit(training.images, training.labels)
             data = ImageData(split, self.data.test, self.data.class_names, name, name)
@@ -288,8 +283,8 @@ class Reference:
             )
         if real_count < count:
             found.append(
-                f"the floor is of {real_count} held-out images, all there are, for {count} judged: it is higher than "
-                "it would be with as many, and the ratio lower."
+                f"the floor is that of {real_count} held-out images, all there are, for {count} images: it is higher "
+                "than that of as many would be, and the ratio lower."
             )
         if entry["copies_suspected"]:
             found.append(
@@ -299,21 +294,9 @@ class Reference:
         return found
 
 
-FLOORED: Sequence[str] = (
-    "num_images",
-    "accuracy",
-    "fid",
-    "kernel_distance",
-    "class_fid",
-    "class_kernel_distance",
-    "inception_score",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "pixel_mean",
-    "pixel_deviation",
-    "black_share",
-    "pixel_histogram_distance",
-    "nearest_distance",
-)
+def _share(correct: Tensor) -> dict[str, Any]:
+    """Share of the true values of `[n]`, with its interval; None without any."""
+    if len(correct) == 0:
+        return {"accuracy": None, "low": None, "high": None, "num_images": 0}
+    share = wilson_share(int(correct.sum()), len(correct))
+    return {"accuracy": share.value, "low": share.low, "high": share.high, "num_images": len(correct)}

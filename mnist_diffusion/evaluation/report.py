@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a table on the screen, `report.json`, and `report.md` with pictures and plots."""
+"""Report an evaluation: a table on the screen, `report.json`, and `report.md` with pictures and plots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from mnist_diffusion.evaluation.protocol import Measured
 from mnist_diffusion.files import replace_text
 from mnist_diffusion.pictures.grids import image_grid
 
-IMAGES_A_ROW = 10
+IMAGES_PER_ROW = 10
 Settings = Mapping[str, Callable[[Any], str]]
 """Settings that tell lines of a plot apart, and how each is spelled."""
 
@@ -36,7 +37,7 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "name": ("images", str),
     "passes_per_image": ("passes", _number("{:g}")),
     "num_images": ("count", str),
-    "accuracy": ("read as asked", lambda value: "" if value is None else f"{value:.2%}"),
+    "accuracy": ("class accuracy", lambda value: "" if value is None else f"{value:.2%}"),
     "fid": ("FID", _number("{:.3f}")),
     "fid_standard_error": ("± s.e.", _number("{:.3f}")),
     "fid_ratio": ("ratio to floor", _number("{:.1f}")),
@@ -53,7 +54,7 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each result, after one for as many real images: what the table shows."""
+    """What the table shows: one row for as many real images, then one for each result."""
     first = report["results"][0]
     floor = {name: first.get(f"{name}_floor") for name in COLUMNS}
     floor |= {"name": "held-out real images", "fid_ratio": 1.0}
@@ -77,21 +78,20 @@ def cells(report: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) ->
 
 def print_table(report: Mapping[str, Any], console: Console) -> None:
     """Show the results on the screen."""
-    headings, table = cells(report, ON_SCREEN)
     console.print(f"{report['source']} against {report['data']['source']}", markup=False, soft_wrap=True)
-    shown = Table()
-    for index, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if index else "left")
-    for row in table:
-        shown.add_row(*row)
-    console.print(shown)
+    console.print(screen_table(*cells(report, ON_SCREEN)))
     for warning in sorted({warning for result in report["results"] for warning in result["warnings"]}):
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
-def markdown_table(report: Mapping[str, Any]) -> str:
-    """The results as a Markdown table."""
-    return markdown(*cells(report))
+def screen_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> Table:
+    """A table for the screen, all columns but the first aligned to the right."""
+    shown = Table()
+    for index, heading in enumerate(headings):
+        shown.add_column(heading, justify="right" if index else "left")
+    for row in table:
+        shown.add_row(*(escape(cell) for cell in row))
+    return shown
 
 
 def markdown(headings: Sequence[str], table: Sequence[Sequence[str]]) -> str:
@@ -102,7 +102,7 @@ def markdown(headings: Sequence[str], table: Sequence[Sequence[str]]) -> str:
 
 def card_text(report: Mapping[str, Any]) -> str:
     """The results for the card of a pipeline folder."""
-    return "\n".join([markdown_table(report), "", *(f"- {text}" for text in _explanations(report))])
+    return "\n".join([markdown(*cells(report)), "", *(f"- {text}" for text in _explanations(report))])
 
 
 def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]], folder: Path) -> None:
@@ -110,11 +110,11 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
 
     Args:
         report: the results and what they were measured with.
-        pictures: for each kind of picture, one grid a result, or None where there is nothing to show.
-        folder: where to; it must be there.
+        pictures: for each kind of picture, one grid per result, or None if there is nothing to show.
+        folder: where to; it must exist.
     """
     replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    lines = [f"# {report['source']}", "", markdown_table(report), ""]
+    lines = [f"# {report['source']}", "", markdown(*cells(report)), ""]
     lines += [f"- {text}" for text in _explanations(report)]
     for plot, draw in (("quality_against_passes.png", plot_passes), ("guidance.png", plot_guidance)):
         figure = draw(report["results"])
@@ -134,8 +134,8 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
 
 
 CAPTIONS = {
-    "samples": "The first images, a row a class.",
-    "misread": "Images that the evaluator reads as another class than was asked.",
+    "samples": "The first images, one row per class.",
+    "misclassified": "Images that the evaluator classifies as another class than was asked.",
     "nearest": "The images most like a copy, each above the training image nearest to it.",
 }
 
@@ -145,9 +145,9 @@ def _explanations(report: Mapping[str, Any]) -> list[str]:
     warnings = sorted({warning for result in report["results"] for warning in result["warnings"]})
     return [
         f"Data: {data['source']}, fingerprint `{data['fingerprint'][:16]}`; reference: {data['num_train_images']} "
-        "training images, in the class proportions of the images judged; floor: as many held-out images.",
-        f"Evaluator: {evaluator['origin']}, SHA-256 `{evaluator['sha256'][:16]}`, reads "
-        f"{evaluator['accuracy']:.2%} of the held-out images right.",
+        "training images, in the class proportions of the images evaluated; floor: as many held-out images.",
+        f"Evaluator: {evaluator['origin']}, SHA-256 `{evaluator['sha256'][:16]}`, classifies "
+        f"{evaluator['accuracy']:.2%} of the held-out images correctly.",
         "FID and KID are Fréchet and kernel distance in this evaluator's features, not ImageNet's: they compare with "
         "figures of the same evaluator and number of images only.",
         f"Seed {report['seed']}; {report['machine']}; "
@@ -157,7 +157,7 @@ def _explanations(report: Mapping[str, Any]) -> list[str]:
 
 
 def _class_table(result: Mapping[str, Any]) -> str:
-    lines = ["| class | read as asked | 95% interval | FID | floor |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| class | class accuracy | 95% interval | FID | floor |", "| --- | --- | --- | --- | --- |"]
     for name, share in result["class_accuracy"].items():
         frechet, floor = result["class_fid"][name], result["class_fid_floor"][name]
         lines.append(
@@ -168,30 +168,30 @@ def _class_table(result: Mapping[str, Any]) -> str:
 
 
 def sample_grid(sample: Sample, class_names: Sequence[str]) -> Any:
-    """The first images: a row a class, or a square without classes."""
+    """The first images: one row per class, or a square without classes."""
     images = sample.images.float() / 255
     if sample.labels is None:
-        return image_grid(images[: IMAGES_A_ROW**2], IMAGES_A_ROW)
+        return image_grid(images[: IMAGES_PER_ROW**2], IMAGES_PER_ROW)
     rows_of_classes, names = [], []
     for label, name in enumerate(class_names[:20]):
-        chosen = images[sample.labels == label][:IMAGES_A_ROW]
-        blank = torch.zeros(IMAGES_A_ROW - len(chosen), *images.shape[1:])
+        chosen = images[sample.labels == label][:IMAGES_PER_ROW]
+        blank = torch.zeros(IMAGES_PER_ROW - len(chosen), *images.shape[1:])
         rows_of_classes.append(torch.cat([chosen, blank]))
         names.append(name)
-    return image_grid(torch.cat(rows_of_classes), IMAGES_A_ROW, row_labels=names)
+    return image_grid(torch.cat(rows_of_classes), IMAGES_PER_ROW, row_labels=names)
 
 
-def misread_grid(sample: Sample, read: Tensor) -> Any:
-    """The first images read as another class than asked, at most five rows; None if there are none.
+def misclassified_grid(sample: Sample, predicted: Tensor) -> Any:
+    """The first images classified as another class than asked, at most five rows; None if there are none.
 
     Args:
         sample: the images.
-        read: what each was read as, int64 `[N]`.
+        predicted: the class of each, int64 `[N]`.
     """
     if sample.labels is None:
         return None
-    wrong = torch.nonzero(read != sample.labels).flatten()[: 5 * IMAGES_A_ROW]
-    return image_grid(sample.images[wrong].float() / 255, IMAGES_A_ROW) if len(wrong) else None
+    wrong = torch.nonzero(predicted != sample.labels).flatten()[: 5 * IMAGES_PER_ROW]
+    return image_grid(sample.images[wrong].float() / 255, IMAGES_PER_ROW) if len(wrong) else None
 
 
 def nearest_grid(sample: Sample, training: Tensor, measured: Measured) -> Any:
@@ -202,19 +202,19 @@ def nearest_grid(sample: Sample, training: Tensor, measured: Measured) -> Any:
         training: uint8 `[M, C, H, W]`.
         measured: says how near each is to its nearest training image, and which that is.
     """
-    first = np.argsort(measured.relative)[:IMAGES_A_ROW]
-    pairs = torch.cat([sample.images[measured.looked_at[first]], training[torch.from_numpy(measured.nearest[first])]])
-    return image_grid(pairs.float() / 255, len(first), row_labels=["judged", "nearest"])
+    first = np.argsort(measured.relative)[:IMAGES_PER_ROW]
+    pairs = torch.cat([sample.images[measured.checked[first]], training[torch.from_numpy(measured.nearest[first])]])
+    return image_grid(pairs.float() / 255, len(first), row_labels=["generated", "nearest"])
 
 
 def plot_passes(results: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Fréchet distance and share read as asked against passes an image; None where all have the same."""
+    """Fréchet distance and class accuracy against passes per image; None if all have the same."""
     lines: Settings = {"scheduler": str, "guidance_scale": lambda scale: "" if scale is None else f"guidance {scale:g}"}
-    return _plot(results, "passes_per_image", "network passes an image", lines, log=True)
+    return _plot(results, "passes_per_image", "network passes per image", lines, log=True)
 
 
 def plot_guidance(results: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Fréchet distance and share read as asked against the guidance scale; None where all have the same."""
+    """Fréchet distance and class accuracy against the guidance scale; None if all have the same."""
     lines: Settings = {"scheduler": str, "num_inference_steps": lambda steps: f"{steps} steps"}
     return _plot(results, "guidance_scale", "guidance scale", lines, log=False)
 
@@ -246,7 +246,7 @@ def _plot(
             right.plot(xs, [100 * result["accuracy"] for result in chosen], marker="o", label=name)
     left.axhline(results[0]["fid_floor"], color="grey", linestyle=":", label="real images")
     left.set(xlabel=label, ylabel="FID (evaluator's features)", yscale="log")
-    right.set(xlabel=label, ylabel="read as asked, %")
+    right.set(xlabel=label, ylabel="class accuracy, %")
     if results[0]["accuracy"] is not None:
         right.axhline(100 * results[0]["accuracy_floor"], color="grey", linestyle=":")
     if log:

@@ -1,4 +1,4 @@
-"""Runs, or the sample sheets of one run, beside each other."""
+"""Compare runs, or the sample sheets of one run."""
 
 from __future__ import annotations
 
@@ -9,42 +9,9 @@ from PIL import Image
 from mnist_diffusion.pictures.grids import evenly, side_by_side, titled
 from mnist_diffusion.run_folder.read import RunRecord, Sheet
 
-HEADINGS = ("run", "steps", "epochs", "minutes", "images/s", "loss", "held-out loss", "FID", "read as asked")
-
-
-def rows(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """A row a run: how long it was, and what it measured last of itself."""
-
-    def shown(value: float | None, pattern: str) -> str:
-        return "" if value is None else pattern.format(value)
-
-    found = []
-    for run in runs:
-        seconds = run.summary.get("train_seconds")
-        found.append(
-            [
-                run.name,
-                str(run.lines[-1]["step"]),
-                shown(run.lines[-1]["epoch"], "{:.2f}"),
-                shown(None if seconds is None else seconds / 60, "{:.1f}"),
-                shown(run.summary.get("images_per_second"), "{:.0f}"),
-                shown(run.summary.get("loss"), "{:.4f}"),
-                shown(run.last("held_out_loss"), "{:.4f}"),
-                shown(run.last("fid"), "{:.3f}"),
-                shown(run.last("accuracy"), "{:.2%}"),
-            ]
-        )
-    return found
-
-
-def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
-    """A name for each run: its folder's, with as much of the path as tells it from the others."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
-
-
-SHEETS_SIDE_BY_SIDE = 4
 MAX_FRAMES = 60
+SHEETS_SIDE_BY_SIDE = 4
+HEADINGS = ("run", "steps", "epochs", "minutes", "images/s", "loss", "held-out loss", "FID", "class accuracy")
 
 
 def sheet_of_epochs(sheets: Sequence[Sheet]) -> Image.Image:
@@ -55,5 +22,37 @@ def sheet_of_epochs(sheets: Sequence[Sheet]) -> Image.Image:
 
 def frames_of_epochs(sheets: Sequence[Sheet]) -> list[Image.Image]:
     """The sample sheets one after the other, each below its epoch."""
-    chosen = [sheets[index] for index in evenly(len(sheets), MAX_FRAMES)]
-    return [titled(sheet.picture, sheet.title) for sheet in chosen]
+    return [titled(sheets[index].picture, sheets[index].title) for index in evenly(len(sheets), MAX_FRAMES)]
+
+
+def compared_sheets(runs: Sequence[RunRecord], names: Sequence[str]) -> Image.Image | None:
+    """The last sample sheet of each run, or several of a single run; None if there are none."""
+    last = {name: run.sheets[-1].picture for name, run in zip(names, runs, strict=True) if run.sheets}
+    if not last:
+        return None
+    return sheet_of_epochs(runs[0].sheets) if len(runs) == 1 else side_by_side(list(last.values()), list(last))
+
+
+def rows(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """One row per run: how long it was, and what it measured last."""
+    found = []
+    for run in runs:
+        seconds = run.summary.get("train_seconds")
+        values = (
+            (run.lines[-1]["epoch"], "{:.2f}"),
+            (None if seconds is None else seconds / 60, "{:.1f}"),
+            (run.summary.get("images_per_second"), "{:.0f}"),
+            (run.summary.get("loss"), "{:.4f}"),
+            (run.last("held_out_loss"), "{:.4f}"),
+            (run.last("fid"), "{:.3f}"),
+            (run.last("accuracy"), "{:.2%}"),
+        )
+        shown = ["" if value is None else pattern.format(value) for value, pattern in values]
+        found.append([run.name, str(run.lines[-1]["step"]), *shown])
+    return found
+
+
+def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
+    """A name for each run: that of its folder, or the whole path if two folders have the same name."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]

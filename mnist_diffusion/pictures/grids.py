@@ -1,4 +1,4 @@
-"""Pictures made of images: tensors in, PIL images out."""
+"""Arrange images into pictures: tensors in, PIL images out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TITLE_SIZE = 14
 
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of matplotlib's figures, which knows far more letters than Pillow's own."""
+    """The font of matplotlib's figures, which has far more letters than Pillow's own."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
@@ -40,11 +40,11 @@ def image_grid(
 
     Args:
         images: float `[N, C, H, W]` in [0, 1], with one or three channels.
-        columns: images a row.
+        columns: images per row.
         row_labels: a name for each row, written to its left.
         column_labels: a name for each column, written above it.
-        title: written above everything.
-        min_side: small images are enlarged by a whole factor until they have at least this many pixels a side.
+        title: written above the sheet.
+        min_side: small images are enlarged by a whole factor until they have at least this many pixels per side.
 
     Returns:
         A PIL image, mode L or RGB.
@@ -92,7 +92,7 @@ def _fitting_size(labels: Sequence[str], width: int) -> int:
 
 
 def titled(picture: Image.Image, title: str) -> Image.Image:
-    """The picture below a line of text, which widens it where it must."""
+    """The picture below a line of text, and as wide as the text needs."""
     font = _font(TITLE_SIZE)
     width = max(picture.width, int(font.getlength(title)) + 4 * MARGIN)
     sheet = Image.new(picture.mode, (width, picture.height + 2 * TITLE_SIZE), 0)
@@ -106,7 +106,7 @@ def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str], *, gap:
 
     Args:
         pictures: of any sizes, mode L or RGB.
-        titles: one a picture.
+        titles: one per picture.
         gap: pixels between them.
     """
     mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
@@ -128,7 +128,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 def forward_noising(
     images: Tensor, scheduler: DDPMScheduler, *, columns: int = 10, generator: torch.Generator | None = None
 ) -> Image.Image:
-    """The way from images to noise: a row an image, a column a timestep, the same noise along a row.
+    """Images on their way to noise: one row per image, one column per timestep, the same noise along a row.
 
     Args:
         images: float `[N, C, H, W]` in [-1, 1].
@@ -150,10 +150,10 @@ def forward_noising(
 def denoising_strip(
     latents: Tensor, timesteps: Tensor, *, row_labels: Sequence[str] | None = None, columns: int = 10
 ) -> Image.Image:
-    """The way from noise to images: a row an image, a column a step of the sampler.
+    """Images on their way from noise: one row per image, one column per step of the sampler.
 
     Args:
-        latents: what the sampler held before the first step and after each, float `[S + 1, B, C, H, W]`.
+        latents: the samples before the first step and after each, float `[S + 1, B, C, H, W]`.
         timesteps: the timestep of each step, `[S]`.
         row_labels: a name for each image.
         columns: at most so many of the steps, evenly spread.
@@ -165,32 +165,8 @@ def denoising_strip(
     return image_grid(tiles, len(chosen), row_labels=row_labels, column_labels=names, title=title)
 
 
-def sigma_sweep(clean: Tensor, noisy: Tensor, denoised: Tensor, sigmas: Sequence[float], psnr: Tensor) -> Image.Image:
-    """A single-step denoiser at several noise levels: for each image a row noisy, a row denoised, a row clean.
-
-    Args:
-        clean: float `[N, C, H, W]` in [0, 1].
-        noisy: the same with noise, `[S, N, C, H, W]`.
-        denoised: what the network makes of them, `[S, N, C, H, W]`.
-        sigmas: the standard deviations of the noise.
-        psnr: peak signal-to-noise ratio of the denoised images at each, in dB, `[S]`.
-    """
-    levels = len(sigmas)
-    rows = torch.stack([noisy, denoised, clean.expand_as(noisy)], dim=1)  # [S, 3, N, C, H, W]
-    tiles = rows.permute(2, 1, 0, 3, 4, 5).flatten(0, 2)
-    names = [f"sigma {sigma:g}\n{value:.1f} dB" for sigma, value in zip(sigmas, psnr.tolist(), strict=True)]
-    return image_grid(
-        tiles,
-        levels,
-        row_labels=["noisy", "denoised", "clean"] * len(clean),
-        column_labels=names,
-        title="One denoising step, by standard deviation of the noise, with PSNR",
-        min_side=56,
-    )
-
-
 def safe_name(name: str) -> str:
-    """The name of a class as it stands in a file name."""
+    """A class name as part of a file name."""
     return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 

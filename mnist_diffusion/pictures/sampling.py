@@ -1,9 +1,9 @@
-"""What `mnist-diffusion sample` makes of a pipeline folder: grids, files, animations, sheets, data sets."""
+"""Draw what `mnist-diffusion sample` writes: grids, files, animations, sheets, data sets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +12,59 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mnist_diffusion.config import SchedulerName
-from mnist_diffusion.diffusion.pipeline import generate, generate_batches, load_pipeline
+from mnist_diffusion.diffusion.pipeline import class_names, generate, generate_batches, load_pipeline
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.pictures.grids import image_grid, safe_name, save_animation, to_pictures
 from mnist_diffusion.pictures.pipelines import predicted_frames
+from mnist_diffusion.requests import SampleRequest
 from mnist_diffusion.seeds import mixed_seed
 
 SHEET_STEPS = (5, 10, 20, 50)
 ANIMATION_IMAGES = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to draw, and how."""
-
-    pipeline: str
-    class_labels: tuple[str, ...]
-    num_images: int
-    guidance_scale: float | None
-    scheduler: SchedulerName | None
-    num_inference_steps: int | None
-    eta: float | None
-    seed: int
-    batch_size: int
-    device: str | None
-    dtype: str
-    out: Path
-
-
-class Drawing:
-    """A loaded pipeline and a request for images from it.
+class Samples:
+    """The images of a request, drawn when they are asked for.
 
     Args:
         request: what to draw.
 
     Raises:
-        UserError: the pipeline cannot be loaded, or an argument cannot work with it.
+        UserError: the pipeline could not be loaded, or an argument cannot work with it.
     """
 
-    def __init__(self, request: Request):
+    def __init__(self, request: SampleRequest):
         self.request = request
         self.pipeline = load_pipeline(request.pipeline, device=request.device, dtype=request.dtype)
         if request.scheduler is not None:
             self.pipeline.scheduler = build_sampler(request.scheduler, self.pipeline.scheduler.config)
         chosen = {name: getattr(request, name) for name in ("guidance_scale", "num_inference_steps", "eta")}
         self.arguments = {name: value for name, value in chosen.items() if value is not None}
+        self.names = class_names(self.pipeline)
         self.labels = self._labels()
+        count = range(request.num_images)
+        self.image_labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in count]
+        self.seeds = [mixed_seed(request.seed, "samples", index) for index in count]
 
     def _labels(self) -> list[int] | None:
-        """The classes asked for, by index; all where none is named; None for an unconditional model."""
-        pipeline, names = self.pipeline, self.request.class_labels
-        if pipeline.num_classes is None and not names:
+        """The classes asked for, by number; all if none is named; None for an unconditional model."""
+        asked = self.request.class_labels
+        if self.pipeline.num_classes is None and not asked:
             return None
-        known = set((pipeline.config.id2label or {}).values())
-        spelled = [name if name in known or not name.lstrip("-").isdigit() else int(name) for name in names]
+        spelled = [name if name in self.names or not name.lstrip("-").isdigit() else int(name) for name in asked]
         try:
-            return pipeline.label_ids(spelled or list(range(pipeline.num_classes)))
+            return self.pipeline.label_ids(spelled or list(range(self.pipeline.num_classes)))
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
 
-    def name(self, label: int) -> str:
-        """The name of a class, or its number."""
-        return (self.pipeline.config.id2label or {}).get(str(label), str(label))
-
-    @property
-    def image_labels(self) -> list[int] | None:
-        """The label of each image: the classes in turn."""
-        if self.labels is None:
-            return None
-        return [self.labels[index % len(self.labels)] for index in range(self.request.num_images)]
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of each image."""
-        return [mixed_seed(self.request.seed, "samples", index) for index in range(self.request.num_images)]
-
-    def batches(self, **changes: Any) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[Tensor]:
         """The images in batches, float `[b, C, H, W]` in [0, 1]."""
-        arguments = {**self.arguments, **changes}
-        return generate_batches(
-            self.pipeline, self.image_labels, self.seeds, batch_size=self.request.batch_size, **arguments
-        )
+        size = self.request.batch_size
+        return generate_batches(self.pipeline, self.image_labels, self.seeds, batch_size=size, **self.arguments)
 
     def grid(self) -> tuple[Image.Image, Tensor]:
-        """A grid with one row a class (or a square one), and the images in it in the order they were drawn."""
+        """A grid with one row per class (or a square one), and its images in the order they were drawn."""
         images = torch.cat(list(tqdm(self.batches(), total=-(-self.request.num_images // self.request.batch_size))))
         if self.labels is None:
             return image_grid(images, max(1, round(len(images) ** 0.5))), images
@@ -105,7 +72,7 @@ class Drawing:
         columns = max(len(row) for row in rows)
         blank = torch.zeros(1, *images.shape[1:])
         filled = torch.cat([torch.cat([row, *[blank] * (columns - len(row))]) for row in rows])
-        return image_grid(filled, columns, row_labels=[self.name(label) for label in self.labels]), images
+        return image_grid(filled, columns, row_labels=[self.names[label] for label in self.labels]), images
 
     def write_files(self, images: Tensor, folder: Path) -> None:
         """Write each image to `digit_<class>_<number>.png` (`image_<number>.png` without classes)."""
@@ -115,19 +82,17 @@ class Drawing:
                 picture.save(folder / f"image_{index:03d}.png")
                 continue
             label = self.image_labels[index]
-            number = counts.setdefault(label, 0)
-            counts[label] += 1
-            picture.save(folder / f"digit_{safe_name(self.name(label))}_{number:03d}.png")
+            counts[label] = counts.get(label, -1) + 1
+            picture.save(folder / f"digit_{safe_name(self.names[label])}_{counts[label]:03d}.png")
 
     def animation(self, path: Path) -> None:
-        """A GIF of the predicted clean images, step by step."""
-        count = min(self.request.num_images, ANIMATION_IMAGES)
-        labels = self.image_labels[:count] if self.image_labels is not None else None
-        columns = max(1, round(count**0.5))
-        save_animation(predicted_frames(self.pipeline, labels, self.seeds[:count], columns, **self.arguments), path)
+        """Write a GIF of the predicted clean images, step by step."""
+        labels, seeds = self._first(ANIMATION_IMAGES)
+        columns = max(1, round(len(seeds) ** 0.5))
+        save_animation(predicted_frames(self.pipeline, labels, seeds, columns, **self.arguments), path)
 
     def compare_schedulers(self) -> Image.Image:
-        """DDPM against DDIM from the same noise: a row for each sampler and number of steps."""
+        """DDPM against DDIM from the same noise: one row per sampler and number of steps."""
         rows, names = [], []
         kept = self.pipeline.scheduler
         for sampler in ("ddpm", "ddim"):
@@ -139,7 +104,7 @@ class Drawing:
         return image_grid(torch.cat(rows), len(rows[0]), row_labels=names)
 
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:
-        """The same noise and classes at several guidance scales, a row each."""
+        """The same noise and classes at several guidance scales, one row each."""
         if self.labels is None:
             raise UserError("--guidance_sweep needs a class-conditional model")
         rows = [self._row(guidance_scale=scale) for scale in scales]
@@ -147,44 +112,43 @@ class Drawing:
 
     def _row(self, **changes: Any) -> Tensor:
         """The first images of the request, at most one of each class or ten."""
-        count = min(self.request.num_images, max(10, len(self.labels or ())))
-        labels = self.image_labels[:count] if self.image_labels is not None else None
-        return generate(self.pipeline, labels, self.seeds[:count], **{**self.arguments, **changes})
+        return generate(self.pipeline, *self._first(max(10, len(self.names))), **{**self.arguments, **changes})
+
+    def _first(self, count: int) -> tuple[list[int] | None, list[int]]:
+        """Labels and seeds of the first images."""
+        return None if self.image_labels is None else self.image_labels[:count], self.seeds[:count]
 
     def interpolation(self, num_frames: int) -> Image.Image:
-        """From each class to the next, from the same noise: a row for each pair."""
+        """From each class to the next, from the same noise: one row for each pair."""
         if self.labels is None or len(self.labels) < 2:
             raise UserError("--interpolation needs two class labels or more")
         rows, names = [], []
-        for first, last in zip(self.labels, self.labels[1:], strict=False):
+        for first, last in pairwise(self.labels):
             generator = torch.Generator().manual_seed(self.seeds[0])
             frames = self.pipeline.interpolate(
                 [first, last], num_frames, generator=generator, output_type="pt", **self.arguments
             ).images
             rows.append(frames.cpu())
-            names.append(f"{self.name(first)} to {self.name(last)}")
+            names.append(f"{self.names[first]} to {self.names[last]}")
         return image_grid(torch.cat(rows), num_frames, row_labels=names)
 
     def write_dataset(self, folder: Path) -> None:
-        """A labelled data set as parquet, `train-00000.parquet`, written as it is drawn; memory stays flat."""
+        """Write a labelled data set as parquet, `train-00000.parquet`, while it is drawn; memory stays flat."""
         import datasets
 
-        labels = self.image_labels
         kinds: dict[str, Any] = {"image": datasets.Image()}
-        if labels is not None:
-            names = [self.name(label) for label in range(self.pipeline.num_classes)]
-            kinds["label"] = datasets.ClassLabel(names=names)
+        if self.image_labels is not None:
+            kinds["label"] = datasets.ClassLabel(names=list(self.names))
         features = datasets.Features(kinds)
         folder.mkdir(parents=True, exist_ok=True)
-        index = 0
+        labels = iter(self.image_labels or ())
         with (
             datasets.arrow_writer.ParquetWriter(features=features, path=str(folder / "train-00000.parquet")) as writer,
             tqdm(total=self.request.num_images, unit="image") as bar,
         ):
             for batch in self.batches():
                 for picture in to_pictures(batch):
-                    row = {"image": picture} if labels is None else {"image": picture, "label": labels[index]}
+                    row = {"image": picture} if self.image_labels is None else {"image": picture, "label": next(labels)}
                     writer.write(features.encode_example(row))
-                    index += 1
                 bar.update(len(batch))
             writer.finalize()

@@ -140,7 +140,7 @@ class Trainer(TrainingLoop):
         """The same seeds over the epochs, as a sheet and an animation, and how a few images form."""
         if not self.config.train.pictures:
             return
-        sheets = sample_sheets(self.folder, epochs_a_step=self._epochs(1))
+        sheets = sample_sheets(self.folder, epochs_per_step=self._epochs(1))
         if len(sheets) > 1:
             self._show("epochs", sheet_of_epochs(sheets))
             save_animation(frames_of_epochs(sheets), self.folder / "pictures" / "epochs.gif", milliseconds=400)

@@ -417,7 +417,9 @@ class TestRuns:
 
     def test_other_samplers_of_a_student(self, teacher_folder: Path, tmp_path: Path) -> None:
         config = student_config(teacher_folder, tmp_path / "run", max_steps=1)
-        config = dataclasses.replace(config, sampling=SamplerConfig(scheduler="TCDScheduler", num_inference_steps=4, eta=0.3))
+        config = dataclasses.replace(
+            config, sampling=SamplerConfig(scheduler="TCDScheduler", num_inference_steps=4, eta=0.3)
+        )
         student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
         assert type(student.scheduler) is TCDScheduler
         assert (student.config.num_inference_steps, student.config.eta) == (4, 0.3)

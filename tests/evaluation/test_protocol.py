@@ -15,7 +15,7 @@ from mnist_diffusion.data.dataset import ImageData, ImageSplit, load_images
 from mnist_diffusion.data.pictures import DataError
 from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.generated import Sample
-from mnist_diffusion.evaluation.protocol import Reference, judge
+from mnist_diffusion.evaluation.protocol import Reference, evaluate_images
 
 WORSE_WHEN_HIGHER = ("fid", "kernel_distance", "pixel_histogram_distance")
 WORSE_WHEN_LOWER = ("recall", "coverage", "density")
@@ -47,7 +47,7 @@ def test_order_of_damage_on_mnist(mnist: Reference) -> None:
         gaussian_blur(sample.images, 7, 1.5),
         noise(sample.images),
     ]
-    values = [mnist.measure(judge(mnist.evaluator, images, sample.labels)).values for images in levels]
+    values = [mnist.measure(evaluate_images(mnist.evaluator, images, sample.labels)).values for images in levels]
     for name in WORSE_WHEN_HIGHER:
         measured = [value[name] for value in values]
         assert measured == sorted(measured), (name, measured)
@@ -152,7 +152,7 @@ def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) ->
     train = digits_reference.data.train
     parts = [slice(start, start + 200) for start in range(0, 1600, 200)]
     values = [
-        digits_reference.measure(judge(digits_reference.evaluator, train.tensor[p], train.labels[p])).values
+        digits_reference.measure(evaluate_images(digits_reference.evaluator, train.tensor[p], train.labels[p])).values
         for p in parts
     ]
     spread = torch.tensor([value["fid"] for value in values]).std()
@@ -190,7 +190,7 @@ def test_reference_takes_the_class_proportions_of_the_sample(digits: ImageData, 
         [torch.nonzero(digits.train.labels == label).flatten()[:count] for label, count in ((0, 30), (1, 10))]
     )
     split = ImageSplit(digits.train.tensor[chosen], labels)
-    matched = digits_reference.matched(judge(digits_reference.evaluator, split.tensor, split.labels))
+    matched = digits_reference.matched(evaluate_images(digits_reference.evaluator, split.tensor, split.labels))
     assert matched.labels is not None
     counts = torch.bincount(matched.labels, minlength=10).tolist()
     assert sum(counts[2:]) == 0

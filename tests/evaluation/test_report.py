@@ -69,9 +69,13 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     assert report["data"]["fingerprint"]
     text = (out / "report.md").read_text()
     linked = re.findall(r"\]\(([^)]+\.png)\)", text)
-    assert {"quality_against_passes.png", "guidance.png", "samples-3.png", "misread-0.png", "nearest-0.png"} <= set(
-        linked
-    )
+    assert {
+        "quality_against_passes.png",
+        "guidance.png",
+        "samples-3.png",
+        "misclassified-0.png",
+        "nearest-0.png",
+    } <= set(linked)
     for name in linked:
         with Image.open(out / name) as picture:
             assert picture.getextrema() not in ((0, 0), (255, 255))

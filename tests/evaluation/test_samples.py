@@ -1,4 +1,4 @@
-"""Images to be judged: drawn so that drawing can go on, or read from what any program wrote."""
+"""Images to evaluate: drawn in parts that are used again, or read from what any program wrote."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def letters() -> ImageData:
     return ImageData(split, split, tuple(LETTERS), "letters", "letters")
 
 
-def artist(
+def generator(
     pipeline: MNISTDiffusionPipeline, data: ImageData, folder: Path | None = None, **changes: int
 ) -> ImageGenerator:
     arguments = {"num_images": 60, "seed": 0, "batch_size": 16, **changes}
@@ -41,41 +41,41 @@ class TestDrawing:
     def test_equal_counts_quantised_and_passes_counted(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
     ) -> None:
-        sample = artist(pipeline, letters).draw(SamplingSettings("ddim", 3, 2.0))
+        sample = generator(pipeline, letters).draw(SamplingSettings("ddim", 3, 2.0))
         assert sample.images.dtype == torch.uint8
         assert sample.labels is not None
         assert torch.bincount(sample.labels).tolist() == [6] * 10
         assert sample.passes_per_image == 6
-        assert artist(pipeline, letters).draw(SamplingSettings("heun", 3, 1.0)).passes_per_image == 5
+        assert generator(pipeline, letters).draw(SamplingSettings("heun", 3, 1.0)).passes_per_image == 5
 
     def test_a_student_takes_one_pass_a_step_at_its_own_scale_alone(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
     ) -> None:
         pipeline.register_to_config(guidance_distilled=True, guidance_scale=1.5)
         pipeline.scheduler = build_sampler("lcm", pipeline.scheduler.config)
-        student = artist(pipeline, letters)
-        way = student.way(None, 2, None)
-        assert way == SamplingSettings("lcm", 2, 1.5)
-        student.check(way)
-        assert student.draw(way).passes_per_image == 2
+        student = generator(pipeline, letters)
+        settings = student.settings(None, 2, None)
+        assert settings == SamplingSettings("lcm", 2, 1.5)
+        student.check(settings)
+        assert student.draw(settings).passes_per_image == 2
         with pytest.raises(UserError, match=r"guidance at scale 1\.5 was distilled into its weights"):
-            student.check(student.way(None, 2, 5.0))
+            student.check(student.settings(None, 2, 5.0))
 
     def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        assert artist(pipeline, letters).way(None, None, None) == SamplingSettings("dpmpp", 10, 2.0)
-        assert artist(pipeline, letters).way("ddim", 4, 0.0) == SamplingSettings("ddim", 4, 0.0)
+        assert generator(pipeline, letters).settings() == SamplingSettings("dpmpp", 10, 2.0)
+        assert generator(pipeline, letters).settings("ddim", 4, 0.0) == SamplingSettings("ddim", 4, 0.0)
 
     def test_the_sampler_is_put_back(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         before = pipeline.scheduler
-        artist(pipeline, letters).draw(SamplingSettings("ddpm", 2, 1.0))
+        generator(pipeline, letters).draw(SamplingSettings("ddpm", 2, 1.0))
         assert pipeline.scheduler is before
 
     def test_goes_on_where_it_stopped(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_A_PART", 20)
-        way = SamplingSettings("ddim", 2, 2.0)
-        whole = artist(pipeline, letters, tmp_path).draw(way)
+        monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_PER_PART", 20)
+        settings = SamplingSettings("ddim", 2, 2.0)
+        whole = generator(pipeline, letters, tmp_path).draw(settings)
         [folder] = tmp_path.iterdir()
         parts = sorted(folder.iterdir())
         assert len(parts) == 3
@@ -87,7 +87,7 @@ class TestDrawing:
             drawn += len(arguments[0])
 
         with pipeline.unet.register_forward_pre_hook(count):
-            again = artist(pipeline, letters, tmp_path).draw(way)
+            again = generator(pipeline, letters, tmp_path).draw(settings)
         assert drawn == 20 * 4
         assert torch.equal(again.images, whole.images)
         assert again.passes_per_image == whole.passes_per_image
@@ -95,8 +95,8 @@ class TestDrawing:
     def test_more_images_take_up_those_that_are_there(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_A_PART", 20)
-        few = artist(pipeline, letters, tmp_path, num_images=70).draw(SamplingSettings("ddim", 2, 2.0))
+        monkeypatch.setattr("mnist_diffusion.evaluation.samples.IMAGES_PER_PART", 20)
+        few = generator(pipeline, letters, tmp_path, num_images=70).draw(SamplingSettings("ddim", 2, 2.0))
         drawn = 0
 
         def count(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -104,19 +104,19 @@ class TestDrawing:
             drawn += len(arguments[0])
 
         with pipeline.unet.register_forward_pre_hook(count):
-            more = artist(pipeline, letters, tmp_path, num_images=80).draw(SamplingSettings("ddim", 2, 2.0))
+            more = generator(pipeline, letters, tmp_path, num_images=80).draw(SamplingSettings("ddim", 2, 2.0))
         assert drawn == 20 * 4
         assert torch.equal(more.images[:70], few.images)
 
     def test_damaged_parts_are_drawn_again(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        whole = artist(pipeline, letters, tmp_path).draw(SamplingSettings("ddim", 2, 2.0))
+        whole = generator(pipeline, letters, tmp_path).draw(SamplingSettings("ddim", 2, 2.0))
         [path] = tmp_path.rglob("*.npz")
         for damaged in (b"", path.read_bytes()[:300]):
             path.write_bytes(damaged)
             assert torch.equal(
-                artist(pipeline, letters, tmp_path).draw(SamplingSettings("ddim", 2, 2.0)).images, whole.images
+                generator(pipeline, letters, tmp_path).draw(SamplingSettings("ddim", 2, 2.0)).images, whole.images
             )
             assert f"{path} is damaged" in capsys.readouterr().out
 
@@ -125,7 +125,7 @@ class TestDrawing:
         def draw(seed: int = 0, scale: float = 2.0, weights: int = 0, spacing: str = "trailing") -> torch.Tensor:
             pipe = make_pipeline(seed=weights)
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
-            return artist(pipe, letters, tmp_path, seed=seed).draw(SamplingSettings("dpmpp", 4, scale)).images
+            return generator(pipe, letters, tmp_path, seed=seed).draw(SamplingSettings("dpmpp", 4, scale)).images
 
         changes = {
             "weights": {"weights": 1},
@@ -139,18 +139,18 @@ class TestDrawing:
 
     def test_unconditional(self, letters: ImageData) -> None:
         pipeline = make_pipeline(conditional=False)
-        sample = artist(pipeline, letters, num_images=55).draw(artist(pipeline, letters).way(None, 2, None))
+        sample = generator(pipeline, letters, num_images=55).draw(generator(pipeline, letters).settings(None, 2, None))
         assert sample.labels is None
         assert (len(sample.images), sample.passes_per_image) == (55, 2)
         with pytest.raises(UserError, match="guidance_scale=2 has nothing to guide: the model is unconditional"):
-            artist(pipeline, letters).way(None, 2, 2.0)
+            generator(pipeline, letters).settings(None, 2, 2.0)
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData, value: float) -> None:
         with torch.no_grad():
             pipeline.unet.conv_out.bias.fill_(value)
         with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2: values that are not finite"):
-            artist(pipeline, letters).draw(SamplingSettings("ddim", 2, 2.0))
+            generator(pipeline, letters).draw(SamplingSettings("ddim", 2, 2.0))
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -163,24 +163,24 @@ class TestDrawing:
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, changes: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(UserError, match=message):
-            artist(pipeline, letters, **changes)
+            generator(pipeline, letters, **changes)
 
     def test_pipeline_and_data_must_fit(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         wide = ImageSplit(torch.zeros(10, 1, 16, 16, dtype=torch.uint8), torch.arange(10))
         with pytest.raises(UserError, match=r"8 x 8 with 1 channels, but data.source has 16 x 16"):
-            artist(pipeline, ImageData(wide, wide, tuple(LETTERS), "", ""))
+            generator(pipeline, ImageData(wide, wide, tuple(LETTERS), "", ""))
         with pytest.raises(UserError, match="8 x 8 with 3 channels"):
-            artist(make_pipeline(channels=3), letters)
+            generator(make_pipeline(channels=3), letters)
         three = ImageSplit(letters.train.images[:3], torch.arange(3))
         backwards = ImageData(letters.train, letters.test, tuple(LETTERS[::-1]), "", "")
         with pytest.raises(UserError, match=r"the pipeline's classes are a, b, .* but those of data.source are j, i"):
-            artist(pipeline, backwards)
+            generator(pipeline, backwards)
         with pytest.raises(UserError, match=r"knows 10 classes, but data.source has 3"):
-            artist(pipeline, ImageData(three, three, ("a", "b", "c"), "", ""))
+            generator(pipeline, ImageData(three, three, ("a", "b", "c"), "", ""))
 
     def test_steps_that_cannot_be(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         with pytest.raises(UserError, match="num_inference_steps"):
-            artist(pipeline, letters).draw(SamplingSettings("ddim", 1001, 2.0))
+            generator(pipeline, letters).draw(SamplingSettings("ddim", 1001, 2.0))
 
 
 def write_pictures(folder: Path, *, each: int = 6, mode: str = "L", size: int = 8, names: str = LETTERS) -> Path:

@@ -61,8 +61,8 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
     """Real, then trained, then half-trained, then blurred, then noise."""
 
     def drawn(folder: Path) -> Sample:
-        artist = ImageGenerator(load(folder), reference.data, num_images=500, seed=0, batch_size=100)
-        return artist.draw(artist.way(None, None, 1.0))
+        generator = ImageGenerator(load(folder), reference.data, num_images=500, seed=0, batch_size=100)
+        return generator.draw(generator.settings(None, None, 1.0))
 
     test = reference.data.test
     chosen = torch.linspace(0, len(test) - 1, 500).round().long()
@@ -76,7 +76,7 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
         "noise": Sample(noise, labels),
     }
     values: dict[str, dict[str, Any]] = {
-        name: reference.measure(reference.judge(sample)).values for name, sample in levels.items()
+        name: reference.measure(reference.evaluated(sample)).values for name, sample in levels.items()
     }
     for metric, direction in {"fid": 1, "kernel_distance": 1, "accuracy": -1, "coverage": -1, "recall": -1}.items():
         measured = {name: direction * value[metric] for name, value in values.items()}
