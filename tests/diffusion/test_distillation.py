@@ -376,12 +376,12 @@ class TestRuns:
         assert (learned - goal).square().mean() < 0.5 * (unlearned - goal).square().mean()
 
     def test_resumed_run_gives_the_same_bits(self, teacher_folder: Path, tmp_path: Path) -> None:
-        whole = run(student_config(teacher_folder, tmp_path / "whole", max_steps=6))
-        cut = student_config(teacher_folder, tmp_path / "cut", max_steps=6)
+        whole = run(student_config(teacher_folder, tmp_path / "whole", max_steps=6, num_threads=1))
+        cut = student_config(teacher_folder, tmp_path / "cut", max_steps=6, num_threads=1)
         nursery, log = Nursery(), tmp_path / "log.txt"
         flags = tmp_path / "config.yaml"
         flags.write_text(cut.to_yaml())
-        arguments = ["--config", str(flags), "--train.resume", "true", "--train.num_threads", "2"]
+        arguments = ["--config", str(flags), "--train.resume", "true"]
         [code] = nursery.finish(arguments, log=log, death=Death(1, 5, after=True), work=distilling)
         assert code == -signal.SIGKILL, log.read_text()
         assert nursery.finish(arguments, log=log, work=distilling) == [0], log.read_text()

@@ -20,15 +20,7 @@ from mnist_diffusion.cli.plot import PLOTS
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.pictures.grids import (
-    denoising_strip,
-    evenly,
-    forward_noising,
-    image_grid,
-    side_by_side,
-    sigma_sweep,
-    titled,
-)
+from mnist_diffusion.pictures.grids import denoising_strip, evenly, forward_noising, image_grid, side_by_side, titled
 from mnist_diffusion.pictures.plots import compared_curves, noise_schedules, pixel_histograms, training_curves
 from tests.conftest import make_image_folder
 
@@ -44,9 +36,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("runs")
     make_image_folder(root / "pictures" / "train", images_per_class=40)
     make_image_folder(root / "pictures" / "test", images_per_class=20)
-    for name, more in (("first", ["--train.snapshot_every_steps", "4"]), ("second", ["--train.seed", "1"])):
+    for name, more in (("first", ["--train.snapshot_every", "4 steps"]), ("second", ["--train.seed", "1"])):
         AcceleratorState._reset_state(reset_partial_state=True)
-        flags = ["--train.max_steps", "8", "--train.sample_every_steps", "4", "--output_dir", str(root / name)]
+        flags = ["--train.max_steps", "8", "--train.sample_every", "4 steps", "--output_dir", str(root / name)]
         assert train_cfg.main(["--config", "tiny", "--data.source", str(root / "pictures"), *flags, *more]) == 0
     return root / "first", root / "second"
 
@@ -111,14 +103,6 @@ class TestWays:
         strip = np.asarray(denoising_strip(latents, torch.arange(20), columns=5))
         row = strip[-20]
         assert [int(row[2 + 42 * column + 20]) for column in range(5)] == [0, 64, 128, 191, 255]
-
-    def test_sigma_sweep_has_three_rows_an_image(self) -> None:
-        clean = torch.zeros(2, 1, 28, 28)
-        noisy, denoised = torch.ones(3, 2, 1, 28, 28), torch.full((3, 2, 1, 28, 28), 0.5)
-        sheet = np.asarray(sigma_sweep(clean, noisy, denoised, (0.0, 0.5, 1.0), torch.tensor([1.0, 2.0, 3.0])))
-        last = np.flatnonzero(sheet[-6 * 58 + 28])[-1]  # of the first noisy row
-        column = sheet[-6 * 58 :, last]
-        assert [int(column[58 * row + 28]) for row in range(6)] == [255, 128, 0, 255, 128, 0]
 
 
 def _line(step: int) -> dict[str, Any]:
@@ -207,15 +191,14 @@ def test_every_plot_command(
 
 
 def test_every_kind_is_tried() -> None:
-    assert set(ARGUMENTS) == set(PLOTS) - {"sigmas"}  # which the denoiser's tests try
+    assert set(ARGUMENTS) == set(PLOTS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["curves", "nowhere"], "'nowhere' is no run folder"),
-        (["classes", "nowhere"], "pipeline 'nowhere' cannot be loaded"),
-        (["sigmas", "nowhere", "--data.source", "digits"], "denoiser 'nowhere' cannot be loaded"),
+        (["curves", "nowhere"], "'nowhere' is not a run folder"),
+        (["classes", "nowhere"], "pipeline 'nowhere' could not be loaded"),
     ],
 )
 def test_plot_errors(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,4 +266,4 @@ class TestCompare:
 
     def test_errors(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["compare", str(tmp_path)]) == 2
-        assert "is no run folder" in capsys.readouterr().err
+        assert "is not a run folder" in capsys.readouterr().err
