@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mnist_diffusion.checks import require_at_least, require_between, require_sampler
+from mnist_diffusion.checks import require, require_at_least, require_between, require_sampler
 from mnist_diffusion.config import ImagesConfig
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -90,3 +91,7 @@ class EvaluationRequest:
         require_at_least(0, "", self, "seed", "split_seed")
         for name in self.scheduler:
             require_sampler("scheduler", name)
+        for steps in self.num_inference_steps:
+            require(steps >= 1, "num_inference_steps", steps, "at least 1")
+        for scale in self.guidance_scale:
+            require(0 <= scale < math.inf, "guidance_scale", scale, "finite and at least 0")

@@ -216,7 +216,7 @@ def _read_part(path: Path, count: int) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
             part = {name: kept[name] for name in ("images", "passes", "seconds")}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         print(f"warning: {path} is damaged ({error}); its images are drawn again")

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -47,7 +47,7 @@ def guided_prediction(conditional: torch.Tensor, unconditional: torch.Tensor, gu
 
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_rescale: float) -> torch.Tensor:
-    """Pull the guided prediction's standard deviation, image by image, back towards the conditional one's.
+    """Bring the standard deviation of each guided prediction back towards that of the conditional one.
 
     Lin et al. (2023), https://arxiv.org/abs/2305.08891, equations 15 and 16; `guidance_rescale` is their phi.
     """
@@ -91,7 +91,7 @@ class TrajectoryOutput(BaseOutput):
 
     Args:
         images: the results, as `output_type` asks.
-        latents: what the scheduler held after each step, float32 `[S, B, C, H, W]` on the CPU.
+        latents: the samples after each step, float32 `[S, B, C, H, W]` on the CPU.
         pred_original_samples: the clean image predicted at each step, float32 `[S, B, C, H, W]` on the CPU.
         timesteps: the timesteps, `[S]`.
     """
@@ -102,6 +102,21 @@ class TrajectoryOutput(BaseOutput):
     timesteps: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """The classes that images are conditioned on: for each pair of an image and a class, `[P]` each.
+
+    Args:
+        rows: the image, int64.
+        labels: the class, int64.
+        shares: the share of the class in the image's conditional prediction, float32.
+    """
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+    shares: torch.Tensor
+
+
 class MNISTDiffusionPipeline(DiffusionPipeline):
     """Draws images of given classes.
 
@@ -110,11 +125,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             the pipeline is unconditional.
         scheduler: any diffusers scheduler made from the training scheduler's configuration.
         id2label: names of the classes by index; a call may then name classes in place of numbers.
-        num_inference_steps: denoising steps where a call names none.
-        guidance_scale: guidance scale where a call names none.
-        eta: noise of the schedulers that take an eta, where a call names none.
-        guidance_distilled: whether the network has learned to draw as if guided at `guidance_scale`, in one pass a
-            step. Other scales can then not be asked for.
+        num_inference_steps: denoising steps if a call names none.
+        guidance_scale: guidance scale if a call names none.
+        eta: noise of the schedulers that take an eta, if a call names none.
+        guidance_distilled: whether the network has learned to draw as if guided at `guidance_scale`, in one pass per
+            step. Other scales cannot be asked for then.
     """
 
     model_cpu_offload_seq = "unet"
@@ -122,8 +137,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: Any,
-        scheduler: Any,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
         id2label: dict | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
@@ -228,16 +243,40 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels must be from 0 to {self.num_classes - 1}, got {label}")
         return int(label)
 
+    def _conditions(self, class_labels: Any, num_images_per_label: int) -> tuple[Conditions | None, int]:
+        """What each image is conditioned on, and how many images there are; None is unconditional."""
+        _check_count("num_images_per_label", num_images_per_label)
+        repeats = int(num_images_per_label)
+        if isinstance(class_labels, torch.Tensor | np.ndarray) and class_labels.ndim == 2:
+            weights = torch.as_tensor(class_labels)
+            if weights.is_floating_point() and self.num_classes is not None:
+                weights = self._class_weights(weights.float().cpu()).repeat_interleave(repeats, dim=0)
+                rows, labels = weights.nonzero(as_tuple=True)
+                return Conditions(rows, labels, weights[rows, labels]), len(weights)
+        ids = self.label_ids(class_labels)
+        if ids is None:
+            return None, repeats
+        labels = torch.tensor(ids).repeat_interleave(repeats)
+        return Conditions(torch.arange(len(labels)), labels, torch.ones(len(labels))), len(labels)
+
+    def _class_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        if len(weights) == 0 or weights.shape[1] != self.num_classes:
+            expected = f"[images, {self.num_classes}]"
+            raise ValueError(f"class_labels as weights must have the shape {expected}, got {tuple(weights.shape)}")
+        if not (weights >= 0).all() or not torch.allclose(weights.sum(dim=1), torch.ones(len(weights)), atol=1e-4):
+            raise ValueError("class_labels as weights must be at least 0 and sum to 1 for each image")
+        return weights
+
     def _guidance_scales(self, guidance_scale: Any, batch_size: int) -> torch.Tensor:
-        """One scale an image, float32 `[B]` on the CPU, for [`_predict`]: 1 where guidance is in the weights."""
-        scales = guidance_scale
+        """One scale per image, float32 `[B]` on the CPU, for [`_predict`]: 1 if guidance is in the weights."""
+        scales = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if isinstance(scales, torch.Tensor | np.ndarray):
             if scales.ndim > 1:
-                raise ValueError(f"guidance_scale must be a number or one an image, got shape {tuple(scales.shape)}")
+                raise ValueError(f"guidance_scale must be a number or one per image, got shape {tuple(scales.shape)}")
             scales = scales.tolist()
         scales = list(scales) if isinstance(scales, list | tuple) else [scales] * batch_size
         if len(scales) != batch_size:
-            raise ValueError(f"guidance_scale must be one number or {batch_size} (one an image), got {len(scales)}")
+            raise ValueError(f"guidance_scale must be one number or {batch_size} (one per image), got {len(scales)}")
         for scale in scales:
             _check_number("guidance_scale", scale, low=0)
         if not self.config.guidance_distilled:
@@ -246,34 +285,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             if float(scale) != self.config.guidance_scale:
                 raise ValueError(
                     f"guidance_scale must be left out for this model, got {scale!r}: guidance at scale "
-                    f"{self.config.guidance_scale} was distilled into its weights, which draw with it in one pass a "
+                    f"{self.config.guidance_scale} was distilled into its weights, which draw with it in one pass per "
                     "step; for another scale distil the teacher again"
                 )
         return torch.ones(batch_size)
 
-    def check_inputs(
-        self,
-        *,
-        batch_size: int,
-        guidance_interval: Any,
-        guidance_rescale: Any,
-        num_inference_steps: Any,
-        timesteps: Any,
-        sigmas: Any,
-        eta: Any,
-        generator: Any,
-        latents: Any,
-        output_type: Any,
-        callback_on_step_end: Any,
-        callback_on_step_end_tensor_inputs: Any,
-    ) -> None:
-        """Refuse what cannot work before any network pass.
-
-        Raises:
-            TypeError: an argument has the wrong type.
-            ValueError: an argument has an impossible value, or the scheduler cannot serve it.
-        """
-        self._check_scheduler()
+    def _check_guidance(self, guidance_interval: Any, guidance_rescale: Any) -> None:
         if guidance_interval is not None:
             if not isinstance(guidance_interval, list | tuple) or len(guidance_interval) != 2:
                 raise TypeError(f"guidance_interval must be a pair (low, high), got {guidance_interval!r}")
@@ -287,25 +304,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 f"guidance_interval={guidance_interval!r}, guidance_rescale={guidance_rescale!r} have no effect on "
                 "this model, whose guidance was distilled into its weights"
             )
-        self._check_steps(num_inference_steps, timesteps, sigmas)
-        if eta is not None:
-            _check_number("eta", eta, low=0, high=1)
-            if eta > 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
-                raise ValueError(f"eta={eta!r} has no effect with {type(self.scheduler).__name__}; DDIM takes it")
-        generators = generator if isinstance(generator, list | tuple) else [generator]
-        for each in generators:
-            if not (each is None and generators == [None]) and not isinstance(each, torch.Generator):
-                raise TypeError(f"generator must be a torch.Generator or a list of them, got {each!r}")
-        if isinstance(generator, list | tuple) and len(generator) != batch_size:
-            raise ValueError(f"generator must be one or {batch_size} (one an image), got {len(generator)}")
-        if latents is not None:
-            _check_images("latents", latents, (batch_size, *self.image_shape))
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"callback_on_step_end must be callable, got {callback_on_step_end!r}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+
+    def _check_callback(self, callback: Any, tensor_inputs: Sequence[str]) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end must be callable, got {callback!r}")
+        if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
             )
@@ -371,19 +374,21 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """Draw one image for each class label.
 
         Args:
-            class_labels: an int, a class name, or a list, array or tensor of them; None draws unconditionally.
+            class_labels: an int, a class name, or a list, array or tensor of them; or float weights
+                `[images, num_classes]`, the share of each class in the conditional prediction, which sum to 1 for each
+                image. None draws unconditionally.
             num_images_per_label: images for each label, next to each other in the result.
-            guidance_scale: one number or one an image. 1 is conditional and 0 unconditional, one network pass a step
-                each; anything else takes two. See [`guided_prediction`] for how other papers' `w` maps to it. Left out
-                for a model whose guidance is distilled.
-            guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: guidance acts inside only, the
+            guidance_scale: one number or one per image. 1 is conditional and 0 unconditional, with one network pass
+                per step; anything else takes two. See [`guided_prediction`] for how other papers' `w` maps to it.
+                Omitted for a model whose guidance is distilled.
+            guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: guidance acts inside only; the
                 prediction is conditional outside. Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
             guidance_rescale: phi of [`rescale_guidance`], from 0 (off) to 1.
             num_inference_steps: denoising steps.
-            timesteps: the timesteps themselves, falling, where the scheduler takes them.
-            sigmas: the noise levels themselves, falling, where the scheduler takes them.
+            timesteps: the timesteps themselves, falling, if the scheduler takes them.
+            sigmas: the noise levels themselves, falling, if the scheduler takes them.
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
-            generator: one for the batch, or one an image, which then does not depend on the batch.
+            generator: one for the batch, or one per image, which then does not depend on the batch.
             latents: the noise to start from, `[B, C, H, W]` of unit variance.
             output_type: `pil`, `np` (float `[B, H, W, C]` in [0, 1]) or `pt` (float `[B, C, H, W]` in [0, 1]).
             return_dict: False returns a tuple `(images,)`.
@@ -397,74 +402,23 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: an argument cannot work; nothing has been computed yet.
         """
-        labels = self.label_ids(class_labels)
-        _check_count("num_images_per_label", num_images_per_label)
-        if labels is None and guidance_scale is not None:
+        conditions, batch_size = self._conditions(class_labels, num_images_per_label)
+        if conditions is None and guidance_scale is not None:
             raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
-        conditions = None
-        batch_size = int(num_images_per_label)
-        if labels is not None:
-            repeated = torch.tensor(labels).repeat_interleave(batch_size)
-            batch_size = len(repeated)
-            conditions = [(repeated, torch.ones(batch_size))]
-        return self._sample(
-            conditions,
-            batch_size,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        scales = self._guidance_scales(guidance_scale, batch_size)
+        self._check_scheduler()
+        self._check_guidance(guidance_interval, guidance_rescale)
+        self._check_steps(num_inference_steps, timesteps, sigmas)
+        generator = _checked_generators(generator, batch_size)
+        step_kwargs = self._step_kwargs(eta, generator)
+        if latents is not None:
+            _check_images("latents", latents, (batch_size, *self.image_shape))
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-    def _sample(
-        self,
-        conditions: list[tuple[torch.Tensor, torch.Tensor]] | None,
-        batch_size: int,
-        *,
-        guidance_scale: Any = None,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
-        num_inference_steps: Any = None,
-        timesteps: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-        eta: float | None = None,
-        generator: Any = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> Any:
-        """Check, denoise, decode: the call with its labels resolved to `conditions`, see [`_predict`]."""
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        scales = self._guidance_scales(scale, batch_size)
-        self.check_inputs(
-            batch_size=batch_size,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
         self._set_timesteps(num_inference_steps, timesteps, sigmas)
         device = self._execution_device
-        if isinstance(generator, tuple):  # diffusers' schedulers know lists only
-            generator = list(generator)
         if latents is None:
             shape = (batch_size, *self.image_shape)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -474,19 +428,19 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             scales,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
-            step_kwargs=self._step_kwargs(eta, generator),
+            step_kwargs=step_kwargs,
             callback=callback_on_step_end,
             callback_inputs=callback_on_step_end_tensor_inputs,
         )
         images = self._to_images(samples, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    # Beyond drawing.
+    # More than drawing.
 
     def sample_trajectory(
         self, class_labels: Any = None, *, output_type: str = "pil", **arguments: Any
     ) -> TrajectoryOutput:
-        """Draw images and keep what every step held and predicted.
+        """Draw images, and keep the samples and predictions of every step.
 
         Args:
             class_labels: as in a call.
@@ -527,13 +481,13 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         generator: Any = None,
         **arguments: Any,
     ) -> Any:
-        """Draw images on the way from one noise or class to another.
+        """Draw images between two noises or two classes.
 
         Args:
-            class_labels: one label, or two: then the guided prediction is mixed from the first to the second.
+            class_labels: one label, or two: then the conditional prediction is mixed from the first to the second.
             num_frames: images, both ends included.
             latents: the noise, `[1, C, H, W]` for all frames or `[2, C, H, W]` for the two ends; see [`slerp`].
-            generator: draws the noise where `latents` are not given: one for all frames, or two for the two ends.
+            generator: draws the noise if `latents` are not given: one for all frames, or two for the two ends.
             arguments: further arguments of a call.
 
         Returns:
@@ -548,22 +502,16 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         _check_count("num_frames", num_frames, low=2)
         ends = latents
         if ends is None:
-            generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-            if not 1 <= len(generators) <= 2 or not all(
-                g is None or isinstance(g, torch.Generator) for g in generators
-            ):
-                raise TypeError(f"generator must be a torch.Generator or a list of two, got {generator!r}")
-            ends = torch.cat([randn_tensor((1, *self.image_shape), generator=g) for g in generators])
+            ends = torch.cat([randn_tensor((1, *self.image_shape), generator=g) for g in _one_or_two(generator)])
         elif not isinstance(ends, torch.Tensor) or len(ends) not in (1, 2):
             raise ValueError(f"latents must be a tensor of one noise or two, got {getattr(ends, 'shape', ends)}")
         _check_images("latents", ends, (len(ends), *self.image_shape))
-        weights = torch.linspace(0, 1, int(num_frames))
-        frames = slerp(ends[0].float(), ends[-1].float(), weights)
-        first, last = (torch.full((int(num_frames),), label) for label in (labels[0], labels[-1]))
-        conditions = (
-            [(first, 1 - weights), (last, weights)] if len(labels) == 2 else [(first, torch.ones_like(weights))]
-        )
-        return self._sample(conditions, int(num_frames), latents=frames, **arguments)
+        along = torch.linspace(0, 1, int(num_frames))
+        frames = slerp(ends[0].float(), ends[-1].float(), along)
+        weights = torch.zeros(len(along), self.num_classes)
+        weights[:, labels[0]] += 1 - along
+        weights[:, labels[-1]] += along
+        return self(weights, latents=frames, **arguments)
 
     @torch.no_grad()
     def invert(
@@ -575,7 +523,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         num_iterations: int = 5,
     ) -> torch.Tensor:
-        """The noise from which DDIM (eta 0) draws given images.
+        """Find the noise from which DDIM (eta 0) draws given images.
 
         DDIM's step is a rotation, `x_s = cos(d) x_t - sin(d) v(x_t)`, by the angle `d` between the two noise levels.
         Each is undone by solving `x_t = (x_s + sin(d) v(x_t)) / cos(d)` by fixed-point iteration. Song et al. (2020),
@@ -583,10 +531,10 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
         Args:
             images: float `[B, C, H, W]` in [0, 1].
-            class_labels: one label an image, or None.
+            class_labels: one label per image, or None.
             num_inference_steps: steps; draw with as many to come back.
             guidance_scale: the scale at which the images will be drawn again.
-            num_iterations: fixed-point iterations a step, one network pass an image each (two when guided).
+            num_iterations: fixed-point iterations per step, each with one network pass per image (two if guided).
 
         Returns:
             float32 latents `[B, C, H, W]` for a call with a `DDIMScheduler` made from this scheduler's configuration.
@@ -596,7 +544,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """
         if self.config.guidance_distilled:
             raise ValueError(
-                "images cannot be inverted with a distilled model, which knows no velocity; use its teacher"
+                "images cannot be inverted with a distilled model, which has not learned the velocity; use its teacher"
             )
         labels = self.label_ids(class_labels)
         _check_images("images", images, (len(images) if isinstance(images, torch.Tensor) else 0, *self.image_shape))
@@ -610,7 +558,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         self._check_steps(num_inference_steps, None, None)
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(int(num_inference_steps))
-        conditions = None if labels is None else [(torch.tensor(labels), torch.ones(len(labels)))]
+        conditions, _ = self._conditions(labels, 1)
         sample = images.to(self._execution_device, torch.float32) * 2 - 1
         before = torch.tensor(1.0)
         for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
@@ -676,17 +624,21 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         which ruins few-step samples; `use_clipped_model_output` derives both from the same clipped image.
         """
         offered = {
-            "eta": self.config.eta if eta is None else float(eta),
+            "eta": self.config.eta if eta is None else eta,
             "generator": generator,
             "use_clipped_model_output": True,
         }
         accepted = inspect.signature(self.scheduler.step).parameters
+        if eta is not None:
+            _check_number("eta", eta, low=0, high=1)
+            if eta > 0 and "eta" not in accepted:
+                raise ValueError(f"eta={eta!r} has no effect with {type(self.scheduler).__name__}; DDIM takes it")
         return {name: value for name, value in offered.items() if name in accepted}
 
     def _denoise(
         self,
         latents: torch.Tensor,
-        conditions: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        conditions: Conditions | None,
         scales: torch.Tensor,
         *,
         guidance_interval: tuple[float, float] | None = None,
@@ -736,31 +688,23 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         self,
         model_input: torch.Tensor,
         timestep: torch.Tensor,
-        conditions: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        conditions: Conditions | None,
         scales: torch.Tensor,
         guidance_rescale: float,
     ) -> torch.Tensor:
-        """The guided prediction, float32 `[B, C, H, W]`, from one batched pass over just the rows that need it.
-
-        `conditions` are labels `[B]` with their share `[B]` in the conditional prediction; None is unconditional.
-        """
+        """The guided prediction, float32 `[B, C, H, W]`, from one batched pass over just the rows that need it."""
         batch_size, device = len(model_input), model_input.device
         if conditions is None:
             null = None if self.null_class is None else torch.full((batch_size,), self.null_class, device=device)
             return self._unet_pass(model_input, timestep, null)
-        conditional_rows, null_rows = (scales != 0).nonzero().flatten(), (scales != 1).nonzero().flatten()
-        asked = [(labels[conditional_rows], conditional_rows) for labels, _ in conditions]
-        asked.append((torch.full_like(null_rows, self.null_class), null_rows))
-        labels = torch.cat([labels for labels, _ in asked]).to(device)
-        rows = torch.cat([rows for _, rows in asked]).to(device)
-        *parts, unconditional_part = self._unet_pass(model_input[rows], timestep, labels).split(
-            [len(rows) for _, rows in asked]
-        )
+        asked, null_rows = (scales != 0)[conditions.rows], (scales != 1).nonzero().flatten()
+        rows, shares = conditions.rows[asked].to(device), conditions.shares[asked].to(device)
+        labels = torch.cat([conditions.labels[asked], torch.full_like(null_rows, self.null_class)]).to(device)
+        null_rows, scale = null_rows.to(device), scales.to(device).view(-1, 1, 1, 1)
+        predictions = self._unet_pass(model_input[torch.cat([rows, null_rows])], timestep, labels)
         conditional, unconditional = torch.zeros_like(model_input), torch.zeros_like(model_input)
-        unconditional[null_rows.to(device)] = unconditional_part
-        for part, (_, shares) in zip(parts, conditions, strict=True):
-            conditional[conditional_rows.to(device)] += part * shares[conditional_rows].to(device).view(-1, 1, 1, 1)
-        scale = scales.to(device).view(-1, 1, 1, 1)
+        conditional.index_add_(0, rows, predictions[: len(rows)] * shares.view(-1, 1, 1, 1))
+        unconditional[null_rows] = predictions[len(rows) :]
         guided = guided_prediction(conditional, unconditional, scale)
         if guidance_rescale > 0:
             guided = torch.where(scale > 1, rescale_guidance(guided, conditional, guidance_rescale), guided)
@@ -779,6 +723,27 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             return images
         arrays = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return arrays if output_type == "np" else self.numpy_to_pil(arrays)
+
+
+def _checked_generators(generator: Any, batch_size: int) -> Any:
+    """A generator, or a list of one per image, which is the only sequence that diffusers' schedulers take."""
+    if not isinstance(generator, list | tuple):
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
+        return generator
+    for each in generator:
+        if not isinstance(each, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {each!r}")
+    if len(generator) != batch_size:
+        raise ValueError(f"generator must be one or {batch_size} (one per image), got {len(generator)}")
+    return list(generator)
+
+
+def _one_or_two(generator: Any) -> list[Any]:
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if len(generators) not in (1, 2) or not all(g is None or isinstance(g, torch.Generator) for g in generators):
+        raise TypeError(f"generator must be a torch.Generator or a list of two, got {generator!r}")
+    return generators
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float | None = None) -> None:

@@ -123,15 +123,12 @@ def test_card(folders: tuple[Path, Path], tmp_path: Path) -> None:
     [
         (["--num_images", "20"], "num_images must be at least 50, got 20"),
         (["--num_images", "65"], "multiple of the 10 classes"),
-        (
-            ["--data.image_size", "32"],
-            "the pipeline draws images of 28 x 28 with 1 channels, but data.source has 32 x 32",
-        ),
+        (["--data.image_size", "32"], "has (1, 32, 32); set data.source, data.image_size and data.channels"),
         (["--data.source", "/nowhere/at/all"], "'/nowhere/at/all' was not found"),
         (["--num_inference_steps", "1", "1001"], "dpmpp, 1001 steps, guidance 2: num_inference_steps"),
         (["--guidance_scale", "2", "inf"], "guidance_scale"),
-        (["--device", "gpu"], "device='gpu' cannot be used"),
-        (["--evaluator", "/nowhere"], "evaluator '/nowhere' cannot be loaded"),
+        (["--device", "gpu"], "device='gpu' could not be used"),
+        (["--evaluator", "/nowhere"], "evaluator '/nowhere' could not be loaded"),
     ],
 )
 def test_what_cannot_be(
@@ -157,14 +154,20 @@ def test_card_is_looked_for_before_any_work(
     assert "--write_card needs a pipeline folder with a card" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags", [["--num_images", "many"], ["--scheduler", "euler", "oiler"], ["--guidance_scale", "-1"]]
-)
+@pytest.mark.parametrize("flags", [["--num_images", "many"], ["--guidance_scale", "2", "high"], ["--guidance", "2"]])
 def test_parser(folders: tuple[Path, Path], flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", str(folders[0]), *flags])
     assert stopped.value.code == 2
-    assert flags[-1] in capsys.readouterr().err.splitlines()[-1]
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("scheduler", ("euler", "oiler")), ("guidance_scale", (-1.0,)), ("num_inference_steps", (0,))]
+)
+def test_request_names_option_and_value(name: str, values: tuple[object, ...]) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be .*, got {values[-1]!r}"):
+        EvaluationRequest(sources=("pipeline",), **{name: values})  # type: ignore[arg-type]
 
 
 def test_train_evaluator_command(
@@ -176,14 +179,14 @@ def test_train_evaluator_command(
     assert "of 180 held-out images read right" in capsys.readouterr().out
     assert load_evaluator(tmp_path / "evaluator", digits).model.config.data_fingerprint == digits.fingerprint
     assert main(arguments) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
-def test_imagenet_weights_that_cannot_be_had(
+def test_imagenet_weights_that_could_not_be_loaded(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     evaluate(*folders, tmp_path / "out", "--imagenet_fid", code=2)
     said = capsys.readouterr().err
-    assert "imagenet_fid=true needs the weights of the Inception network, which cannot be had" in said
+    assert "imagenet_fid=true needs the weights of the Inception network, which could not be loaded" in said
