@@ -22,12 +22,15 @@ from mnist_diffusion.sharing.reading import (
     fetch_file,
     fetch_pipeline,
     folder_or_none,
+    index_arguments,
     read_index,
     read_scheduler,
     read_unet,
     require_names,
 )
 
+SHIPPED_FILE = Path(shipped.__file__)
+"""The pipeline code that every exported and pushed folder holds."""
 TrajectoryOutput, slerp = shipped.TrajectoryOutput, shipped.slerp
 guided_prediction, rescale_guidance = shipped.guided_prediction, shipped.rescale_guidance
 predicted_original_sample = shipped.predicted_original_sample
@@ -46,7 +49,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """Load a pipeline folder or Hub repository, running no code from it whatever it says.
+        """Load a pipeline folder or Hub repository without running code from it, whatever it says.
 
         `model_index.json`, the two configurations and the safetensors weights are read; they are checked before memory
         is taken for them. To run the code of a repository that you trust, use `DiffusionPipeline.from_pretrained` with
@@ -54,35 +57,36 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder, or a Hub id such as `user/name`.
-            kwargs: `dtype`, `variant`, `device_map` (a device, or `balanced` for a GPU where there is one), `unet` and
+            kwargs: `dtype`, `variant`, `device_map` (a device, or `balanced` for a GPU if there is one), `unet` and
                 `scheduler` in place of the folder's own, values of the constructor; for the Hub `revision`, `token`,
                 `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
-            FileError: it is not a pipeline folder, or not one that is read.
+            FileError: it is not a pipeline folder, or it is invalid.
             TypeError: an argument is not one of these.
-            OSError: the Hub has no such repository, or cannot be reached.
+            OSError: the Hub has no such repository, or could not be reached.
         """
         source, given = str(pretrained_model_name_or_path), dict(kwargs)
         hub = {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
         dtype, variant = given.pop("dtype", given.pop("torch_dtype", None)), given.pop("variant", None)
-        device_map = given.pop("device_map", None)
+        device_map, arguments = given.pop("device_map", None), index_arguments(cls)
         for name in NO_EFFECT:
             given.pop(name, None)
         _require_arguments(cls, given, dtype=dtype, variant=variant)
+        given.pop("use_safetensors", None)
         if isinstance(dtype, dict):
             dtype = dtype.get("unet", dtype.get("default"))
-        folder, arguments = folder_or_none(source), inspect.signature(cls.__init__).parameters
-        if folder is None:
-            folder = fetch_pipeline(source, arguments, variant, **hub)
-        index = read_index(folder, arguments)
-        if given.get("unet") is None:
-            given["unet"] = read_unet(folder, "unet", variant=variant, dtype=dtype or torch.float32)
-        if given.get("scheduler") is None:
-            given["scheduler"] = read_scheduler(folder, index["scheduler"])
-        require_names(folder, given.get("id2label", index.get("id2label")), given["unet"])
-        given.pop("use_safetensors", None)
-        pipeline = super().from_pretrained(folder, **given)
+        folder = folder_or_none(source) or fetch_pipeline(source, arguments, variant, **hub)
+        values = read_index(folder, arguments)
+        scheduler = values.pop("scheduler")
+        components = ("unet", "scheduler")
+        values |= {name: value for name, value in given.items() if value is not None or name not in components}
+        if "unet" not in values:
+            values["unet"] = read_unet(folder, variant=variant, dtype=dtype or torch.float32)
+        if "scheduler" not in values:
+            values["scheduler"] = read_scheduler(folder, scheduler)
+        require_names(folder, values.get("id2label"), values["unet"])
+        pipeline = cls(**values)
         pipeline.register_to_config(_name_or_path=source)
         pipeline._origin = (folder, hub.get("cache_dir"))
         if device_map is not None:  # one network is on one device
@@ -125,12 +129,12 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         """Push this pipeline in one commit, with its code and the card of the folder it was loaded from.
 
         Args:
-            repo_id: the repository, which is made where it is not there.
+            repo_id: the repository, which is created if it does not exist.
             commit_message: title of the commit.
-            private: whether a new repository is private; null leaves it to the account.
-            token: a Hub token, where the one that is logged in with is not meant.
+            private: whether a new repository is private; None leaves it to the account.
+            token: a Hub token, if not the one that is logged in with.
             create_pr: propose the commit instead.
-            revision: the branch, which must be there.
+            revision: the branch, which must exist.
             variant: word in the name of the weights' file, such as `fp16`; other weights there then stay.
 
         Returns:
@@ -138,7 +142,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
 
         Raises:
             ValueError: what is to be pushed holds the token.
-            OSError: the Hub refused, or could not be reached; nothing has changed there.
+            OSError: the Hub refused or could not be reached; nothing has changed there.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -166,7 +170,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         return short_card(self.num_classes) if loaded is None else loaded.read_text(encoding="utf-8")
 
     def _beside(self, name: str, token: str | None) -> Path | None:
-        """A file of the folder or commit that this pipeline was loaded from; None where there is none."""
+        """A file of the folder or commit that this pipeline was loaded from; None if there is none."""
         folder, cache_dir = self._origin
         if folder is None:
             return None
@@ -182,7 +186,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
 
 
 def _require_arguments(pipeline_class: type, given: Mapping[str, Any], *, dtype: Any, variant: Any) -> None:
-    """What `from_pretrained` was given beside the source is something it can do."""
+    """Make sure that `from_pretrained` can do what it was given besides the source."""
     if given.get("use_safetensors") is False:
         raise TypeError("use_safetensors must be true: only safetensors are read")
     for name in given:

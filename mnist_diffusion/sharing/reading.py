@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import struct
@@ -24,41 +25,37 @@ MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
 MAX_LEVELS, MAX_LAYERS, MAX_NUMBER = 10, 16, 100_000
 FLOATS = ("BF16", "F16", "F32", "F64")
 PIPELINE_CLASS = "MNISTDiffusionPipeline"
+UNET_CONFIG, UNET_WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
+PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json", UNET_CONFIG, UNET_WEIGHTS)
+"""The files that make a pipeline folder; no other is read to load one."""
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
 
 
-def read_unet(
-    folder: Path, subfolder: str = "", *, variant: str | None = None, dtype: torch.dtype = torch.float32
-) -> UNet2DModel:
-    """The network of a folder, from safetensors whose names, shapes and types are those its configuration asks for.
+def read_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> UNet2DModel:
+    """The network of a pipeline folder, from safetensors with the names, shapes and types that its configuration says.
 
     Args:
-        folder: the folder.
-        subfolder: where in it; no link may lead out of `folder`.
+        folder: the pipeline folder.
         variant: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
         dtype: of the weights.
 
     Raises:
-        FileError: it cannot be read.
+        FileError: it is invalid.
     """
-    unet, path = _empty_unet(folder, subfolder), file_within(folder, _weights_name(subfolder, variant))
+    unet, path = _empty_unet(folder), file_within(folder, _weights_name(variant))
     require_weights(path, unet)
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(path).items()}
     unet.load_state_dict(weights, assign=True)
     return unet.eval()
 
 
-def _weights_name(subfolder: str, variant: str | None) -> str:
-    return _joined(subfolder, f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors")
+def _weights_name(variant: str | None) -> str:
+    return UNET_WEIGHTS.replace(".safetensors", f".{variant}.safetensors") if variant else UNET_WEIGHTS
 
 
-def _joined(subfolder: str, name: str) -> str:
-    return f"{subfolder}/{name}" if subfolder else name
-
-
-def _empty_unet(folder: Path, subfolder: str = "") -> UNet2DModel:
-    """The network that `config.json` describes, without memory for its weights; it has been tried on one image."""
-    path = file_within(folder, _joined(subfolder, "config.json"))
+def _empty_unet(folder: Path) -> UNet2DModel:
+    """The network that `unet/config.json` describes, without memory for its weights; it has been tried on one image."""
+    path = file_within(folder, UNET_CONFIG)
     values = read_json(path)
     _require_flat(path, values)
     if values.get("_class_name") != "UNet2DModel":
@@ -77,7 +74,7 @@ def _empty_unet(folder: Path, subfolder: str = "") -> UNet2DModel:
             image = torch.empty(1, unet.config.in_channels, height, width)
             labels = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
             shape = unet.eval()(image, torch.zeros(1), class_labels=labels).sample.shape
-    except Exception as error:  # whatever a constructor makes of values that it does not expect
+    except Exception as error:  # whatever a constructor raises for values that it does not expect
         raise FileError(f"{path} describes no network: {type(error).__name__}: {str(error)[:200]}") from error
     if shape != image.shape:
         raise FileError(f"{path} describes a network that turns {[*image.shape]} into {[*shape]}")
@@ -85,7 +82,7 @@ def _empty_unet(folder: Path, subfolder: str = "") -> UNet2DModel:
 
 
 def require_weights(path: Path, model: torch.nn.Module) -> None:
-    """Make sure that a safetensors file holds just the weights of a model, going by its header alone.
+    """Make sure, from its header alone, that a safetensors file holds exactly the weights of a model.
 
     Raises:
         FileError: names, shapes or types differ, or the header is not one.
@@ -128,12 +125,12 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
         raise FileError(f"{path}: diffusers {diffusers.__version__} has no scheduler {class_name!r:.100}")
     try:
         return made.from_config(values)
-    except Exception as error:  # whatever a constructor makes of values that it does not expect
+    except Exception as error:  # whatever a constructor raises for values that it does not expect
         raise FileError(f"{path} describes no {class_name}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _require_flat(path: Path, values: Mapping[str, Any]) -> None:
-    """A component's configuration is made of numbers, words and lists of them; counts are of a sensible size."""
+    """Make sure that a configuration is made of numbers, words and lists of them, none too large."""
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
         if len(items) > MAX_NUMBER or any(isinstance(item, list | dict) for item in items):
@@ -182,7 +179,7 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def require_names(folder: Path, names: Mapping[str, str] | None, unet: Any) -> None:
-    """Names are of classes that the network has."""
+    """Make sure that names are those of classes that the network has."""
     embeddings = unet.config.num_class_embeds
     for number in names or {}:
         if embeddings is None or int(number) >= embeddings - 1:
@@ -190,10 +187,10 @@ def require_names(folder: Path, names: Mapping[str, str] | None, unet: Any) -> N
 
 
 def folder_or_none(source: str) -> Path | None:
-    """The folder that `source` is; None where it is a Hub id.
+    """The folder that `source` names; None if it is a Hub id.
 
     Raises:
-        FileError: it is a file, or a path with nothing there.
+        FileError: it is a file, or a path that does not exist.
     """
     path = Path(source)
     if path.is_dir():
@@ -208,37 +205,33 @@ def folder_or_none(source: str) -> Path | None:
     return None
 
 
+def index_arguments(pipeline_class: type) -> Container[str]:
+    """The values that an index may hold: the arguments of the class."""
+    return inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
+
+
 def fetch_pipeline(repo_id: str, arguments: Container[str], variant: str | None = None, **hub: Any) -> Path:
-    """The folder, in the Hub's cache, of the files of one commit that make a pipeline; none larger than it has to be.
+    """Fetch the files of one commit that make a pipeline, none larger than it has to be.
+
+    Returns:
+        Their folder in the Hub's cache.
 
     Raises:
-        FileError: it has no pipeline, or not one that is read.
-        OSError: the Hub has no such repository, or cannot be reached.
+        FileError: it has no pipeline, or an invalid one.
+        OSError: the Hub has no such repository, or could not be reached.
     """
-    folder = fetch_file(repo_id, "model_index.json", MAX_JSON_BYTES, **hub).parent
+    folder = fetch_file(repo_id, PIPELINE_FILES[0], MAX_JSON_BYTES, **hub).parent
     read_index(folder, arguments)
     hub["revision"] = folder.name
-    fetch_file(repo_id, "scheduler/scheduler_config.json", MAX_JSON_BYTES, **hub)
-    return fetch_unet(repo_id, "unet", variant=variant, **hub)
-
-
-def fetch_unet(repo_id: str, subfolder: str = "", *, variant: str | None = None, **hub: Any) -> Path:
-    """The folder, in the Hub's cache, of a commit whose network has been fetched, which [`read_unet`] reads.
-
-    Raises:
-        FileError: there is none, or not one that is read.
-        OSError: the Hub has no such repository, or cannot be reached.
-    """
-    name = _joined(subfolder, "config.json")
-    folder = fetch_file(repo_id, name, MAX_JSON_BYTES, **hub).parents[name.count("/")]
-    size = 8 * sum(tensor.numel() for tensor in _empty_unet(folder, subfolder).state_dict().values())
-    hub["revision"] = folder.name
-    fetch_file(repo_id, _weights_name(subfolder, variant), MAX_HEADER_BYTES + size, **hub)
+    for name in PIPELINE_FILES[1:3]:
+        fetch_file(repo_id, name, MAX_JSON_BYTES, **hub)
+    size = 8 * sum(tensor.numel() for tensor in _empty_unet(folder).state_dict().values())
+    fetch_file(repo_id, _weights_name(variant), MAX_HEADER_BYTES + size, **hub)
     return folder
 
 
 def fetch_file(repo_id: str, name: str, limit: int, **hub: Any) -> Path:
-    """A file of the Hub, in its cache, if it is not larger than `limit` bytes."""
+    """Fetch a file of the Hub into its cache, if it is not larger than `limit` bytes."""
     try:
         size = hf_hub_download(repo_id, name, dry_run=True, **hub).file_size
         if size > limit:

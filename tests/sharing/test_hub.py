@@ -15,7 +15,6 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
-from mnist_diffusion.denoising import load_denoiser
 
 import train_cfg
 from mnist_diffusion import cli
@@ -77,15 +76,6 @@ class TestPush:
         push(tmp_path / "alone", NAME, private=True)
         assert set(hub.repositories[NAME].files()) == PUSHED - {"config.yaml", "samples.png", "summary.json"}
         assert hub.repositories[NAME].private
-
-    def test_a_denoiser(self, hub: HubServer, tmp_path: Path) -> None:
-        made = make_pipeline(conditional=False).unet
-        made.save_pretrained(tmp_path / "run" / "denoiser")
-        push(tmp_path / "run", NAME)
-        loaded = load_denoiser(NAME, device="cpu")
-        for name, value in made.state_dict().items():
-            assert torch.equal(loaded.state_dict()[name], value)
-        assert content(pull(NAME, tmp_path / "pulled")) == content(tmp_path / "run" / "denoiser")
 
     def test_again_after_a_change(self, hub: HubServer, made_run: Path) -> None:
         """What is stale goes, what others put there stays; an unchanged push makes no commit."""
@@ -503,7 +493,7 @@ class TestTraining:
     def test_snapshots_on_the_way_and_the_run_at_the_end(self, hub: HubServer, tmp_path: Path) -> None:
         asked = HubConfig(push=True, repo_id=NAME, private=True, every_snapshot=True, with_checkpoints=True)
         hub.fault = lambda request: Fault(wait=0.05)
-        assert self.train(tmp_path / "run", asked, max_steps=6, snapshot_every_steps=2) == 0
+        assert self.train(tmp_path / "run", asked, max_steps=6, snapshot_every="2 steps") == 0
         repository = hub.repositories[NAME]
         assert repository.private
         assert len(repository.history) >= 3  # made, at least one snapshot, the run
@@ -525,7 +515,7 @@ class TestTraining:
         hub.fault = failing(403, where="/commit/")
         with pytest.raises(HubError, match=r"The run is whole in .*push it later with: mnist-diffusion push") as caught:
             self.train(
-                tmp_path / "run", HubConfig(push=True, repo_id=NAME, every_snapshot=True), snapshot_every_steps=2
+                tmp_path / "run", HubConfig(push=True, repo_id=NAME, every_snapshot=True), snapshot_every="2 steps"
             )
         assert "was not pushed: cannot push to owner/digits: the token may not do this" in capsys.readouterr().err
         assert (tmp_path / "run" / "summary.json").is_file()
@@ -542,7 +532,7 @@ class TestTraining:
         assert not (tmp_path / "run").exists()
         with pytest.raises(ConfigError, match=r"hub\.private must be left out without hub\.push, got True"):
             HubConfig(private=True)
-        with pytest.raises(ConfigError, match=r"hub\.every_snapshot=true needs train\.snapshot_every_steps"):
+        with pytest.raises(ConfigError, match=r"hub\.every_snapshot=true needs train\.snapshot_every"):
             Config(hub=HubConfig(push=True, every_snapshot=True))
 
 

@@ -11,20 +11,23 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin, UNet2DModel
 from PIL import Image
 
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.pipeline import generate
 from mnist_diffusion.diffusion.samplers import SAMPLERS, build_sampler
+from mnist_diffusion.errors import FileError
 from mnist_diffusion.sharing.pipeline import (
+    SHIPPED_FILE,
     MNISTDiffusionPipeline,
     guided_prediction,
     predicted_original_sample,
     rescale_guidance,
 )
 from tests.conftest import ALL_SAMPLERS, make_pipeline
+from tests.support.hub_server import HubServer
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -484,3 +487,107 @@ class TestFolders:
         loaded = MNISTDiffusionPipeline.from_pretrained(tmp_path / "folder")
         assert type(loaded) is MNISTDiffusionPipeline
         assert not canary.exists()
+
+
+class Mine(MNISTDiffusionPipeline):
+    """A subclass of a user's, in a file of theirs."""
+
+
+class TestSubclasses:
+    def test_saves_the_shipped_file_and_loads_with_both_loaders(
+        self, pipeline: MNISTDiffusionPipeline, tmp_path: Path
+    ) -> None:
+        mine = Mine(**pipeline.components, id2label=pipeline.config.id2label)
+        mine.set_progress_bar_config(disable=True)
+        mine.save_pretrained(tmp_path / "mine")
+        assert (tmp_path / "mine" / SHIPPED_FILE.name).read_bytes() == SHIPPED_FILE.read_bytes()
+        expected = draw(mine, 3, "d")
+        for load in (Mine.from_pretrained, MNISTDiffusionPipeline.from_pretrained, load_plainly):
+            loaded = load(tmp_path / "mine")
+            loaded.set_progress_bar_config(disable=True)
+            assert torch.equal(draw(loaded, 3, "d"), expected)
+            loaded.save_pretrained(tmp_path / "again")
+            assert (tmp_path / "again" / SHIPPED_FILE.name).read_bytes() == SHIPPED_FILE.read_bytes()
+            assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"] == [
+                "pipeline_mnist_diffusion",
+                "MNISTDiffusionPipeline",
+            ]
+        assert type(Mine.from_pretrained(tmp_path / "mine")) is Mine
+
+    def test_pushes_the_shipped_file(self, pipeline: MNISTDiffusionPipeline, hub: HubServer) -> None:
+        Mine(**pipeline.components).push_to_hub("owner/mine")
+        assert hub.repositories["owner/mine"].files()[SHIPPED_FILE.name] == SHIPPED_FILE.read_bytes()
+
+    def test_one_that_takes_more_keeps_it(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+        class More(MNISTDiffusionPipeline):
+            def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, mood: str = "calm", **values: Any):
+                super().__init__(unet, scheduler, **values)
+                self.register_to_config(mood=mood)
+
+        More(**pipeline.components, mood="wild").save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "model_index.json").read_text())["mood"] == "wild"
+        with pytest.raises(FileError, match="mood"):
+            MNISTDiffusionPipeline.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("kind", [MNISTDiffusionPipeline, Mine])
+    def test_from_pipe_shares_the_network_both_ways(
+        self, pipeline: MNISTDiffusionPipeline, tmp_path: Path, kind: type[MNISTDiffusionPipeline]
+    ) -> None:
+        pipeline.register_to_config(guidance_distilled=True, guidance_scale=1.5)
+        pipeline.save_pretrained(tmp_path)
+        plain = load_plainly(tmp_path)
+        for source, target in ((pipeline, kind), (plain, kind), (pipeline, type(plain))):
+            other = target.from_pipe(source)
+            assert type(other) is target
+            assert other.unet is source.unet
+            for name in ("id2label", "num_inference_steps", "guidance_scale", "eta", "guidance_distilled"):
+                assert other.config[name] == source.config[name]
+            other.set_progress_bar_config(disable=True)
+            source.set_progress_bar_config(disable=True)
+            assert torch.equal(draw(other, 3), draw(source, 3))
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        assert kind.from_pipe(plain, scheduler=scheduler).scheduler is scheduler
+
+
+def load_plainly(folder: Path) -> Any:
+    """By plain diffusers, with the code of the folder."""
+    return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+
+
+class TestClassWeights:
+    def test_one_class_is_its_label(self, pipeline: MNISTDiffusionPipeline) -> None:
+        weights = torch.eye(10)[[3, 7]]
+        for each in (weights, weights.double(), weights.numpy()):
+            assert torch.equal(draw_weights(pipeline, each), draw(pipeline, 3, 7, guidance_scale=2.0))
+
+    def test_mixed_classes_mix_the_conditional_prediction(self, pipeline: MNISTDiffusionPipeline) -> None:
+        """Against two passes of the network by hand, for a single step."""
+        pipeline.scheduler = build_sampler("ddim", pipeline.scheduler.config)
+        weights = torch.zeros(1, 10)
+        weights[0, 3], weights[0, 7] = 0.25, 0.75
+        noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        seen: dict[str, torch.Tensor] = {}
+        pipeline(
+            weights,
+            guidance_scale=2.0,
+            num_inference_steps=1,
+            latents=noise,
+            callback_on_step_end=lambda pipe, step, timestep, tensors: seen.update(tensors) or {},
+            callback_on_step_end_tensor_inputs=["model_output"],
+        )
+        with torch.no_grad():
+            three, seven, null = (pipeline.unet(noise, 999, torch.tensor([label])).sample for label in (3, 7, 10))
+        mixed = 0.25 * three + 0.75 * seven
+        torch.testing.assert_close(seen["model_output"], null + 2 * (mixed - null), atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        "weights", [torch.ones(2, 9) / 9, torch.ones(2, 10), -torch.eye(10)[:2], torch.full((1, 10), NAN)], ids=str
+    )
+    def test_what_are_no_weights(self, pipeline: MNISTDiffusionPipeline, weights: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match="class_labels as weights must"):
+            pipeline(weights)
+
+
+def draw_weights(pipeline: MNISTDiffusionPipeline, weights: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(weights, guidance_scale=2.0, num_inference_steps=3, output_type="pt", generator=generator).images
