@@ -1,35 +1,24 @@
-"""Randomness as a function of (seed, purpose, place), so that resuming needs the step alone.
+"""Make randomness a function of (seed, purpose, place), so that resuming needs only the step.
 
-Nothing here keeps state: which images step `n` sees follows from the seed and `n`, whatever the number of
-processes and wherever the run was interrupted. Each purpose draws from a stream of its own, mixed by NumPy's
+Nothing here keeps state: the images of step `n` follow from the seed and `n`, whatever the number of processes and
+wherever the run was interrupted. Each purpose draws from a stream of its own, mixed by NumPy's
 `SeedSequence` (O'Neill's hash), because torch's CPU generator keeps only 32 bits of its seed.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 Purpose = Literal["init", "order", "augment", "noise", "timesteps", "labels", "dropout", "eval", "samples", "balance"]
-PURPOSES: tuple[Purpose, ...] = (
-    "init",
-    "order",
-    "augment",
-    "noise",
-    "timesteps",
-    "labels",
-    "dropout",
-    "eval",
-    "samples",
-    "balance",
-)
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 def _sequence(seed: int, purpose: Purpose, place: tuple[int, ...]) -> np.random.SeedSequence:
-    """Mix in words of fixed number and order: `SeedSequence` cuts large numbers up and ignores trailing zeros."""
+    """Mix words of fixed number and order: `SeedSequence` splits large numbers and ignores trailing zeros."""
     return np.random.SeedSequence((1 + len(place), seed % 2**32, seed >> 32, PURPOSES.index(purpose), *place))
 
 
@@ -63,7 +52,7 @@ def positions_of_step(step: int, batch_size: int, size: int) -> tuple[np.ndarray
 
 
 class Balance:
-    """Where the images of each class are, for epochs in which each class is as frequent as the others.
+    """The places of each class's images, for epochs in which all classes are equally frequent.
 
     Args:
         labels: int64 `[N]`.
@@ -74,10 +63,10 @@ class Balance:
         self.size = len(labels)
 
     def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and how often it came before, int64 `[N]` each, of every place of an epoch of `N` places.
+        """For each place of an epoch of `N` places, the image and how often it came before, int64 `[N]` each.
 
-        Each class goes through a shuffled stream of its own images without end, over the epochs, and has `N` divided
-        by the number of classes in each; what the division leaves over goes to the classes in turn.
+        Each class has an endless stream of its own images, shuffled anew in each pass, and takes part in each epoch with
+        `N` divided by the number of classes; the remainder goes to the classes in turn.
         """
         classes = len(self.places)
         share, left = divmod(self.size, classes)
@@ -110,7 +99,7 @@ def indices_of_step(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which images step `step` (0 for the first) sees: indices and how often each came before, int64 `[B]` each.
 
-    How often is the epoch, but with `balance`, which draws small classes more often.
+    How often equals the epoch, except with `balance`, which draws small classes more often.
     """
     epochs, places = positions_of_step(step, batch_size, size)
     indices, passes = np.empty(batch_size, dtype=np.int64), epochs.copy()

@@ -9,20 +9,20 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mnist_diffusion.config import DataConfig
+from mnist_diffusion.config import ImagesConfig
 
 SHOWN = 10
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Count, show, and tell what is wrong; 1 where a picture cannot be read."""
+    """Count, show, and say what is wrong; the exit code is 1 if a picture could not be read."""
     parser = ArgumentParser(
         prog=prog,
         description="Look at labelled images before training on them: classes, sizes, duplicates, unreadable files.",
     )
     parser.add_argument("source", type=str, help="what --data.source takes: a folder, a file, a Hub id, or digits")
-    skip = {"source", "batch_size", "augment", "image_size", "fit", "channels", "in_memory", "balance"}
-    parser.add_class_arguments(DataConfig, "data", skip=skip)
+    skip = {"source", "image_size", "fit", "channels", "in_memory"}
+    parser.add_class_arguments(ImagesConfig, "data", skip=skip)
     parser.add_argument("--out", type=Path, default=Path("data"), help="the folder for contact_sheet.png and data.json")
     values = parser.parse_args(list(argv))
     from rich.console import Console
@@ -30,7 +30,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from mnist_diffusion.data.survey import survey
     from mnist_diffusion.pictures.grids import image_grid
 
-    found = survey(DataConfig(source=values.source, **values.data.as_dict()))
+    found = survey(ImagesConfig(source=values.source, **values.data.as_dict()))
     console = Console()
     console.print(found.description, markup=False, soft_wrap=True)
     console.print(_table(found))
@@ -43,7 +43,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         console.print(f"{name}: {sum(split.counts.values())} images: {sizes}{more}", markup=False, soft_wrap=True)
     unreadable = [line for split in found.splits.values() for line in split.unreadable]
     for title, lines in (
-        ("cannot be read", unreadable),
+        ("could not be read", unreadable),
         ("the same pixels in two classes", [" = ".join(group) for group in found.in_two_classes]),
         ("the same pixels in the training and the held-out split", [" = ".join(g) for g in found.in_both_splits]),
         ("the same pixels more than once", [" = ".join(group) for group in found.duplicates]),
@@ -75,17 +75,13 @@ def _table(found: Any) -> Any:
 
 
 def _plain(found: Any) -> dict[str, Any]:
-    return {
-        "source": found.description,
-        "splits": {
-            name: {
-                "counts": {each: split.counts[each] for each in found.class_names},
-                "shapes": [[*shape, count] for shape, count in split.shapes.most_common()],
-                "unreadable": split.unreadable,
-            }
-            for name, split in found.splits.items()
-        },
-        "duplicates": found.duplicates,
-        "in_two_classes": found.in_two_classes,
-        "in_both_splits": found.in_both_splits,
+    splits = {
+        name: {
+            "counts": {each: split.counts[each] for each in found.class_names},
+            "shapes": [[*shape, count] for shape, count in split.shapes.most_common()],
+            "unreadable": split.unreadable,
+        }
+        for name, split in found.splits.items()
     }
+    groups = {name: getattr(found, name) for name in ("duplicates", "in_two_classes", "in_both_splits")}
+    return {"source": found.description, "splits": splits, **groups}

@@ -1,4 +1,4 @@
-"""Labelled images for training and for holding out, uint8, in memory or decoded when they are asked for."""
+"""Load labelled images for training and held-out ones: uint8, in memory or decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_diffusion.config import DataConfig
+from mnist_diffusion.config import DataConfig, ImagesConfig
 from mnist_diffusion.data.lazy import LazyImages
 from mnist_diffusion.data.pictures import DataError, Pictures
 from mnist_diffusion.data.sources import RawSource, RawSplit, read_source
@@ -24,7 +24,7 @@ __all__ = ["DataError", "ImageData", "ImageSplit", "LazyImages", "draw_batch", "
 
 MEMORY_LIMIT_BYTES = 2 * 10**9
 MAX_STAND_INS = 100_000
-"""How many images at most stand for those of a split that is not in memory."""
+"""How many images at most represent a split that is not in memory."""
 HELD_OUT_SHARE = 0.1
 
 
@@ -40,8 +40,8 @@ class ImageSplit:
 
     @property
     def tensor(self) -> Tensor:
-        """The images as a tensor, where they are in memory; `in_memory` brings them there."""
-        assert isinstance(self.images, Tensor), "these images are decoded when they are asked for"
+        """The images as a tensor, if they are in memory; `in_memory` brings them there."""
+        assert isinstance(self.images, Tensor), "these images are decoded when they are needed"
         return self.images
 
     @cached_property
@@ -55,20 +55,20 @@ class ImageSplit:
         return ImageSplit(images, self.labels[wanted])
 
     def chunks(self) -> Iterator[Tensor]:
-        """All images, in one piece where they are in memory, else a few at a time."""
+        """All images: at once if they are in memory, else a few at a time."""
         if isinstance(self.images, LazyImages):
             yield from self.images.chunks()
         else:
             yield self.images
 
     def spread(self, count: int) -> Tensor:
-        """At most `count` indices, spread evenly over all images, which may go by class."""
+        """At most `count` indices, spread evenly over all images, which may be sorted by class."""
         return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
 
     def in_memory(self) -> ImageSplit:
-        """The images decoded: all that are in memory already, else as many as the limit allows, in the classes' shares.
+        """The images decoded: all if they are in memory already, else as many as the limit allows.
 
-        Of each class there are at least two, where it has them.
+        Classes keep their shares, with at least two images each if they have them.
         """
         if isinstance(self.images, Tensor):
             return self
@@ -123,12 +123,12 @@ class ImageData:
         return digest.hexdigest()
 
     def in_memory(self) -> ImageData:
-        """These images decoded: all that are in memory already, else as many as stand for them."""
+        """These images decoded: all if they are in memory already, else as many as the limit allows."""
         return replace(self, train=self.train.in_memory(), test=self.test.in_memory())
 
     @property
     def banner(self) -> str:
-        """The notice, so that nobody overlooks it; empty where there is none."""
+        """The notice, so that nobody overlooks it; empty if there is none."""
         return f"\n{'!' * 100}\n{self.notice}\n{'!' * 100}\n" if self.notice else ""
 
     @cached_property
@@ -137,7 +137,7 @@ class ImageData:
         return torch.bincount(self.train.labels, minlength=self.num_classes).tolist()
 
     def describe(self) -> str:
-        """Counts, shape and classes, a line each."""
+        """Counts, shape and classes, one line each."""
         named = [f"{name}: {count}" for name, count in zip(self.class_names, self.counts, strict=True)]
         shown = ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else "")
         colour = "grey" if self.channels == 1 else "RGB"
@@ -151,15 +151,15 @@ class ImageData:
         )
 
 
-def load_images(config: DataConfig, *, seed: int) -> ImageData:
+def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     """Read, decode, bring to one shape and split the images that `config` names.
 
     Args:
         config: the source and the shape wanted.
-        seed: chooses the held-out tenth where the source has no split for it.
+        seed: chooses the held-out tenth if the source has no split for it.
 
     Raises:
-        DataError: the source cannot be had, is broken, or its images do not fit together.
+        DataError: the source could not be read, or its images do not fit together.
     """
     source = read_source(config)
     named = source.names(config.class_names)
@@ -186,7 +186,7 @@ def _shapes(split: RawSplit) -> set[tuple[int, int, int]]:
     return set(split.images.shapes())
 
 
-def _common_shape(source: RawSource, config: DataConfig) -> tuple[int, int, int]:
+def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, int]:
     """Channels, height and width that all images are brought to.
 
     Raises:
@@ -217,9 +217,9 @@ def _common_shape(source: RawSource, config: DataConfig) -> tuple[int, int, int]
 
 
 def _brought(
-    split: RawSplit, *, shape: tuple[int, int, int], config: DataConfig, description: str, in_memory: bool
+    split: RawSplit, *, shape: tuple[int, int, int], config: ImagesConfig, description: str, in_memory: bool
 ) -> Tensor | LazyImages:
-    """The images of a split, brought to one shape."""
+    """The images of a split, all of one shape."""
     bring = partial(_bring, shape=shape, fit=config.fit, description=description)
     if isinstance(split.images, Pictures):
         lazy = LazyImages(split.images, bring, shape)
@@ -236,14 +236,14 @@ def _bring(images: Tensor, *, shape: tuple[int, int, int], fit: Literal["pad", "
 
 
 def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: str) -> tuple[ImageSplit, ImageSplit]:
-    """Split off a stratified tenth, at least one image a class, chosen by the seed."""
+    """Split off a stratified tenth, at least one image per class, chosen by the seed."""
     from sklearn.model_selection import train_test_split
 
     counts = torch.bincount(images.labels, minlength=len(names))
     if (counts < 2).any():
         name = names[int(counts.argmin())]
         raise DataError(
-            f"{description}: class {name!r} has {int(counts.min())} image, but holding out a test split needs 2 a class"
+            f"{description}: class {name!r} has {int(counts.min())} image, but holding out a test split needs 2 per class"
         )
     held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(images)))
     kept, taken = train_test_split(
@@ -261,7 +261,7 @@ def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, pa
         config: gives the global batch size and the augmentation.
         seed: seed of the run.
         step: the step, 0 for the first.
-        part: which of the global batch's images to give.
+        part: which images of the global batch to give.
 
     Returns:
         uint8 images `[b, C, H, W]` and int64 labels `[b]`.

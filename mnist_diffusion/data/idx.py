@@ -29,11 +29,11 @@ EMNIST_IMAGES = re.compile(r"emnist-(?P<subset>\w+)-train-images[-.]idx3-ubyte(\
 
 @dataclass(frozen=True)
 class IdxFamily:
-    """Which of the data sets that come as IDX files a folder holds."""
+    """The data set of a folder of IDX files."""
 
     title: str
     dataset: str | None = None
-    """The class of `torchvision.datasets` that knows the names of the classes."""
+    """The class of `torchvision.datasets` that has the names of the classes."""
     subset: str | None = None
     """Of EMNIST, whose images are stored with rows and columns exchanged."""
 
@@ -52,7 +52,7 @@ class IdxFamily:
         return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
 
     def class_names(self) -> dict[int, str] | None:
-        """The name of each label, where they are known."""
+        """The name of each label, if they are known."""
         if self.dataset is None:
             return None
         from torchvision import datasets
@@ -94,7 +94,7 @@ def find_idx_family(folder: Path, subset: str | None) -> IdxFamily:
 
     Args:
         folder: holds the files.
-        subset: which of EMNIST's parts is wanted, where there are several.
+        subset: which part of EMNIST is wanted, if there are several.
 
     Raises:
         IdxError: `subset` is not there, or is needed.
@@ -156,7 +156,7 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
             if stream.read(1):
                 raise IdxError(f"{path}: holds more than the {size} values {shape} that it declares")
     except (gzip.BadGzipFile, EOFError, OSError) as error:
-        raise IdxError(f"{path}: cannot be read: {error}") from error
+        raise IdxError(f"{path}: could not be read: {error}") from error
     except Exception as error:
         if type(error).__module__ == "zlib":
             raise IdxError(f"{path}: broken gzip data: {error}") from error
@@ -165,7 +165,7 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
 
 
 def read_idx_split(folder: Path, split: str, family: IdxFamily) -> tuple[np.ndarray, np.ndarray] | None:
-    """Images `[N, H, W]` and labels `[N]`, both uint8, of `train` or `test`; None where the split has no files.
+    """Images `[N, H, W]` and labels `[N]`, both uint8, of `train` or `test`; None if the split has no files.
 
     Raises:
         IdxError: a file is broken, one of the pair is missing, or the counts differ.

@@ -1,4 +1,4 @@
-"""Images that are decoded when they are asked for, so that a data set may be larger than memory."""
+"""Decode images when they are needed, so that a data set may be larger than memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LazyImages:
         """Decode some of the images.
 
         Raises:
-            DataError: one cannot be decoded; the message names it.
+            DataError: one could not be decoded; the message names it.
         """
         indices = self.chosen[wanted].tolist()
         if not indices:
@@ -58,7 +58,7 @@ class LazyImages:
         return LazyImages(self.pictures, self.bring, self._shape, self.chosen[wanted])
 
     def chunks(self) -> Iterator[Tensor]:
-        """All images, a few at a time, with a progress bar where it takes long."""
+        """All images, a few at a time, with a progress bar if it takes long."""
         starts = range(0, len(self), CHUNK)
         for start in tqdm(starts, desc="reading images", leave=False, disable=len(self) < MANY):
             yield self[start : start + CHUNK]

@@ -1,4 +1,4 @@
-"""Encoded pictures: looked at by their header, decoded when they are asked for, refused where they cannot be."""
+"""Read encoded pictures: their shapes from the header, their pixels when they are needed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ CHUNK = 256
 MAX_BYTES = 256 * 2**20
 DEEP_MODES = ("I;16", "I;16B", "I;16L")
 RANGELESS_MODES = ("I", "F")
-"""32 bits a pixel, of which nothing says what is white."""
+"""32 bits per pixel, without a value that is white."""
 GREY_MODES = ("1", "L", "LA", *DEEP_MODES)
 ORIENTATION = 0x0112
 """The EXIF tag whose values from 5 to 8 lay a picture on its side."""
 
 
 class DataError(UserError):
-    """The images cannot be had or cannot be used; the message says what was looked for and where."""
+    """The images could not be read or cannot be used; the message says what was looked for and where."""
 
 
 Encoded = bytes | np.ndarray
@@ -35,7 +35,7 @@ Encoded = bytes | np.ndarray
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of any sizes that are read and decoded when they are asked for.
+    """Pictures of any sizes that are read and decoded when they are needed.
 
     Args:
         count: how many there are.
@@ -55,10 +55,10 @@ class Pictures:
             yield self.decode([index])[0]
 
     def decode(self, indices: Sequence[int], *, grey: bool = False) -> list[Tensor]:
-        """Pictures as uint8 `[C, H, W]`: grey where a picture is grey or `grey` asks for it, else RGB.
+        """Pictures as uint8 `[C, H, W]`: grey if a picture is grey or `grey` asks for it, else RGB.
 
         Raises:
-            DataError: one cannot be decoded; the message names it.
+            DataError: one could not be decoded; the message names it.
         """
         return [
             decode_picture(encoded, self.where(index), grey=grey)
@@ -69,7 +69,7 @@ class Pictures:
         """Channels, height and width of each, from its header.
 
         Raises:
-            DataError: one cannot be a picture, or is too large; the message names it.
+            DataError: one is not a picture, or is too large; the message names it.
         """
         for start in range(0, self.count, CHUNK):
             indices = range(start, min(start + CHUNK, self.count))
@@ -88,33 +88,33 @@ def _read(path: Path) -> bytes:
             raise DataError(f"{path}: a file of {size} bytes, more than the limit of {MAX_BYTES}")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: the picture cannot be read: {cause(error)}") from error
+        raise DataError(f"{path}: the picture could not be read: {cause(error)}") from error
 
 
 def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
     """Channels, height and width of a picture, upright.
 
     Raises:
-        DataError: it cannot be a picture, or is too large.
+        DataError: it is not a picture, or is too large.
     """
     if isinstance(encoded, np.ndarray):
         shape = from_array(encoded, where).shape
         return shape[0], shape[1], shape[2]
     with _opened(encoded, where) as picture:
         width, height = picture.size
-        # Asked for what its header does not hold, Pillow decodes a PNG.
+        # If its header has no such tag, Pillow would decode the whole PNG.
         if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
             width, height = height, width
         return 1 if picture.mode in GREY_MODES else 3, height, width
 
 
 def decode_picture(encoded: Encoded, where: str, *, grey: bool = False) -> Tensor:
-    """A picture as uint8 `[C, H, W]`, upright: grey where it is grey or `grey` asks for it, else RGB.
+    """A picture as uint8 `[C, H, W]`, upright: grey if it is grey or `grey` asks for it, else RGB.
 
-    Deep ones keep their upper eight bits; what is transparent is drawn on black.
+    Of 16 bits the upper eight are kept; transparent pixels are drawn on black.
 
     Raises:
-        DataError: it cannot be decoded, or is too large.
+        DataError: it could not be decoded, or is too large.
     """
     if isinstance(encoded, np.ndarray):
         return from_array(encoded, where)
@@ -130,7 +130,7 @@ def decode_picture(encoded: Encoded, where: str, *, grey: bool = False) -> Tenso
                 picture = Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer)
             pixels = np.array(picture.convert("L" if grey else "RGB"))
         except Exception as error:
-            raise DataError(f"{where}: the picture cannot be decoded: {cause(error)}") from error
+            raise DataError(f"{where}: the picture could not be decoded: {cause(error)}") from error
     return from_array(pixels, where)
 
 
@@ -141,7 +141,7 @@ def _opened(encoded: bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: the picture is too large: {cause(error)}") from error
     except Exception as error:
-        raise DataError(f"{where}: the picture cannot be decoded: {cause(error)}") from error
+        raise DataError(f"{where}: the picture could not be decoded: {cause(error)}") from error
     if picture.mode in RANGELESS_MODES:
         raise DataError(f"{where}: a picture of mode {picture.mode!r} has no known range; save it with 8 or 16 bits")
     if width * height > MAX_PIXELS:
@@ -153,7 +153,7 @@ def from_array(values: np.ndarray, where: str) -> Tensor:
     """Pixel values `[H, W]` or `[H, W, C]` as uint8 `[C, H, W]`.
 
     Raises:
-        DataError: it is no such array, or a value is no whole number from 0 to 255.
+        DataError: it is not such an array, or a value is not a whole number from 0 to 255.
     """
     numbers = values.dtype.kind in "buif" and values.ndim in (2, 3) and values.size > 0
     # NaN passes no comparison.

@@ -1,7 +1,7 @@
-"""Where labelled images come from: one function a kind of source, each giving undecorated splits.
+"""Read labelled images: one function for each kind of source, each giving raw splits.
 
-A source that was named and cannot be read is an error that says what was looked for and where. Only where no
-source was named, and MNIST cannot be had, do scikit-learn's embedded digits stand in, with a notice.
+A source that was named and could not be read is an error that says what was looked for and where. Only if no source was
+named, and MNIST could not be loaded, scikit-learn's embedded digits take its place, with a notice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_diffusion.config import DataConfig
+from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.idx import find_idx_family, find_idx_folder, read_idx_split
 from mnist_diffusion.data.pictures import DataError, Encoded, Pictures, cause, picture_files
 from mnist_diffusion.data.transforms import fit_to_size
@@ -53,12 +53,12 @@ TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
 class HubUnavailableError(DataError):
-    """The Hub cannot be reached and there is no cached copy."""
+    """The Hub could not be reached, and there is no cached copy."""
 
 
 @dataclass(frozen=True)
 class RawSplit:
-    """Images as they came, uint8 `[N, C, H, W]` or encoded and of any sizes, and a label (sortable) each."""
+    """Images as they come, uint8 `[N, C, H, W]` or encoded and of any sizes, each with a (sortable) label."""
 
     images: Tensor | Pictures
     labels: Sequence[Any]
@@ -66,10 +66,10 @@ class RawSplit:
 
 @dataclass(frozen=True)
 class RawSource:
-    """What a source gives: a training split, a held-out one where it has it, and names where it knows them."""
+    """What a source holds: a training split, and if it has them a held-out split and class names."""
 
     identifier: str
-    """What `data.source` names it by."""
+    """Its name in `data.source`."""
     description: str
     train: RawSplit
     test: RawSplit | None
@@ -83,7 +83,7 @@ class RawSource:
         """The labels in use, in their order.
 
         Raises:
-            DataError: there are no images, some have no label, or a label of held-out images is none of the training's.
+            DataError: there are no images, some have no label, or held-out images have a label that training images have not.
         """
         splits = [split for split in (self.train, self.test) if split is not None]
         if any(len(split.labels) == 0 for split in splits):
@@ -96,10 +96,10 @@ class RawSource:
         return sorted(present)
 
     def names(self, asked: tuple[str, ...] | None) -> dict[Any, str]:
-        """The name of each label in use: as asked for, or the source's own, or the label itself.
+        """The name of each label in use: as asked for, or from the source, or the label itself.
 
         Raises:
-            DataError: as many names are not asked for as there are labels.
+            DataError: the number of names asked for is not that of the labels.
         """
         labels = self.labels()
         if asked is None:
@@ -111,11 +111,11 @@ class RawSource:
         return dict(zip(labels, asked, strict=True))
 
 
-def read_source(config: DataConfig) -> RawSource:
+def read_source(config: ImagesConfig) -> RawSource:
     """Read the images that `config` names.
 
     Raises:
-        DataError: the source cannot be found or read.
+        DataError: the source could not be found or read.
     """
     source = _read(config)
     if config.subset is not None and not source.has_subsets:
@@ -123,13 +123,13 @@ def read_source(config: DataConfig) -> RawSource:
     return source
 
 
-def _read(config: DataConfig) -> RawSource:
+def _read(config: ImagesConfig) -> RawSource:
     if config.source is None:
         try:
             return read_hub(DEFAULT_HUB_ID, config)
         except HubUnavailableError as error:
             notice = (
-                f"MNIST could not be had ({error}). FALLING BACK to the 1,797 real digits of 8 x 8 pixels that come "
+                f"MNIST could not be loaded ({error}). FALLING BACK to the 1,797 real digits of 8 x 8 pixels that come "
                 "with scikit-learn, enlarged to 28 x 28: the results are NOT MNIST results. "
                 "Name a data set with --data.source to train on it."
             )
@@ -162,72 +162,88 @@ def read_embedded_digits(notice: str | None = None) -> RawSource:
     return RawSource("digits", "scikit-learn digits (embedded)", train, None, notice=notice)
 
 
-def read_folder(folder: Path, config: DataConfig) -> RawSource:
-    """Read a local folder: IDX files, a saved `datasets` folder, parquet or arrow files, or one folder a class."""
-    idx_folder = find_idx_folder(folder)
-    if idx_folder is not None:
-        return read_idx_folder(idx_folder, config)
-    if (folder / USPS_FILES["train"]).is_file():
-        return read_usps(folder, config)
-    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
-        from datasets import load_from_disk
-
-        return read_datasets(f"{folder} (datasets folder)", load_from_disk(str(folder)), config)
-    tables = [path for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES]
-    if tables:
-        return read_tables(tables, config)
-    if any(path.is_dir() for path in folder.iterdir()):
-        return read_image_folder(folder, config)
+def read_folder(folder: Path, config: ImagesConfig) -> RawSource:
+    """Read a local folder by the first of `FOLDER_READERS` that recognises it."""
+    for read in FOLDER_READERS:
+        if (source := read(folder, config)) is not None:
+            return source
     raise DataError(
         f"data.source={config.source!r}: {folder.absolute()} holds no images. Looked for IDX files "
-        "(train-images-idx3-ubyte[.gz], here or in <name>/raw), usps.bz2, parquet or arrow, and one folder a class"
+        "(train-images-idx3-ubyte[.gz], here or in <name>/raw), usps.bz2, parquet or arrow, and one folder per class"
     )
 
 
-def read_idx_folder(folder: Path, config: DataConfig) -> RawSource:
-    """Read an IDX folder; its splits are called `train` and `test`."""
-    family = find_idx_family(folder, config.subset)
+def _splits(
+    config: ImagesConfig, description: str, read: Callable[[str], RawSplit | None]
+) -> tuple[RawSplit, RawSplit | None]:
+    """The training split, and the held-out one if there is one; a split that is named must exist.
 
-    def raw(split: str) -> RawSplit | None:
-        pair = read_idx_split(folder, split, family)
+    Raises:
+        DataError: it does not.
+    """
+    train, test = read(config.train_split), read(config.test_split or "test")
+    for name, split, found in (("train", config.train_split, train), ("test", config.test_split, test)):
+        if split is not None and found is None:
+            raise DataError(f"{description} has no split {split!r} (data.{name}_split)")
+    assert train is not None
+    return train, test
+
+
+def read_idx_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read a folder of IDX files, or torchvision's `<name>/raw` below it; its splits are `train` and `test`."""
+    idx_folder = find_idx_folder(folder)
+    if idx_folder is None:
+        return None
+    family = find_idx_family(idx_folder, config.subset)
+
+    def read(split: str) -> RawSplit | None:
+        pair = read_idx_split(idx_folder, split, family)
         return pair and RawSplit(torch.from_numpy(pair[0].copy()).unsqueeze(1), pair[1].tolist())
 
-    train = raw(config.train_split)
-    if train is None:
-        raise DataError(f"{folder} has no split {config.train_split!r} (data.train_split)")
-    test = raw(config.test_split or "test")
-    if test is None and config.test_split is not None:
-        raise DataError(f"{folder} has no split {config.test_split!r} (data.test_split)")
-    return RawSource(
-        str(config.source), f"{folder} ({family.title})", train, test, family.class_names(), has_subsets=True
-    )
+    train, test = _splits(config, str(idx_folder), read)
+    description = f"{idx_folder} ({family.title})"
+    return RawSource(str(config.source), description, train, test, family.class_names(), has_subsets=True)
 
 
-def read_usps(folder: Path, config: DataConfig) -> RawSource:
+def read_usps(folder: Path, config: ImagesConfig) -> RawSource | None:
     """Read USPS as torchvision keeps it: `usps.bz2` and `usps.t.bz2`, lines of 16 x 16 values from -1 to 1."""
+    if not (folder / USPS_FILES["train"]).is_file():
+        return None
     from sklearn.datasets import load_svmlight_file
 
-    def raw(split: str) -> RawSplit | None:
+    def read(split: str) -> RawSplit | None:
         path = folder / USPS_FILES.get(split, split)
         if not path.is_file():
             return None
         try:
             values, labels = load_svmlight_file(str(path), n_features=256)
         except Exception as error:
-            raise DataError(f"{path}: cannot be read: {cause(error)}") from error
+            raise DataError(f"{path} could not be read: {cause(error)}") from error
         pixels = ((values.toarray() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
         return RawSplit(torch.from_numpy(pixels).view(-1, 1, 16, 16), [int(label) - 1 for label in labels])
 
-    train, test = raw(config.train_split), raw(config.test_split or "test")
-    for name, split, found in (("train", config.train_split, train), ("test", config.test_split, test)):
-        if split is not None and found is None:
-            raise DataError(f"{folder} has no split {split!r} (data.{name}_split)")
-    assert train is not None
-    return RawSource(str(config.source), f"{folder} (USPS)", train, test)
+    return RawSource(str(config.source), f"{folder} (USPS)", *_splits(config, str(folder), read))
 
 
-def read_image_folder(folder: Path, config: DataConfig) -> RawSource:
-    """Read one folder a class, or such trees in folders named after the splits; class names are the folders'."""
+def read_saved_dataset(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read a folder that `datasets` saved."""
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        return None
+    from datasets import load_from_disk
+
+    return read_datasets(f"{folder} (datasets folder)", load_from_disk(str(folder)), config)
+
+
+def read_table_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read a folder of parquet or arrow files."""
+    tables = [path for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES]
+    return read_tables(tables, config) if tables else None
+
+
+def read_image_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read one folder per class, or such trees in folders named after the splits; class names are the folders'."""
+    if not any(path.is_dir() for path in folder.iterdir()):
+        return None
     train_root, test_root = folder / config.train_split, folder / (config.test_split or "test")
     if not train_root.is_dir():
         if config.test_split is not None:
@@ -248,7 +264,7 @@ def read_image_folder(folder: Path, config: DataConfig) -> RawSource:
 
 
 def _read_class_folders(root: Path) -> tuple[RawSplit, list[str], list[Path]]:
-    """The pictures of a folder a class, the classes, and files that are no pictures by their name."""
+    """The pictures of one folder per class, the classes, and files that by their names are no pictures."""
     from torchvision.datasets import ImageFolder
 
     left_out: list[Path] = []
@@ -268,8 +284,8 @@ def _read_class_folders(root: Path) -> tuple[RawSplit, list[str], list[Path]]:
     return RawSplit(images, [listing.classes[index] for _, index in listing.samples]), listing.classes, left_out
 
 
-def read_tables(paths: list[Path], config: DataConfig) -> RawSource:
-    """Read parquet or arrow files through `datasets`; a file belongs to the split whose name begins its own."""
+def read_tables(paths: list[Path], config: ImagesConfig) -> RawSource:
+    """Read parquet or arrow files through `datasets`; a file belongs to the split that its name begins with."""
     from datasets import load_dataset
 
     kinds = {TABLE_SUFFIXES[path.suffix] for path in paths}
@@ -283,16 +299,16 @@ def read_tables(paths: list[Path], config: DataConfig) -> RawSource:
     try:
         tables = load_dataset(kinds.pop(), data_files=files)
     except Exception as error:
-        raise DataError(f"{paths[0]}: cannot be read: {cause(error)}") from error
+        raise DataError(f"{paths[0]} could not be read: {cause(error)}") from error
     return read_datasets(f"{paths[0] if len(paths) == 1 else paths[0].parent} (tables)", tables, config)
 
 
-def read_hub(name: str, config: DataConfig) -> RawSource:
-    """Read a data set of the Hub, or its cached copy where the Hub cannot be reached.
+def read_hub(name: str, config: ImagesConfig) -> RawSource:
+    """Read a data set of the Hub, or its cached copy if the Hub could not be reached.
 
     Raises:
-        HubUnavailableError: no answer from the Hub and no cached copy.
-        DataError: the Hub answers, but has no such data set or does not give it.
+        HubUnavailableError: the Hub does not answer, and there is no cached copy.
+        DataError: the Hub has no such data set, or does not give access to it.
     """
     from datasets import load_dataset
 
@@ -303,13 +319,13 @@ def read_hub(name: str, config: DataConfig) -> RawSource:
         except Exception as error:
             if reason:
                 raise HubUnavailableError(f"data set {name!r}: {reason}, and there is no cached copy of it") from error
-            raise DataError(f"data.source={name!r}: the Hub data set cannot be read: {cause(error)}") from error
+            raise DataError(f"data.source={name!r}: the Hub data set could not be read: {cause(error)}") from error
     description = f"{name} (Hub{', cached copy' if reason else ''})"
     return dataclasses.replace(read_datasets(description, tables, config), hub_id=name, has_subsets=True)
 
 
 def _hub_unreachable_reason(name: str) -> str | None:
-    """Why the Hub cannot be used, or None: one short question to it, bounded even where name lookups hang."""
+    """Why the Hub cannot be used, or None: one short request, bounded in time even if name lookups hang."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -325,7 +341,7 @@ def _hub_unreachable_reason(name: str) -> str | None:
             status = error.response.status_code if error.response is not None else 0
             outcome[0] = f"{constants.ENDPOINT} answered {status}" if status >= 500 else None
         except Exception as error:
-            outcome[0] = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+            outcome[0] = f"{constants.ENDPOINT} could not be reached ({type(error).__name__})"
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -335,7 +351,7 @@ def _hub_unreachable_reason(name: str) -> str | None:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Make `datasets` use its cache at once instead of retrying a Hub known to be out of reach."""
+    """Make `datasets` use its cache at once instead of retrying a Hub that cannot be reached."""
     import datasets.config
     from huggingface_hub import constants
 
@@ -347,7 +363,7 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def read_datasets(description: str, tables: Any, config: DataConfig) -> RawSource:
+def read_datasets(description: str, tables: Any, config: ImagesConfig) -> RawSource:
     """Read the splits of a `datasets.DatasetDict`, or a lone `datasets.Dataset` as the training split.
 
     Raises:
@@ -404,7 +420,7 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
     strange = next((label for label in labels if not isinstance(label, int | str | float | None)), None)
     if strange is not None:
         raise DataError(
-            f"{description}: data.label_column={label_column!r} must hold one number or word an image, got {strange!r}"
+            f"{description}: data.label_column={label_column!r} must hold one number or word per image, got {strange!r}"
         )
     column = rows.select_columns([image_column])
 
@@ -429,4 +445,14 @@ def _encoded(value: Any, description: str) -> Encoded:
     try:
         return Path(value["path"]).read_bytes()
     except (OSError, KeyError, TypeError) as error:
-        raise DataError(f"{description}: a picture cannot be read: {cause(error)}") from error
+        raise DataError(f"{description}: a picture could not be read: {cause(error)}") from error
+
+
+FOLDER_READERS: tuple[Callable[[Path, ImagesConfig], RawSource | None], ...] = (
+    read_idx_folder,
+    read_usps,
+    read_saved_dataset,
+    read_table_folder,
+    read_image_folder,
+)
+"""The kinds of folders, in the order in which they are tried; each gives None for a folder of another kind."""

@@ -1,4 +1,4 @@
-"""A look at labelled images before training: what there is of each class, what is there twice, what cannot be read."""
+"""Survey labelled images before training: counts, shapes, duplicates, and pictures that could not be read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mnist_diffusion.config import DataConfig
+from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.pictures import DataError, Pictures
 from mnist_diffusion.data.sources import RawSplit, read_source
 from mnist_diffusion.data.transforms import fit_to_size, to_channels
@@ -27,7 +27,7 @@ class SplitSurvey:
     Args:
         counts: readable images of each class.
         shapes: how many images have each channels, height and width.
-        unreadable: what is wrong with the others, a line each.
+        unreadable: what is wrong with the others, one line each.
         shown: the first images of each class.
     """
 
@@ -44,8 +44,8 @@ class Survey:
     Args:
         description: the source.
         class_names: all classes, in the order of their labels.
-        splits: by name, `train` and, where the source has it, `test`.
-        duplicates: groups of places that hold the very same pixels.
+        splits: by name, `train` and, if the source has it, `test`.
+        duplicates: groups of places with the same pixels.
         in_two_classes: those of them that are of different classes.
         in_both_splits: those of them that are in the training and in the held-out split.
     """
@@ -58,10 +58,10 @@ class Survey:
     in_both_splits: list[list[str]]
 
     def contact_sheet(self) -> tuple[Tensor, list[str], int]:
-        """Images of the training split, a row a class.
+        """Images of the training split, one row per class.
 
         Returns:
-            float `[N, C, H, W]` in [0, 1]; the class of each row; images a row.
+            float `[N, C, H, W]` in [0, 1]; the class of each row; images per row.
         """
         shown = self.splits["train"].shown
         names = [name for name in self.class_names if shown.get(name)]
@@ -83,11 +83,11 @@ class _Place:
     where: str
 
 
-def survey(config: DataConfig) -> Survey:
-    """Read every image of a source, past those that cannot be read.
+def survey(config: ImagesConfig) -> Survey:
+    """Read every image of a source, and go on after those that could not be read.
 
     Raises:
-        DataError: the source itself cannot be had, or holds no readable image.
+        DataError: the source itself could not be read, or holds no readable image.
     """
     source = read_source(config)
     of_label = source.names(config.class_names)
@@ -97,7 +97,7 @@ def survey(config: DataConfig) -> Survey:
         splits["test"] = _look_at(source.test, "test", of_label, places)
     if not splits["train"].counts:
         problems = splits["train"].unreadable
-        raise DataError(f"{source.description}: no image can be read" + (f"; {problems[0]}" if problems else ""))
+        raise DataError(f"{source.description}: no image could be read" + (f"; {problems[0]}" if problems else ""))
     groups = [group for group in places.values() if len(group) > 1]
     return Survey(
         source.description,

@@ -1,4 +1,4 @@
-"""Images as uint8 tensors: channels, size, augmentation, and the way to [-1, 1] and back."""
+"""Transform images: channels, size, augmentation, and from uint8 to [-1, 1] and back."""
 
 from __future__ import annotations
 

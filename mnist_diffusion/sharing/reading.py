@@ -173,7 +173,8 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
         value = values.get(name, low)
         kind = int if name == "num_inference_steps" else int | float
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value == math.inf:
-            raise FileError(f"{path}: {name} must be a number from {low} to {high}, got {str(value)[:100]}")
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise FileError(f"{path}: {name} must be finite and {bounds}, got {str(value)[:100]}")
     if not isinstance(values.get("guidance_distilled", False), bool):
         raise FileError(f"{path}: guidance_distilled must be true or false")
 

@@ -115,7 +115,7 @@ class TestPush:
         assert {name for name in hub.repositories[NAME].files() if "step-" in name} == {
             name.replace("step-2", "step-1") for name in checkpoint
         }
-        with pytest.raises(UserError, match="no whole checkpoint to push"):
+        with pytest.raises(UserError, match="no valid checkpoint to push"):
             push(run_without_checkpoints(made_run), NAME, with_checkpoints=True)
 
     def test_measured_results_come_along(self, hub: HubServer, made_run: Path) -> None:
@@ -160,7 +160,7 @@ class TestPush:
 
     def test_a_card_that_is_broken(self, hub: HubServer, made_run: Path) -> None:
         (made_run / "pipeline" / "README.md").write_text("---\na: [b\n---\n# x\n")
-        with pytest.raises(UserError, match=r"the metadata at the top of README.md cannot be read"):
+        with pytest.raises(UserError, match=r"the metadata at the top of README.md could not be read"):
             push(made_run, NAME)
 
     def test_somebody_else_at_the_same_time(self, hub: HubServer, made_run: Path) -> None:
@@ -203,7 +203,7 @@ class TestPush:
 
     def test_private_is_private(self, hub: HubServer, made_run: Path) -> None:
         push(made_run, NAME)
-        with pytest.raises(HubError, match="it is there already, and public"):
+        with pytest.raises(HubError, match="it exists already, and is public"):
             push(made_run, NAME, private=True)
 
 
@@ -299,7 +299,7 @@ class TestPull:
             *("checkpoints", "config.yaml", "metrics.jsonl", "pipeline", "summary.json")
         }
         push(run_without_checkpoints(made_run), "owner/other")
-        with pytest.raises(UserError, match="has no checkpoint to go on from"):
+        with pytest.raises(UserError, match="has no checkpoint to resume from"):
             pull("owner/other", tmp_path / "none", with_checkpoints=True)
         assert not (tmp_path / "none").exists()
 
