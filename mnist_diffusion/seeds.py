@@ -65,8 +65,8 @@ class Balance:
     def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """For each place of an epoch of `N` places, the image and how often it came before, int64 `[N]` each.
 
-        Each class has an endless stream of its own images, shuffled anew in each pass, and takes part in each epoch with
-        `N` divided by the number of classes; the remainder goes to the classes in turn.
+        Each class has an endless stream of its own images, shuffled anew in each pass, and an equal share of each
+        epoch; what the division leaves over goes to the classes in turn.
         """
         classes = len(self.places)
         share, left = divmod(self.size, classes)

@@ -243,7 +243,7 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
     if (counts < 2).any():
         name = names[int(counts.argmin())]
         raise DataError(
-            f"{description}: class {name!r} has {int(counts.min())} image, but holding out a test split needs 2 per class"
+            f"{description}: class {name!r} has {int(counts.min())} image, but a held-out split needs 2 per class"
         )
     held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(images)))
     kept, taken = train_test_split(

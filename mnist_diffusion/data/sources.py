@@ -29,26 +29,10 @@ HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
 USPS_FILES = {"train": "usps.bz2", "test": "usps.t.bz2"}
-PICTURE_SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
+PICTURE_SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga"),
+    *(".tif", ".tiff", ".webp"),
+}
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -83,7 +67,7 @@ class RawSource:
         """The labels in use, in their order.
 
         Raises:
-            DataError: there are no images, some have no label, or held-out images have a label that training images have not.
+            DataError: there are no images, some have no label, or held-out images have labels of their own.
         """
         splits = [split for split in (self.train, self.test) if split is not None]
         if any(len(split.labels) == 0 for split in splits):

@@ -1,4 +1,4 @@
-"""What went wrong with the Hub, in words that say what to do."""
+"""Explain the Hub client's errors in words that say what to do."""
 
 from __future__ import annotations
 

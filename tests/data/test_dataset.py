@@ -73,8 +73,8 @@ class TestIdx:
             (lambda data: b"PK\x03\x04" + data[4:], "magic number"),
             (lambda data: data[:4] + b"\xff" * 12 + data[16:], "more than the limit"),
             (lambda data: b"", "truncated header"),
-            (lambda data: gzip.compress(data)[:-9], "cannot be read"),
-            (lambda data: gzip.compress(data)[:10] + b"\xff" * 30, "cannot be read|broken gzip"),
+            (lambda data: gzip.compress(data)[:-9], "could not be read"),
+            (lambda data: gzip.compress(data)[:10] + b"\xff" * 30, "could not be read|broken gzip"),
             (lambda data: gzip.compress(data + b"x"), "holds more"),
         ],
     )
@@ -177,7 +177,7 @@ class TestImageFolder:
     def test_corrupt_picture_is_named(self, image_folder: Path) -> None:
         broken = image_folder / "red" / "broken.png"
         broken.write_bytes(b"\x89PNG not really")
-        with pytest.raises(DataError, match=r"broken\.png: the picture cannot be decoded"):
+        with pytest.raises(DataError, match=r"broken\.png: the picture could not be decoded"):
             load(image_folder)
 
     def test_mixed_sizes_need_a_size(self, image_folder: Path) -> None:
@@ -254,7 +254,7 @@ class TestTables:
 
     def test_broken_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing")
-        with pytest.raises(DataError, match=r"x\.parquet: cannot be read"):
+        with pytest.raises(DataError, match=r"x\.parquet: could not be read"):
             load(tmp_path)
 
 
@@ -274,7 +274,7 @@ class TestNamedSources:
 
     def test_hub_out_of_reach(self, silent_hub: str) -> None:
         started = time.monotonic()
-        with pytest.raises(DataError, match=r"user/name.*no answer|cannot be reached"):
+        with pytest.raises(DataError, match=r"user/name.*no answer|could not be reached"):
             load("user/name")
         assert time.monotonic() - started < 15  # the promise to users, not a measure of speed
 

@@ -22,7 +22,7 @@ from mnist_diffusion.data.pictures import MAX_PIXELS, DataError, decode_picture
 from mnist_diffusion.data.survey import survey
 from mnist_diffusion.errors import UserError
 from tests.conftest import make_image_folder
-from tests.test_data import idx_bytes, load, write_idx
+from tests.data.test_dataset import idx_bytes, load, write_idx
 
 FASHION = ("T-shirt/top", "Trouser")
 
@@ -82,7 +82,7 @@ class TestFamilyOfMnist:
         expected = ((values + 1) * 127.5).round().astype(np.uint8)
         np.testing.assert_allclose(data.train.tensor[0].flatten().numpy(), expected, atol=1)
         (tmp_path / "usps.bz2").write_bytes(b"BZh9 nonsense")
-        with pytest.raises(DataError, match=r"usps\.bz2: cannot be read"):
+        with pytest.raises(DataError, match=r"usps\.bz2: could not be read"):
             load(tmp_path)
 
     def test_medmnist_like_parquet(self, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ class TestLazily:
         data = load(image_folder, in_memory=False)
         for path in image_folder.rglob("*.png"):
             path.write_bytes(path.read_bytes()[:60])
-        with pytest.raises(DataError, match=r"\.png: the picture cannot be decoded"):
+        with pytest.raises(DataError, match=r"\.png: the picture could not be decoded"):
             draw_batch(data.train, DataConfig(batch_size=4), seed=0, step=0, part=slice(0, 4))
 
 
@@ -154,7 +154,7 @@ class TestHostilePictures:
     def test_a_header_just_within_the_limit_without_its_pixels(self, image_folder: Path) -> None:
         side = int(MAX_PIXELS**0.5)
         (image_folder / "red" / "hollow.png").write_bytes(png_header(side, side))
-        with pytest.raises(DataError, match=r"hollow\.png: the picture cannot be decoded"):
+        with pytest.raises(DataError, match=r"hollow\.png: the picture could not be decoded"):
             load(image_folder, image_size=16)
 
     def test_sixteen_bits_keep_their_upper_eight(self) -> None:
@@ -278,7 +278,7 @@ class TestTables:
 def test_stand_ins_keep_small_classes(monkeypatch: pytest.MonkeyPatch, image_folder: Path) -> None:
     for index in range(40):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
-    monkeypatch.setattr("mnist_diffusion.data.MAX_STAND_INS", 10)
+    monkeypatch.setattr("mnist_diffusion.data.dataset.MAX_STAND_INS", 10)
     stand_ins = load(image_folder, in_memory=False).in_memory()
     assert stand_ins.counts[:2] == [2, 2]
     assert 7 <= stand_ins.counts[2] <= 9
@@ -303,7 +303,7 @@ class TestLook:
         assert main(["data", str(image_folder), "--out", str(tmp_path / "look")]) == 0
         printed = capsys.readouterr().out
         assert "18 images: 18 of 16 x 16 RGB" in printed
-        assert "cannot be read" not in printed
+        assert "could not be read" not in printed
         with Image.open(tmp_path / "look" / "contact_sheet.png") as sheet:
             assert sheet.height > 3 * 48
 
@@ -317,7 +317,7 @@ class TestLook:
         (image_folder / "green" / "stray.png").write_bytes(first.read_bytes())
         assert main(["data", str(image_folder), "--out", str(tmp_path / "look")]) == 1
         printed = capsys.readouterr().out
-        assert "2 cannot be read" in printed
+        assert "2 could not be read" in printed
         assert "huge.png" in printed
         assert "1 the same pixels in two classes" in printed
         told = json.loads((tmp_path / "look" / "data.json").read_text(encoding="utf-8"))

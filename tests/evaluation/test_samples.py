@@ -173,9 +173,9 @@ class TestDrawing:
             generator(make_pipeline(channels=3), letters)
         three = ImageSplit(letters.train.images[:3], torch.arange(3))
         backwards = ImageData(letters.train, letters.test, tuple(LETTERS[::-1]), "", "")
-        with pytest.raises(UserError, match=r"the pipeline's classes are a, b, .* but those of data.source=.* are j, i"):
+        with pytest.raises(UserError, match=r"the pipeline's classes are a, b, .* but those of .* are j, i"):
             generator(pipeline, backwards)
-        with pytest.raises(UserError, match=r"knows 10 classes, but data.source has 3"):
+        with pytest.raises(UserError, match=r"has 10 classes, but .* has 3"):
             generator(pipeline, ImageData(three, three, ("a", "b", "c"), "", ""))
 
     def test_steps_that_cannot_be(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
@@ -262,7 +262,7 @@ class TestReading:
         folder = write_pictures(tmp_path)
         broken = (folder if flat else folder / "c") / "broken.png"
         broken.write_bytes((folder / "a" / "0.png").read_bytes()[:40])
-        with pytest.raises(DataError, match=r"broken\.png: the picture cannot be decoded"):
+        with pytest.raises(DataError, match=r"broken\.png: the picture could not be decoded"):
             read_sample(folder, letters)
 
     def test_not_a_number(self, letters: ImageData, tmp_path: Path) -> None:
