@@ -35,7 +35,7 @@ HEADINGS = (
     "steps",
     "epochs",
     "drawn by",
-    "read as asked",
+    "class accuracy",
     "FID",
     "± s.e.",
     "floor",

@@ -1,4 +1,4 @@
-"""Digits read as asked, and Fréchet distance, for each sampler and number of steps; writes docs/samplers.md.
+"""Digits class accuracy, and Fréchet distance, for each sampler and number of steps; writes docs/samplers.md.
 
     python benchmarks/samplers.py runs/<run>/pipeline path/to/mnist --out docs/samplers.md
     python benchmarks/samplers.py runs/<student>/pipeline path/to/mnist --samplers '[lcm,tcd,ddim]' \
@@ -63,7 +63,7 @@ def main(
         f"on the default recipe{DISTILLED if student else ''} after five minutes of training on MNIST:",
         "",
         f"{num_images} images a cell at guidance {pipe.config.guidance_scale:g}, "
-        f"on {machine_description(pipe.device, 1)}: the share read as asked, and the Fréchet "
+        f"on {machine_description(pipe.device, 1)}: the class accuracy, and the Fréchet "
         f"distance in the evaluator's features (as many held-out images: {floor['accuracy']:.1%}, {floor['fid']:.2f}).",
         "",
         "| sampler | " + " | ".join(f"{count} step{'s' if count > 1 else ''}" for count in steps) + " |",

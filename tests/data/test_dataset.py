@@ -6,7 +6,7 @@ import gzip
 import io
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -254,7 +254,7 @@ class TestTables:
 
     def test_broken_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing")
-        with pytest.raises(DataError, match=r"x\.parquet: could not be read"):
+        with pytest.raises(DataError, match=r"x\.parquet could not be read"):
             load(tmp_path)
 
 
@@ -316,7 +316,7 @@ class TestNamedSources:
         assert data.class_names == ("even", "odd")
 
     @pytest.fixture
-    def silent_hub(self, monkeypatch: pytest.MonkeyPatch) -> str:
+    def silent_hub(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         """A Hub that takes connections and never answers."""
         import socket
 
@@ -328,7 +328,8 @@ class TestNamedSources:
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
         monkeypatch.setattr(sources, "HUB_TIMEOUT_SECONDS", 1.0)
         monkeypatch.setattr(sources, "HUB_PATIENCE_SECONDS", 2.0)
-        return address
+        yield address
+        server.close()
 
 
 class TestImages:
