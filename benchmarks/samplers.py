@@ -1,4 +1,4 @@
-"""Digits class accuracy, and Fréchet distance, for each sampler and number of steps; writes docs/samplers.md.
+"""Class accuracy and Fréchet distance for each sampler and number of steps; writes docs/samplers.md.
 
     python benchmarks/samplers.py runs/<run>/pipeline path/to/mnist --out docs/samplers.md
     python benchmarks/samplers.py runs/<student>/pipeline path/to/mnist --samplers '[lcm,tcd,ddim]' \

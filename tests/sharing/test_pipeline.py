@@ -177,7 +177,11 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "kind", "message"), BAD_CALLS, ids=[str(change)[:70] for change, _, _ in BAD_CALLS])
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    BAD_CALLS,
+    ids=[f"{number} {next(iter(change))}" for number, (change, _, _) in enumerate(BAD_CALLS)],
+)
 def test_bad_calls_are_refused_before_any_pass(
     pipeline: MNISTDiffusionPipeline, change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
