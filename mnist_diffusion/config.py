@@ -1,6 +1,6 @@
-"""The schema of a run: frozen dataclasses, one sentence per field, checked when they are made.
+"""The options of a run: frozen dataclasses, one sentence per field, checked when they are made.
 
-Everything that shapes a run stands here and nowhere else. `Config` is read from defaults, a YAML recipe and
+All that shapes a run is here. `Config` is read from defaults, a YAML recipe and
 dotted flags (see `mnist_diffusion.cli`), and written back to the run folder as `config.yaml`.
 """
 
@@ -53,7 +53,7 @@ class ImagesConfig:
     """`digits`, a folder (IDX files, one folder a class, parquet or arrow), a parquet or arrow file, or a Hub
     data set id; null takes MNIST from the Hub, or the embedded digits where the Hub cannot be reached."""
     subset: str | None = None
-    """The part of a source that has several: a configuration of a Hub data set, or such as `letters` of EMNIST."""
+    """The part of a source that has several: a configuration of a Hub data set, or one such as `letters` of EMNIST."""
     image_column: str | None = None
     """The column with the images; null takes the only image column."""
     label_column: str | None = None
@@ -61,7 +61,7 @@ class ImagesConfig:
     train_split: str = "train"
     """The split to train on."""
     test_split: str | None = None
-    """The split to hold out; null takes `test` where there is one, else a tenth of each class chosen by the seed."""
+    """The split to hold out; null takes `test` if there is one, else a tenth of each class chosen by the seed."""
     image_size: int | None = None
     """Side of the square images in pixels; null keeps the size of the source."""
     fit: Literal["pad", "resize"] = "resize"
@@ -71,8 +71,7 @@ class ImagesConfig:
     class_names: tuple[str, ...] | None = None
     """Names of the classes in the order of their labels; null takes the source's own, or the labels themselves."""
     in_memory: bool | None = None
-    """Decode all images before training, or each when it is needed; null decodes them all where they take at most
-    2 GB."""
+    """Decode all images before training, or each when it is needed; null decodes them all if they take at most 2 GB."""
 
     def __post_init__(self) -> None:
         require_at_least(8, "data", self, "image_size")
@@ -112,7 +111,7 @@ class ModelConfig:
     block_out_channels: tuple[int, ...] = (16, 32, 64)
     """Width of each resolution level, finest first."""
     layers_per_block: int = 1
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attention_levels: tuple[int, ...] = ()
     """Levels (0 is the finest) with self-attention; any makes the middle block attend too."""
     attention_head_dim: int = 32
@@ -129,22 +128,16 @@ class ModelConfig:
         require(len(widths) > 0 and all(w > 0 for w in widths), "model.block_out_channels", widths, "positive widths")
         require_at_least(1, "model", self, "layers_per_block", "norm_num_groups", "attention_head_dim")
         require_between(0, 0.95, "model", self, "dropout")
-        for width in widths:
-            if width % self.norm_num_groups:
-                raise ConfigError(
-                    f"model.norm_num_groups={self.norm_num_groups} must divide every width in "
-                    f"model.block_out_channels={list(widths)}, but not {width}"
-                )
+        groups, head = self.norm_num_groups, self.attention_head_dim
+        every = f"a divisor of every width in model.block_out_channels={list(widths)}"
+        require(not any(width % groups for width in widths), "model.norm_num_groups", groups, every)
         levels = self.attention_levels
         rule = f"distinct levels from 0 to {len(widths) - 1}"
         known = all(0 <= level < len(widths) for level in levels)
         require(known and len(set(levels)) == len(levels), "model.attention_levels", list(levels), rule)
-        for width in {widths[-1], *(widths[level] for level in levels)} if levels else ():
-            if width % self.attention_head_dim:
-                raise ConfigError(
-                    f"model.attention_head_dim={self.attention_head_dim} must divide the width {width} of a level "
-                    "that attends"
-                )
+        attending = {widths[-1], *(widths[level] for level in levels)} if levels else set()
+        rule = f"a divisor of the widths {sorted(attending)} of the levels with attention"
+        require(not any(width % head for width in attending), "model.attention_head_dim", head, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +153,7 @@ class DiffusionConfig:
     beta_end: float = 0.02
     """Last beta of the linear schedules."""
     trained_betas: tuple[float, ...] | None = None
-    """Custom betas, one a step, in place of a named schedule."""
+    """Custom betas, one per step, in place of a named schedule."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     """What the network predicts: the noise, the velocity, or the clean image."""
     rescale_betas_zero_snr: bool = False
@@ -174,19 +167,17 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require_at_least(2, "diffusion", self, "num_train_timesteps")
-        for name in ("beta_start", "beta_end"):
-            value = getattr(self, name)
+        start, end, steps, betas = self.beta_start, self.beta_end, self.num_train_timesteps, self.trained_betas
+        for name, value in (
+            ("beta_start", start),
+            ("beta_end", end),
+            *(("trained_betas", beta) for beta in betas or ()),
+        ):
             require(0 < value < 1, f"diffusion.{name}", value, "between 0 and 1, both excluded")
-        if self.beta_start > self.beta_end:
-            raise ConfigError(
-                f"diffusion.beta_start={self.beta_start} must not exceed diffusion.beta_end={self.beta_end}"
-            )
-        if self.trained_betas is not None:
-            count = len(self.trained_betas)
-            rule = f"num_train_timesteps={self.num_train_timesteps} values"
-            require(count == self.num_train_timesteps, "diffusion.trained_betas", f"{count} values", rule)
-            outside = [beta for beta in self.trained_betas if not 0 < beta < 1]
-            require(not outside, "diffusion.trained_betas", outside[:3], "between 0 and 1, both excluded")
+        require(start <= end, "diffusion.beta_start", start, f"at most diffusion.beta_end={end}")
+        if betas is not None:
+            rule = f"diffusion.num_train_timesteps={steps} values"
+            require(len(betas) == steps, "diffusion.trained_betas", f"{len(betas)} values", rule)
         require_between(0, 1, "diffusion", self, "label_dropout")
         require_positive("diffusion", self, "min_snr_gamma")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
@@ -232,7 +223,7 @@ class DistillationConfig:
     teacher: str
     """The teacher: a pipeline folder, or a Hub id such as `user/name`."""
     guidance_scale: float = 1.5
-    """The guidance of the teacher that the student learns to draw with, in one pass a step."""
+    """The guidance of the teacher that the student learns to draw with, in one pass per step."""
     scheduler: TrajectorySampler = "dpmpp"
     """The sampler that draws the teacher's trajectories: one that adds no noise of its own on the way."""
     num_teacher_steps: int = 8
@@ -241,13 +232,13 @@ class DistillationConfig:
     points_per_trajectory: int = 2
     """How many points of a trajectory the student learns from: the noise, and others in turn."""
     clean_within: float = 0.04
-    """How near to black or white, of a range from -1 to 1, a pixel of the teacher is taken for it."""
+    """How near to black or white, in a range from -1 to 1, a pixel of the teacher counts as black or white."""
     huber_c: float = 0.5
     """Where the pseudo-Huber loss of a pixel turns from square to linear."""
     label_dropout: float = 0.1
     """Share of the labels replaced by the null class, from which the student learns to draw without a class."""
     split_seed: int = 0
-    """The `train.seed` of the teacher's run, which chose its held-out images where the source has no split for them;
+    """The `train.seed` of the teacher's run, which chose its held-out images if the source has no split for them;
     taken from the teacher's run folder together with the images."""
 
     def __post_init__(self) -> None:
@@ -268,15 +259,14 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random: weights, order, noise, dropout, the held-out split."""
     init_from: str | None = None
-    """Start with the weights of this pipeline folder or Hub id, and an optimizer that knows nothing yet; null starts
-    with random weights."""
+    """Start with the weights of this pipeline folder or Hub id; null starts with random weights."""
     max_steps: int | None = None
     """Stop after this many steps; if set, it alone shapes the learning-rate schedule."""
     max_epochs: float | None = None
     """Stop after this many passes over the training images."""
     max_minutes: float | None = None
     """Alone: plan as many steps as fit into this time at the speed measured at the start. With `max_steps` or
-    `max_epochs`: stop at this time. With none of the three set: five minutes."""
+    `max_epochs`: stop at this time. If none of the three is set: five minutes."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
@@ -288,18 +278,18 @@ class TrainConfig:
     final_lr_factor: float = 0.01
     """The last learning rate as a share of the peak (linear, cosine, exponential)."""
     max_grad_norm: float | None = 1.0
-    """Clip the gradient's norm to this; null leaves it alone."""
+    """Clip the gradient's norm to this; null does not clip it."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """When the loss or its gradient is NaN or infinite: stop at the next report, before anything is saved, or skip the
+    """If the loss or its gradient is NaN or infinite: stop at the next report, before anything is saved, or skip the
     update, which makes each step wait for its loss."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches a process works through for one step."""
+    """Micro-batches per step and process."""
     mixed_precision: MixedPrecision | None = None
     """Precision of the forward pass; null takes the launcher's."""
     channels_last: bool = False
     """Keep convolution weights in channels-last memory order, which is faster on tensor cores and some CPUs."""
     num_threads: int | None = None
-    """CPU threads of each process; null divides the cores between the processes of this machine."""
+    """CPU threads of each process; null divides the cores among the processes of this machine."""
     ema_decay: float = 0.9995
     """Decay of the exponential moving average of the weights, which are the ones sampled and published."""
     ema_start_step: int = 0
@@ -320,9 +310,9 @@ class TrainConfig:
     """Draw and measure images every so often, and at the end; the best so far is kept in `pipeline_best/`. The time
     comes on top of a planned run's."""
     num_evaluation_images: int = 1000
-    """How many images each evaluation draws, from the same seeds; the same number of each class."""
+    """Images that each evaluation draws, from the same seeds; the same number of each class."""
     best_metric: Literal["fid", "accuracy"] = "fid"
-    """What the best is told by: the lowest Fréchet distance, or the largest share read as asked."""
+    """What is best: the lowest Fréchet distance, or the highest class accuracy."""
     animate_at_epochs: tuple[float, ...] = ()
     """Draw the sample grid as an animation of its denoising after each of these epochs."""
     pictures: bool = True
@@ -332,7 +322,7 @@ class TrainConfig:
     trackers: tuple[TrackerName, ...] = ()
     """Experiment trackers to report to."""
     resume: bool = False
-    """Go on from the newest checkpoint in `output_dir`; without one, start at step 0."""
+    """Resume from the newest checkpoint in `output_dir`; without one, start at step 0."""
 
     def __post_init__(self) -> None:
         counts = ("gradient_accumulation_steps", "log_every_steps", "keep_checkpoints", "samples_per_class")
@@ -356,7 +346,7 @@ class TrainConfig:
 
     @property
     def time_limit_minutes(self) -> float | None:
-        """`max_minutes`, or five where nothing else limits the run."""
+        """`max_minutes`, or five if nothing else limits the run."""
         unlimited = self.max_steps is None and self.max_epochs is None and self.max_minutes is None
         return 5.0 if unlimited else self.max_minutes
 
@@ -369,21 +359,19 @@ class HubConfig:
     push: bool = False
     """Push the pipeline with its card, its code and the configuration when the run has ended."""
     repo_id: str | None = None
-    """The repository, `user/name`, made where it is not there; null takes the account and the run folder's name."""
+    """The repository, `user/name`, created if it does not exist; null takes the account and the run folder's name."""
     private: bool = False
     """Nobody else may see the repository."""
     revision: str | None = None
-    """The branch, made where it is not there; null takes main."""
+    """The branch, created if it does not exist; null takes main."""
     every_snapshot: bool = False
     """Push each snapshot too, in the background."""
     with_checkpoints: bool = False
-    """At the end also push the newest checkpoint, to go on training from."""
+    """At the end also push the newest checkpoint, to resume training from."""
 
     def __post_init__(self) -> None:
-        for name in ("repo_id", "private", "revision", "every_snapshot", "with_checkpoints"):
-            require(
-                self.push or not getattr(self, name), f"hub.{name}", getattr(self, name), "left out without hub.push"
-            )
+        for name, value in asdict(self).items():
+            require(self.push or not value, f"hub.{name}", value, "left out without hub.push")
 
 
 SECTIONS = ("distillation", "data", "model", "diffusion", "sampling", "train", "hub", "output_dir")
@@ -453,8 +441,8 @@ class DistillConfig(RunConfig):
     """A distillation, in which network and noising process are the teacher's."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=32))
-    """The images; where nothing is said of them, those of the teacher's run folder, or else as for training. A batch
-    is as many trajectories of the teacher."""
+    """The images; by default those of the teacher's run folder, or else as for training. The batch size counts
+    trajectories of the teacher."""
     distillation: DistillationConfig
     """What is learned from the teacher."""
     sampling: SamplerConfig = field(default_factory=lambda: SamplerConfig(scheduler="lcm", num_inference_steps=1))
@@ -469,7 +457,7 @@ class DistillConfig(RunConfig):
     FIXED: ClassVar[tuple[str, ...]] = tuple(
         f"distillation.{name}" for name in DistillationConfig.__dataclass_fields__ if name != "teacher"
     )
-    """The teacher may move; it is told by its weights."""
+    """The teacher may be moved; it is recognised by its weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ class SampleRequest:
     pipeline: str
     """A pipeline folder, or a Hub id such as `user/name`."""
     class_labels: tuple[str, ...] = ()
-    """Classes by number or name; all where left out."""
+    """Classes by number or name; all if omitted."""
     num_images: int = 16
     """Images in all, the classes taken in turn."""
     guidance_scale: float | None = None
@@ -36,7 +36,7 @@ class SampleRequest:
     batch_size: int = 128
     """Images drawn together."""
     device: str | None = None
-    """Such as cpu or cuda:0; null takes a GPU where there is one."""
+    """Such as cpu or cuda:0; null takes a GPU if there is one."""
     dtype: Precision = "float32"
     """Precision of the network."""
 
@@ -56,17 +56,17 @@ class EvaluationRequest:
     sources: tuple[str, ...]
     """Pipeline folders or Hub ids; or a single folder of images."""
     names: tuple[str, ...] = ()
-    """What to call the sources, where there are several; they themselves where left out."""
+    """Names of the sources in the report, if there are several; by default the sources themselves."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The real images to measure against."""
     num_images: int | None = None
-    """Images to draw, the same number of each class; 10,000 where left out."""
+    """Images to draw, the same number of each class; 10,000 if omitted."""
     scheduler: tuple[str, ...] = ()
-    """Samplers, by short name or diffusers class; the folder's own where left out."""
+    """Samplers, by short name or diffusers class; the folder's own if omitted."""
     num_inference_steps: tuple[int, ...] = ()
-    """Denoising steps; the folder's default where left out."""
+    """Denoising steps; the folder's default if omitted."""
     guidance_scale: tuple[float, ...] = ()
-    """Guidance scales; the folder's default where left out."""
+    """Guidance scales; the folder's default if omitted."""
     seed: int = 0
     """Seed of the images drawn, and of choices among the real ones."""
     split_seed: int = 0
@@ -74,7 +74,7 @@ class EvaluationRequest:
     batch_size: int = 128
     """Images drawn together; changes nothing but the speed."""
     device: str | None = None
-    """Such as cpu or cuda:0; null takes a GPU where there is one."""
+    """Such as cpu or cuda:0; null takes a GPU if there is one."""
     dtype: Precision = "float32"
     """Precision of the network."""
     evaluator: Path | None = None

@@ -81,6 +81,7 @@ def test_each_epoch_of_ddpm_200_is_a_snapshot_that_samples(tmp_path: Path) -> No
     folder = tmp_path / "run"
     small = ["--model.block_out_channels", "[8,8]", "--model.attention_levels", "[]"]
     epochs = ["--data.batch_size", "600", "--train.max_epochs", "2", "--train.max_steps", "null"]
+    epochs += ["--sampling.num_inference_steps", "3"]
     assert train_cfg.main(["--config", "ddpm_200", *SHORT, *small, *epochs, "--output_dir", str(folder)]) == 0
     snapshots = sorted(path.name for path in (folder / "snapshots").iterdir())
     assert snapshots == ["step-3", "step-6"]
@@ -93,6 +94,7 @@ def test_guided_300_animates_its_epochs(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     small = ["--model.block_out_channels", "[8,8]", "--data.batch_size", "600", "--train.max_epochs", "2"]
     asked = ["--train.max_steps", "null", "--train.animate_at_epochs", "[0.5,2]", "--train.pictures", "true"]
+    asked += ["--sampling.num_inference_steps", "3"]
     assert train_cfg.main(["--config", "guided_300", *SHORT, *small, *asked, "--output_dir", str(folder)]) == 0
     assert sorted(path.name for path in (folder / "samples").glob("*.gif")) == ["step-000002.gif", "step-000006.gif"]
     assert {path.name for path in (folder / "pictures").iterdir()} == {
@@ -107,6 +109,7 @@ def test_the_best_is_kept_beside_the_last(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "run"
     small = ["--model.block_out_channels", "[8,8]", "--model.norm_num_groups", "4", "--model.attention_levels", "[]"]
     measure = ["--train.evaluate_every", "0.002 epochs", "--train.num_evaluation_images", "50"]
+    measure += ["--sampling.num_inference_steps", "2"]
     assert train_cfg.main(["--config", "ddpm_1000", *SHORT, *small, *measure, "--output_dir", str(folder)]) == 0
     assert (folder / "pipeline_best" / "model_index.json").is_file()
     assert (folder / "pipeline" / "model_index.json").is_file()

@@ -16,14 +16,14 @@ from mnist_diffusion.cli.options import refuse_tokens, reporting_errors
 VERBS = {
     "train": ("train_cfg", "train a model; the same as train_cfg.py"),
     "sample": ("cli.sample", "draw images with a pipeline folder or a Hub repository"),
-    "evaluate": ("cli.evaluate", "measure a pipeline's images, or any program's, against real ones"),
+    "evaluate": ("cli.evaluate", "measure the images of a pipeline, or of any program, against real ones"),
     "distill": ("distill_cfg", "turn a trained pipeline into one that draws in one pass or a few"),
     "compare": ("cli.compare", "curves, sheets and figures of several runs, or of one run's snapshots"),
-    "plot": ("cli.plot", "one picture: curves, schedule, noising, denoising, classes, epochs, histograms, sigmas"),
+    "plot": ("cli.plot", "one picture: curves, schedule, noising, denoising, classes, epochs, histograms"),
     "push": ("cli.push", "push a run's pipeline to the Hub"),
-    "pull": ("cli.pull", "fetch a pipeline, or a run to go on with, from the Hub"),
-    "data": ("cli.data", "look at labelled images before training on them"),
-    "train_evaluator": ("cli.train_evaluator", "train the classifier that evaluations read images with"),
+    "pull": ("cli.pull", "fetch a pipeline, or a run to resume, from the Hub"),
+    "data": ("cli.data", "survey labelled images before training on them"),
+    "train_evaluator": ("cli.train_evaluator", "train the classifier that evaluations use"),
 }
 """The module of each verb, whose `main` carries it out, and what it does."""
 

@@ -1,4 +1,4 @@
-"""`mnist-diffusion pull`: a pipeline, or a run to go on with, from the Hub."""
+"""`mnist-diffusion pull`: a pipeline, or a run to resume, from the Hub."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mnist_diffusion.cli.options import add_switch
 
 def parser(prog: str) -> ArgumentParser:
     """The arguments of `mnist-diffusion pull`."""
-    made = ArgumentParser(prog=prog, description="Fetch a pipeline from the Hub into a folder, running nothing of it.")
+    made = ArgumentParser(prog=prog, description="Fetch a pipeline from the Hub into a folder, running no code of it.")
     made.add_argument("source", type=str, help="user/name, or user/name@revision with a branch, tag or commit")
-    made.add_argument("--out", type=Path, required=True, help="the folder for it, which must hold nothing")
-    add_switch(made, "--with_checkpoints", "a run folder with the checkpoint, to go on training")
+    made.add_argument("--out", type=Path, required=True, help="the folder for it, which must be empty")
+    add_switch(made, "--with_checkpoints", "a run folder with the checkpoint, to resume training")
     return made
 
 
@@ -28,5 +28,5 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     out = pull(repo_id, values.out, revision=revision or None, with_checkpoints=values.with_checkpoints)
     print(f"Pulled {values.source} into {out}")
     if values.with_checkpoints:
-        print(f"Go on with: --config {out / 'config.yaml'} --train.resume true --output_dir {out}")
+        print(f"Resume with: --config {out / 'config.yaml'} --train.resume true --output_dir {out}")
     return 0

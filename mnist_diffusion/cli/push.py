@@ -19,11 +19,11 @@ def parser(prog: str) -> ArgumentParser:
     )
     add = made.add_argument
     add("source", type=Path, help="a run folder, or a pipeline folder")
-    add("repo_id", type=str, help="the repository, user/name; made where it is not there")
+    add("repo_id", type=str, help="the repository, user/name; created if it does not exist")
     add_switch(made, "--private", "nobody else may see the repository")
     add_switch(made, "--create_pr", "propose the commit as a pull request")
-    add("--revision", type=str | None, help="the branch, made where it is not there; main where left out")
-    add_switch(made, "--with_checkpoints", "also the newest checkpoint, to go on training from")
+    add("--revision", type=str | None, help="the branch, created if it does not exist; main if omitted")
+    add_switch(made, "--with_checkpoints", "also the newest checkpoint, to resume training from")
     add("--message", type=str, default="Upload pipeline", help="title of the commit")
     return made
 

@@ -20,7 +20,7 @@ class LazyImages:
         pictures: where they come from.
         bring: brings a decoded picture to the common shape.
         shape: that shape, `(C, H, W)`.
-        chosen: which of the pictures, int64 `[N]`; all where left out.
+        chosen: which of the pictures, int64 `[N]`; all if omitted.
     """
 
     def __init__(

@@ -247,10 +247,10 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """What each image is conditioned on, and how many images there are; None is unconditional."""
         _check_count("num_images_per_label", num_images_per_label)
         repeats = int(num_images_per_label)
-        if isinstance(class_labels, torch.Tensor | np.ndarray) and class_labels.ndim == 2:
+        if self.num_classes is not None and getattr(class_labels, "ndim", 0) == 2:
             weights = torch.as_tensor(class_labels)
-            if weights.is_floating_point() and self.num_classes is not None:
-                weights = self._class_weights(weights.float().cpu()).repeat_interleave(repeats, dim=0)
+            if weights.is_floating_point():
+                weights = _checked_weights(weights.float().cpu(), self.num_classes).repeat_interleave(repeats, dim=0)
                 rows, labels = weights.nonzero(as_tuple=True)
                 return Conditions(rows, labels, weights[rows, labels]), len(weights)
         ids = self.label_ids(class_labels)
@@ -259,35 +259,26 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         labels = torch.tensor(ids).repeat_interleave(repeats)
         return Conditions(torch.arange(len(labels)), labels, torch.ones(len(labels))), len(labels)
 
-    def _class_weights(self, weights: torch.Tensor) -> torch.Tensor:
-        if len(weights) == 0 or weights.shape[1] != self.num_classes:
-            expected = f"[images, {self.num_classes}]"
-            raise ValueError(f"class_labels as weights must have the shape {expected}, got {tuple(weights.shape)}")
-        if not (weights >= 0).all() or not torch.allclose(weights.sum(dim=1), torch.ones(len(weights)), atol=1e-4):
-            raise ValueError("class_labels as weights must be at least 0 and sum to 1 for each image")
-        return weights
-
     def _guidance_scales(self, guidance_scale: Any, batch_size: int) -> torch.Tensor:
         """One scale per image, float32 `[B]` on the CPU, for [`_predict`]: 1 if guidance is in the weights."""
         scales = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        if isinstance(scales, torch.Tensor | np.ndarray):
-            if scales.ndim > 1:
-                raise ValueError(f"guidance_scale must be a number or one per image, got shape {tuple(scales.shape)}")
-            scales = scales.tolist()
+        if getattr(scales, "ndim", 0) > 1:
+            raise ValueError(f"guidance_scale must be a number or one per image, got shape {tuple(scales.shape)}")
+        scales = scales.tolist() if isinstance(scales, torch.Tensor | np.ndarray) else scales
         scales = list(scales) if isinstance(scales, list | tuple) else [scales] * batch_size
         if len(scales) != batch_size:
             raise ValueError(f"guidance_scale must be one number or {batch_size} (one per image), got {len(scales)}")
         for scale in scales:
             _check_number("guidance_scale", scale, low=0)
+        own = self.config.guidance_scale
         if not self.config.guidance_distilled:
             return torch.tensor([float(scale) for scale in scales], dtype=torch.float32)
-        for scale in scales:
-            if float(scale) != self.config.guidance_scale:
-                raise ValueError(
-                    f"guidance_scale must be left out for this model, got {scale!r}: guidance at scale "
-                    f"{self.config.guidance_scale} was distilled into its weights, which draw with it in one pass per "
-                    "step; for another scale distil the teacher again"
-                )
+        if others := [scale for scale in scales if float(scale) != own]:
+            raise ValueError(
+                f"guidance_scale must be left out for this model, got {others[0]!r}: guidance at scale {own} was "
+                "distilled into its weights, which draw with it in one pass per step; for another scale distil the "
+                "teacher again"
+            )
         return torch.ones(batch_size)
 
     def _check_guidance(self, guidance_interval: Any, guidance_rescale: Any) -> None:
@@ -502,7 +493,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         _check_count("num_frames", num_frames, low=2)
         ends = latents
         if ends is None:
-            ends = torch.cat([randn_tensor((1, *self.image_shape), generator=g) for g in _one_or_two(generator)])
+            found = _checked_generators(generator, 1, 2)
+            found = found if isinstance(found, list) else [found]
+            ends = torch.cat([randn_tensor((1, *self.image_shape), generator=each) for each in found])
         elif not isinstance(ends, torch.Tensor) or len(ends) not in (1, 2):
             raise ValueError(f"latents must be a tensor of one noise or two, got {getattr(ends, 'shape', ends)}")
         _check_images("latents", ends, (len(ends), *self.image_shape))
@@ -725,25 +718,23 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return arrays if output_type == "np" else self.numpy_to_pil(arrays)
 
 
-def _checked_generators(generator: Any, batch_size: int) -> Any:
-    """A generator, or a list of one per image, which is the only sequence that diffusers' schedulers take."""
-    if not isinstance(generator, list | tuple):
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
-        return generator
-    for each in generator:
-        if not isinstance(each, torch.Generator):
+def _checked_weights(weights: torch.Tensor, num_classes: int) -> torch.Tensor:
+    if len(weights) == 0 or weights.shape[1] != num_classes:
+        raise ValueError(f"class_labels as weights must be [images, {num_classes}], got shape {tuple(weights.shape)}")
+    if not (weights >= 0).all() or not torch.allclose(weights.sum(dim=1), torch.ones(len(weights)), atol=1e-4):
+        raise ValueError("class_labels as weights must be at least 0 and sum to 1 for each image")
+    return weights
+
+
+def _checked_generators(generator: Any, *counts: int) -> Any:
+    """A generator, or a list of as many as one of `counts`; a list is the only sequence that schedulers take."""
+    several = isinstance(generator, list | tuple)
+    for each in generator if several else [generator]:
+        if not isinstance(each, torch.Generator) and (several or generator is not None):
             raise TypeError(f"generator must be a torch.Generator or a list of them, got {each!r}")
-    if len(generator) != batch_size:
-        raise ValueError(f"generator must be one or {batch_size} (one per image), got {len(generator)}")
-    return list(generator)
-
-
-def _one_or_two(generator: Any) -> list[Any]:
-    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-    if len(generators) not in (1, 2) or not all(g is None or isinstance(g, torch.Generator) for g in generators):
-        raise TypeError(f"generator must be a torch.Generator or a list of two, got {generator!r}")
-    return generators
+    if several and len(generator) not in counts:
+        raise ValueError(f"generator must be one or {counts[-1]} (one per image), got {len(generator)}")
+    return list(generator) if several else generator
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float | None = None) -> None:

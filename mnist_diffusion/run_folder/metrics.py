@@ -34,7 +34,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without a last one that was cut off; none where there is no file."""
+    """The lines of a `metrics.jsonl`, without a last one that was cut off; none if there is no file."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

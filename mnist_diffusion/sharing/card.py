@@ -9,10 +9,27 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from mnist_diffusion.files import replace_text
+
+CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository"
+SHORT_CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+---
+
+A pipeline of mnist-diffusion. It was pushed without a card that says how it was trained.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{anywhere}", trust_remote_code=True)
+image = {call}.images[0]
+```
+"""
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
 CARD_METRICS = {
-    "accuracy": "Share read as asked",
+    "accuracy": "Class accuracy",
     "fid": "Fréchet distance in the evaluator's features",
     "fid_floor": "Fréchet distance of as many held-out images",
     "precision": "Precision",
@@ -21,7 +38,7 @@ CARD_METRICS = {
 
 
 def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) -> ModelCard:
-    """The model card with measured values only: what is None in `values` is left out of the text."""
+    """Render the model card; values that are None are left out of the text."""
     data = ModelCardData(
         library_name="diffusers",
         license="mit",
@@ -35,13 +52,13 @@ def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) ->
 def write_results_to_card(
     folder: Path, results: Sequence[Mapping[str, Any]], *, text: str, dataset: str, dataset_id: str
 ) -> None:
-    """Put measured values into the card of a pipeline folder, as metadata and as text, in place of earlier ones.
+    """Write measured values into the card of a pipeline folder, as metadata and as text, replacing earlier ones.
 
     Args:
         folder: the pipeline folder.
         results: entries of an evaluation report.
         text: Markdown for the card's section on evaluation.
-        dataset: what the images were measured against, for people.
+        dataset: what the images were measured against, in words.
         dataset_id: its id on the Hub, or another name without spaces.
     """
     path = folder / CARD
@@ -67,26 +84,7 @@ def write_results_to_card(
     about = {**card.data.to_dict(), "model_name": folder.resolve().parent.name, "eval_results": measured}
     about.pop("model-index", None)
     card.data = ModelCardData(**about)
-    temporary = path.with_name(".README.md.partial")
-    card.save(temporary)
-    temporary.replace(path)
-
-
-CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository"
-SHORT_CARD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
----
-
-A pipeline of mnist-diffusion. It was pushed without a card that says how it was trained.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{anywhere}", trust_remote_code=True)
-image = {call}.images[0]
-```
-"""
+    replace_text(path, str(card))
 
 
 def short_card(num_classes: int | None) -> str:
@@ -97,6 +95,6 @@ def short_card(num_classes: int | None) -> str:
 
 
 def card_for(text: str, repo_id: str) -> str:
-    """A card as it reads in a repository: the lines of code in it load that one, whichever it was written for."""
+    """The card for a repository: its lines of code load that one, wherever the card was written."""
     text = re.sub(r'from_pretrained\("[^"\n]*"', f'from_pretrained("{repo_id}"', text)
     return re.sub(r"(mnist-diffusion evaluate )\S+", rf"\g<1>{repo_id}", text).replace(ANYWHERE, repo_id)

@@ -75,7 +75,7 @@ def hub_errors(repo_id: str, what: str) -> Iterator[None]:
 
 
 def explain_hub_error(error: BaseException | None, repo_id: str) -> str | None:
-    """What an error of the Hub's client means and what to do; None where it is not one of the Hub."""
+    """What an error of the Hub's client means and what to do; None if it is not one of the Hub."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__  # it was asked for first
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:

@@ -74,7 +74,7 @@ def test_save_and_load(digits: ImageData, digits_evaluator: ImageEvaluator, tmp_
     with pytest.raises(UserError, match="nowhere' could not be loaded"):
         load_evaluator(tmp_path / "nowhere", digits)
     reversed_names = dataclasses.replace(digits, class_names=digits.class_names[::-1])
-    with pytest.raises(UserError, match=r"reads \(channels, size, classes\) .* but the images have"):
+    with pytest.raises(UserError, match=r"is for \(channels, size, classes\) .* but the images have"):
         load_evaluator(tmp_path / "evaluator", reversed_names)
     weights = tmp_path / "evaluator" / "model.safetensors"
     tensors = load_file(weights)

@@ -34,5 +34,5 @@ def test_own_objective_trains_a_pipeline_that_the_other_example_draws_with(
     resume = [*SHORT, "--output_dir", str(folder), "--train.resume", "true", "--train.max_steps", "5"]
     assert train_cfg.main(resume) == 2
     assert "fingerprint" in capsys.readouterr().err
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match="is the folder of a run"):
         sample.main(str(folder), str(tmp_path / "digits.png"))

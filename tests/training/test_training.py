@@ -385,7 +385,7 @@ def test_init_from_goes_on_where_the_pipeline_ended(tmp_path: Path) -> None:
     assert saved["train"]["init_from"] == str(first / "pipeline")
     shutil.rmtree(first)
     run(tiny_config(**asked), again, resume=True, max_steps=6)  # needs it no more
-    with pytest.raises(UserError, match=r"pipeline .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"pipeline .* could not be loaded"):
         run(tiny_config(**asked), tmp_path / "third")
 
 

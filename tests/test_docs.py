@@ -1,0 +1,198 @@
+"""The documents: each block runs as written with short settings, each link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import train_cfg
+from examples import denoiser, own_objective
+from mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.cli import VERBS, main
+from mnist_diffusion.cli.options import RECIPES, parse_train_arguments
+from mnist_diffusion.evaluation import evaluator
+from tests.conftest import REPOSITORY, make_image_folder
+from tests.data.test_dataset import idx_bytes
+from tests.support.hub_server import HubServer
+
+DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+PLACEHOLDERS = {
+    "runs/<run>/snapshots/step-277500": "runs/first/snapshots/step-2",
+    "runs/<run>": "runs/first",
+    "runs/<other>": "runs/second",
+    "FOLDER_OF_IMAGES": "images",
+    "PIPELINE": "runs/first/pipeline",
+    "user/name": "owner/name",
+}
+"""What the documents leave open, and what it is here."""
+SMALL = [
+    *("--train.max_steps", "3", "--train.num_eval_images", "16", "--train.samples_per_class", "1"),
+    *("--data.batch_size", "8", "--train.pictures", "false"),
+]
+NARROW = [
+    *("--model.block_out_channels", "[8,8]", "--model.norm_num_groups", "4", "--model.attention_levels", "[]"),
+    *("--sampling.num_inference_steps", "2"),
+]
+SHORT = {
+    "train": [*SMALL, *NARROW],
+    "distill": [*SMALL, "--train.mixed_precision", "no", "--distillation.num_teacher_steps", "2"],
+    "sample": ["--num_images", "4", "--num_inference_steps", "1"],
+    "evaluate": ["--num_images", "50", "--num_inference_steps", "1", "2"],
+}
+"""Flags that are added to a command, where they win."""
+NOT_RUN = {
+    "python3 -m venv": "installs; the second of the two is what runs these tests",
+    "accelerate launch --multi_gpu": "needs GPUs",
+    "ACCELERATE_USE_CPU=true torchrun": "several processes, tried in tests/journeys",
+    "torchrun": "several machines, tried in tests/journeys",
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two short runs, images of several kinds, and nothing else."""
+    root = tmp_path_factory.mktemp("documents")
+    digits = load_digits()
+    pixels = np.pad(
+        (digits.images * (255 / 16)).astype(np.uint8).repeat(3, axis=1).repeat(3, axis=2), ((0,), (2,), (2,))
+    )
+    mnist = root / "path" / "to" / "mnist"
+    mnist.mkdir(parents=True)
+    for name, part in (("train", slice(0, 1400)), ("t10k", slice(1400, None))):
+        (mnist / f"{name}-images-idx3-ubyte").write_bytes(idx_bytes(pixels[part]))
+        (mnist / f"{name}-labels-idx1-ubyte").write_bytes(idx_bytes(digits.target[part].astype(np.uint8)))
+    make_image_folder(root / "path" / "to" / "pictures")
+    (root / "images").mkdir()
+    for number in range(100):
+        label = int(digits.target[number])
+        Image.fromarray(pixels[number]).save(root / "images" / f"digit_{label}_{number:03d}.png")
+        letters = root / "path" / "to" / "letters" / "abcdefghij"[label]
+        letters.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number]).save(letters / f"{number}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name, seed in (("first", "0"), ("second", "1")):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            flags = ["--data.source", "path/to/mnist", "--train.seed", seed, "--train.snapshot_every", "2 steps"]
+            flags += ["--output_dir", f"runs/{name}", "--train.checkpoint_every", "2 steps"]
+            assert train_cfg.main([*flags, *SHORT["train"]]) == 0
+    return root
+
+
+@pytest.fixture
+def commit(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A commit of `owner/name` on a Hub of this document's own, in the workspace."""
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluator, "STEPS", 20)
+    yield ""
+    for left in ("samples", "evaluation", "comparison", "pictures", "data", "digits", "run"):
+        shutil.rmtree(workspace / left, ignore_errors=True)
+
+
+def blocks(document: Path, *languages: str) -> list[str]:
+    return [body for language, body in BLOCK.findall(document.read_text(encoding="utf-8")) if language in languages]
+
+
+def filled(text: str, commit: str) -> str:
+    for placeholder, value in {**PLACEHOLDERS, "<commit>": commit}.items():
+        text = text.replace(placeholder, value)
+    return text
+
+
+def run_command(line: str, number: int) -> None:
+    """Run one line of a shell block in this process, shortened; where its comment says so, it must be refused."""
+    if any(line.startswith(start) for start in NOT_RUN):
+        if "train_cfg.py" in line:
+            parse_train_arguments(shlex.split(line, comments=True)[shlex.split(line).index("train_cfg.py") + 1 :])
+        return
+    words = shlex.split(line, comments=True)
+    words = words[{"accelerate": 2, "python": 1}.get(words[0], 0) :]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    program, arguments = words[0], words[1:]
+    if program.endswith(".py") or arguments[0] == "train":
+        arguments = [*arguments, *SHORT["train"]]
+        arguments += [] if "--data.source" in arguments or "config.yaml" in line else ["--data.source", "digits"]
+        arguments += [] if "--output_dir" in arguments else ["--output_dir", f"runs/document-{number}"]
+        arguments += ["--train.max_minutes", "null"] if program == "examples/denoiser.py" else []
+    else:
+        arguments = [*arguments, *SHORT.get(arguments[0], [])]
+        arguments += ["--num_images", "50"] if arguments[0] == "compare" and "--num_images" in arguments else []
+        if arguments[0] in ("pull", "distill"):
+            shutil.rmtree(arguments[arguments.index("--out") + 1], ignore_errors=True)
+    programs: dict[str, Any] = {
+        "train_cfg.py": train_cfg.main,
+        "examples/own_objective.py": own_objective.main,
+        "examples/denoiser.py": denoiser.main,
+        "mnist-diffusion": main,
+    }
+    assert programs[program](arguments) == (2 if "refused" in line else 0), line
+
+
+@pytest.mark.parametrize("document", [each for each in DOCUMENTS if blocks(each, "bash")], ids=lambda path: path.name)
+def test_commands_run_as_written(document: Path, commit: str, hub: HubServer) -> None:
+    number = 0
+    for body in blocks(document, "bash"):
+        for line in body.splitlines():
+            number += 1
+            head = hub.repositories["owner/name"].refs["main"] if "owner/name" in hub.repositories else ""
+            run_command(filled(line, head), number)
+
+
+@pytest.mark.parametrize("document", [each for each in DOCUMENTS if blocks(each, "python")], ids=lambda path: path.name)
+def test_python_runs_as_written(document: Path, commit: str, hub: HubServer) -> None:
+    assert main(["push", "runs/first", "owner/name"]) == 0
+    pipeline = MNISTDiffusionPipeline.from_pretrained("runs/first/pipeline")
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    names: dict[str, Any] = {
+        "pipeline": pipeline,
+        "DDIMScheduler": DDIMScheduler,
+        "images": torch.rand(2, 1, 28, 28),
+        "class_labels": [3, 7],
+        "generator": generators[0],
+        "generator_a": generators[0],
+        "generator_b": generators[1],
+    }
+    for body in blocks(document, "python"):
+        exec(filled(body, hub.repositories["owner/name"].refs["main"]), names)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = BLOCK.sub("", document.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        found = document.parent / path if path else document
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_every_command_recipe_and_folder_is_mentioned() -> None:
+    texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+    everything = "\n".join(texts.values())
+    for verb in VERBS:
+        assert f"mnist-diffusion {verb}" in everything, verb
+    for recipe in RECIPES.glob("*.yaml"):
+        assert f"`{recipe.stem}`" in texts[REPOSITORY / "docs" / "recipes.md"], recipe
+    readme = texts[REPOSITORY / "README.md"]
+    packages = [path.parent.name for path in (REPOSITORY / "mnist_diffusion").glob("*/__init__.py")]
+    assert [name for name in packages if f"`mnist_diffusion/{name}/`" not in readme] == []
+    assert not re.findall(r"mnist_diffusion (?:train|sample|evaluate|distill)|mnist-diffusion-", everything)
