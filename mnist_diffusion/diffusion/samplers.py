@@ -25,11 +25,13 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """The diffusers class of each short name, and the arguments that make it this sampler."""
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "DEISMultistepScheduler": {**MULTISTEP, "algorithm_type": "deis", "solver_type": "logrho"},
+    "DPMSolverSinglestepScheduler": {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
     "PNDMScheduler": {"skip_prk_steps": True},
+    "SASolverScheduler": {"algorithm_type": "data_prediction"},
 }
-"""The arguments of classes without a short name, where another sampler's would not do."""
+"""Arguments of classes without a short name, which must not come from the sampler that was there before."""
 CONSISTENCY_ARGUMENTS = ("original_inference_steps", "timestep_scaling")
-"""Arguments of LCM and TCD, of which the other classes warn, as these two do of the arguments of others."""
+"""Arguments of LCM and TCD. The other classes warn about them, and these two warn about the others' arguments."""
 
 
 def build_sampler(name: str, config: Mapping[str, Any]) -> Any:
@@ -40,17 +42,24 @@ def build_sampler(name: str, config: Mapping[str, Any]) -> Any:
         config: configuration of the training scheduler, or of any sampler made from it.
 
     Raises:
-        ConfigError: there is no such sampler, or it could not be made.
+        ConfigError: there is no such sampler, or it does not work with pipelines of this package.
     """
     class_name, arguments = SAMPLERS.get(name) or (name, ARGUMENTS.get(name, {}))
     made: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if not (isinstance(made, type) and issubclass(made, diffusers.SchedulerMixin)):
         raise ConfigError(
-            f"scheduler must be one of {', '.join(SAMPLERS)}, or a scheduler class of diffusers, got {name!r}"
+            f"scheduler must be one of {', '.join(SAMPLERS)}, or a scheduler class that diffusers offers here, "
+            f"got {name!r}"
         )
     known = inspect.signature(made).parameters
-    alone = "original_inference_steps" in known
-    kept = {key: value for key, value in config.items() if key in known or not (alone or key in CONSISTENCY_ARGUMENTS)}
+    if not known.keys() >= {"beta_schedule", "prediction_type"}:
+        raise ConfigError(f"scheduler={name!r} ignores the betas or the prediction type that the model is trained with")
+    if "Inverse" in class_name or "timestep_back" in inspect.signature(made.step).parameters:
+        raise ConfigError(f"scheduler={name!r} does not go from noise to images one step at a time")
+    consistency = "original_inference_steps" in known
+    kept = {
+        key: value for key, value in config.items() if key in known or not (consistency or key in CONSISTENCY_ARGUMENTS)
+    }
     try:
         return made.from_config(kept, **arguments)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
