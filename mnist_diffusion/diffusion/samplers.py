@@ -46,7 +46,7 @@ def build_sampler(name: str, config: Mapping[str, Any]) -> Any:
     """
     class_name, arguments = SAMPLERS.get(name) or (name, ARGUMENTS.get(name, {}))
     made: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
-    if not (isinstance(made, type) and issubclass(made, diffusers.SchedulerMixin)):
+    if diffusers.SchedulerMixin not in getattr(made, "__mro__", ()):
         raise ConfigError(
             f"scheduler must be one of {', '.join(SAMPLERS)}, or a scheduler class that diffusers offers here, "
             f"got {name!r}"
