@@ -1,7 +1,7 @@
 """Class accuracy and Fréchet distance for each sampler and number of steps; writes docs/samplers.md.
 
     python benchmarks/samplers.py runs/<run>/pipeline path/to/mnist --out docs/samplers.md
-    python benchmarks/samplers.py runs/<student>/pipeline path/to/mnist --samplers '[lcm,tcd,ddim]' \
+    python benchmarks/samplers.py runs/<student>/pipeline path/to/mnist --samplers '[lcm,TCDScheduler,ddim]' \
         --steps '[1,2,4,8]' --out docs/samplers_of_a_student.md
 
 Every cell draws the same classes from the same seeds at the pipeline's default guidance.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from mnist_diffusion.config import DataConfig, SchedulerName, TrainConfig
+from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.diffusion.samplers import SAMPLERS
@@ -24,6 +24,10 @@ from mnist_diffusion.evaluation.generated import ImageGenerator
 from mnist_diffusion.evaluation.metrics import frechet_distance
 from mnist_diffusion.evaluation.protocol import Reference
 
+CLASSES = (
+    *("DEISMultistepScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    "TCDScheduler",
+)
 DISTILLED = ", distilled in five minutes more,"
 
 
@@ -32,28 +36,27 @@ def main(
     data: str,
     *,
     num_images: int = 1000,
-    samplers: tuple[SchedulerName, ...] = tuple(SAMPLERS),
+    samplers: tuple[str, ...] = (*SAMPLERS, *CLASSES),
     steps: tuple[int, ...] = (5, 10, 20, 50),
     images: Path = Path("runs/samplers"),
     out: Path | None = None,
 ) -> None:
-    """Print the table, a row a sampler.
+    """Print the table, one row per sampler.
 
     Args:
         pipeline: a pipeline folder.
         data: the labelled images that are the reference.
-        num_images: images drawn in each cell.
-        samplers: a row each.
-        steps: the numbers of steps, a column each.
+        num_images: images drawn for each cell.
+        samplers: one row each.
+        steps: the numbers of steps, one column each.
         images: where the images are kept; those found are used again.
         out: a file for the table; it is written anew after each row.
     """
-    set_num_threads(TrainConfig())
+    set_num_threads()
     real = load_images(DataConfig(source=data), seed=0)
-    evaluator = evaluator_for(real)
-    reference = Reference(real, evaluator.model)
-    pipe = load_pipeline(pipeline, device=None, dtype="float32")
-    artist = ImageGenerator(pipe, real, num_images=num_images, seed=0, batch_size=128, folder=images)
+    reference = Reference(real, evaluator_for(real).model)
+    pipe = load_pipeline(pipeline, device=None)
+    generator = ImageGenerator(pipe, real, num_images=num_images, seed=0, batch_size=128, folder=images)
     floor, student = reference.floor(num_images).values, pipe.config.guidance_distilled
     lines = [
         f"# Samplers and steps{' of a student' if student else ''}",
@@ -62,7 +65,7 @@ def main(
         + (f" --samplers '[{','.join(samplers)}]' --steps '{list(steps)}'`," if student else "`,"),
         f"on the default recipe{DISTILLED if student else ''} after five minutes of training on MNIST:",
         "",
-        f"{num_images} images a cell at guidance {pipe.config.guidance_scale:g}, "
+        f"{num_images} images per cell at guidance {pipe.config.guidance_scale:g}, "
         f"on {machine_description(pipe.device, 1)}: the class accuracy, and the Fréchet "
         f"distance in the evaluator's features (as many held-out images: {floor['accuracy']:.1%}, {floor['fid']:.2f}).",
         "",
@@ -71,24 +74,23 @@ def main(
     ]
     print("\n".join(lines), flush=True)
     for name in samplers:
-        cells = []
-        for count in steps:
-            way = artist.way(name, count, None)
-            try:
-                artist.check(way)
-            except UserError:
-                cells.append("refused")
-                continue
-            sample = artist.draw(way)
-            judged = reference.judge(sample)
-            assert sample.labels is not None
-            right = float((judged.logits.argmax(dim=1) == sample.labels).float().mean())
-            distance = frechet_distance(reference.matched(judged).features, judged.features)
-            cells.append(f"{right:.1%}, {distance:.2f}")
+        cells = [_cell(generator, reference, name, count) for count in steps]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
         if out is not None:
             out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(generator: ImageGenerator, reference: Reference, sampler: str, num_inference_steps: int) -> str:
+    settings = generator.settings(sampler, num_inference_steps)
+    try:
+        generator.check(settings)
+    except UserError:
+        return "refused"
+    evaluated = reference.evaluated(generator.draw(settings))
+    assert evaluated.labels is not None
+    accuracy = float((evaluated.logits.argmax(dim=1) == evaluated.labels).float().mean())
+    return f"{accuracy:.1%}, {frechet_distance(reference.matched(evaluated).features, evaluated.features):.2f}"
 
 
 if __name__ == "__main__":
