@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from mnist_diffusion.config import DataConfig, TrainConfig
+from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.diffusion.pipeline import generate, load_pipeline
 from mnist_diffusion.environment import machine_description, set_num_threads
-from mnist_diffusion.evaluation.evaluate import Request, run
-from mnist_diffusion.evaluation.report import markdown_table, plot_passes
+from mnist_diffusion.evaluation.evaluate import evaluate
+from mnist_diffusion.evaluation.report import cells, markdown, plot_passes
 from mnist_diffusion.pictures.grids import image_grid
+from mnist_diffusion.requests import EvaluationRequest, Precision
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
 STUDENT_STEPS = (1, 2, 4, 8)
@@ -36,7 +37,7 @@ def main(
     num_images: int = 10_000,
     teacher_steps: tuple[int, ...] = (2, 5, 10),
     teacher_scales: tuple[float, ...] = (),
-    dtype: str = "float32",
+    dtype: Precision = "float32",
     images: Path = Path("runs/distillation"),
     out: Path = Path("docs"),
 ) -> None:
@@ -48,16 +49,16 @@ def main(
         data: the labelled images that are the reference.
         num_images: images for each figure.
         teacher_steps: numbers of steps of the teacher.
-        teacher_scales: guidance scales of the teacher; the student's where left out.
+        teacher_scales: guidance scales of the teacher; the student's if omitted.
         dtype: precision of both networks.
         images: where the images are kept.
         out: the folder for the pictures.
     """
-    set_num_threads(TrainConfig())
+    set_num_threads()
     learned = load_pipeline(student, device=None, dtype=dtype)
-    asked = Request(
+    asked = EvaluationRequest(
         sources=(teacher,),
-        data=DataConfig(source=data),
+        data=ImagesConfig(source=data),
         num_images=num_images,
         num_inference_steps=teacher_steps,
         guidance_scale=teacher_scales or (learned.config.guidance_scale,),
@@ -65,17 +66,17 @@ def main(
         dtype=dtype,
         out=images / "teacher",
     )
-    report = run(asked)
+    report = evaluate(asked)
     of_student = dataclasses.replace(
         asked, sources=(student,), num_inference_steps=STUDENT_STEPS, guidance_scale=(), out=images / "student"
     )
-    results = report["results"] + run(of_student)["results"]
+    results = report["results"] + evaluate(of_student)["results"]
     lines = [
         f"`python benchmarks/distillation.py TEACHER STUDENT path/to/mnist --num_images {num_images} --dtype {dtype} "
         f"--teacher_steps '{list(teacher_steps)}' --teacher_scales '{list(asked.guidance_scale)}'`, on "
         f"{machine_description(learned.device, 1)}:",
         "",
-        markdown_table({**report, "results": results}),
+        markdown(*cells({**report, "results": results})),
         "",
         *speeds(learned),
     ]

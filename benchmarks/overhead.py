@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 
+from mnist_diffusion.checks import parse_interval
 from mnist_diffusion.config import Config, DataConfig, ModelConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.diffusion.network import build_unet
@@ -41,7 +42,7 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def main(data: str, updates: int = 60) -> None:
-    """Print each part and the share of all.
+    """Print each part and its share of the training time.
 
     Args:
         data: labelled images.
@@ -55,29 +56,29 @@ def main(data: str, updates: int = 60) -> None:
         unet = build_unet(config.model, image_size=images.image_size, channels=images.channels, num_classes=10)
         scheduler = build_noise_scheduler(config.diffusion)
         objective = diffusion_objective(config.diffusion, scheduler, null_class=10)
-        learner, together = TrainState(config, accelerator, images, unet, objective), Processes(accelerator)
-        log, measured = MetricsLog(root / "metrics.jsonl"), learner.update(0, 1e-3)
+        state, processes = TrainState(config, accelerator, images, unet, objective), Processes(accelerator)
+        log, measured = MetricsLog(root / "metrics.jsonl"), state.update(0, 1e-3)
 
         def check() -> None:
-            bad = learner._is_bad(measured)
-            learner.first_bad_step = torch.where((learner.first_bad_step < 0) & bad, 1, learner.first_bad_step)
+            bad = state._is_bad(measured)
+            state.first_bad_step = torch.where((state.first_bad_step < 0) & bad, 1, state.first_bad_step)
 
         def save() -> None:
-            tensors, state = learner.state()
-            save_checkpoint(root / "checkpoints", 1, tensors, {**state, "config": config.to_dict()}, keep=2)
+            tensors, values = state.state()
+            save_checkpoint(root / "checkpoints", 1, tensors, {**values, "config": config.to_dict()}, keep=2)
 
         seconds = {
-            "update": median_seconds(lambda: learner.update(1, 1e-3), updates),
+            "update": median_seconds(lambda: state.update(1, 1e-3), updates),
             "check of the loss": median_seconds(check, 200),
-            "agreement": median_seconds(lambda: together.largest(0, 0), 200),
+            "agreement": median_seconds(lambda: processes.largest(0, 0), 200),
             "log": median_seconds(lambda: log.append([{"step": 1, "loss": 0.1, "grad_norm": 0.1}] * 50), 20),
             "checkpoint": median_seconds(save, 10),
         }
     train = config.train
-    assert train.checkpoint_every_steps is not None
-    every = {"log": train.log_every_steps, "checkpoint": train.checkpoint_every_steps}
+    checkpoint_every, _ = parse_interval(train.checkpoint_every or "", "train.checkpoint_every")
+    every = {"log": train.log_every_steps, "checkpoint": int(checkpoint_every)}
     shares = {name: value / every.get(name, 1) / seconds["update"] for name, value in seconds.items()}
-    print(f"on {machine_description(accelerator.device, 1)}, {config.data.batch_size} images an update\n")
+    print(f"on {machine_description(accelerator.device, 1)}, {config.data.batch_size} images per update\n")
     print("| part | milliseconds | every | share of training |\n| --- | --- | --- | --- |")
     for name, value in seconds.items():
         interval = f"{every[name]} steps" if name in every else "step"

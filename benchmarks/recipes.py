@@ -16,10 +16,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from jsonargparse import auto_cli
-from mnist_diffusion.denoising import denoiser_objective
 
-from mnist_diffusion.cli.options import parse_train_arguments
-from mnist_diffusion.config import RECIPES
+from mnist_diffusion.cli.options import RECIPES, parse_train_arguments
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
@@ -53,7 +51,7 @@ def main(
     runs: Path = Path("runs/recipes"),
     out: Path | None = None,
 ) -> None:
-    """Print the table, a row a recipe.
+    """Print the table, one row per recipe.
 
     Args:
         data: the labelled images to train on and to measure against.
@@ -61,7 +59,7 @@ def main(
         num_images: images drawn of each.
         max_inference_steps: at most so many steps of the recipe's sampler.
         dtype: precision of the networks that draw.
-        recipes: which to look at; all where left out.
+        recipes: which to measure; all if omitted.
         runs: where runs and measurements are kept.
         out: a file for the table.
     """
@@ -95,26 +93,22 @@ def main(
 
 
 def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
-    """Parameters, and training images a second from real updates."""
+    """Parameters, and training images per second over real updates."""
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     config = parse_train_arguments(["--config", name, "--data.source", data, "--train.mixed_precision", "no"]).config
-    set_num_threads(config.train)
+    set_num_threads(config.train.num_threads)
     images = load_images(config.data, seed=0)
     unet = build_unet(
         config.model, image_size=images.image_size, channels=images.channels, num_classes=images.num_classes
     )
     null_class = images.num_classes if config.model.class_conditional else None
-    objective = (
-        denoiser_objective(config.denoiser.sigma)
-        if config.denoiser.sigma is not None
-        else diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=null_class)
-    )
-    learner = TrainState(config, Accelerator(), images, unet, objective)
+    objective = diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=null_class)
+    state = TrainState(config, Accelerator(), images, unet, objective)
     measured = {
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        "images_per_second": learner.measure_speed(12.0) * config.data.batch_size,
-        "machine": machine_description(learner.accelerator.device, 1),
+        "images_per_second": state.measure_speed(12.0) * config.data.batch_size,
+        "machine": machine_description(state.accelerator.device, 1),
     }
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(measured), encoding="utf-8")
@@ -142,13 +136,11 @@ def _quality(
 
 
 def _command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "mnist_diffusion.cli", *arguments], check=True)
+    subprocess.run([str(Path(sys.executable).with_name("mnist-diffusion")), *arguments], check=True)
 
 
 def _row(name: str, measured: dict[str, Any]) -> list[str]:
     cost = [f"`{name}`", f"{measured['parameters']:,}", f"{measured['images_per_second']:.3g}"]
-    if name == "denoiser":
-        return [*cost, *[""] * 7]
     if "fid" not in measured:
         return [*cost, "", "", "", *["not measured"] * 2, "", ""]
     epochs = measured["images"] / 60_000

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
+from huggingface_hub import hf_api
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -36,7 +37,7 @@ PLACEHOLDERS = {
     "runs/<other>": "runs/second",
     "FOLDER_OF_IMAGES": "images",
     "PIPELINE": "runs/first/pipeline",
-    "user/name": "owner/name",
+    "user/": "owner/",
 }
 """What the documents leave open, and what it is here."""
 SMALL = [
@@ -99,8 +100,12 @@ def commit(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluator, "STEPS", 20)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     yield ""
-    for left in ("samples", "evaluation", "comparison", "pictures", "data", "digits", "run"):
+    for left in (
+        *("samples", "evaluation", "comparison", "pictures", "data", "digits", "run"),
+        *Path("runs").glob("document-*"),
+    ):
         shutil.rmtree(workspace / left, ignore_errors=True)
 
 
@@ -130,7 +135,8 @@ def run_command(line: str, number: int) -> None:
         arguments += [] if "--output_dir" in arguments else ["--output_dir", f"runs/document-{number}"]
         arguments += ["--train.max_minutes", "null"] if program == "examples/denoiser.py" else []
     else:
-        arguments = [*arguments, *SHORT.get(arguments[0], [])]
+        pipeline = arguments[:2] != ["evaluate", "images"]
+        arguments = [*arguments, *(SHORT.get(arguments[0], []) if pipeline else [])]
         arguments += ["--num_images", "50"] if arguments[0] == "compare" and "--num_images" in arguments else []
         if arguments[0] in ("pull", "distill"):
             shutil.rmtree(arguments[arguments.index("--out") + 1], ignore_errors=True)

@@ -42,7 +42,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = parser.parse_args(argv[:1]).verb
     command = import_module(f"mnist_diffusion.{VERBS[verb][0]}")
     return reporting_errors(lambda: int(command.main(argv[1:], prog=f"mnist-diffusion {verb}")))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -27,15 +27,11 @@ warnings.filterwarnings("ignore", message="Metric `(Kernel Inception Distance|In
 warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom", module="torchmetrics")
 
 
-class _AsTheyAre(nn.Module):
-    """Stands where torchmetrics expects a feature extractor, for features that are already there."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+def _extractor(num_features: int) -> nn.Module:
+    """A feature extractor for torchmetrics that returns the features it is given."""
+    extractor = nn.Identity()
+    extractor.num_features = num_features  # type: ignore[assignment]
+    return extractor
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -52,7 +48,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
         ValueError: fewer than two rows, different widths, or values that are not finite.
     """
     _check_features(real, generated, at_least=2)
-    metric = FrechetInceptionDistance(feature=_AsTheyAre(real.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_extractor(real.shape[1])).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
@@ -78,7 +74,7 @@ def kernel_distance(
     """
     _check_features(real, generated, at_least=2)
     size = min(subset_size, len(real), len(generated))
-    metric = KernelInceptionDistance(feature=_AsTheyAre(real.shape[1]), subsets=subsets, subset_size=size)
+    metric = KernelInceptionDistance(feature=_extractor(real.shape[1]), subsets=subsets, subset_size=size)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -96,7 +92,7 @@ def inception_score(logits: Tensor) -> float:
     Args:
         logits: `[N, classes]`.
     """
-    metric = InceptionScore(feature=_AsTheyAre(logits.shape[1]), splits=1)
+    metric = InceptionScore(feature=_extractor(logits.shape[1]), splits=1)
     # Probabilities that round to 0 for every image would make the logarithm of their mean infinite.
     metric.update(logits.double().log_softmax(dim=1).clamp(min=-600))
     with torch.random.fork_rng(devices=[]):  # it shuffles

@@ -6,7 +6,7 @@ function: no model can be expected to do better.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.pictures import DataError
-from mnist_diffusion.evaluation.evaluator import ImageEvaluator, logits_and_features, train_evaluator
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, accuracy, logits_and_features, train_evaluator
 from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.metrics import (
     Share,
@@ -37,12 +37,8 @@ MAX_COPY_CHECK = 2000
 MIN_HELD_OUT = 50
 COPY_QUANTILE = 0.01
 SYNTHETIC_STEPS = 1500
-FLOORED = (
-    *("num_images", "accuracy", "fid", "kernel_distance", "class_fid", "class_kernel_distance", "inception_score"),
-    *("precision", "recall", "density", "coverage", "pixel_mean", "pixel_deviation", "black_share"),
-    *("pixel_histogram_distance", "nearest_distance"),
-)
-"""The figures that are also given for held-out images."""
+SPREADS = ("accuracy_low", "accuracy_high", "class_accuracy", "fid_standard_error", "kernel_distance_deviation")
+"""The figures that are given for the images alone; all others also for held-out images."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ class Reference:
         measured, floor = self.measure(evaluated), self.floor(len(evaluated))
         copies = self._copies(measured, floor)
         entry = dict(measured.values)
-        entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in FLOORED and name in entry}
+        entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in entry.keys() - SPREADS}
         entry["fid_ratio"] = entry["fid"] / entry["fid_floor"]
         entry |= {"copied_share": copies.value, "copied_share_floor": COPY_QUANTILE}
         entry["copies_suspected"] = copies.low > 5 * COPY_QUANTILE
@@ -164,10 +160,7 @@ class Reference:
             "kernel_distance_deviation": deviation,
             **self._by_class(evaluated),
             "inception_score": inception_score(evaluated.logits),
-            "precision": near.precision,
-            "recall": near.recall,
-            "density": near.density,
-            "coverage": near.coverage,
+            **asdict(near),
             "pixel_mean": pixels.mean,
             "pixel_deviation": pixels.deviation,
             "black_share": pixels.black_share,
@@ -187,10 +180,10 @@ class Reference:
         if evaluated.labels is None:
             return {"accuracy": None}
         correct = evaluated.logits.argmax(dim=1) == evaluated.labels
-        overall = _share(correct)
+        share = wilson_share(int(correct.sum()), len(correct))
         by_class = {name: _share(correct[evaluated.labels == i]) for i, name in enumerate(self.data.class_names)}
-        intervals = {"accuracy_low": overall["low"], "accuracy_high": overall["high"]}
-        return {"accuracy": overall["accuracy"], **intervals, "class_accuracy": by_class}
+        interval = {"accuracy_low": share.low, "accuracy_high": share.high}
+        return {"accuracy": share.value, **interval, "class_accuracy": by_class}
 
     def _by_class(self, evaluated: EvaluatedImages) -> dict[str, Any]:
         """Fréchet and kernel distance of the images of each class to the real ones of that class."""
@@ -239,10 +232,10 @@ class Reference:
         shares[(exact - shares).argsort(descending=True)[:left]] += 1
         shares = torch.minimum(shares, available)
         generator = numpy_generator(self.seed, "eval", 2)
-        chosen = []
-        for label, share in enumerate(shares.tolist()):
-            where = np.flatnonzero(pool.labels.numpy() == label)
-            chosen.append(generator.permutation(where)[:share])
+        chosen = [
+            generator.permutation(np.flatnonzero(pool.labels.numpy() == label))[:share]
+            for label, share in enumerate(shares.tolist())
+        ]
         return torch.from_numpy(np.sort(np.concatenate(chosen)))
 
     def _some(self, evaluated: EvaluatedImages, size: int) -> EvaluatedImages:
@@ -268,30 +261,27 @@ class Reference:
             split = ImageSplit(training.images, training.labels)
             data = ImageData(split, self.data.test, self.data.class_names, name, name)
             classifier = train_evaluator(data, steps=SYNTHETIC_STEPS, seed=self.seed)
-            logits, _ = logits_and_features(classifier, self.data.test.tensor)
-            shares.append(float((logits.argmax(dim=1) == self.data.test.labels).float().mean()))
+            shares.append(accuracy(classifier, self.data.test))
         return {"train_on_synthetic_accuracy": shares[0], "train_on_synthetic_accuracy_floor": shares[1]}
 
     def _warnings(self, entry: dict[str, Any]) -> list[str]:
-        found = []
+        """What to keep in mind when reading the figures."""
         count, real_count = entry["num_images"], entry["num_images_floor"]
-        if count < SMALL_SAMPLE:
-            found.append(
-                f"{count} images are few: distances are biased upwards, by an amount that depends on the number. "
-                f"{real_count} real images score {entry['fid_floor']:.3g}. Compare figures of one number only, and "
-                "report 10,000 images or more."
-            )
-        if real_count < count:
-            found.append(
-                f"the floor is that of {real_count} held-out images, all there are, for {count} images: it is higher "
-                "than that of as many would be, and the ratio lower."
-            )
-        if entry["copies_suspected"]:
-            found.append(
-                f"{entry['copied_share']:.1%} of the images are nearer to one training image than {COPY_QUANTILE:.0%} "
-                "of held-out images are: look for copies of training images."
-            )
-        return found
+        few = (
+            f"{count} images are few: distances are biased upwards, by an amount that depends on the number. "
+            f"{real_count} real images score {entry['fid_floor']:.3g}. Compare figures of one number only, and "
+            "report 10,000 images or more."
+        )
+        high_floor = (
+            f"the floor is that of {real_count} held-out images, all there are, for {count} images: it is higher "
+            "than that of as many would be, and the ratio lower."
+        )
+        copies = (
+            f"{entry['copied_share']:.1%} of the images are nearer to one training image than {COPY_QUANTILE:.0%} "
+            "of held-out images are: look for copies of training images."
+        )
+        raised = ((few, count < SMALL_SAMPLE), (high_floor, real_count < count), (copies, entry["copies_suspected"]))
+        return [text for text, holds in raised if holds]
 
 
 def _share(correct: Tensor) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +21,37 @@ from mnist_diffusion.files import replace_text
 from mnist_diffusion.pictures.grids import image_grid
 
 IMAGES_PER_ROW = 10
-Settings = Mapping[str, Callable[[Any], str]]
-"""Settings that tell lines of a plot apart, and how each is spelled."""
-
-
-def _number(pattern: str, scale: float = 1.0) -> Callable[[Any], str]:
-    return lambda value: "" if value is None else pattern.format(value * scale)
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "name": ("images", str),
-    "passes_per_image": ("passes", _number("{:g}")),
-    "num_images": ("count", str),
-    "accuracy": ("class accuracy", lambda value: "" if value is None else f"{value:.2%}"),
-    "fid": ("FID", _number("{:.3f}")),
-    "fid_standard_error": ("± s.e.", _number("{:.3f}")),
-    "fid_ratio": ("ratio to floor", _number("{:.1f}")),
-    "kernel_distance": ("1000 KID", _number("{:.2f}", 1000)),
-    "imagenet_fid": ("ImageNet FID", _number("{:.2f}")),
-    "precision": ("precision", _percent),
-    "recall": ("recall", _percent),
-    "density": ("density", _number("{:.2f}")),
-    "coverage": ("coverage", _percent),
-    "copied_share": ("copies", _percent),
-    "train_on_synthetic_accuracy": ("trains to", lambda value: "" if value is None else f"{value:.2%}"),
-    "seconds": ("seconds", _number("{:.0f}")),
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "name": ("images", "{}"),
+    "passes_per_image": ("passes", "{:g}"),
+    "num_images": ("count", "{}"),
+    "accuracy": ("class accuracy", "{:.2%}"),
+    "fid": ("FID", "{:.3f}"),
+    "fid_standard_error": ("± s.e.", "{:.3f}"),
+    "fid_ratio": ("ratio to floor", "{:.1f}"),
+    "thousand_kernel_distance": ("1000 KID", "{:.2f}"),
+    "imagenet_fid": ("ImageNet FID", "{:.2f}"),
+    "precision": ("precision", "{:.1%}"),
+    "recall": ("recall", "{:.1%}"),
+    "density": ("density", "{:.2f}"),
+    "coverage": ("coverage", "{:.1%}"),
+    "copied_share": ("copies", "{:.1%}"),
+    "train_on_synthetic_accuracy": ("trains to", "{:.2%}"),
+    "seconds": ("seconds", "{:.0f}"),
 }
+"""The heading of each figure of a table, and how it is spelled."""
+
+
+def _spell(pattern: str, value: Any) -> str:
+    return "" if value is None else pattern.format(value)
 
 
 def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the table shows: one row for as many real images, then one for each result."""
     first = report["results"][0]
     floor = {name: first.get(f"{name}_floor") for name in COLUMNS}
-    floor |= {"name": "held-out real images", "fid_ratio": 1.0}
-    return [floor, *report["results"]]
+    floor |= {"name": "held-out real images", "fid_ratio": 1.0, "kernel_distance": first["kernel_distance_floor"]}
+    return [row | {"thousand_kernel_distance": 1000 * row["kernel_distance"]} for row in (floor, *report["results"])]
 
 
 ON_SCREEN = ("name", "passes_per_image", "accuracy", "fid", "fid_standard_error", "fid_ratio", "precision", "recall")
@@ -66,14 +59,10 @@ ON_SCREEN = ("name", "passes_per_image", "accuracy", "fid", "fid_standard_error"
 
 def cells(report: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -> tuple[list[str], list[list[str]]]:
     """Headings and the text of each row, without the columns that are empty throughout."""
-    chosen = [COLUMNS[name] for name in columns]
-    table = [
-        ["" if row.get(name) is None else show(row[name]) for name, (_, show) in zip(columns, chosen, strict=True)]
-        for row in rows(report)
-    ]
-    headings = [heading for heading, _ in chosen]
-    used = [index for index in range(len(headings)) if any(row[index] for row in table)]
-    return [headings[index] for index in used], [[row[index] for index in used] for row in table]
+    shown = rows(report)
+    used = {name: COLUMNS[name] for name in columns if any(row.get(name) is not None for row in shown)}
+    table = [[_spell(pattern, row.get(name)) for name, (_, pattern) in used.items()] for row in shown]
+    return [heading for heading, _ in used.values()], table
 
 
 def print_table(report: Mapping[str, Any], console: Console) -> None:
@@ -157,14 +146,12 @@ def _explanations(report: Mapping[str, Any]) -> list[str]:
 
 
 def _class_table(result: Mapping[str, Any]) -> str:
-    lines = ["| class | class accuracy | 95% interval | FID | floor |", "| --- | --- | --- | --- | --- |"]
+    table = []
     for name, share in result["class_accuracy"].items():
-        frechet, floor = result["class_fid"][name], result["class_fid_floor"][name]
-        lines.append(
-            f"| {name} | {_percent(share['accuracy'])} | {_percent(share['low'])} to {_percent(share['high'])} | "
-            f"{_number('{:.3f}')(frechet)} | {_number('{:.3f}')(floor)} |"
-        )
-    return "\n".join(lines)
+        correct, low, high = (_spell("{:.1%}", share[each]) for each in ("accuracy", "low", "high"))
+        distances = (_spell("{:.3f}", result[each][name]) for each in ("class_fid", "class_fid_floor"))
+        table.append([name, correct, f"{low} to {high}", *distances])
+    return markdown(["class", "class accuracy", "95% interval", "FID", "floor"], table)
 
 
 def sample_grid(sample: Sample, class_names: Sequence[str]) -> Any:
@@ -209,48 +196,41 @@ def nearest_grid(sample: Sample, training: Tensor, measured: Measured) -> Any:
 
 def plot_passes(results: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Fréchet distance and class accuracy against passes per image; None if all have the same."""
-    lines: Settings = {"scheduler": str, "guidance_scale": lambda scale: "" if scale is None else f"guidance {scale:g}"}
-    return _plot(results, "passes_per_image", "network passes per image", lines, log=True)
+    lines = {"scheduler": "{}", "guidance_scale": "guidance {:g}"}
+    return _plot(results, "passes_per_image", "network passes per image", lines, scale="log")
 
 
 def plot_guidance(results: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Fréchet distance and class accuracy against the guidance scale; None if all have the same."""
-    lines: Settings = {"scheduler": str, "num_inference_steps": lambda steps: f"{steps} steps"}
-    return _plot(results, "guidance_scale", "guidance scale", lines, log=False)
+    lines = {"scheduler": "{}", "num_inference_steps": "{} steps"}
+    return _plot(results, "guidance_scale", "guidance scale", lines, scale="linear")
 
 
 def _plot(
-    results: Sequence[Mapping[str, Any]], across: str, label: str, settings: Settings, *, log: bool
+    results: Sequence[Mapping[str, Any]], across: str, label: str, settings: Mapping[str, str], *, scale: str
 ) -> Figure | None:
-    """A line for each pipeline and each of the other settings, which are told by name and how they are spelled."""
+    """Draw a line for each pipeline and each combination of `settings`, whose values are formats for the legend."""
     results = [result for result in results if result.get(across) is not None]
     if len({result[across] for result in results}) < 2:
         return None
-    lines, several = ("pipeline", *settings), len({result.get("pipeline") for result in results}) > 1
+    several = len({result.get("pipeline") for result in results}) > 1
+    spelled = {"pipeline": "{}", **settings} if several else settings
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        texts = [_spell(pattern, result.get(name)) for name, pattern in spelled.items()]
+        lines.setdefault(", ".join(filter(None, texts)), []).append(result)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for key in dict.fromkeys(tuple(result.get(name) for name in lines) for result in results):
-        chosen = sorted((r for r in results if tuple(r.get(name) for name in lines) == key), key=lambda r: r[across])
-        pipeline, *values = key
-        spelled = [text for value, spell in zip(values, settings.values(), strict=True) if (text := spell(value))]
-        name = ", ".join([str(pipeline), *spelled] if several else spelled)
-        xs = [result[across] for result in chosen]
-        left.errorbar(
-            xs,
-            [result["fid"] for result in chosen],
-            yerr=[result["fid_standard_error"] for result in chosen],
-            marker="o",
-            label=name,
-        )
+    for name, chosen in lines.items():
+        chosen.sort(key=lambda result: float(result[across]))
+        xs, fid, errors = ([result[each] for result in chosen] for each in (across, "fid", "fid_standard_error"))
+        left.errorbar(xs, fid, yerr=errors, marker="o", label=name)
         if all(result["accuracy"] is not None for result in chosen):
             right.plot(xs, [100 * result["accuracy"] for result in chosen], marker="o", label=name)
     left.axhline(results[0]["fid_floor"], color="grey", linestyle=":", label="real images")
-    left.set(xlabel=label, ylabel="FID (evaluator's features)", yscale="log")
-    right.set(xlabel=label, ylabel="class accuracy, %")
+    left.set(xlabel=label, ylabel="FID (evaluator's features)", xscale=scale, yscale="log")
+    right.set(xlabel=label, ylabel="class accuracy, %", xscale=scale)
     if results[0]["accuracy"] is not None:
         right.axhline(100 * results[0]["accuracy_floor"], color="grey", linestyle=":")
-    if log:
-        left.set_xscale("log")
-        right.set_xscale("log")
     left.legend(fontsize="small")
     return figure

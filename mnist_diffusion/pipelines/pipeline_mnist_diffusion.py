@@ -104,13 +104,7 @@ class TrajectoryOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class Conditions:
-    """The classes that images are conditioned on: for each pair of an image and a class, `[P]` each.
-
-    Args:
-        rows: the image, int64.
-        labels: the class, int64.
-        shares: the share of the class in the image's conditional prediction, float32.
-    """
+    """Pairs of an image's row and a class, with the class's share in that image's conditional prediction, `[P]` each."""
 
     rows: torch.Tensor
     labels: torch.Tensor
@@ -326,10 +320,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"only one of {names} can be given")
         available = self.scheduler.config.num_train_timesteps
         if num_inference_steps is not None:
-            if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, numbers.Integral):
-                raise TypeError(f"num_inference_steps must be an integer, got {num_inference_steps!r}")
-            if not 1 <= int(num_inference_steps) <= available:
-                raise ValueError(f"num_inference_steps must be from 1 to {available}, got {num_inference_steps}")
+            _check_count("num_inference_steps", num_inference_steps, high=available)
         for name, values in custom.items():
             if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(f"{name} cannot be chosen with {type(self.scheduler).__name__}")
@@ -402,8 +393,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         self._check_steps(num_inference_steps, timesteps, sigmas)
         generator = _checked_generators(generator, batch_size)
         step_kwargs = self._step_kwargs(eta, generator)
+        shape = (batch_size, *self.image_shape)
         if latents is not None:
-            _check_images("latents", latents, (batch_size, *self.image_shape))
+            _check_images("latents", latents, shape)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -411,7 +403,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         self._set_timesteps(num_inference_steps, timesteps, sigmas)
         device = self._execution_device
         if latents is None:
-            shape = (batch_size, *self.image_shape)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         samples = self._denoise(
             latents.to(device, torch.float32) * self.scheduler.init_noise_sigma,
@@ -425,8 +416,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         )
         images = self._to_images(samples, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    # More than drawing.
 
     def sample_trajectory(
         self, class_labels: Any = None, *, output_type: str = "pil", **arguments: Any
@@ -572,13 +561,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     def _set_timesteps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
         """Set the scheduler's timesteps, which stay on the CPU, where its tables are."""
-        chosen: dict[str, Any]
+        chosen: dict[str, Any] = {"num_inference_steps": int(num_inference_steps or self.config.num_inference_steps)}
         if timesteps is not None:
             chosen = {"timesteps": [int(timestep) for timestep in timesteps]}
         elif sigmas is not None:
             chosen = {"sigmas": [float(sigma) for sigma in sigmas]}
-        else:
-            chosen = {"num_inference_steps": int(num_inference_steps or self.config.num_inference_steps)}
         try:
             with self._spacing_for_second_order("num_inference_steps" in chosen):
                 self.scheduler.set_timesteps(**chosen)
@@ -706,8 +693,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     def _unet_pass(
         self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
     ) -> torch.Tensor:
-        model_input = model_input.to(self.unet.dtype)
-        timestep = timestep.to(model_input.device)
+        model_input, timestep = model_input.to(self.unet.dtype), timestep.to(model_input.device)
         return self.unet(model_input, timestep, class_labels=labels, return_dict=False)[0].float()
 
     def _to_images(self, samples: torch.Tensor, output_type: str) -> Any:
@@ -744,21 +730,18 @@ def _check_number(name: str, value: Any, *, low: float, high: float | None = Non
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     if not math.isfinite(value) or float(value) < low or (high is not None and float(value) > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be finite and {bounds}, got {value!r}")
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
 
 
-def _check_count(name: str, value: Any, *, low: int = 1) -> None:
+def _check_count(name: str, value: Any, *, low: int = 1, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if int(value) < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
+    _check_number(name, value, low=low, high=high)
 
 
 def _check_images(name: str, images: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        raise TypeError(
-            f"{name} must be a floating point tensor, got {getattr(images, 'dtype', type(images).__name__)}"
-        )
+        raise TypeError(f"{name} must be a float tensor, got {getattr(images, 'dtype', type(images).__name__)}")
     if tuple(images.shape) != shape:
         raise ValueError(f"{name} must have the shape {shape}, got {tuple(images.shape)}")
     if not torch.isfinite(images).all():

@@ -15,6 +15,13 @@ from huggingface_hub import HfApi
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import file_within
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
+    TrajectoryOutput,
+    guided_prediction,
+    predicted_original_sample,
+    rescale_guidance,
+    slerp,
+)
 from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
 from mnist_diffusion.sharing.commit import commit_files
 from mnist_diffusion.sharing.reading import (
@@ -29,11 +36,18 @@ from mnist_diffusion.sharing.reading import (
     require_names,
 )
 
+__all__ = [
+    "SHIPPED_FILE",
+    "MNISTDiffusionPipeline",
+    "TrajectoryOutput",
+    "guided_prediction",
+    "predicted_original_sample",
+    "rescale_guidance",
+    "slerp",
+]
+
 SHIPPED_FILE = Path(shipped.__file__)
 """The pipeline code that every exported and pushed folder holds."""
-TrajectoryOutput, slerp = shipped.TrajectoryOutput, shipped.slerp
-guided_prediction, rescale_guidance = shipped.guided_prediction, shipped.rescale_guidance
-predicted_original_sample = shipped.predicted_original_sample
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 NO_EFFECT = ("trust_remote_code", "low_cpu_mem_usage")  # no code is run, and memory is taken once, whatever they say

@@ -217,7 +217,7 @@ class TestStudentsScheduler:
         monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
         name = {LCMScheduler: "lcm", TCDScheduler: "TCDScheduler"}[kind]
         with caplog.at_level(logging.WARNING):
-            scheduler = build_sampler(name, student_scheduler(make_pipeline()).config)  # type: ignore[arg-type]
+            scheduler = build_sampler(name, student_scheduler(make_pipeline()).config)
             scheduler.save_pretrained(tmp_path)
             kind.from_pretrained(tmp_path)
             assert not [record for record in caplog.records if "config attributes" in record.message]

@@ -292,8 +292,8 @@ class TestInversion:
             (torch.zeros(2, 1, 8, 9), None, "images must have the shape"),
             (torch.zeros(2, 1, 8, 8) - 1, None, "images must be from 0 to 1"),
             (torch.full((1, 1, 8, 8), float("nan")), None, "images must be finite"),
-            (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, "images must be a floating point tensor"),
-            ([[1.0]], None, "images must be a floating point tensor"),
+            (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, "images must be a float tensor"),
+            ([[1.0]], None, "images must be a float tensor"),
             (torch.zeros(2, 1, 8, 8), [1], "class_labels must be one for each of the 2 images"),
         ],
     )

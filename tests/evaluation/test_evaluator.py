@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mnist_diffusion.config import DataConfig
-from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator as module
 from mnist_diffusion.evaluation.evaluator import (
@@ -27,11 +26,10 @@ from mnist_diffusion.evaluation.evaluator import (
 )
 
 
-def test_shipped_evaluator_reads_mnist(mnist_folder: Path) -> None:
-    data = load_images(DataConfig(source=str(mnist_folder)), seed=0)
-    found = evaluator_for(data)
+def test_shipped_evaluator_reads_mnist(mnist_data: ImageData) -> None:
+    found = evaluator_for(mnist_data)
     assert found.origin == "shipped with the package"
-    assert accuracy(found.model, data.test) >= 0.995
+    assert accuracy(found.model, mnist_data.test) >= 0.995
     assert found.sha256 == hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
 
 

@@ -125,7 +125,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_images_per_label": True}, TypeError, "num_images_per_label"),
     ({"guidance_scale": NAN}, ValueError, "guidance_scale"),
     ({"guidance_scale": INFINITY}, ValueError, "guidance_scale"),
-    ({"guidance_scale": -1}, ValueError, "guidance_scale must be finite and at least 0, got -1"),
+    ({"guidance_scale": -1}, ValueError, "guidance_scale must be at least 0, got -1"),
     ({"guidance_scale": "5"}, TypeError, "guidance_scale"),
     ({"guidance_scale": True}, TypeError, "guidance_scale"),
     ({"guidance_scale": [1.0]}, ValueError, "guidance_scale must be one number or 2"),

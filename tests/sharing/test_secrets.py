@@ -35,7 +35,7 @@ def command(*arguments: str, hub: HubServer, folder: Path, **environment: str) -
     settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "WANDB_MODE": "offline"}
     home = {"HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(folder / "home" / "hf")}
     result = subprocess.run(
-        [sys.executable, "-m", "mnist_diffusion.cli", *arguments],
+        [str(Path(sys.executable).with_name("mnist-diffusion")), *arguments],
         cwd=folder,
         env={**os.environ, **settings, **home, **environment},
         capture_output=True,

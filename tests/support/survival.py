@@ -319,8 +319,9 @@ def run_until(arguments: list[str], *, dtype: str, until: int | None = None) -> 
 
     import train_cfg
     from mnist_diffusion.diffusion.objective import Batch, Objective
-    from mnist_diffusion.training import loop as module
+    from mnist_diffusion.training import loop
 
+    module: Any = loop
     state_class, kind = module.TrainState, getattr(torch, dtype)
 
     class StoppingState(state_class):  # type: ignore[misc,valid-type]
@@ -338,7 +339,7 @@ def run_until(arguments: list[str], *, dtype: str, until: int | None = None) -> 
                 time.sleep(0.2)
             return measured
 
-    module.TrainState = StoppingState  # type: ignore[misc]
+    module.TrainState = StoppingState
     return train_cfg.main(arguments)
 
 

@@ -188,8 +188,9 @@ def recording_batches(arguments: list[str]) -> int:
     """A run that writes down what each of its updates saw, and the weights it ended with."""
     import train_cfg
     from mnist_diffusion.diffusion.objective import Batch, Objective
-    from mnist_diffusion.training import loop as module
+    from mnist_diffusion.training import loop
 
+    module: Any = loop
     state_class = module.TrainState
     seen: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Batch)}
     made: list[Any] = []
@@ -205,7 +206,7 @@ def recording_batches(arguments: list[str]) -> int:
             super().__init__(config, accelerator, data, unet, dataclasses.replace(objective, loss=loss))
             made.append(self)
 
-    module.TrainState = Recording  # type: ignore[misc]
+    module.TrainState = Recording
     code = train_cfg.main(arguments)
     weights = [parameter.detach().clone() for parameter in made[0].unet.parameters()]
     folder = Path(arguments[arguments.index("--output_dir") + 1])
@@ -403,10 +404,11 @@ def hanging_in_the_third_save(arguments: list[str], *, patience: float) -> int:
 def nan_at_step_six(arguments: list[str]) -> int:
     """A run whose sixth update sees NaN on its last process."""
     import train_cfg
-    from mnist_diffusion.training import state as module
+    from mnist_diffusion.training import state
 
+    train_state: Any = state.TrainState
     last, now = int(os.environ.get("WORLD_SIZE", "1")) - 1, 0
-    update, make_batch = module.TrainState.update, module.TrainState._batch
+    update, make_batch = train_state.update, train_state._batch
 
     def spoiled(self: Any, *parts: Any) -> Any:
         batch = make_batch(self, *parts)
@@ -419,6 +421,5 @@ def nan_at_step_six(arguments: list[str]) -> int:
         now = step
         return update(self, step, learning_rate)
 
-    module.TrainState.update = remembering  # type: ignore[method-assign]
-    module.TrainState._batch = spoiled  # type: ignore[method-assign]
+    train_state.update, train_state._batch = remembering, spoiled
     return train_cfg.main(arguments)
