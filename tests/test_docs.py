@@ -102,11 +102,9 @@ def commit(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(evaluator, "STEPS", 20)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     yield ""
-    for left in (
-        *("samples", "evaluation", "comparison", "pictures", "data", "digits", "run"),
-        *Path("runs").glob("document-*"),
-    ):
-        shutil.rmtree(workspace / left, ignore_errors=True)
+    outputs = [Path(name) for name in ("samples", "evaluation", "comparison", "pictures", "data", "digits", "run")]
+    for output in [*outputs, *Path("runs").glob("document-*")]:
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def blocks(document: Path, *languages: str) -> list[str]:

@@ -104,7 +104,7 @@ class TrajectoryOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class Conditions:
-    """Pairs of an image's row and a class, with the class's share in that image's conditional prediction, `[P]` each."""
+    """Pairs of an image's row and a class, with the class's share in the image's conditional prediction, `[P]` each."""
 
     rows: torch.Tensor
     labels: torch.Tensor
