@@ -145,6 +145,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 class TestHostilePictures:
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
     @pytest.mark.parametrize("side", [50_000, 10_000])
     def test_a_header_that_claims_too_much(self, side: int, image_folder: Path) -> None:
         (image_folder / "red" / "huge.png").write_bytes(png_header(side, side))

@@ -1,4 +1,4 @@
-"""What strangers may send: none of it runs, each is refused by a clear error, and none takes memory or time."""
+"""Untrusted files: none of their code runs, each is refused by a clear error, and none takes memory or time."""
 
 from __future__ import annotations
 
