@@ -76,7 +76,8 @@ class TrainState:
         shape = (config.data.batch_size, *images.shape[1:])
         draws = self.objective.draw(shape, seed=config.train.seed, step=step, device=accelerator.device)
         batch = self._batch(images, labels, *(each[mine] for each in draws))
-        micro_batches, losses = config.train.gradient_accumulation_steps, []
+        losses: list[Tensor] = []
+        micro_batches = config.train.gradient_accumulation_steps
         size = share // micro_batches
         self.model.train()
         for micro in range(micro_batches):
@@ -117,9 +118,8 @@ class TrainState:
             return None
         sums, counts = self.accelerator.reduce(self.by_noise, reduction="sum").tolist()
         self.by_noise = torch.zeros_like(self.by_noise)
-        return [
-            total / count if count and math.isfinite(total) else None for total, count in zip(sums, counts, strict=True)
-        ]
+        pairs = zip(sums, counts, strict=True)
+        return [total / count if count and math.isfinite(total) else None for total, count in pairs]
 
     def _is_bad(self, measured: Mapping[str, Tensor]) -> Tensor:
         """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which may overflow."""
