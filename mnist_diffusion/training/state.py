@@ -106,8 +106,9 @@ class TrainState:
 
     def _count_by_noise(self, losses: Tensor, timesteps: Tensor) -> None:
         """Add losses `[b]` to those of their noise levels."""
-        levels, losses = timesteps * NOISE_LEVELS // self.objective.num_timesteps, losses.float()
-        self.by_noise.index_add_(1, levels, torch.stack([losses, torch.ones_like(losses)]))
+        levels = timesteps * NOISE_LEVELS // self.objective.num_timesteps
+        self.by_noise[0].index_add_(0, levels, losses.float())
+        self.by_noise[1].index_add_(0, levels, torch.ones_like(losses, dtype=torch.float32))
 
     def take_loss_by_noise(self) -> list[float | None] | None:
         """Mean loss since the last call at each tenth of the timesteps, the least noisy first, over all processes.

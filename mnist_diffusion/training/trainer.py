@@ -128,8 +128,7 @@ class Trainer(TrainingLoop):
 
     def draw_animation(self) -> None:
         """How the sample sheet of this step forms."""
-        path = self.folder / "samples" / f"step-{self.step:06d}.gif"
-        self._save_frames(path, self.config.train.samples_per_class)
+        self._save_frames(self.folder / "samples" / f"step-{self.step:06d}.gif", self.config.train.samples_per_class)
 
     def draw_at_the_end(self) -> None:
         """The same seeds over the epochs, as a sheet and an animation, and how a few images form."""
