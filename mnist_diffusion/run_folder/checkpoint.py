@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from mnist_diffusion.files import read_json
 FORMAT = 3
 NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"
+INVALID = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+"""What reading a checkpoint raises that is not what was written."""
 
 
 class CheckpointError(UserError):
@@ -110,7 +113,7 @@ def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | Non
             manifest = _verify(path, step)
             if run_id is not None and manifest.get("run_id") != run_id:
                 raise CheckpointError(f"it belongs to another run, {manifest.get('run_id')!r}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except INVALID as error:
             problems.append(f"{path} is invalid ({error}); set aside as {_set_aside(path).name}")
         else:
             return step, problems
@@ -120,18 +123,16 @@ def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | Non
 def newest_intact(root: Path) -> Path | None:
     """The folder of the newest valid checkpoint, changing nothing; None if there is none."""
     for step, path in _folders(root):
-        try:
+        with suppress(*INVALID):
             _verify(path, step)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        return path
+            return path
     return None
 
 
 def newest_run_id(root: Path) -> str | None:
     """The run that the newest valid checkpoint belongs to; None if there is none, or it does not say."""
     newest = newest_intact(root)
-    run_id = None if newest is None else json.loads((newest / MANIFEST).read_text(encoding="utf-8")).get("run_id")
+    run_id = None if newest is None else read_json(newest / MANIFEST).get("run_id")
     return run_id if isinstance(run_id, str) else None
 
 
@@ -145,12 +146,9 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
     try:
         manifest = _verify(path, step)
         state = read_json(path / "state.json")
-        tensors = {
-            name.removesuffix(".safetensors"): load_file(path / name)
-            for name in manifest["files"]
-            if name.endswith(".safetensors")
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        names = [Path(name) for name in manifest["files"]]
+        tensors = {name.stem: load_file(path / name) for name in names if name.suffix == ".safetensors"}
+    except INVALID as error:
         raise CheckpointError(f"{path} is invalid ({error})") from error
     return Checkpoint(step, path, tensors, state)
 

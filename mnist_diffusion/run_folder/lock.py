@@ -6,8 +6,6 @@ import errno
 import uuid
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from mnist_diffusion.errors import UserError
@@ -28,38 +26,37 @@ class RunFolderError(UserError):
 
 
 class RunFolder:
-    """A run folder held by this run until it is released or the process ends, however it ends.
+    """A run folder that a run holds until it is released or the process ends, however it ends.
 
     Args:
         path: the folder; made if it does not exist.
-        accelerator: its main process holds the lock, and tells the others.
-        resume: resume the run in it; without that it must hold nothing.
-
-    Raises:
-        RunFolderError: another run holds it, it cannot be written to, or it is not empty.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, *, resume: bool):
+    def __init__(self, path: Path):
         self.path, self.lock = path, FileLock(path / LOCK)
-        problem, run_id = None, None
-        if accelerator.is_main_process:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                self.lock.acquire(timeout=0)
-                if not resume and not is_empty(path):
-                    self.lock.release()
-                    problem = f"another run has begun in {path}; name another output_dir"
-                else:
-                    run_id = self._run_id()
-            except Timeout:
-                problem = f"another run is writing to {path}; wait for it, or name another output_dir"
-            except OSError as error:
-                reason = errno.errorcode.get(error.errno or 0, "")
-                problem = f"output_dir={str(path)!r} cannot be written to: {error.strerror} ({reason})"
-        problem, run_id = broadcast_object_list([problem, run_id])
-        if problem is not None:
-            raise RunFolderError(problem)
-        self.run_id: str | None = run_id
+        self.run_id: str | None = None
+
+    def hold(self, *, resume: bool) -> None:
+        """Make the folder, let no other run hold it, and mark it as this run's.
+
+        Args:
+            resume: resume the run in it; without that it must hold nothing.
+
+        Raises:
+            RunFolderError: another run holds it, it cannot be written to, or it is not empty.
+        """
+        path = self.path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            if not resume and not is_empty(path):
+                raise RunFolderError(f"another run has begun in {path}; name another output_dir")
+            self.run_id = self._run_id()
+        except Timeout:
+            raise RunFolderError(f"another run is writing to {path}; wait for it, or name another output_dir") from None
+        except OSError as error:
+            reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '')})"
+            raise RunFolderError(f"output_dir={str(path)!r} cannot be written to: {reason}") from error
 
     def _run_id(self) -> str:
         """The mark of the run that began this folder; if it was lost, that of its newest checkpoint."""

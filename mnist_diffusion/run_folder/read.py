@@ -69,10 +69,8 @@ class RunRecord:
             images = {name: self.config["data"][name] for name in IMAGE_FIELDS if name in self.config["data"]}
             return ImagesConfig(**images), int(self.config["train"]["seed"])
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{str(self.folder)!r}: config.yaml does not say what images the run saw ({error!r}); name them with "
-                "--data.source"
-            ) from error
+            missing = f"config.yaml does not say what images the run saw ({error!r}); name them with --data.source"
+            raise UserError(f"{str(self.folder)!r}: {missing}") from error
 
     def pipelines(self) -> dict[str, Path]:
         """Its pipeline folders by name, snapshots first."""
@@ -105,8 +103,10 @@ def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:
     """The sample sheets of a run folder, oldest first."""
     paths = (folder / "samples").glob("step-*.png")
     found = {int(match[1]): path for path in paths if (match := SHEET_NAME.fullmatch(path.name))}
-    sheets = []
-    for step in sorted(found):
-        with Image.open(found[step]) as picture:
-            sheets.append(Sheet(step * epochs_per_step, picture.copy()))
-    return sheets
+    return [Sheet(step * epochs_per_step, read_picture(path)) for step, path in sorted(found.items())]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture, its file closed again."""
+    with Image.open(path) as picture:
+        return picture.copy()

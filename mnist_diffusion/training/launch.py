@@ -61,8 +61,7 @@ class Launch:
         Raises:
             LaunchError: they have not, as when one machine of several has no data and fell back.
         """
-        found = {each[:16] for each in gather_object([fingerprint])}
-        if len(found) > 1:
+        if len(found := {each[:16] for each in gather_object([fingerprint])}) > 1:
             raise LaunchError(f"the processes read different {what}: fingerprints {sorted(found)}")
 
     def load_images(self, config: ImagesConfig, *, seed: int) -> ImageData:
@@ -99,10 +98,8 @@ def start_processes(config: RunConfig) -> PartialState:
             "without that many GPUs launch one process"
         )
     if state.distributed_type not in SUPPORTED:
-        raise LaunchError(
-            f"distributed_type {state.distributed_type.value} is not supported; use one process, or plain data "
-            "parallelism on CPUs or GPUs (MULTI_CPU, MULTI_GPU)"
-        )
+        supported = "one process, or plain data parallelism on CPUs or GPUs (MULTI_CPU, MULTI_GPU)"
+        raise LaunchError(f"distributed_type {state.distributed_type.value} is not supported; use {supported}")
     set_num_threads(config.train.num_threads)
     return state
 
@@ -113,15 +110,14 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
     Raises:
         LaunchError: the folder holds something and the run is not a resumed one, or it is a file.
     """
-    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    [folder] = broadcast_object_list([config.output_dir or str(Path("runs") / name)])
+    name = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    [folder] = broadcast_object_list([config.output_dir or name])
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise LaunchError(f"output_dir={folder!r} is a file")
     if not config.train.resume and not is_empty(path):
-        raise LaunchError(
-            f"output_dir={folder!r} is not empty; add --train.resume true to resume the run in it, or name another"
-        )
+        advice = "add --train.resume true to resume the run in it, or name another"
+        raise LaunchError(f"output_dir={folder!r} is not empty; {advice}")
     return path
 
 
@@ -135,26 +131,19 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     state = PartialState()
     asked, launched = config.train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked is not None and launched not in ("no", asked):
-        raise LaunchError(
-            f"train.mixed_precision={asked!r}, but the launcher asks for {launched!r}; leave one of them out"
-        )
+        both = f"train.mixed_precision={asked!r}, but the launcher asks for {launched!r}"
+        raise LaunchError(f"{both}; leave one of them out")
     precision = asked or launched
     if precision == "fp16" and state.device.type == "cpu":
         raise LaunchError("train.mixed_precision='fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
-    parts = state.num_processes * config.train.gradient_accumulation_steps
-    if config.data.batch_size % parts:
-        raise LaunchError(
-            f"data.batch_size={config.data.batch_size} must be divisible by {state.num_processes} processes x "
-            f"train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}"
-        )
+    size, count, micro = config.data.batch_size, state.num_processes, config.train.gradient_accumulation_steps
+    if size % (count * micro):
+        parts = f"{count} processes x train.gradient_accumulation_steps={micro}"
+        raise LaunchError(f"data.batch_size={size} must be divisible by {parts}")
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs"))
-    accelerator = Accelerator(
-        mixed_precision=precision, log_with=list(config.train.trackers) or None, project_config=project
-    )
-    missing = set(config.train.trackers) - {str(tracker) for tracker in accelerator.log_with}
-    if missing:
-        raise LaunchError(
-            f"train.trackers: {', '.join(sorted(missing))} is not installed; pip install 'mnist-diffusion[wandb]' or "
-            "'mnist-diffusion[tensorboard]'"
-        )
+    trackers = list(config.train.trackers)
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_config=project)
+    if missing := set(trackers) - {str(tracker) for tracker in accelerator.log_with}:
+        extras = "pip install 'mnist-diffusion[wandb]' or 'mnist-diffusion[tensorboard]'"
+        raise LaunchError(f"train.trackers: {', '.join(sorted(missing))} is not installed; {extras}")
     return accelerator

@@ -45,15 +45,12 @@ def describe_length(config: RunConfig, images: int) -> str:
     return f"as many steps of {batch_size} images as fit into {train.time_limit_minutes:g} minutes"
 
 
-def _steps_at(state: TrainState, speed: float | None, seconds: float) -> int:
-    """The steps of the run: as configured, or as many as fit into the seconds at a speed in steps per second."""
+def _asked_steps(state: TrainState) -> int | None:
+    """The steps that the configuration asks for, None if the time decides."""
     train = state.config.train
-    if train.max_steps is not None:
-        return train.max_steps
-    if train.max_epochs is not None:
+    if train.max_steps is None and train.max_epochs is not None:
         return steps_of_epochs(train.max_epochs, len(state.data.train), state.config.data.batch_size)
-    assert speed is not None
-    return max(1, round(seconds * speed))
+    return train.max_steps
 
 
 def plan_steps(state: TrainState, *, seconds_used: float) -> int:
@@ -63,16 +60,14 @@ def plan_steps(state: TrainState, *, seconds_used: float) -> int:
         state: is measured if the time decides.
         seconds_used: of the run's time, what is gone already.
     """
-    train = state.config.train
-    if train.max_steps is not None or train.max_epochs is not None:
-        return _steps_at(state, None, 0.0)
-    minutes = train.time_limit_minutes or 0.0
+    if (asked := _asked_steps(state)) is not None:
+        return asked
+    minutes = state.config.train.time_limit_minutes or 0.0
     speed = state.measure_speed(60 * minutes * SHARE_FOR_MEASURING)
     left = 60 * minutes * (SHARE_FOR_STEPS - SHARE_FOR_MEASURING) - seconds_used
-    [planned] = broadcast_object_list([_steps_at(state, speed, left)])
-    state.accelerator.print(
-        f"Measured {speed * state.config.data.batch_size:.0f} images/s: {planned} steps fit into {minutes:g} minutes"
-    )
+    [planned] = broadcast_object_list([max(1, round(left * speed))])
+    images = speed * state.config.data.batch_size
+    state.accelerator.print(f"Measured {images:.0f} images/s: {planned} steps fit into {minutes:g} minutes")
     return planned
 
 
@@ -80,10 +75,8 @@ def expected_cost(state: TrainState) -> str:
     """Steps and minutes that the run would take here, from a few seconds of real updates that are then undone."""
     speed = state.measure_speed(6.0)
     minutes, share = state.config.train.time_limit_minutes, SHARE_FOR_STEPS - SHARE_FOR_MEASURING
-    steps = _steps_at(state, speed, 60 * (minutes or 0.0) * share)
+    steps = _asked_steps(state) or max(1, round(60 * (minutes or 0.0) * share * speed))
     expected = steps / speed / share / 60
     limited = f", cut at {minutes:g} minutes" if minutes is not None and minutes < 0.99 * expected else ""
-    return (
-        f"expected     {steps} steps at {speed * state.config.data.batch_size:.0f} images/s: "
-        f"about {expected:.1f} minutes{limited}"
-    )
+    images = speed * state.config.data.batch_size
+    return f"expected     {steps} steps at {images:.0f} images/s: about {expected:.1f} minutes{limited}"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,8 @@ class TrainingLoop:
         self.processes = Processes(self.accelerator)
         self.step, self.progress = 0, Progress()
         self.started = time.perf_counter()
-        self.run_id: str | None = None
         self.measured: dict[str, float] = {}
-        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.held, self.log = RunFolder(self.folder), MetricsLog(self.folder / "metrics.jsonl")
 
     # What a subclass adds. The main process calls these; `export` is the only one that it must have.
 
@@ -132,18 +132,17 @@ class TrainingLoop:
         if dry_run:
             self.accelerator.print(f"{expected_cost(self.state)}\n\n{self.config.to_yaml()}")
             return 0
-        self.publisher = Publisher(self.config.hub, self.folder, self.accelerator)
-        code = self._train()
-        if code == 0:
+        self.publisher = Publisher(self.config.hub, self.folder, self.processes)
+        if (code := self._train()) == 0:
             self.publisher.finish()
         return code
 
     def _train(self) -> int:
         self.started = time.perf_counter()
-        folder = RunFolder(self.folder, self.accelerator, resume=True) if self.config.train.resume else None
+        resume = self.config.train.resume
         try:
-            if folder is not None:
-                self.run_id = folder.run_id
+            if resume:
+                self.processes.on_main(lambda: self.held.hold(resume=True))
                 self._resume()
             if self.step == 0:
                 self.progress.planned_steps = plan_steps(self.state, seconds_used=self.seconds)
@@ -152,12 +151,11 @@ class TrainingLoop:
                 self.processes.on_main(self._complete)
                 return 0
             self.processes.on_main(self.prepare)
-            folder = folder or RunFolder(self.folder, self.accelerator, resume=False)
-            self.run_id = folder.run_id
+            if not resume:
+                self.processes.on_main(lambda: self.held.hold(resume=False))
             return self._loop()
         finally:
-            if folder is not None:
-                folder.release()
+            self.held.release()
 
     def _loop(self) -> int:
         """Step, report, save, until done; the exit code."""
@@ -181,21 +179,14 @@ class TrainingLoop:
                     lines = self._collect(pending)
                     speed = len(lines) * self.config.data.batch_size / (time.perf_counter() - since)
                     lines[-1]["images_per_second"] = round(speed, 1)
-                    if "sample" in due:
-                        self.processes.on_main(self._sample)
-                    if "evaluate" in due:
-                        self.processes.on_main(self.evaluate)
+                    self._do(due, sample=self._sample, evaluate=self.evaluate)
                     self._log(lines)
-                    if "sample" in due:
-                        self.processes.on_main(self.draw_curves)
+                    self._do(due, sample=self.draw_curves)
                     bar.set_postfix(loss=f"{self.progress.loss:.4f}", img_s=f"{speed:.0f}")
                     pending, since = [], time.perf_counter()
                 if "checkpoint" in due:
                     self.processes.on_main(self._checkpoint, saving=True)
-                if "animation" in due:
-                    self.processes.on_main(self.draw_animation)
-                if "snapshot" in due:
-                    self.processes.on_main(self._snapshot)
+                self._do(due, animation=self.draw_animation, snapshot=self._snapshot)
                 if over:
                     break
             self.processes.on_main(lambda: self._finish(signal_number))
@@ -203,16 +194,20 @@ class TrainingLoop:
         self.accelerator.end_training()
         return 128 + signal_number if signal_number else 0
 
+    def _do(self, due: set[str], **works: Callable[[], object]) -> None:
+        """On the main process, one after the other, what of `works` is due."""
+        for name, work in works.items():
+            if name in due:
+                self.processes.on_main(work)
+
     def _progress_bar(self) -> Any:
-        hidden = not self.accelerator.is_main_process
-        return tqdm(
-            total=self.last_step, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True, mininterval=0.5
-        )
+        look: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5}
+        return tqdm(total=self.last_step, initial=self.step, disable=not self.processes.main, **look)
 
     def _is_over(self, stop: StopRequest) -> tuple[int, bool]:
         """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
-        minutes = self.config.train.time_limit_minutes
-        late = minutes is not None and self.seconds > 60 * minutes
+        limit = self.config.train.time_limit_minutes
+        late = limit is not None and self.seconds > 60 * limit
         signal_number, out_of_time = self.processes.largest(stop.number, int(late))
         return signal_number, bool(signal_number or out_of_time) or self.step == self.last_step
 
@@ -220,8 +215,7 @@ class TrainingLoop:
         """What comes after this step."""
         train = self.config.train
         due = {name for name in ("checkpoint", "sample", "evaluate", "snapshot") if self._passes(f"{name}_every")}
-        before, now = self._epochs(self.step - 1), self._epochs(self.step)
-        if any(before < epoch <= now for epoch in train.animate_at_epochs):
+        if any(self._epochs(self.step - 1) < epoch <= self._epochs(self.step) for epoch in train.animate_at_epochs):
             due.add("animation")
         if over:
             due |= {"checkpoint", "sample"} | ({"evaluate"} if train.evaluate_every is not None else set())
@@ -231,8 +225,7 @@ class TrainingLoop:
 
     def _passes(self, option: str) -> bool:
         """Whether this step completes another interval of `train.<option>`."""
-        interval = getattr(self.config.train, option)
-        if interval is None:
+        if (interval := getattr(self.config.train, option)) is None:
             return False
         count, unit = parse_interval(interval, f"train.{option}")
         before, now = (place if unit == "steps" else self._epochs(place) for place in (self.step - 1, self.step))
@@ -249,11 +242,10 @@ class TrainingLoop:
     @property
     def last_step(self) -> int:
         """The step at which the run is finished."""
-        epochs = self.config.train.max_epochs
-        if epochs is None:
-            return self.progress.planned_steps
-        steps = steps_of_epochs(epochs, len(self.data.train), self.config.data.batch_size)
-        return min(self.progress.planned_steps, steps)
+        planned = self.progress.planned_steps
+        if (epochs := self.config.train.max_epochs) is None:
+            return planned
+        return min(planned, steps_of_epochs(epochs, len(self.data.train), self.config.data.batch_size))
 
     def reproducible_config(self) -> RunConfig:
         """The configuration to save: a run from it is this run again, in a folder of its own, and is not published."""
@@ -288,8 +280,7 @@ class TrainingLoop:
         first_bad = int(self.state.first_bad_step)
         bad_step = -self.processes.largest(-first_bad if first_bad >= 0 else -NEVER)[0]
         lines: list[dict[str, Any]] = []
-        for offset, row in enumerate(values):
-            step = self.step - len(values) + offset + 1
+        for step, row in enumerate(values, self.step - len(values) + 1):
             if step == bad_step and train.on_non_finite == "stop":
                 self.processes.on_main(lambda: self.log.append(lines))
                 cause = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
@@ -312,8 +303,7 @@ class TrainingLoop:
         finite = [line["loss"] for line in lines if line["loss"] is not None]
         self.progress.loss = sum(finite) / len(finite) if finite else math.nan
         tracked = {**lines[-1], "loss": self.progress.loss}
-        for level, value in enumerate(tracked.pop("loss_by_noise", [])):
-            tracked[f"loss_by_noise/{level}"] = value
+        tracked |= {f"loss_by_noise/{level}": value for level, value in enumerate(tracked.pop("loss_by_noise", []))}
         self.accelerator.log({name: value for name, value in tracked.items() if value is not None}, step=self.step)
         self.processes.on_main(lambda: self.log.append(lines))
 
@@ -338,18 +328,17 @@ class TrainingLoop:
         }
         settings = json.dumps(self.reproducible_config().to_dict(), sort_keys=True)
         about = {
-            "run_id": self.run_id,
+            "run_id": self.held.run_id,
             "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
             "processes": self.accelerator.num_processes,
             "versions": package_versions(),
         }
-        keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.folder / "checkpoints", self.step, tensors, state, keep=keep, about=about)
+        root, keep = self.folder / "checkpoints", self.config.train.keep_checkpoints
+        save_checkpoint(root, self.step, tensors, state, keep=keep, about=about)
 
     def _resume(self) -> None:
         """Take up the newest valid checkpoint of the run folder, if there is one."""
-        checkpoint = load_newest(self)
-        if checkpoint is None:
+        if (checkpoint := load_newest(self)) is None:
             return
         self.state.restore(checkpoint)
         self.step = checkpoint.step

@@ -53,16 +53,15 @@ class Processes:
         Raises:
             UserError: the work raised one, or a process has ended.
         """
+        if self.alone:
+            work()
+            return
         problem = None
         if self.main:
             try:
                 work()
             except (UserError, OSError) as error:
-                if self.alone:
-                    raise
                 problem = str(error)
-        if self.alone:
-            return
         found: list[str | None] = [None] * dist.get_world_size()
         try:
             dist.all_gather_object(found, problem, group=self.brisk if saving else self.patient)
@@ -70,5 +69,5 @@ class Processes:
             limit = SAVE_PATIENCE if saving else PATIENCE
             gone = f"another process ended, or gave no answer within {limit.total_seconds():.0f} s: {error}"
             raise ProcessError(problem or gone) from error
-        if told := next((each for each in found if each is not None), None):
+        if told := next(filter(None, found), None):
             raise ProcessError(told)

@@ -6,17 +6,15 @@ import queue
 import shlex
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mnist_diffusion.config import HubConfig
 from mnist_diffusion.sharing.errors import HubError
 from mnist_diffusion.sharing.hub import open_repository, push
+from mnist_diffusion.training.processes import Processes
 
 
 class Publisher:
@@ -25,30 +23,26 @@ class Publisher:
     Args:
         config: where to and what.
         folder: the run folder.
-        accelerator: its main process pushes; if it fails, all raise.
+        processes: the main one pushes; if it cannot, all raise.
 
     Raises:
         HubError: nobody is logged in, or the Hub refuses. Training has not begun then.
     """
 
-    def __init__(self, config: HubConfig, folder: Path, accelerator: Accelerator):
-        self.config, self.folder = config, folder
-        self.main = config.push and accelerator.is_main_process
-        self.repo_id, problem = config.repo_id or folder.name, None
-        if self.main:
-            try:
-                self.repo_id = open_repository(self.repo_id, private=config.private, revision=config.revision)
-            except HubError as error:
-                problem = str(error)
-        [problem] = broadcast_object_list([problem])
-        if problem is not None:
-            raise HubError(problem)
+    def __init__(self, config: HubConfig, folder: Path, processes: Processes):
+        self.config, self.folder, self.repo_id = config, folder, config.repo_id or folder.name
+        self.main = config.push and processes.main
+        if config.push:
+            processes.on_main(self._open)
         self.waiting: queue.Queue[Path | None] = queue.Queue()
         # A daemon, because who stops a run does not want to wait for a push.
         self.worker = threading.Thread(target=self._push_snapshots, name="push", daemon=True)
         if self.main and config.every_snapshot:
             disable_progress_bars()
             self.worker.start()
+
+    def _open(self) -> None:
+        self.repo_id = open_repository(self.repo_id, private=self.config.private, revision=self.config.revision)
 
     def snapshot(self, folder: Path) -> None:
         """Push a snapshot in the background, in place of those that are still waiting."""
@@ -62,7 +56,7 @@ class Publisher:
             while not self.waiting.empty():
                 arrived.append(self.waiting.get())
             ended = None in arrived
-            for folder in [each for each in arrived if each is not None][-1:]:
+            for folder in list(filter(None, arrived))[-1:]:
                 try:
                     self._push(folder, message=f"Upload {folder.name}")
                 except Exception as error:  # whatever it is, the run goes on
@@ -89,10 +83,7 @@ class Publisher:
             raise HubError(f"{error}\nThe run is whole in {self.folder}; push it later with: {later}") from None
         print(f"Pushed: {address}")
 
-    def _flags(self) -> Iterator[str]:
-        if self.config.private:
-            yield "--private"
-        if self.config.revision is not None:
-            yield from ("--revision", self.config.revision)
-        if self.config.with_checkpoints:
-            yield "--with_checkpoints"
+    def _flags(self) -> list[str]:
+        private = ["--private"] if self.config.private else []
+        revision = [] if self.config.revision is None else ["--revision", self.config.revision]
+        return [*private, *revision, *(["--with_checkpoints"] if self.config.with_checkpoints else [])]

@@ -28,13 +28,12 @@ IMBALANCE = 3.0
 def describe(loop: TrainingLoop) -> str:
     """What is about to happen: data, model and length, one line each."""
     config, data = loop.config, loop.data
-    hints = ""
-    if config.data.augment.horizontal_flip:
-        hints += "\nwarning      data.augment.horizontal_flip mirrors images, which is wrong for digits and letters"
-    if max(data.counts) > IMBALANCE * min(data.counts) and not config.data.balance:
-        hints += "\nhint         the classes are of unequal size; --data.balance true draws each equally often"
-    if data.num_classes == 1:
-        hints += "\nhint         there is one class only: guidance has nothing to tell apart"
+    uneven = max(data.counts) > IMBALANCE * min(data.counts) and not config.data.balance
+    flips = "\nwarning      data.augment.horizontal_flip mirrors images, which is wrong for digits and letters"
+    sizes = "\nhint         the classes are of unequal size; --data.balance true draws each equally often"
+    single = "\nhint         there is one class only: guidance has nothing to tell apart"
+    given = {flips: config.data.augment.horizontal_flip, sizes: uneven, single: data.num_classes == 1}
+    hints = "".join(hint for hint, holds in given.items() if holds)
     return (
         f"{data.banner}{data.describe()}{hints}\n"
         f"model        UNet2DModel, {_parameters(loop):,} parameters\n"
@@ -56,7 +55,7 @@ def card_values(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """The values of the model card, as this run measured them."""
     data, config, pipeline = trainer.data, trainer.config, trainer.average
     conditional = [] if pipeline.num_classes is None else ["class-conditional", "classifier-free-guidance"]
-    defaults = {name: pipeline.config[name] for name in ("num_inference_steps", "guidance_scale", "guidance_distilled")}
+    defaults = ("num_inference_steps", "guidance_scale", "guidance_distilled")
     return {
         "title": f"{folder.parent.name} ({trainer.recipe})" if folder.name == trainer.exported else folder.name,
         "location": ANYWHERE,
@@ -64,16 +63,12 @@ def card_values(trainer: Trainer, folder: Path) -> dict[str, Any]:
         "datasets": [data.hub_id] if data.hub_id is not None else None,
         "class_names": ", ".join(data.class_names),
         "num_classes": pipeline.num_classes,
-        "image_size": data.image_size,
-        "channels": data.channels,
         "parameters": _parameters(trainer),
         "example_call": trainer.example_call(),
         "scheduler": config.sampling.scheduler,
-        **defaults,
-        "source": data.source,
-        "source_id": data.source_id,
+        **{name: pipeline.config[name] for name in defaults},
+        **{name: getattr(data, name) for name in ("image_size", "channels", "source", "source_id", "notice")},
         "seed": config.train.seed,
-        "notice": data.notice,
         "num_train_images": len(data.train),
         "fingerprint": data.fingerprint[:16],
         "steps": trainer.step,
@@ -121,10 +116,8 @@ def summarise(loop: TrainingLoop, signal_number: int) -> None:
     if signal_number:
         print(f"Resume with: --config {folder / 'config.yaml'} --train.resume true --output_dir {folder}\n")
         if loop.config.hub.push:
-            later = f"mnist-diffusion push {folder} {loop.config.hub.repo_id or folder.name}"
-            print(
-                f"Not pushed, because it is not finished. Resume with --hub.push true, or push it as it is: {later}\n"
-            )
+            later = f"push it as it is: mnist-diffusion push {folder} {loop.config.hub.repo_id or folder.name}"
+            print(f"Not pushed, because it is not finished. Resume with --hub.push true, or {later}\n")
 
 
 def start_trackers(loop: TrainingLoop) -> None:
@@ -134,7 +127,7 @@ def start_trackers(loop: TrainingLoop) -> None:
     """
     if not loop.accelerator.log_with:
         return
-    wandb = {"name": loop.folder.name, "dir": loop.accelerator.project_dir, "id": loop.run_id, "resume": "allow"}
+    wandb = {"name": loop.folder.name, "dir": loop.accelerator.project_dir, "id": loop.held.run_id, "resume": "allow"}
     flat = _flat(loop.config.to_dict())
     loop.accelerator.init_trackers("mnist-diffusion", config=flat, init_kwargs={"wandb": wandb})
 
@@ -142,10 +135,8 @@ def start_trackers(loop: TrainingLoop) -> None:
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
     flat: dict[str, bool | int | float | str] = {}
     for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        plain = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": plain}
     return flat
 
 

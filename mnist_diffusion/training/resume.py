@@ -29,17 +29,14 @@ def load_newest(loop: TrainingLoop) -> Checkpoint | None:
         CheckpointError: it is of another configuration or other images, or not every process can read it.
     """
     accelerator, root = loop.accelerator, loop.folder / "checkpoints"
-    decision: list[Any] = [None, []]
-    if accelerator.is_main_process:
-        decision = list(newest_verified(root, run_id=loop.run_id))
-    step, problems = broadcast_object_list(decision)
+    decision = newest_verified(root, run_id=loop.held.run_id) if accelerator.is_main_process else (None, [])
+    step, problems = broadcast_object_list(list(decision))
     for problem in problems:
         accelerator.print(f"warning: {problem}")
     if step is None and problems:
-        raise CheckpointError(
-            f"no checkpoint in {root} is valid, and starting again would overwrite what the run has left: move "
-            f"{loop.folder} away, or name another output_dir"
-        )
+        left = "starting again would overwrite what the run has left"
+        advice = f"move {loop.folder} away, or name another output_dir"
+        raise CheckpointError(f"no checkpoint in {root} is valid, and {left}: {advice}")
     if step is None:
         accelerator.print(f"No checkpoint in {root}: starting at step 0")
         return None
@@ -64,16 +61,13 @@ def _require_same_run(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     changes = {name: text for name, text in changes.items() if then != now or name not in ABOUT_IMAGES}
     fixed = [text for name, text in changes.items() if name.startswith(fixed_names)]
     free = [text for name, text in changes.items() if not name.startswith(fixed_names)]
-    if then != now:
-        fixed.append(f"the images' fingerprint was {then[:16]}, now {now[:16]}")
     learned, learning = checkpoint.state["objective_fingerprint"], loop.state.objective.fingerprint
-    if learned != learning:
-        fixed.append(f"the teacher's fingerprint was {learned[:16]}, now {learning[:16]}")
+    for whose, before, after in (("images'", then, now), ("teacher's", learned, learning)):
+        if before != after:
+            fixed.append(f"the {whose} fingerprint was {before[:16]}, now {after[:16]}")
     if fixed:
-        allowed = f"; these may change: {', '.join(free)}" if free else ""
-        raise CheckpointError(
-            f"cannot resume from {checkpoint.path} with another configuration: {', '.join(fixed)}{allowed}"
-        )
+        wrong = ", ".join(fixed) + (f"; these may change: {', '.join(free)}" if free else "")
+        raise CheckpointError(f"cannot resume from {checkpoint.path} with another configuration: {wrong}")
     if free:
         loop.accelerator.print(f"Changed since: {', '.join(free)}")
 
@@ -82,7 +76,7 @@ def differences(before: Any, after: Any, name: str = "") -> dict[str, str]:
     """The fields that differ between two plain configurations, by dotted name, each in words."""
     if isinstance(before, dict) and isinstance(after, dict):
         found: dict[str, str] = {}
-        for key in [*before, *(key for key in after if key not in before)]:
+        for key in dict.fromkeys([*before, *after]):
             found |= differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
         return found
     unasked = after is None and name in DECIDED

@@ -69,34 +69,33 @@ class TrainState:
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        share = config.data.batch_size // accelerator.num_processes
-        mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        share, rank = config.data.batch_size // accelerator.num_processes, accelerator.process_index
+        mine = slice(rank * share, (rank + 1) * share)
         images, labels = draw_batch(self.data.train, config.data, seed=config.train.seed, step=step, part=mine)
         # Drawn for the global batch, so that what an image gets does not depend on the number of processes.
         shape = (config.data.batch_size, *images.shape[1:])
         draws = self.objective.draw(shape, seed=config.train.seed, step=step, device=accelerator.device)
         batch = self._batch(images, labels, *(each[mine] for each in draws))
+        losses: list[Tensor] = []
         micro_batches = config.train.gradient_accumulation_steps
         size = share // micro_batches
-        losses = []
         self.model.train()
         for micro in range(micro_batches):
             part, last = batch[micro * size : (micro + 1) * size], micro == micro_batches - 1
-            torch.manual_seed(mixed_seed(config.train.seed, "dropout", step, micro, accelerator.process_index))
+            torch.manual_seed(mixed_seed(config.train.seed, "dropout", step, micro, rank))
             with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = self.objective.loss(self.model, part)
                 accelerator.backward(loss.mean() / micro_batches)
             self._count_by_noise(loss.detach(), part.timesteps)
             losses.append(loss.detach().mean())
         measured = {"loss": torch.stack(losses).mean()}
-        limit = config.train.max_grad_norm
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        measured["grad_norm"] = norm.detach()
+        limit = math.inf if config.train.max_grad_norm is None else config.train.max_grad_norm
+        measured["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), limit).detach()
         bad = self._is_bad(measured)
         self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, step + 1, self.first_bad_step)
         skipped = False
         if config.train.on_non_finite == "skip":
-            skipped = bool(accelerator.reduce(bad.float(), reduction="sum") > 0)
+            skipped = bool(accelerator.reduce(bad.float(), reduction="sum"))
             measured["skipped"] = torch.tensor(float(skipped), device=accelerator.device)
         if not skipped or accelerator.scaler is not None:  # a gradient scaler skips by itself, and must be told
             self.optimizer.step()
@@ -120,20 +119,17 @@ class TrainState:
             return None
         sums, counts = self.accelerator.reduce(self.by_noise, reduction="sum").tolist()
         self.by_noise = torch.zeros_like(self.by_noise)
-        means = [each / count if count else math.nan for each, count in zip(sums, counts, strict=True)]
-        return [mean if math.isfinite(mean) else None for mean in means]
+        pairs = zip(sums, counts, strict=True)
+        return [total / count if count and math.isfinite(total) else None for total, count in pairs]
 
     def _is_bad(self, measured: Mapping[str, Tensor]) -> Tensor:
         """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which may overflow."""
-        watched = [measured["loss"]]
-        if self.accelerator.scaler is None:
-            watched.append(measured["grad_norm"])
-        return ~torch.isfinite(torch.stack(watched)).all()
+        names = ("loss", "grad_norm") if self.accelerator.scaler is None else ("loss",)
+        return ~torch.isfinite(torch.stack([measured[name] for name in names])).all()
 
     def _batch(self, images: Tensor, labels: Tensor, *draws: Tensor) -> Batch:
-        device = self.accelerator.device
-        images = to_model_range(images.to(device, non_blocking=True))
-        return Batch(images, labels.to(device, non_blocking=True), *draws)
+        images, labels = (each.to(self.accelerator.device, non_blocking=True) for each in (images, labels))
+        return Batch(to_model_range(images), labels, *draws)
 
     def _update_average(self, steps_done: int) -> None:
         if steps_done <= self.config.train.ema_start_step:
@@ -152,14 +148,13 @@ class TrainState:
 
         The batch size does not depend on the run, so that runs can be compared.
         """
-        unet, train = self.average(), self.config.train
-        total, count = 0.0, min(train.num_eval_images, len(self.data.test))
+        unet, train, test, device = self.average(), self.config.train, self.data.test, self.accelerator.device
+        total, count = 0.0, min(train.num_eval_images, len(test))
         # The images may be sorted by class: spread the chosen ones over all of them.
-        chosen = self.data.test.spread(count)
-        for index, part in enumerate(chosen.split(500)):
-            images, device = self.data.test.images[part], self.accelerator.device
+        for index, part in enumerate(test.spread(count).split(500)):
+            images = test.images[part]
             draws = self.objective.draw(tuple(images.shape), seed=train.seed, step=index, device=device, held_out=True)
-            batch = self._batch(images, self.data.test.labels[part], *draws)
+            batch = self._batch(images, test.labels[part], *draws)
             total += float(self.objective.loss(unet, batch).mean()) * len(part)
         return total / count
 
@@ -171,55 +166,49 @@ class TrainState:
         Args:
             seconds: how long to measure; the first third is warm-up and not counted.
         """
-        weights = [parameter.detach().clone() for parameter in self.unet.parameters()]
-        scaler = self.accelerator.scaler
-        scaler_state = scaler.state_dict() if scaler is not None else None
-        speed, done, counted_from = None, 0, 0
-        started = warm = time.perf_counter()
-        while speed is None:
-            self.update(done, 0.0)
-            done += 1
-            self._synchronize()
-            now = time.perf_counter()
-            if counted_from == 0 and now - started >= seconds / 3:
-                counted_from, warm = done, now
-            over = counted_from and done > counted_from and now - started >= seconds
-            [speed] = broadcast_object_list([(done - counted_from) / (now - warm) if over else None])
-        with torch.no_grad():
-            for parameter, before in zip(self.unet.parameters(), weights, strict=True):
-                parameter.copy_(before)
-        self.optimizer.state.clear()
-        if scaler is not None and scaler_state is not None:
-            scaler.load_state_dict(scaler_state)
-        self.ema.shadow_params = weights
+        scaler_state = self._scaler_state()
+        self.ema.store(self.unet.parameters())
+        self._updates_per_second(seconds / 3)
+        speed = self._updates_per_second(2 * seconds / 3)
+        self.ema.restore(self.unet.parameters())
+        self._update_average(0)
         self.ema.optimization_step = 0
+        self.optimizer.state.clear()
+        self._restore_scaler(scaler_state)
         self.first_bad_step.fill_(-1)
         self.by_noise.zero_()
         return speed
 
-    def _synchronize(self) -> None:
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _updates_per_second(self, seconds: float) -> float:
+        speed, done, started = None, 0, time.perf_counter()
+        while speed is None:
+            self.update(done, 0.0)
+            done += 1
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            taken = time.perf_counter() - started
+            [speed] = broadcast_object_list([done / taken if taken >= seconds else None])
+        return speed
+
+    def _scaler_state(self) -> dict[str, Any] | None:
+        return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+
+    def _restore_scaler(self, state: dict[str, Any] | None) -> None:
+        if self.accelerator.scaler is not None and state is not None:
+            self.accelerator.scaler.load_state_dict(state)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything to resume from: tensors by file and name, and what JSON holds."""
         moments, groups = optimizer_state(self.optimizer)
         names = [name for name, _ in self.unet.named_parameters()]
-        tensors = {
-            "unet": dict(self.unet.state_dict()),
-            "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
-            "optimizer": moments,
-        }
-        scaler = self.accelerator.scaler
-        return tensors, {
-            "optimizer_groups": groups,
-            "ema_step": self.ema.optimization_step,
-            "grad_scaler": scaler.state_dict() if scaler is not None else None,
-        }
+        average = dict(zip(names, self.ema.shadow_params, strict=True))
+        tensors = {"unet": dict(self.unet.state_dict()), "ema": average, "optimizer": moments}
+        steps = self.ema.optimization_step
+        return tensors, {"optimizer_groups": groups, "ema_step": steps, "grad_scaler": self._scaler_state()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the state of a checkpoint."""
-        tensors: Mapping[str, Mapping[str, Tensor]] = checkpoint.tensors
+        tensors = checkpoint.tensors
         self.unet.load_state_dict(tensors["unet"])
         with torch.no_grad():
             for (name, _), shadow in zip(self.unet.named_parameters(), self.ema.shadow_params, strict=True):
@@ -228,5 +217,4 @@ class TrainState:
         restore_optimizer(self.optimizer.optimizer, tensors["optimizer"], checkpoint.state["optimizer_groups"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.config.train.weight_decay
-        if self.accelerator.scaler is not None and checkpoint.state["grad_scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])
+        self._restore_scaler(checkpoint.state["grad_scaler"])

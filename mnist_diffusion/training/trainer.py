@@ -19,7 +19,7 @@ from mnist_diffusion.pictures import pipelines, plots
 from mnist_diffusion.pictures.compare import frames_of_epochs, sheet_of_epochs
 from mnist_diffusion.pictures.grids import save_animation, save_picture
 from mnist_diffusion.run_folder.metrics import read_metrics
-from mnist_diffusion.run_folder.read import sample_sheets
+from mnist_diffusion.run_folder.read import read_picture, sample_sheets
 from mnist_diffusion.sharing.export import export_pipeline
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training import report
@@ -82,10 +82,8 @@ class Trainer(TrainingLoop):
 
     def export(self, folder: Path) -> None:
         """Write a pipeline folder with its card and the newest sample sheet."""
-        samples = None
-        if sheets := sorted((self.folder / "samples").glob("step-*.png")):
-            with Image.open(sheets[-1]) as sheet:
-                samples = sheet.copy()
+        sheets = sorted((self.folder / "samples").glob("step-*.png"))
+        samples = read_picture(sheets[-1]) if sheets else None
         export_pipeline(self.pipeline(), folder, card=report.card_values(self, folder), samples=samples)
 
     def usage(self) -> str:
@@ -98,10 +96,10 @@ class Trainer(TrainingLoop):
 
     def example_call(self) -> str:
         """A call that shows what the pipeline can be asked for."""
-        if self.average.num_classes is None:
+        if (classes := self.average.num_classes) is None:
             return "pipeline()"
         guidance = "" if self.average.config.guidance_distilled else ", guidance_scale=5"
-        return f"pipeline(class_labels=[{min(3, self.average.num_classes - 1)}]{guidance})"
+        return f"pipeline(class_labels=[{min(3, classes - 1)}]{guidance})"
 
     # Pictures.
 
@@ -114,27 +112,23 @@ class Trainer(TrainingLoop):
 
     def draw_samples(self) -> None:
         """The sample sheet of this step; how images form, and pixel values of real and generated images."""
-        pipeline, train = self.pipeline(), self.config.train
-        sheet, images = pipelines.sample_sheet(
-            pipeline, self.data.class_names, columns=train.samples_per_class, seed=train.seed
-        )
+        pipeline, names, train = self.pipeline(), self.data.class_names, self.config.train
+        sheet, images = pipelines.sample_sheet(pipeline, names, columns=train.samples_per_class, seed=train.seed)
         self._show("samples", sheet, self.folder / "samples" / f"step-{self.step:06d}.png")
         if train.pictures:
-            self._show("denoising", pipelines.denoised(pipeline, self.data.class_names, seed=train.seed))
+            self._show("denoising", pipelines.denoised(pipeline, names, seed=train.seed))
             real = pipelines.spread(self.data, len(images))
             self._show("pixel_histograms", plots.to_picture(plots.pixel_histograms(real, to_uint8(2 * images - 1))))
 
     def draw_curves(self) -> None:
         """What has been logged so far."""
         if self.config.train.pictures:
-            lines = read_metrics(self.folder / "metrics.jsonl")
-            figure = plots.training_curves(lines, title=f"Training, {self.recipe}")
+            figure = plots.training_curves(read_metrics(self.log.path), title=f"Training, {self.recipe}")
             self._show("training_curves", plots.to_picture(figure))
 
     def draw_animation(self) -> None:
         """How the sample sheet of this step forms."""
-        columns = self.config.train.samples_per_class
-        self._save_frames(self.folder / "samples" / f"step-{self.step:06d}.gif", columns)
+        self._save_frames(self.folder / "samples" / f"step-{self.step:06d}.gif", self.config.train.samples_per_class)
 
     def draw_at_the_end(self) -> None:
         """The same seeds over the epochs, as a sheet and an animation, and how a few images form."""
