@@ -58,10 +58,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     report = {
         "source": ", ".join(request.names or request.sources),
         "data": {
-            "source": data.source,
-            "hub_id": data.hub_id,
-            "fingerprint": data.fingerprint,
-            "notice": data.notice,
+            **{name: getattr(data, name) for name in ("source", "hub_id", "fingerprint", "notice")},
             "num_train_images": len(data.train),
             "num_held_out_images": len(data.test),
         },
@@ -128,10 +125,8 @@ def _pipeline_draws(source: str, request: EvaluationRequest, data: ImageData) ->
         batch_size=request.batch_size,
         folder=request.out / "images",
     )
-    own = (None,)
-    schedulers, steps, scales = request.scheduler, request.num_inference_steps, request.guidance_scale
-    asked = itertools.product(schedulers or own, steps or own, scales or own)
-    chosen = [generator.settings(*each) for each in asked]
+    asked = (request.scheduler, request.num_inference_steps, request.guidance_scale)
+    chosen = [generator.settings(*each) for each in itertools.product(*(values or (None,) for values in asked))]
     for settings in chosen:
         generator.check(settings)
     return [({"name": each.name, **asdict(each)}, partial(generator.draw, each)) for each in chosen]

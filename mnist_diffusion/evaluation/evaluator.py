@@ -76,11 +76,8 @@ class ImageEvaluator(PreTrainedModel):
         layers: list[nn.Module] = []
         before = config.channels
         for width, kernel, stride in zip(config.widths, config.kernel_sizes, config.strides, strict=True):
-            layers += [
-                nn.Conv2d(before, width, kernel, stride=stride, padding=kernel // 2, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-            ]
+            convolution = nn.Conv2d(before, width, kernel, stride=stride, padding=kernel // 2, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
             before = width
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(before, config.num_labels)
@@ -126,15 +123,12 @@ def train_evaluator(data: ImageData, *, steps: int = STEPS, seed: int = 0, progr
         model = ImageEvaluator(config)
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2)
     model.train()
     for step in tqdm(range(steps), unit="step", disable=not progress, desc="evaluator"):
         chosen = torch.from_numpy(indices_of_step(seed, step, BATCH_SIZE, len(data.train))[0])
-        images = _random_affine(
-            to_model_range(data.train.images[chosen]), torch_generator("cpu", seed, "augment", step)
-        )
+        generator = torch_generator("cpu", seed, "augment", step)
+        images = _random_affine(to_model_range(data.train.images[chosen]), generator)
         loss = model(images, data.train.labels[chosen]).loss
         optimizer.zero_grad()
         loss.backward()

@@ -103,11 +103,8 @@ class ImageGenerator:
             raise UserError(f"guidance_scale={guidance_scale:g} has nothing to guide: the model is unconditional")
         if self.classes is not None and guidance_scale is None:
             guidance_scale = own.guidance_scale
-        return SamplingSettings(
-            scheduler or sampler_name(self.pipeline.scheduler),
-            num_inference_steps or own.num_inference_steps,
-            guidance_scale,
-        )
+        steps = num_inference_steps or own.num_inference_steps
+        return SamplingSettings(scheduler or sampler_name(self.pipeline.scheduler), steps, guidance_scale)
 
     def check(self, settings: SamplingSettings) -> None:
         """Take the first step of one image, so that what cannot work fails before others are drawn.

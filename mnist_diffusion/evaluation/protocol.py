@@ -15,19 +15,9 @@ from torch import Tensor
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.pictures import DataError
+from mnist_diffusion.evaluation import metrics
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, accuracy, logits_and_features, train_evaluator
 from mnist_diffusion.evaluation.generated import Sample
-from mnist_diffusion.evaluation.metrics import (
-    Share,
-    frechet_distance,
-    histogram_distance,
-    inception_score,
-    kernel_distance,
-    nearest_images,
-    neighbourhoods,
-    pixel_statistics,
-    wilson_share,
-)
 from mnist_diffusion.seeds import numpy_generator
 
 BOOTSTRAPS = 20
@@ -146,41 +136,41 @@ class Reference:
         """The metrics of one set of images against the training split, without a floor."""
         real = self.matched(evaluated)
         checked = self._permutation(len(evaluated))[:MAX_COPY_CHECK]
-        distances = nearest_images(evaluated.images[checked], self.data.train.tensor)
+        distances = metrics.nearest_images(evaluated.images[checked], self.data.train.tensor)
         size = min(len(evaluated), len(real), MAX_NEIGHBOURHOOD)
-        near = neighbourhoods(self._some(real, size).features, self._some(evaluated, size).features)
-        kernel, deviation = kernel_distance(real.features, evaluated.features, seed=self.seed)
-        pixels, real_pixels = pixel_statistics(evaluated.images), pixel_statistics(real.images)
+        near = metrics.neighbourhoods(self._some(real, size).features, self._some(evaluated, size).features)
+        kernel, deviation = metrics.kernel_distance(real.features, evaluated.features, seed=self.seed)
+        pixels, real_pixels = metrics.pixel_statistics(evaluated.images), metrics.pixel_statistics(real.images)
         values = {
             "num_images": len(evaluated),
             **self._class_accuracy(evaluated),
-            "fid": frechet_distance(real.features, evaluated.features),
+            "fid": metrics.frechet_distance(real.features, evaluated.features),
             "fid_standard_error": self._fid_standard_error(real, evaluated),
             "kernel_distance": kernel,
             "kernel_distance_deviation": deviation,
             **self._by_class(evaluated),
-            "inception_score": inception_score(evaluated.logits),
+            "inception_score": metrics.inception_score(evaluated.logits),
             **asdict(near),
             "pixel_mean": pixels.mean,
             "pixel_deviation": pixels.deviation,
             "black_share": pixels.black_share,
-            "pixel_histogram_distance": histogram_distance(real_pixels, pixels),
+            "pixel_histogram_distance": metrics.histogram_distance(real_pixels, pixels),
             "nearest_distance": float(np.median(distances.distances)),
         }
         predicted = evaluated.logits.argmax(dim=1)
         return Measured(values, predicted, checked, distances.relative, distances.indices)
 
-    def _copies(self, measured: Measured, floor: Measured) -> Share:
+    def _copies(self, measured: Measured, floor: Measured) -> metrics.Share:
         """Images that are nearer to one training image, relative to the others, than 99 of 100 held-out images are."""
         threshold = float(np.quantile(floor.relative, COPY_QUANTILE))
-        return wilson_share(int((measured.relative <= threshold).sum()), len(measured.relative))
+        return metrics.wilson_share(int((measured.relative <= threshold).sum()), len(measured.relative))
 
     def _class_accuracy(self, evaluated: EvaluatedImages) -> dict[str, Any]:
         """Share of the images that the evaluator classifies as asked, with 95% intervals, over all and by class."""
         if evaluated.labels is None:
             return {"accuracy": None}
         correct = evaluated.logits.argmax(dim=1) == evaluated.labels
-        share = wilson_share(int(correct.sum()), len(correct))
+        share = metrics.wilson_share(int(correct.sum()), len(correct))
         by_class = {name: _share(correct[evaluated.labels == i]) for i, name in enumerate(self.data.class_names)}
         interval = {"accuracy_low": share.low, "accuracy_high": share.high}
         return {"accuracy": share.value, **interval, "class_accuracy": by_class}
@@ -196,15 +186,16 @@ class Reference:
             if min(len(real), len(drawn)) < 2:
                 frechet[name] = kernel[name] = None
                 continue
-            frechet[name] = frechet_distance(real, drawn)
-            kernel[name] = kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
+            frechet[name] = metrics.frechet_distance(real, drawn)
+            kernel[name] = metrics.kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
         return {"class_fid": frechet, "class_kernel_distance": kernel}
 
     def _fid_standard_error(self, real: EvaluatedImages, evaluated: EvaluatedImages) -> float:
         """Standard deviation of the Fréchet distance when the images are drawn again with replacement."""
         generator = numpy_generator(self.seed, "eval", 1)
         draws = [torch.from_numpy(generator.integers(len(evaluated), size=len(evaluated))) for _ in range(BOOTSTRAPS)]
-        return float(np.std([frechet_distance(real.features, evaluated.features[draw]) for draw in draws], ddof=1))
+        distances = [metrics.frechet_distance(real.features, evaluated.features[draw]) for draw in draws]
+        return float(np.std(distances, ddof=1))
 
     def evaluated(self, sample: Sample) -> EvaluatedImages:
         """Run the evaluator over a sample."""
@@ -288,5 +279,5 @@ def _share(correct: Tensor) -> dict[str, Any]:
     """Share of the true values of `[n]`, with its interval; None without any."""
     if len(correct) == 0:
         return {"accuracy": None, "low": None, "high": None, "num_images": 0}
-    share = wilson_share(int(correct.sum()), len(correct))
+    share = metrics.wilson_share(int(correct.sum()), len(correct))
     return {"accuracy": share.value, "low": share.low, "high": share.high, "num_images": len(correct)}

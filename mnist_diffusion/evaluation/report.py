@@ -159,13 +159,9 @@ def sample_grid(sample: Sample, class_names: Sequence[str]) -> Any:
     images = sample.images.float() / 255
     if sample.labels is None:
         return image_grid(images[: IMAGES_PER_ROW**2], IMAGES_PER_ROW)
-    rows_of_classes, names = [], []
-    for label, name in enumerate(class_names[:20]):
-        chosen = images[sample.labels == label][:IMAGES_PER_ROW]
-        blank = torch.zeros(IMAGES_PER_ROW - len(chosen), *images.shape[1:])
-        rows_of_classes.append(torch.cat([chosen, blank]))
-        names.append(name)
-    return image_grid(torch.cat(rows_of_classes), IMAGES_PER_ROW, row_labels=names)
+    blank, names = torch.zeros(IMAGES_PER_ROW, *images.shape[1:]), list(class_names[:20])
+    filled = [torch.cat([images[sample.labels == i], blank])[:IMAGES_PER_ROW] for i in range(len(names))]
+    return image_grid(torch.cat(filled), IMAGES_PER_ROW, row_labels=names)
 
 
 def misclassified_grid(sample: Sample, predicted: Tensor) -> Any:
