@@ -125,8 +125,10 @@ def _pipeline_draws(source: str, request: EvaluationRequest, data: ImageData) ->
         batch_size=request.batch_size,
         folder=request.out / "images",
     )
-    asked = (request.scheduler, request.num_inference_steps, request.guidance_scale)
-    chosen = [generator.settings(*each) for each in itertools.product(*(values or (None,) for values in asked))]
+    own = (None,)
+    schedulers, steps, scales = request.scheduler, request.num_inference_steps, request.guidance_scale
+    asked = itertools.product(schedulers or own, steps or own, scales or own)
+    chosen = [generator.settings(*each) for each in asked]
     for settings in chosen:
         generator.check(settings)
     return [({"name": each.name, **asdict(each)}, partial(generator.draw, each)) for each in chosen]
