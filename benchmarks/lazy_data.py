@@ -56,7 +56,7 @@ def main(
 
 
 def _generated(file: Path, count: int) -> Path:
-    """A parquet file of pictures: a coloured disc each, anywhere, one colour a class."""
+    """A parquet file of pictures: a coloured disc each, anywhere, one colour per class."""
     if file.is_file():
         return file
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def main(
         samplers: one row each.
         steps: the numbers of steps, one column each.
         images: where the images are kept; those found are used again.
-        out: a file for the table; it is written anew after each row.
+        out: a file for the table; rewritten after each row.
     """
     set_num_threads()
     real = load_images(DataConfig(source=data), seed=0)

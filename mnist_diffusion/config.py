@@ -29,7 +29,7 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes to a training image, drawn anew for each image in each epoch."""
+    """Random changes to a training image, drawn again for each image in each epoch."""
 
     shift: float = 0.0
     """Largest shift along each axis, as a share of the image's side."""
@@ -50,7 +50,7 @@ class ImagesConfig:
     """Where labelled images come from and what shape they are brought to."""
 
     source: str | None = None
-    """`digits`, a folder (IDX files, one folder a class, parquet or arrow), a parquet or arrow file, or a Hub
+    """`digits`, a folder (IDX files, one folder per class, parquet or arrow), a parquet or arrow file, or a Hub
     data set id; null takes MNIST from the Hub, or the embedded digits where the Hub cannot be reached."""
     subset: str | None = None
     """The part of a source that has several: a configuration of a Hub data set, or one such as `letters` of EMNIST."""

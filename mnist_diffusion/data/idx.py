@@ -1,7 +1,7 @@
 """The IDX format of the MNIST family, read with its bounds checked.
 
-A file is a magic number (two zero bytes, a type code, the number of dimensions), one big-endian uint32 size a
-dimension, then the values. Format: http://yann.lecun.com/exdb/mnist/ (archived).
+A file is a magic number (two zero bytes, a type code, the number of dimensions), the size of each dimension
+as a big-endian uint32, then the values. Format: http://yann.lecun.com/exdb/mnist/ (archived).
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def _smoothed(values: Sequence[float]) -> np.ndarray:
 
 
 def training_curves(lines: Lines, *, title: str = "Training") -> Figure:
-    """Loss, loss by noise level (or gradient norm where there are no levels), learning rate, images a second."""
+    """Loss, loss by noise level (or gradient norm where there are no levels), learning rate, images per second."""
     figure, (losses, levels, rates, speeds) = _panels(2, 2, title=title)
     steps, values = _series(lines, "loss")
     losses.plot(steps, values, color="0.8", linewidth=0.8, label="each step")

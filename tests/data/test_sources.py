@@ -1,4 +1,4 @@
-"""Labelled images of every kind: the family of MNIST, lazily decoded ones, hostile files, and a look beforehand."""
+"""Labelled images of every kind: the family of MNIST, lazily decoded ones, hostile files, and the survey."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ class TestTables:
         assert load(tmp_path / "train.parquet").train.tensor.unique().tolist() == [7]
 
     def test_eleven_classes_are_in_the_order_of_their_numbers(self, tmp_path: Path) -> None:
-        """Where words would go 0, 1, 10, 2; the look beforehand names them as training does."""
+        """Where words would go 0, 1, 10, 2; the survey names them as training does."""
         import datasets
 
         rows = {
