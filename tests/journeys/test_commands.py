@@ -134,7 +134,7 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
     assert "FALLING BACK" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
     named = [*unnamed, "--data.source", "ylecun/mnist", "--output_dir", "other"]
     result = command(sys.executable, SCRIPT, *named, cwd=tmp_path, environment=nowhere, code=2)
-    assert "data set 'ylecun/mnist': http://127.0.0.1:9 cannot be reached" in result.stderr
+    assert "data set 'ylecun/mnist': http://127.0.0.1:9 could not be reached" in result.stderr
     assert not (tmp_path / "other").exists()
 
 
