@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -19,11 +19,17 @@ from mnist_diffusion.run_folder.metrics import read_metrics
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
 
 
-class Sheet(NamedTuple):
-    """A sample sheet of a run, titled with the epoch it was drawn at."""
+@dataclass(frozen=True)
+class Sheet:
+    """A sample sheet of a run, and the epoch it was drawn at."""
 
-    title: str
+    epoch: float
     picture: Image.Image
+
+    @property
+    def title(self) -> str:
+        """Its epoch."""
+        return f"epoch {self.epoch:.2f}"
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class RunRecord:
     def pipelines(self) -> dict[str, Path]:
         """Its pipeline folders by name, snapshots first."""
         snapshots = (self.folder / "snapshots").glob("step-*")
-        paths = sorted(snapshots, key=lambda path: int(path.name.removeprefix("step-")))
-        paths += [self.folder / "pipeline_best", self.folder / "pipeline"]
+        ordered = sorted(snapshots, key=lambda path: int(path.name.removeprefix("step-")))
+        paths = [*ordered, self.folder / "pipeline_best", self.folder / "pipeline"]
         return {path.name: path for path in paths if (path / "model_index.json").is_file()}
 
 
@@ -97,7 +103,7 @@ def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:
     """The sample sheets of a run folder, oldest first."""
     paths = (folder / "samples").glob("step-*.png")
     found = {int(match[1]): path for path in paths if (match := SHEET_NAME.fullmatch(path.name))}
-    return [Sheet(f"epoch {step * epochs_per_step:.2f}", read_picture(path)) for step, path in sorted(found.items())]
+    return [Sheet(step * epochs_per_step, read_picture(path)) for step, path in sorted(found.items())]
 
 
 def read_picture(path: Path) -> Image.Image:
