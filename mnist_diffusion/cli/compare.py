@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from mnist_diffusion.cli.options import parse
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.requests import EvaluationRequest
@@ -27,7 +28,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the images")
     parser.add_argument("--split_seed", type=NonNegativeInt | None, help="the runs' train.seed; their own if omitted")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="the folder to write to")
-    values = parser.parse_args(list(argv))
+    values = parse(parser, argv)
     from rich.console import Console
 
     from mnist_diffusion.environment import set_num_threads
@@ -37,15 +38,14 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from mnist_diffusion.run_folder.read import read_run
 
     set_num_threads()
-    runs = [read_run(folder) for folder in values.runs]
-    names = compare.distinct_names(runs)
-    request = _request(runs, names, values) if values.num_images is not None else None
-    table = [[name, *row[1:]] for name, row in zip(names, compare.rows(runs), strict=True)]
+    runs = compare.by_name([read_run(folder) for folder in values.runs])
+    request = _request(runs, values) if values.num_images is not None else None
+    table = compare.rows(runs)
     values.out.mkdir(parents=True, exist_ok=True)
-    curves = plots.compared_curves({name: run.lines for name, run in zip(names, runs, strict=True)})
+    curves = plots.compared_curves({name: run.lines for name, run in runs.items()})
     grids.save_picture(plots.to_picture(curves), values.out / "curves.png")
     lines = ["# Comparison", "", report.markdown(compare.HEADINGS, table), "", "![Learning curves](curves.png)"]
-    if (sheets := compare.compared_sheets(runs, names)) is not None:
+    if (sheets := compare.compared_sheets(runs)) is not None:
         grids.save_picture(sheets, values.out / "sheets.png")
         lines += ["", "![Sample sheets, from the same seeds](sheets.png)"]
     console, page = Console(), values.out / "comparison.md"
@@ -59,30 +59,30 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def _request(runs: Sequence[Any], names: Sequence[str], values: Any) -> EvaluationRequest:
+def _request(runs: Mapping[str, Any], values: Any) -> EvaluationRequest:
     """What is to be measured: the pipelines of the runs, or all pipelines of a single run.
 
     Raises:
         UserError: a run has no pipeline, or the runs were trained on different images and none are named.
     """
-    found = [run.pipelines() for run in runs]
-    if missing := [name for name, pipelines in zip(names, found, strict=True) if "pipeline" not in pipelines]:
+    found = {name: run.pipelines() for name, run in runs.items()}
+    if missing := [name for name, pipelines in found.items() if "pipeline" not in pipelines]:
         raise UserError(f"--num_images needs pipelines, and these runs have none: {', '.join(missing)}")
-    pipelines = found[0] if len(runs) == 1 else {n: each["pipeline"] for n, each in zip(names, found, strict=True)}
-    data, split_seed = ImagesConfig(**values.data.as_dict()), values.split_seed or 0
+    last = {name: pipelines["pipeline"] for name, pipelines in found.items()}
+    pipelines = last if len(runs) > 1 else found.popitem()[1]
+    data, split_seed = values.data, 0
     if data == ImagesConfig():
-        seen = [run.data() for run in runs]
         # The same images whatever the seeds, if the source itself has held-out ones.
-        marks = [(each[0], run.summary.get("data_fingerprint", each[1])) for run, each in zip(runs, seen, strict=True)]
-        if any(mark != marks[0] for mark in marks):
+        marks = {(run.data()[0], run.summary.get("data_fingerprint", run.data()[1])) for run in runs.values()}
+        if len(marks) > 1:
             raise UserError("the runs saw different images; name those to measure against with --data.source")
-        data, split_seed = seen[0][0], seen[0][1] if values.split_seed is None else values.split_seed
+        data, split_seed = next(iter(runs.values())).data()
     return EvaluationRequest(
         sources=tuple(str(folder) for folder in pipelines.values()),
         names=tuple(pipelines),
         data=data,
         num_images=values.num_images,
         seed=values.seed,
-        split_seed=split_seed,
+        split_seed=split_seed if values.split_seed is None else values.split_seed,
         out=values.out / "evaluation",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from mnist_diffusion.cli.options import add_options, add_switch, from_options
+from mnist_diffusion.cli.options import add_options, add_switch, from_options, parse
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.requests import EvaluationRequest
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     )
     add_options(parser, EvaluationRequest, skip={"sources", "names"})
     add_switch(parser, "--write_card", "write the results into the pipeline folder's card")
-    values = parser.parse_args(list(argv))
+    values = parse(parser, argv)
     request = from_options(EvaluationRequest, values)
     card = Path(request.sources[0]) / "README.md"
     if values.write_card and len(request.sources) > 1:

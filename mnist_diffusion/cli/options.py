@@ -118,20 +118,23 @@ def add_options(parser: ArgumentParser, schema: type, *, skip: Collection[str] =
             parser.add_argument(f"--{name}", type=hint, default=each.default, help=texts[name])
 
 
-def from_options(schema: type[Schema], values: Namespace, **given: Any) -> Schema:
-    """The dataclass that the parsed options of [`add_options`] stand for; `given` are the fields without an option.
+def from_options(schema: type[Schema], values: Namespace) -> Schema:
+    """The dataclass that the parsed options of [`add_options`] stand for.
 
     Raises:
         ConfigError: a value cannot work.
     """
-    hints = get_type_hints(schema)
-    for each in fields(schema):  # type: ignore[arg-type]
-        if each.name in values and each.name not in given:
-            value, hint = values[each.name], hints[each.name]
-            if is_dataclass(hint):
-                value = hint(**value.as_dict())  # type: ignore[operator]
-            given[each.name] = tuple(value) if isinstance(value, list) else value
-    return schema(**given)
+    named = {each.name: values[each.name] for each in fields(schema) if each.name in values}  # type: ignore[arg-type]
+    return schema(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """The values of a command line, those of a dataclass such as `--data.source` as the dataclass itself.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+    return parser.instantiate(parser.parse_args(list(argv)))
 
 
 def refuse_tokens(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

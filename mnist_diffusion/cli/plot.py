@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from mnist_diffusion.cli.options import parse_train_arguments
+from mnist_diffusion.cli.options import parse, parse_train_arguments
 from mnist_diffusion.config import Config, ImagesConfig
 from mnist_diffusion.errors import UserError
 
@@ -33,11 +33,11 @@ def schedule(values: Namespace) -> dict[str, Any]:
     from mnist_diffusion.diffusion.noise import build_noise_scheduler
     from mnist_diffusion.pictures import plots
 
-    names = [_name(source) for source in values.source]
-    names = names if len(set(names)) == len(names) else list(values.source)
-    schedulers = [build_noise_scheduler(_config(source).diffusion) for source in values.source]
-    figure = plots.noise_schedules(dict(zip(names, schedulers, strict=True)))
-    return {"noise_schedule": plots.to_picture(figure)}
+    sources = {_name(source): source for source in values.source}
+    if len(sources) < len(values.source):
+        sources = {source: source for source in values.source}
+    schedulers = {name: build_noise_scheduler(_config(source).diffusion) for name, source in sources.items()}
+    return {"noise_schedule": plots.to_picture(plots.noise_schedules(schedulers))}
 
 
 def forward(values: Namespace) -> dict[str, Any]:
@@ -51,10 +51,12 @@ def forward(values: Namespace) -> dict[str, Any]:
 
 def denoising(values: Namespace) -> dict[str, Any]:
     """One image of each class on its way from noise: a strip, and an animation."""
+    from mnist_diffusion.diffusion.pipeline import class_names
     from mnist_diffusion.pictures import pipelines
     from mnist_diffusion.seeds import mixed_seed
 
-    pipeline, names, call = _pipeline(values)
+    pipeline, call = _pipeline(values)
+    names = class_names(pipeline)
     labels = list(range(len(names))) or None
     seeds = [mixed_seed(values.seed, "samples", index) for index in range(len(names) or IMAGES_PER_CLASS)]
     return {
@@ -65,11 +67,13 @@ def denoising(values: Namespace) -> dict[str, Any]:
 
 def classes(values: Namespace) -> dict[str, Any]:
     """Ten images of each class."""
+    from mnist_diffusion.diffusion.pipeline import class_names
     from mnist_diffusion.pictures.grids import image_grid
 
-    images, names = _images(values, IMAGES_PER_CLASS)
-    title = f"Drawn by {_name(values.source[0])}"
-    return {"classes": image_grid(images, IMAGES_PER_CLASS, row_labels=names or None, title=title)}
+    pipeline, call = _pipeline(values)
+    images = _images(pipeline, IMAGES_PER_CLASS, values.seed, call)
+    title, names = f"Drawn by {_name(values.source[0])}", class_names(pipeline) or None
+    return {"classes": image_grid(images, IMAGES_PER_CLASS, row_labels=names, title=title)}
 
 
 def epochs(values: Namespace) -> dict[str, Any]:
@@ -86,17 +90,15 @@ def epochs(values: Namespace) -> dict[str, Any]:
 def histograms(values: Namespace) -> dict[str, Any]:
     """Pixel values of training images and of generated ones."""
     from mnist_diffusion.data.transforms import to_uint8
+    from mnist_diffusion.diffusion.pipeline import require_fit
     from mnist_diffusion.pictures import pipelines, plots
 
     data = _data(values)
-    images, _ = _images(values, max(1, HISTOGRAM_IMAGES // data.num_classes))
-    if images.shape[1:] != data.train.images.shape[1:]:
-        raise UserError(
-            f"{values.source[0]} draws images of {tuple(images.shape[1:])} (C, H, W), but data.source has "
-            f"{tuple(data.train.images.shape[1:])}; set data.image_size and data.channels"
-        )
-    title = f"Pixel values, {_name(values.source[0])}"
-    figure = plots.pixel_histograms(pipelines.spread(data, len(images)), to_uint8(2 * images - 1), title=title)
+    pipeline, call = _pipeline(values)
+    require_fit(pipeline, data)
+    images = _images(pipeline, max(1, HISTOGRAM_IMAGES // data.num_classes), values.seed, call)
+    real, drawn = pipelines.spread(data, len(images)), to_uint8(2 * images - 1)
+    figure = plots.pixel_histograms(real, drawn, title=f"Pixel values, {_name(values.source[0])}")
     return {"pixel_histograms": plots.to_picture(figure)}
 
 
@@ -109,11 +111,6 @@ class Plot:
     several: bool = False
     needs_data: bool = False
     draws: bool = False
-
-    @property
-    def text(self) -> str:
-        """What it shows."""
-        return (self.make.__doc__ or "").splitlines()[0]
 
 
 PLOTS: Mapping[str, Plot] = {
@@ -133,12 +130,13 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         prog=prog,
         description="Make one picture; a run makes these by itself, in its folder pictures/.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="kinds:\n" + "\n".join(f"  {kind:12} {plot.text} From {plot.source}." for kind, plot in PLOTS.items()),
+        epilog="kinds:\n"
+        + "\n".join(f"  {kind:12} {plot.make.__doc__} From {plot.source}." for kind, plot in PLOTS.items()),
     )
     first.add_argument("kind", choices=PLOTS, metavar="kind", help="what to show; `<kind> --help` tells more")
     kind = first.parse_args(argv[:1]).kind
     plot = PLOTS[kind]
-    values = _parser(plot, prog=f"{prog} {kind}").parse_args(list(argv[1:]))
+    values = parse(_parser(plot, prog=f"{prog} {kind}"), argv[1:])
     from PIL import Image
 
     from mnist_diffusion.environment import set_num_threads
@@ -160,7 +158,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
 
 def _parser(plot: Plot, *, prog: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, description=plot.text)
+    parser = ArgumentParser(prog=prog, description=plot.make.__doc__)
     add = parser.add_argument
     add("source", type=str, nargs="+" if plot.several else 1, help=plot.source)
     if plot.needs_data:
@@ -193,27 +191,24 @@ def _name(source: str) -> str:
 def _data(values: Namespace) -> Any:
     from mnist_diffusion.data.dataset import load_images
 
-    data = load_images(ImagesConfig(**values.data.as_dict()), seed=values.split_seed)
+    data = load_images(values.data, seed=values.split_seed)
     print(data.banner, end="")
     return data
 
 
-def _pipeline(values: Namespace) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
-    """The pipeline, the names of its classes, and the arguments of its call."""
-    from mnist_diffusion.diffusion.pipeline import class_names, load_pipeline
+def _pipeline(values: Namespace) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments of its call."""
+    from mnist_diffusion.diffusion.pipeline import load_pipeline
 
-    pipeline = load_pipeline(values.source[0], device=None)
     call = {name: values[name] for name in ("guidance_scale", "num_inference_steps") if values[name] is not None}
-    return pipeline, class_names(pipeline), call
+    return load_pipeline(values.source[0], device=None), call
 
 
-def _images(values: Namespace, count: int) -> tuple[Any, tuple[str, ...]]:
+def _images(pipeline: Any, count: int, seed: int, call: dict[str, Any]) -> Any:
     """So many images of each class, one class after the other, or a hundred without classes."""
     from mnist_diffusion.diffusion.pipeline import generate
     from mnist_diffusion.seeds import mixed_seed
 
-    pipeline, names, call = _pipeline(values)
-    labels = [label for label in range(len(names)) for _ in range(count)] or None
-    total = len(labels) if labels is not None else IMAGES_PER_CLASS**2
-    seeds = [mixed_seed(values.seed, "samples", index) for index in range(total)]
-    return generate(pipeline, labels, seeds, **call), names
+    labels = [label for label in range(pipeline.num_classes or 0) for _ in range(count)] or None
+    total = IMAGES_PER_CLASS**2 if labels is None else len(labels)
+    return generate(pipeline, labels, [mixed_seed(seed, "samples", index) for index in range(total)], **call)

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
-from mnist_diffusion.cli.options import add_options, add_switch, from_options
+from mnist_diffusion.cli.options import add_options, add_switch, from_options, parse
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.requests import SampleRequest
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser.add_argument("--guidance_sweep", type=NonNegativeFloat, nargs="+", default=[], help="also these scales")
     parser.add_argument("--interpolation", type=NonNegativeInt, default=0, help="also so many frames between classes")
     add_switch(parser, "--as_dataset", "a labelled data set instead of a grid")
-    values = parser.parse_args(list(argv))
+    values = parse(parser, argv)
     request = from_options(SampleRequest, values)
     from mnist_diffusion.pictures.sampling import Samples
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
+from mnist_diffusion.cli.options import parse
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         "--split_seed", type=NonNegativeInt, default=0, help="the run's train.seed, if data.source has no test split"
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to; it must not exist")
-    values = parser.parse_args(list(argv))
+    values = parse(parser, argv)
     if values.out.exists():
         raise UserError(f"--out {values.out} exists already")
     from mnist_diffusion.data.dataset import load_images
@@ -31,7 +32,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from mnist_diffusion.evaluation import evaluator
 
     set_num_threads()
-    data = load_images(ImagesConfig(**values.data.as_dict()), seed=values.split_seed)
+    data = load_images(values.data, seed=values.split_seed)
     print(data.describe())
     model = evaluator.train_evaluator(data, steps=evaluator.STEPS, seed=values.seed)
     evaluator.save_evaluator(model, values.out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
@@ -16,8 +16,7 @@ HEADINGS = ("run", "steps", "epochs", "minutes", "images/s", "loss", "held-out l
 
 def sheet_of_epochs(sheets: Sequence[Sheet]) -> Image.Image:
     """A few of the sample sheets beside each other, the first and the last among them."""
-    chosen = [sheets[index] for index in evenly(len(sheets), SHEETS_SIDE_BY_SIDE)]
-    return side_by_side([sheet.picture for sheet in chosen], [sheet.title for sheet in chosen])
+    return side_by_side([sheets[index] for index in evenly(len(sheets), SHEETS_SIDE_BY_SIDE)])
 
 
 def frames_of_epochs(sheets: Sequence[Sheet]) -> list[Image.Image]:
@@ -25,18 +24,18 @@ def frames_of_epochs(sheets: Sequence[Sheet]) -> list[Image.Image]:
     return [titled(sheets[index].picture, sheets[index].title) for index in evenly(len(sheets), MAX_FRAMES)]
 
 
-def compared_sheets(runs: Sequence[RunRecord], names: Sequence[str]) -> Image.Image | None:
+def compared_sheets(runs: Mapping[str, RunRecord]) -> Image.Image | None:
     """The last sample sheet of each run, or several of a single run; None if there are none."""
-    last = {name: run.sheets[-1].picture for name, run in zip(names, runs, strict=True) if run.sheets}
-    if not last:
-        return None
-    return sheet_of_epochs(runs[0].sheets) if len(runs) == 1 else side_by_side(list(last.values()), list(last))
+    last = [(name, run.sheets[-1].picture) for name, run in runs.items() if run.sheets]
+    if len(runs) == 1 and last:
+        return sheet_of_epochs(next(iter(runs.values())).sheets)
+    return side_by_side(last) if last else None
 
 
-def rows(runs: Sequence[RunRecord]) -> list[list[str]]:
+def rows(runs: Mapping[str, RunRecord]) -> list[list[str]]:
     """One row per run: how long it was, and what it measured last."""
     found = []
-    for run in runs:
+    for name, run in runs.items():
         seconds = run.summary.get("train_seconds")
         values = (
             (run.lines[-1]["epoch"], "{:.2f}"),
@@ -48,11 +47,11 @@ def rows(runs: Sequence[RunRecord]) -> list[list[str]]:
             (run.last("accuracy"), "{:.2%}"),
         )
         shown = ["" if value is None else pattern.format(value) for value, pattern in values]
-        found.append([run.name, str(run.lines[-1]["step"]), *shown])
+        found.append([name, str(run.lines[-1]["step"]), *shown])
     return found
 
 
-def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
-    """A name for each run: that of its folder, or the whole path if two folders have the same name."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+def by_name(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
+    """The runs by the names of their folders, or by their whole paths if two folders have the same name."""
+    named = {run.name: run for run in runs}
+    return named if len(named) == len(runs) else {str(run.folder): run for run in runs}

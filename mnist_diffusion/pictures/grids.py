@@ -17,7 +17,7 @@ from mnist_diffusion.files import replace_picture
 SHEETS = ("grid.png", "schedulers.png", "guidance.png", "interpolation.png")
 """The pictures that `mnist-diffusion sample` writes beside single files."""
 MARGIN = 2
-INK = 235
+INK = "#ebebeb"
 TITLE_SIZE = 14
 
 
@@ -54,14 +54,10 @@ def image_grid(
     cell_width, cell_height = width * factor + MARGIN, height * factor + MARGIN
     rows = -(-len(images) // columns)
     font = _font(max(11, min(15, cell_height // 3)))
-    left = 0
-    if row_labels is not None:
-        left = int(max(font.getlength(label) for label in row_labels)) + 4 * MARGIN
+    left = int(max(map(font.getlength, row_labels))) + 4 * MARGIN if row_labels else 0
     heading_size = _fitting_size(column_labels or (), cell_width - MARGIN)
-    top = 0
-    if column_labels is not None:
-        lines = max(label.count("\n") for label in column_labels) + 1
-        top = lines * (heading_size + 3) + 2 * MARGIN
+    heading_lines = max((label.count("\n") + 1 for label in column_labels or ()), default=0)
+    top = heading_lines * (heading_size + 3) + 2 * MARGIN if heading_lines else 0
     mode = "L" if images.shape[1] == 1 else "RGB"
     sheet = Image.new(mode, (left + columns * cell_width + MARGIN, top + rows * cell_height + MARGIN), 0)
     for index, picture in enumerate(to_pictures(images)):
@@ -71,24 +67,18 @@ def image_grid(
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(row_labels or ()):
         middle = top + MARGIN + row * cell_height + cell_height // 2
-        draw.text((2 * MARGIN, middle), label, fill=_ink(mode), font=font, anchor="lm")
+        draw.text((2 * MARGIN, middle), label, fill=INK, font=font, anchor="lm")
     for column, label in enumerate(column_labels or ()):
         middle = left + MARGIN + column * cell_width + cell_width // 2
-        draw.multiline_text(
-            (middle, top // 2), label, fill=_ink(mode), font=_font(heading_size), anchor="mm", align="center"
-        )
+        draw.text((middle, top // 2), label, fill=INK, font=_font(heading_size), anchor="mm", align="center")
     return sheet if title is None else titled(sheet, title)
-
-
-def _ink(mode: str) -> int | tuple[int, int, int]:
-    return INK if mode == "L" else (INK, INK, INK)
 
 
 def _fitting_size(labels: Sequence[str], width: int) -> int:
     """The largest font from 8 to 12 points in which every line of the labels is at most `width` pixels wide."""
     lines = [line for label in labels for line in label.split("\n")]
-    fitting = [size for size in range(12, 7, -1) if all(_font(size).getlength(line) <= width for line in lines)]
-    return fitting[0] if fitting else 8
+    fitting = (size for size in range(12, 8, -1) if all(_font(size).getlength(line) <= width for line in lines))
+    return next(fitting, 8)
 
 
 def titled(picture: Image.Image, title: str) -> Image.Image:
@@ -97,20 +87,19 @@ def titled(picture: Image.Image, title: str) -> Image.Image:
     width = max(picture.width, int(font.getlength(title)) + 4 * MARGIN)
     sheet = Image.new(picture.mode, (width, picture.height + 2 * TITLE_SIZE), 0)
     sheet.paste(picture, (0, 2 * TITLE_SIZE))
-    ImageDraw.Draw(sheet).text((2 * MARGIN, TITLE_SIZE), title, fill=_ink(picture.mode), font=font, anchor="lm")
+    ImageDraw.Draw(sheet).text((2 * MARGIN, TITLE_SIZE), title, fill=INK, font=font, anchor="lm")
     return sheet
 
 
-def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str], *, gap: int = 12) -> Image.Image:
+def side_by_side(pictures: Sequence[tuple[str, Image.Image]], *, gap: int = 12) -> Image.Image:
     """Pictures in a row, each below its title.
 
     Args:
-        pictures: of any sizes, mode L or RGB.
-        titles: one per picture.
+        pictures: title and picture, of any size, mode L or RGB.
         gap: pixels between them.
     """
-    mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
-    parts = [titled(picture.convert(mode), title) for picture, title in zip(pictures, titles, strict=True)]
+    mode = "RGB" if any(picture.mode == "RGB" for _, picture in pictures) else "L"
+    parts = [titled(picture.convert(mode), title) for title, picture in pictures]
     width = sum(part.width for part in parts) + gap * (len(parts) - 1)
     sheet = Image.new(mode, (width, max(part.height for part in parts)), 0)
     left = 0
@@ -138,10 +127,7 @@ def forward_noising(
     """
     noise = torch.randn(images.shape, generator=generator)
     timesteps = evenly(scheduler.config.num_train_timesteps, columns)
-    noisy = [
-        scheduler.add_noise(images, noise, torch.full((len(images),), timestep, dtype=torch.int64))
-        for timestep in timesteps
-    ]
+    noisy = [scheduler.add_noise(images, noise, torch.tensor([timestep])) for timestep in timesteps]
     tiles = to_unit(torch.stack([images, *noisy], dim=1)).flatten(0, 1)
     names = ["image", *(f"t = {timestep}" for timestep in timesteps)]
     return image_grid(tiles, len(names), column_labels=names, title="Forward noising, by timestep")

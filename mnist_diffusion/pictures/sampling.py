@@ -93,22 +93,18 @@ class Samples:
 
     def compare_schedulers(self) -> Image.Image:
         """DDPM against DDIM from the same noise: one row per sampler and number of steps."""
-        rows, names = [], []
-        kept = self.pipeline.scheduler
+        rows, kept = [], self.pipeline.scheduler
         for sampler in ("ddpm", "ddim"):
             self.pipeline.scheduler = build_sampler(sampler, kept.config)
-            for steps in SHEET_STEPS:
-                rows.append(self._row(num_inference_steps=steps))
-                names.append(f"{sampler} {steps}")
+            rows += [(f"{sampler} {steps}", self._row(num_inference_steps=steps)) for steps in SHEET_STEPS]
         self.pipeline.scheduler = kept
-        return image_grid(torch.cat(rows), len(rows[0]), row_labels=names)
+        return _sheet(rows)
 
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:
         """The same noise and classes at several guidance scales, one row each."""
         if self.labels is None:
             raise UserError("--guidance_sweep needs a class-conditional model")
-        rows = [self._row(guidance_scale=scale) for scale in scales]
-        return image_grid(torch.cat(rows), len(rows[0]), row_labels=[f"scale {scale:g}" for scale in scales])
+        return _sheet([(f"scale {scale:g}", self._row(guidance_scale=scale)) for scale in scales])
 
     def _row(self, **changes: Any) -> Tensor:
         """The first images of the request, at most one of each class or ten."""
@@ -122,15 +118,14 @@ class Samples:
         """From each class to the next, from the same noise: one row for each pair."""
         if self.labels is None or len(self.labels) < 2:
             raise UserError("--interpolation needs two class labels or more")
-        rows, names = [], []
-        for first, last in pairwise(self.labels):
+        rows = []
+        for pair in pairwise(self.labels):
             generator = torch.Generator().manual_seed(self.seeds[0])
             frames = self.pipeline.interpolate(
-                [first, last], num_frames, generator=generator, output_type="pt", **self.arguments
-            ).images
-            rows.append(frames.cpu())
-            names.append(f"{self.names[first]} to {self.names[last]}")
-        return image_grid(torch.cat(rows), num_frames, row_labels=names)
+                pair, num_frames, generator=generator, output_type="pt", **self.arguments
+            )
+            rows.append((" to ".join(self.names[label] for label in pair), frames.images.cpu()))
+        return _sheet(rows)
 
     def write_dataset(self, folder: Path) -> None:
         """Write a labelled data set as parquet, `train-00000.parquet`, while it is drawn; memory stays flat."""
@@ -152,3 +147,8 @@ class Samples:
                     writer.write(features.encode_example(row))
                 bar.update(len(batch))
             writer.finalize()
+
+
+def _sheet(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """A grid of named rows, each float `[N, C, H, W]` in [0, 1]."""
+    return image_grid(torch.cat([images for _, images in rows]), len(rows[0][1]), row_labels=[name for name, _ in rows])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -19,17 +19,11 @@ from mnist_diffusion.run_folder.metrics import read_metrics
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """A sample sheet of a run, and the epoch it was drawn at."""
+class Sheet(NamedTuple):
+    """A sample sheet of a run, titled with the epoch it was drawn at."""
 
-    epoch: float
+    title: str
     picture: Image.Image
-
-    @property
-    def title(self) -> str:
-        """Its epoch."""
-        return f"epoch {self.epoch:.2f}"
 
 
 @dataclass(frozen=True)
@@ -75,8 +69,8 @@ class RunRecord:
     def pipelines(self) -> dict[str, Path]:
         """Its pipeline folders by name, snapshots first."""
         snapshots = (self.folder / "snapshots").glob("step-*")
-        ordered = sorted(snapshots, key=lambda path: int(path.name.removeprefix("step-")))
-        paths = [*ordered, self.folder / "pipeline_best", self.folder / "pipeline"]
+        paths = sorted(snapshots, key=lambda path: int(path.name.removeprefix("step-")))
+        paths += [self.folder / "pipeline_best", self.folder / "pipeline"]
         return {path.name: path for path in paths if (path / "model_index.json").is_file()}
 
 
@@ -103,7 +97,7 @@ def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:
     """The sample sheets of a run folder, oldest first."""
     paths = (folder / "samples").glob("step-*.png")
     found = {int(match[1]): path for path in paths if (match := SHEET_NAME.fullmatch(path.name))}
-    return [Sheet(step * epochs_per_step, read_picture(path)) for step, path in sorted(found.items())]
+    return [Sheet(f"epoch {step * epochs_per_step:.2f}", read_picture(path)) for step, path in sorted(found.items())]
 
 
 def read_picture(path: Path) -> Image.Image:

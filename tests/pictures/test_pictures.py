@@ -78,7 +78,7 @@ class TestSheets:
 
     def test_side_by_side(self) -> None:
         grey, red = Image.new("L", (40, 30), 200), Image.new("RGB", (50, 20), (255, 0, 0))
-        sheet = side_by_side([grey, red], ["a", "b"], gap=10)
+        sheet = side_by_side([("a", grey), ("b", red)], gap=10)
         assert sheet.size == (100, 58)
         assert sheet.mode == "RGB"
         assert sheet.getpixel((60, 40)) == (255, 0, 0)
@@ -212,7 +212,7 @@ def test_histograms_of_other_images(
 ) -> None:
     asked = ["--data.source", "digits", "--out", str(tmp_path)]
     assert main(["plot", "histograms", str(runs[0] / "pipeline"), *asked]) == 2
-    assert "draws images of (3, 16, 16) (C, H, W), but data.source has (1, 28, 28)" in capsys.readouterr().err
+    assert "draws images of (3, 16, 16) (C, H, W), but data.source='digits' has (1, 28, 28)" in capsys.readouterr().err
 
 
 class TestCompare:
