@@ -16,13 +16,10 @@ SHOWN = 10
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Count, show, and say what is wrong; the exit code is 1 if a picture could not be read."""
-    parser = ArgumentParser(
-        prog=prog,
-        description="Look at labelled images before training on them: classes, sizes, duplicates, unreadable files.",
-    )
+    about = "Look at labelled images before training on them: classes, sizes, duplicates, unreadable files."
+    parser = ArgumentParser(prog=prog, description=about)
     parser.add_argument("source", type=str, help="what --data.source takes: a folder, a file, a Hub id, or digits")
-    skip = {"source", "image_size", "fit", "channels", "in_memory"}
-    parser.add_class_arguments(ImagesConfig, "data", skip=skip)
+    parser.add_class_arguments(ImagesConfig, "data", skip={"source", "image_size", "fit", "channels", "in_memory"})
     parser.add_argument("--out", type=Path, default=Path("data"), help="the folder for contact_sheet.png and data.json")
     values = parser.parse_args(list(argv))
     from rich.console import Console
@@ -63,12 +60,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
 def _table(found: Any) -> Any:
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table()
-    table.add_column("class")
-    for name in found.splits:
-        table.add_column(name, justify="right")
+    table = Table("class", *(Column(name, justify="right") for name in found.splits))
     for name in found.class_names:
         table.add_row(escape(name), *(str(split.counts[name]) for split in found.splits.values()))
     return table

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mnist_diffusion.config import DataConfig, ImagesConfig
 from mnist_diffusion.data.lazy import LazyImages
-from mnist_diffusion.data.pictures import DataError, Pictures
+from mnist_diffusion.data.pictures import DataError
 from mnist_diffusion.data.sources import RawSource, RawSplit, read_source
 from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_channels
 from mnist_diffusion.seeds import Balance, indices_of_step
@@ -56,10 +56,7 @@ class ImageSplit:
 
     def chunks(self) -> Iterator[Tensor]:
         """All images: at once if they are in memory, else a few at a time."""
-        if isinstance(self.images, LazyImages):
-            yield from self.images.chunks()
-        else:
-            yield self.images
+        return self.images.chunks() if isinstance(self.images, LazyImages) else iter([self.images])
 
     def spread(self, count: int) -> Tensor:
         """At most `count` indices, spread evenly over all images, which may be sorted by class."""
@@ -165,25 +162,28 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     named = source.names(config.class_names)
     position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
 
-    def labels_of(split: RawSplit) -> Tensor:
-        return torch.tensor([position[label] for label in split.labels], dtype=torch.int64)
-
     shape = _common_shape(source, config)
+    bring = partial(_bring, shape=shape, fit=config.fit, description=source.description)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
     in_memory = config.in_memory if config.in_memory is not None else total <= MEMORY_LIMIT_BYTES
-    images = partial(_brought, shape=shape, config=config, description=source.description, in_memory=in_memory)
-    train = ImageSplit(images(source.train), labels_of(source.train))
+
+    def brought(split: RawSplit) -> ImageSplit:
+        labels = torch.tensor([position[label] for label in split.labels], dtype=torch.int64)
+        if isinstance(split.images, Tensor):
+            return ImageSplit(bring(split.images).contiguous(), labels)
+        lazy = LazyImages(split.images, bring, shape)
+        return ImageSplit(lazy.decoded() if in_memory else lazy, labels)
+
+    train = brought(source.train)
     if source.test is not None:
-        test = ImageSplit(images(source.test), labels_of(source.test))
+        test = brought(source.test)
     else:
         train, test = _hold_out(train, names, seed, source.description)
     return ImageData(train, test, names, source.identifier, source.description, source.notice, source.hub_id)
 
 
-def _shapes(split: RawSplit) -> set[tuple[int, int, int]]:
-    if isinstance(split.images, Tensor):
-        return {(split.images.shape[1], split.images.shape[2], split.images.shape[3])}
-    return set(split.images.shapes())
+def _shapes(split: RawSplit) -> set[tuple[int, ...]]:
+    return {tuple(split.images.shape[1:])} if isinstance(split.images, Tensor) else set(split.images.shapes())
 
 
 def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, int]:
@@ -193,9 +193,7 @@ def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, in
         DataError: they differ, and the configuration names no size.
     """
     size, channels = config.image_size, config.channels
-    if size is not None and channels is not None:
-        return channels, size, size
-    shapes = _shapes(source.train)
+    shapes = _shapes(source.train) if size is None or channels is None else set()
     channels = channels or max(shape[0] for shape in shapes)
     if size is not None:
         return channels, size, size
@@ -209,22 +207,9 @@ def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, in
     others = {shape[1:] for shape in _shapes(source.test)} - sizes if source.test is not None else set()
     if others:
         other = min(others)
-        raise DataError(
-            f"{source.description}: training images are {width} x {height}, but held-out ones {other[1]} x {other[0]}; "
-            "set data.image_size"
-        )
+        differ = f"training images are {width} x {height}, but held-out ones {other[1]} x {other[0]}"
+        raise DataError(f"{source.description}: {differ}; set data.image_size")
     return channels, height, width
-
-
-def _brought(
-    split: RawSplit, *, shape: tuple[int, int, int], config: ImagesConfig, description: str, in_memory: bool
-) -> Tensor | LazyImages:
-    """The images of a split, all of one shape."""
-    bring = partial(_bring, shape=shape, fit=config.fit, description=description)
-    if isinstance(split.images, Pictures):
-        lazy = LazyImages(split.images, bring, shape)
-        return lazy.decoded() if in_memory else lazy
-    return bring(split.images).contiguous()
 
 
 def _bring(images: Tensor, *, shape: tuple[int, int, int], fit: Literal["pad", "resize"], description: str) -> Tensor:
@@ -241,16 +226,13 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
 
     counts = torch.bincount(images.labels, minlength=len(names))
     if (counts < 2).any():
-        name = names[int(counts.argmin())]
-        raise DataError(
-            f"{description}: class {name!r} has {int(counts.min())} image, but a held-out split needs 2 per class"
-        )
+        rare = f"class {names[int(counts.argmin())]!r} has {int(counts.min())} image"
+        raise DataError(f"{description}: {rare}, but a held-out split needs 2 per class")
     held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(images)))
     kept, taken = train_test_split(
         np.arange(len(images)), test_size=held_out, stratify=images.labels.numpy(), random_state=seed % 2**32
     )
-    kept, taken = torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(taken))
-    return (images.select(kept), images.select(taken))
+    return images.select(torch.from_numpy(np.sort(kept))), images.select(torch.from_numpy(np.sort(taken)))
 
 
 def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, part: slice) -> tuple[Tensor, Tensor]:
@@ -270,5 +252,4 @@ def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, pa
     indices, epochs = indices_of_step(seed, step, config.batch_size, len(data), balance=balance)
     indices, epochs = indices[part], epochs[part]
     chosen = torch.from_numpy(indices)
-    images = augment_images(data.images[chosen], config.augment, seed, epochs, indices)
-    return images, data.labels[chosen]
+    return augment_images(data.images[chosen], config.augment, seed, epochs, indices), data.labels[chosen]

@@ -10,6 +10,7 @@ import gzip
 import math
 import re
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,8 @@ from mnist_diffusion.errors import UserError
 UNSIGNED_BYTE = 0x08
 MAX_BYTES = 8 * 2**30
 
-NAMES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+PREFIXES = {"train": "train", "test": "t10k"}
+TRAIN_IMAGES = "train-images-idx3-ubyte"
 EMNIST_IMAGES = re.compile(r"emnist-(?P<subset>\w+)-train-images[-.]idx3-ubyte(\.gz)?")
 
 
@@ -43,12 +42,9 @@ class IdxFamily:
         Raises:
             IdxError: there is no such split.
         """
-        if split not in NAMES:
-            raise IdxError(f"IDX folders have the splits {sorted(NAMES)}, got {split!r}")
-        images, labels = NAMES[split]
-        if self.subset is None:
-            return images, labels
-        prefix = f"emnist-{self.subset}-{split}"
+        if split not in PREFIXES:
+            raise IdxError(f"IDX folders have the splits {sorted(PREFIXES)}, got {split!r}")
+        prefix = PREFIXES[split] if self.subset is None else f"emnist-{self.subset}-{split}"
         return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
 
     def class_names(self) -> dict[int, str] | None:
@@ -72,13 +68,11 @@ def find_idx_folder(folder: Path) -> Path | None:
     Raises:
         IdxError: there are several.
     """
-    stem = NAMES["train"][0]
     for candidates in ([folder], [folder / "raw"], sorted(path for path in folder.glob("*/raw") if path.is_dir())):
-        found = [path for path in candidates if _find(path, stem) is not None or _emnist_subsets(path)]
+        found = [path for path in candidates if _find(path, TRAIN_IMAGES) or _emnist_subsets(path)]
         if len(found) > 1:
-            raise IdxError(
-                f"{folder} holds several data sets; name one of {', '.join(str(path.parent) for path in found)}"
-            )
+            places = ", ".join(str(path.parent) for path in found)
+            raise IdxError(f"{folder} holds several data sets; name one of {places}")
         if found:
             return found[0]
     return None
@@ -101,8 +95,7 @@ def find_idx_family(folder: Path, subset: str | None) -> IdxFamily:
     """
     subsets = _emnist_subsets(folder)
     if subset is not None and subset not in subsets:
-        there = f"has {', '.join(subsets)}" if subsets else "has no parts"
-        raise IdxError(f"data.subset={subset!r}: {folder} {there}")
+        raise IdxError(f"data.subset={subset!r}: {folder} has {', '.join(subsets) or 'no parts'}")
     if len(subsets) > 1 and subset is None:
         raise IdxError(f"{folder} holds several parts of EMNIST; set data.subset to one of {', '.join(subsets)}")
     if subsets:
@@ -115,8 +108,9 @@ def find_idx_family(folder: Path, subset: str | None) -> IdxFamily:
 
 
 def _find(folder: Path, stem: str) -> Path | None:
-    names = (stem, f"{stem}.gz", stem.replace("-idx", ".idx"), stem.replace("-idx", ".idx") + ".gz")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    dotted = stem.replace("-idx", ".idx")
+    paths = (folder / name for name in (stem, f"{stem}.gz", dotted, f"{dotted}.gz"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
@@ -140,13 +134,11 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
             header = stream.read(header_size)
             if len(header) < header_size:
                 raise IdxError(f"{path}: truncated header, {len(header)} bytes where {header_size} are needed")
-            zeros, kind, count = struct.unpack(">HBB", header[:4])
-            if zeros != 0 or kind != UNSIGNED_BYTE or count != dimensions:
-                raise IdxError(
-                    f"{path}: magic number 0x{header[:4].hex()}, expected 0x{UNSIGNED_BYTE << 8 | dimensions:08x} "
-                    f"(unsigned bytes, {dimensions} dimension{'s' if dimensions > 1 else ''})"
-                )
-            shape = struct.unpack(f">{dimensions}I", header[4:])
+            magic, *sizes = struct.unpack(f">{1 + dimensions}I", header)
+            expected, shape = UNSIGNED_BYTE << 8 | dimensions, tuple(sizes)
+            if magic != expected:
+                kind = f"unsigned bytes, {dimensions} dimension{'s' if dimensions > 1 else ''}"
+                raise IdxError(f"{path}: magic number 0x{magic:08x}, expected 0x{expected:08x} ({kind})")
             size = math.prod(shape)
             if size > MAX_BYTES:
                 raise IdxError(f"{path}: declares {size} bytes of data ({shape}), more than the limit of {MAX_BYTES}")
@@ -155,12 +147,10 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
                 raise IdxError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
             if stream.read(1):
                 raise IdxError(f"{path}: holds more than the {size} values {shape} that it declares")
-    except (gzip.BadGzipFile, EOFError, OSError) as error:
+    except (EOFError, OSError) as error:
         raise IdxError(f"{path}: could not be read: {error}") from error
-    except Exception as error:
-        if type(error).__module__ == "zlib":
-            raise IdxError(f"{path}: broken gzip data: {error}") from error
-        raise
+    except zlib.error as error:
+        raise IdxError(f"{path}: broken gzip data: {error}") from error
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,10 +61,8 @@ class Pictures:
         Raises:
             DataError: one could not be decoded; the message names it.
         """
-        return [
-            decode_picture(encoded, self.where(index), grey=grey)
-            for index, encoded in zip(indices, self.read(indices), strict=True)
-        ]
+        found = zip(indices, self.read(indices), strict=True)
+        return [decode_picture(encoded, self.where(index), grey=grey) for index, encoded in found]
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
         """Channels, height and width of each, from its header.
@@ -72,7 +71,7 @@ class Pictures:
             DataError: one is not a picture, or is too large; the message names it.
         """
         for start in range(0, self.count, CHUNK):
-            indices = range(start, min(start + CHUNK, self.count))
+            indices = range(self.count)[start : start + CHUNK]
             for index, encoded in zip(indices, self.read(indices), strict=True):
                 yield picture_shape(encoded, self.where(index))
 
@@ -83,12 +82,10 @@ def picture_files(paths: Sequence[Path]) -> Pictures:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with explained(f"{path}: the picture could not be read", OSError):
         if (size := path.stat().st_size) > MAX_BYTES:
             raise DataError(f"{path}: a file of {size} bytes, more than the limit of {MAX_BYTES}")
         return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: the picture could not be read: {cause(error)}") from error
 
 
 def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
@@ -118,19 +115,15 @@ def decode_picture(encoded: Encoded, where: str, *, grey: bool = False) -> Tenso
     """
     if isinstance(encoded, np.ndarray):
         return from_array(encoded, where)
-    with _opened(encoded, where) as opened:
-        try:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in DEEP_MODES:
-                values = np.asarray(picture).astype(np.uint32)
-                picture = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
-            grey = grey or picture.mode in GREY_MODES
-            if picture.has_transparency_data:
-                layer = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer)
-            pixels = np.array(picture.convert("L" if grey else "RGB"))
-        except Exception as error:
-            raise DataError(f"{where}: the picture could not be decoded: {cause(error)}") from error
+    with _opened(encoded, where) as opened, explained(f"{where}: the picture could not be decoded"):
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode in DEEP_MODES:
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        grey = grey or picture.mode in GREY_MODES
+        if picture.has_transparency_data:
+            layer = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer)
+        pixels = np.array(picture.convert("L" if grey else "RGB"))
     return from_array(pixels, where)
 
 
@@ -138,10 +131,9 @@ def _opened(encoded: bytes, where: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(encoded))
         width, height = picture.size
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: the picture is too large: {cause(error)}") from error
     except Exception as error:
-        raise DataError(f"{where}: the picture could not be decoded: {cause(error)}") from error
+        problem = "is too large" if isinstance(error, Image.DecompressionBombError) else "could not be decoded"
+        raise DataError(f"{where}: the picture {problem}: {cause(error)}") from error
     if picture.mode in RANGELESS_MODES:
         raise DataError(f"{where}: a picture of mode {picture.mode!r} has no known range; save it with 8 or 16 bits")
     if width * height > MAX_PIXELS:
@@ -166,6 +158,15 @@ def from_array(values: np.ndarray, where: str) -> Tensor:
     if image.shape[0] not in (1, 3):
         raise DataError(f"{where}: an image has 1 or 3 channels, but its shape is {values.shape} (H, W, C)")
     return image
+
+
+@contextlib.contextmanager
+def explained(message: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Turn an exception of these kinds into a `DataError` of this message and its cause."""
+    try:
+        yield
+    except kinds as error:
+        raise DataError(f"{message}: {cause(error)}") from error
 
 
 def cause(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.idx import find_idx_family, find_idx_folder, read_idx_split
-from mnist_diffusion.data.pictures import DataError, Encoded, Pictures, cause, picture_files
+from mnist_diffusion.data.pictures import DataError, Encoded, Pictures, cause, explained, picture_files
 from mnist_diffusion.data.transforms import fit_to_size
 
 DEFAULT_HUB_ID = "ylecun/mnist"
@@ -29,10 +29,9 @@ HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
 USPS_FILES = {"train": "usps.bz2", "test": "usps.t.bz2"}
-PICTURE_SUFFIXES = {
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga"),
-    *(".tif", ".tiff", ".webp"),
-}
+PICTURE_SUFFIX = re.compile(r"\.(avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pgm|png|pnm|ppm|tga|tif|tiff|webp)")
+COLUMNS = {"image_column": ("Image", ["image", "img"]), "label_column": ("ClassLabel", ["label"])}
+"""For each option, the type of the column that it names, and the names that are tried if not one has this type."""
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -89,9 +88,8 @@ class RawSource:
         if asked is None:
             return {label: (self.class_names or {}).get(label, str(label)) for label in labels}
         if len(asked) != len(labels):
-            raise DataError(
-                f"data.class_names names {len(asked)} classes, but {self.description} has {len(labels)}: {labels[:20]}"
-            )
+            present = f"{self.description} has {len(labels)}: {labels[:20]}"
+            raise DataError(f"data.class_names names {len(asked)} classes, but {present}")
         return dict(zip(labels, asked, strict=True))
 
 
@@ -124,15 +122,14 @@ def _read(config: ImagesConfig) -> RawSource:
     if path.is_dir():
         return read_folder(path, config)
     if path.is_file():
-        if path.suffix not in TABLE_SUFFIXES:
-            raise DataError(f"data.source={config.source!r} is a file, but not a parquet or arrow one")
-        return read_tables([path], config)
+        if path.suffix in TABLE_SUFFIXES:
+            return read_tables([path], config)
+        raise DataError(f"data.source={config.source!r} is a file, but not a parquet or arrow one")
     if HUB_ID.fullmatch(config.source):
         return read_hub(config.source, config)
-    raise DataError(
-        f"data.source={config.source!r} was not found: there is no such folder or file (looked for {path.absolute()}), "
-        "and it is not a Hub data set id (name or user/name)"
-    )
+    missing = f"there is no such folder or file (looked for {path.absolute()})"
+    not_an_id = "it is not a Hub data set id (name or user/name)"
+    raise DataError(f"data.source={config.source!r} was not found: {missing}, and {not_an_id}")
 
 
 def read_embedded_digits(notice: str | None = None) -> RawSource:
@@ -151,10 +148,9 @@ def read_folder(folder: Path, config: ImagesConfig) -> RawSource:
     for read in FOLDER_READERS:
         if (source := read(folder, config)) is not None:
             return source
-    raise DataError(
-        f"data.source={config.source!r}: {folder.absolute()} holds no images. Looked for IDX files "
-        "(train-images-idx3-ubyte[.gz], here or in <name>/raw), usps.bz2, parquet or arrow, and one folder per class"
-    )
+    idx = "IDX files (train-images-idx3-ubyte[.gz], here or in <name>/raw)"
+    looked_for = f"{idx}, usps.bz2, parquet or arrow, and one folder per class"
+    raise DataError(f"data.source={config.source!r}: {folder.absolute()} holds no images. Looked for {looked_for}")
 
 
 def _splits(
@@ -199,10 +195,8 @@ def read_usps(folder: Path, config: ImagesConfig) -> RawSource | None:
         path = folder / USPS_FILES.get(split, split)
         if not path.is_file():
             return None
-        try:
+        with explained(f"{path} could not be read"):
             values, labels = load_svmlight_file(str(path), n_features=256)
-        except Exception as error:
-            raise DataError(f"{path} could not be read: {cause(error)}") from error
         pixels = ((values.toarray() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
         return RawSplit(torch.from_numpy(pixels).view(-1, 1, 16, 16), [int(label) - 1 for label in labels])
 
@@ -255,10 +249,10 @@ def _read_class_folders(root: Path) -> tuple[RawSplit, list[str], list[Path]]:
 
     def is_picture(name: str) -> bool:
         path = Path(name)
-        known = path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
-        if not known and not path.name.startswith("."):
+        hidden, known = path.name.startswith("."), PICTURE_SUFFIX.fullmatch(path.suffix.lower())
+        if not hidden and not known:
             left_out.append(path)
-        return known
+        return bool(known) and not hidden
 
     try:
         listing = ImageFolder(str(root), is_valid_file=is_picture)
@@ -276,14 +270,12 @@ def read_tables(paths: list[Path], config: ImagesConfig) -> RawSource:
     if len(kinds) > 1:
         raise DataError(f"{paths[0].parent} mixes parquet and arrow files; keep one kind")
     wanted = [config.train_split, config.test_split or "test"]
-    by_split = {split: [str(path) for path in paths if path.name.startswith(split)] for split in wanted}
-    files = {split: found for split, found in by_split.items() if found}
+    files = {split: [str(path) for path in paths if path.name.startswith(split)] for split in wanted}
+    files = {split: found for split, found in files.items() if found}
     if config.train_split not in files:
         files = {config.train_split: [str(path) for path in paths]}
-    try:
+    with explained(f"{paths[0]} could not be read"):
         tables = load_dataset(kinds.pop(), data_files=files)
-    except Exception as error:
-        raise DataError(f"{paths[0]} could not be read: {cause(error)}") from error
     return read_datasets(f"{paths[0] if len(paths) == 1 else paths[0].parent} (tables)", tables, config)
 
 
@@ -304,8 +296,8 @@ def read_hub(name: str, config: ImagesConfig) -> RawSource:
             if reason:
                 raise HubUnavailableError(f"data set {name!r}: {reason}, and there is no cached copy of it") from error
             raise DataError(f"data.source={name!r}: the Hub data set could not be read: {cause(error)}") from error
-    description = f"{name} (Hub{', cached copy' if reason else ''})"
-    return dataclasses.replace(read_datasets(description, tables, config), hub_id=name, has_subsets=True)
+    source = read_datasets(f"{name} (Hub{', cached copy' if reason else ''})", tables, config)
+    return dataclasses.replace(source, hub_id=name, has_subsets=True)
 
 
 def _hub_unreachable_reason(name: str) -> str | None:
@@ -359,34 +351,23 @@ def read_datasets(description: str, tables: Any, config: ImagesConfig) -> RawSou
         if split is not None and split not in splits:
             raise DataError(f"data.{name}={split!r} is not a split of {description}, which has {sorted(splits)}")
     features = splits[config.train_split].features
-    image_column = _find_column(
-        "image_column", config.image_column, features, kind="Image", usual=("image", "img"), description=description
-    )
-    label_column = _find_column(
-        "label_column", config.label_column, features, kind="ClassLabel", usual=("label",), description=description
-    )
-    feature = features[label_column]
-    names = dict(enumerate(feature.names)) if hasattr(feature, "names") else None
+    image_column, label_column = (_find_column(option, config, features, description) for option in COLUMNS)
+    names = dict(enumerate(getattr(features[label_column], "names", ())))
 
     def raw(split: str) -> RawSplit:
         return _read_rows(splits[split], image_column, label_column, f"{description} {split}")
 
-    return RawSource(
-        config.source or DEFAULT_HUB_ID,
-        description,
-        raw(config.train_split),
-        raw(test_split) if test_split else None,
-        names,
-    )
+    train, test = raw(config.train_split), raw(test_split) if test_split else None
+    return RawSource(config.source or DEFAULT_HUB_ID, description, train, test, names)
 
 
-def _find_column(
-    option: str, asked: str | None, features: Any, *, kind: str, usual: tuple[str, ...], description: str
-) -> str:
+def _find_column(option: str, config: ImagesConfig, features: Any, description: str) -> str:
+    kind, usual = COLUMNS[option]
+    asked = getattr(config, option)
     if asked is not None:
         if asked not in features:
             raise DataError(f"data.{option}={asked!r} is not a column of {description}, which has {sorted(features)}")
-        return asked
+        return str(asked)
     found = [name for name, feature in features.items() if type(feature).__name__ == kind]
     found = found if len(found) == 1 else [name for name in usual if name in features]
     if not found:
@@ -399,13 +380,12 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
 
     if type(rows.features[image_column]).__name__ == "Image":
         rows = rows.cast_column(image_column, Image(decode=False))
-    labels = list(rows[label_column])
-    labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in labels]
-    strange = next((label for label in labels if not isinstance(label, int | str | float | None)), None)
-    if strange is not None:
-        raise DataError(
-            f"{description}: data.label_column={label_column!r} must hold one number or word per image, got {strange!r}"
-        )
+    cells = rows[label_column]
+    labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in cells]
+    for label in labels:
+        if not isinstance(label, int | str | float | None):
+            expected = f"data.label_column={label_column!r} must hold one number or word per image"
+            raise DataError(f"{description}: {expected}, got {label!r}")
     column = rows.select_columns([image_column])
 
     def read(indices: Sequence[int]) -> list[Encoded]:
@@ -426,17 +406,9 @@ def _encoded(value: Any, description: str) -> Encoded:
             raise DataError(f"{description}: a picture's rows are of different lengths") from error
     if value.get("bytes") is not None:
         return bytes(value["bytes"])
-    try:
+    with explained(f"{description}: a picture could not be read", (OSError, KeyError, TypeError)):
         return Path(value["path"]).read_bytes()
-    except (OSError, KeyError, TypeError) as error:
-        raise DataError(f"{description}: a picture could not be read: {cause(error)}") from error
 
 
-FOLDER_READERS: tuple[Callable[[Path, ImagesConfig], RawSource | None], ...] = (
-    read_idx_folder,
-    read_usps,
-    read_saved_dataset,
-    read_table_folder,
-    read_image_folder,
-)
+FOLDER_READERS = (read_idx_folder, read_usps, read_saved_dataset, read_table_folder, read_image_folder)
 """The kinds of folders, in the order in which they are tried; each gives None for a folder of another kind."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.data.pictures import DataError, Pictures
+from mnist_diffusion.data.pictures import DataError
 from mnist_diffusion.data.sources import RawSplit, read_source
 from mnist_diffusion.data.transforms import fit_to_size, to_channels
 
@@ -76,11 +76,8 @@ class Survey:
         return tiles.flatten(0, 1), names, columns
 
 
-@dataclass(frozen=True)
-class _Place:
-    split: str
-    name: str
-    where: str
+_Places = dict[bytes, list[tuple[str, str, str]]]
+"""Split, class and name of the images that have the same pixels, by a digest of those."""
 
 
 def survey(config: ImagesConfig) -> Survey:
@@ -91,30 +88,26 @@ def survey(config: ImagesConfig) -> Survey:
     """
     source = read_source(config)
     of_label = source.names(config.class_names)
-    places: dict[bytes, list[_Place]] = {}
+    places: _Places = {}
     splits = {"train": _look_at(source.train, "train", of_label, places)}
     if source.test is not None:
         splits["test"] = _look_at(source.test, "test", of_label, places)
     if not splits["train"].counts:
-        problems = splits["train"].unreadable
-        raise DataError(f"{source.description}: no image could be read" + (f"; {problems[0]}" if problems else ""))
-    groups = [group for group in places.values() if len(group) > 1]
-    return Survey(
-        source.description,
-        tuple(of_label.values()),
-        splits,
-        [[place.where for place in group] for group in groups],
-        [[place.where for place in group] for group in groups if len({place.name for place in group}) > 1],
-        [[place.where for place in group] for group in groups if len({place.split for place in group}) > 1],
-    )
+        raise DataError("; ".join([f"{source.description}: no image could be read", *splits["train"].unreadable[:1]]))
+    groups = [tuple(zip(*group, strict=True)) for group in places.values() if len(group) > 1]
+    duplicates = [list(where) for _, _, where in groups]
+    in_two_classes = [list(where) for _, classes, where in groups if len(set(classes)) > 1]
+    in_both_splits = [list(where) for in_splits, _, where in groups if len(set(in_splits)) > 1]
+    names = tuple(of_label.values())
+    return Survey(source.description, names, splits, duplicates, in_two_classes, in_both_splits)
 
 
-def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: dict[bytes, list[_Place]]) -> SplitSurvey:
-    found = SplitSurvey()
+def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: _Places) -> SplitSurvey:
+    found, images = SplitSurvey(), split.images
     for index, label in enumerate(tqdm(split.labels, desc=name, unit="image", leave=False)):
-        where = split.images.where(index) if isinstance(split.images, Pictures) else f"{name} image {index}"
+        where = f"{name} image {index}" if isinstance(images, Tensor) else images.where(index)
         try:
-            image = split.images.decode([index])[0] if isinstance(split.images, Pictures) else split.images[index]
+            image = images[index] if isinstance(images, Tensor) else images.decode([index])[0]
         except DataError as error:
             found.unreadable.append(str(error))
             continue
@@ -123,9 +116,9 @@ def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: dict[
         found.shapes[(image.shape[0], image.shape[1], image.shape[2])] += 1
         shown = found.shown.setdefault(class_name, [])
         if len(shown) < SHOWN_A_CLASS:
-            largest = max(image.shape[-2:])
-            shown.append(fit_to_size(image, MAX_SHOWN_SIDE, "resize") if largest > MAX_SHOWN_SIDE else image)
-        digest = hashlib.sha1(repr(tuple(image.shape)).encode(), usedforsecurity=False)
-        digest.update(image.contiguous().numpy().data)
-        places.setdefault(digest.digest(), []).append(_Place(name, class_name, where))
+            too_large = max(image.shape[-2:]) > MAX_SHOWN_SIDE
+            shown.append(fit_to_size(image, MAX_SHOWN_SIDE, "resize") if too_large else image)
+        content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
+        digest = hashlib.sha1(content, usedforsecurity=False).digest()
+        places.setdefault(digest, []).append((name, class_name, where))
     return found

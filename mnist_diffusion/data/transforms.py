@@ -56,22 +56,14 @@ def augment_images(images: Tensor, config: AugmentConfig, seed: int, epochs: np.
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as transforms
 
-    side = images.shape[-1]
     augmented = []
     for image, epoch, index in zip(images, epochs, indices, strict=True):
         draw = numpy_generator(seed, "augment", int(epoch), int(index)).uniform(-1, 1, size=5)
-        shift = [float(draw[0]) * config.shift * side, float(draw[1]) * config.shift * side]
-        flipped = transforms.horizontal_flip(image) if config.horizontal_flip and draw[4] > 0 else image
-        augmented.append(
-            transforms.affine(
-                flipped,
-                angle=float(draw[2]) * config.rotate,
-                translate=shift,
-                scale=1 + float(draw[3]) * config.scale,
-                shear=[0.0, 0.0],
-                interpolation=InterpolationMode.BILINEAR,
-            )
-        )
+        *way, turn, growth, flip = draw.tolist()
+        flipped = transforms.horizontal_flip(image) if config.horizontal_flip and flip > 0 else image
+        shift = [part * config.shift * images.shape[-1] for part in way]
+        angle, scale = turn * config.rotate, 1 + growth * config.scale
+        augmented.append(transforms.affine(flipped, angle, shift, scale, [0.0, 0.0], InterpolationMode.BILINEAR))
     return torch.stack(augmented)
 
 
