@@ -33,14 +33,5 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     values = parser(prog).parse_args(list(argv))
     from mnist_diffusion.sharing.hub import push
 
-    address = push(
-        values.source,
-        values.repo_id,
-        private=values.private,
-        create_pr=values.create_pr,
-        revision=values.revision,
-        with_checkpoints=values.with_checkpoints,
-        message=values.message,
-    )
-    print(f"Pushed: {address}")
+    print(f"Pushed: {push(**values.as_dict())}")
     return 0
