@@ -15,11 +15,6 @@ from PIL import Image
 from mnist_diffusion.errors import ConfigError, FileError
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**15, 10
-OPENING = (
-    *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
-    *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
-)
-CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 def require_plain_yaml(path: Path) -> None:
@@ -34,10 +29,10 @@ def require_plain_yaml(path: Path) -> None:
         raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES:,} bytes")
     depth = 0
     try:
-        for token in yaml.scan(content, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+        for event in yaml.parse(content, Loader=yaml.SafeLoader):
+            if getattr(event, "anchor", None) is not None:  # an alias has one too
                 raise ConfigError(f"{path} has YAML anchors and aliases, which are not read")
-            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH:
                 raise ConfigError(f"{path} is nested deeper than {MAX_YAML_DEPTH} levels")
     except (yaml.YAMLError, ValueError) as error:

@@ -18,12 +18,12 @@ def commit_files(
     api: HfApi,
     repo_id: str,
     files: Mapping[str, Path | bytes],
-    *,
     is_stale: Callable[[str], bool],
     message: str,
+    *,
     create_pr: bool = False,
     revision: str | None = None,
-) -> Any:
+) -> str:
     """Put files into a repository as one commit on top of what is there, and remove what is stale.
 
     Args:
@@ -36,7 +36,7 @@ def commit_files(
         revision: the branch.
 
     Returns:
-        The client's `CommitInfo`.
+        The address of the commit, or of the pull request.
 
     Raises:
         ValueError: one of the files holds the token.
@@ -50,20 +50,14 @@ def commit_files(
     for attempt in range(2):
         head = api.model_info(repo_id, revision=revision).sha
         there = api.list_repo_files(repo_id, revision=head)
-        operations: list[Any] = [
-            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-            for name, content in files.items()
-        ]
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in there if name not in files and is_stale(name)]
         try:
-            return api.create_commit(
-                repo_id,
-                operations,
-                commit_message=message,
-                create_pr=create_pr,
-                revision=revision,
-                parent_commit=None if create_pr else head,
+            base = None if create_pr else head
+            commit = api.create_commit(
+                repo_id, operations, commit_message=message, create_pr=create_pr, revision=revision, parent_commit=base
             )
+            return str(commit.pr_url or commit.commit_url)
         except HfHubHTTPError as error:
             if error.response.status_code != CHANGED_MEANWHILE or attempt == 1:
                 raise

@@ -6,17 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import constants, errors, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from mnist_diffusion.errors import FileError, UserError
 
@@ -26,14 +15,14 @@ UNSEEN = "it is not there, or it is private and may be seen only {by}"
 CONFLICT = "somebody else changed it at the same time; try again"
 
 BY_KIND: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
-    (HFValidationError, "a repository is named user/name, got {repo_id!r}"),
-    (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
-    (LocalTokenNotFoundError, LOG_IN),
-    (GatedRepoError, f"it is gated: ask for access at {{endpoint}}/{{repo_id}}, and {LOG_IN}"),
-    (RevisionNotFoundError, "it has no such revision"),
-    (RemoteEntryNotFoundError, "a file that is needed is not there: {error}"),
-    (HfHubHTTPError, "{answer}"),
-    (LocalEntryNotFoundError, "{endpoint} cannot be reached, and there is no cached copy"),
+    (errors.HFValidationError, "a repository is named user/name, got {repo_id!r}"),
+    (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+    (errors.LocalTokenNotFoundError, LOG_IN),
+    (errors.GatedRepoError, f"it is gated: ask for access at {{endpoint}}/{{repo_id}}, and {LOG_IN}"),
+    (errors.RevisionNotFoundError, "it has no such revision"),
+    (errors.RemoteEntryNotFoundError, "a file that is needed is not there: {error}"),
+    (errors.HfHubHTTPError, "{answer}"),
+    (errors.LocalEntryNotFoundError, "{endpoint} cannot be reached, and there is no cached copy"),
     ((HTTPError, ConnectionError, TimeoutError), "{endpoint} cannot be reached, or the connection broke; try again"),
     (ValueError, "the Hub's answer, or what it was asked, is not right: {error}"),
 )
@@ -76,11 +65,11 @@ def hub_errors(repo_id: str, what: str) -> Iterator[None]:
 
 def explain_hub_error(error: BaseException | None, repo_id: str) -> str | None:
     """What an error of the Hub's client means and what to do; None if it is not one of the Hub."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
         error = error.__cause__  # it was asked for first
-    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+    if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, and there is no cached copy"
-    answer = _explain_answer(error) if isinstance(error, HfHubHTTPError) else ""
+    answer = _explain_answer(error) if isinstance(error, errors.HfHubHTTPError) else ""
     said = str(error).strip().splitlines()[-1] if str(error).strip() else ""
     for kind, text in BY_KIND:
         if isinstance(error, kind):
@@ -88,13 +77,14 @@ def explain_hub_error(error: BaseException | None, repo_id: str) -> str | None:
     return None
 
 
-def _explain_answer(error: HfHubHTTPError) -> str:
+def _explain_answer(error: errors.HfHubHTTPError) -> str:
     """What an answer that is no success means."""
     status = error.response.status_code
     if status == 401:
         if get_token() is None:
             return f"{UNSEEN.format(by='with a token')}; {LOG_IN}"
-        return BY_STATUS[404] if isinstance(error, RepositoryNotFoundError) else f"the Hub rejects the token; {LOG_IN}"
+        unseen = isinstance(error, errors.RepositoryNotFoundError)
+        return BY_STATUS[404] if unseen else f"the Hub rejects the token; {LOG_IN}"
     if status >= SERVER_ERROR:
         return f"the Hub has trouble of its own (it answered {status}); try again later"
     reason = f" ({error.server_message})" if error.server_message else ""

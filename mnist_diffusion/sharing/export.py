@@ -32,13 +32,10 @@ def export_pipeline(
     def write(temporary: Path) -> None:
         # Safetensors refuses weights in channels-last order.
         unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
-        type(pipeline)(**{**pipeline.components, "unet": unet}, **_defaults(pipeline)).save_pretrained(temporary)
+        defaults = {name: pipeline.config[name] for name in DEFAULTS}
+        type(pipeline)(**{**pipeline.components, "unet": unet}, **defaults).save_pretrained(temporary)
         if samples is not None:
             samples.save(temporary / PICTURE)
         render_card({**card, "samples": PICTURE if samples is not None else None}).save(temporary / CARD)
 
     replace_folder(folder, write)
-
-
-def _defaults(pipeline: MNISTDiffusionPipeline) -> dict[str, Any]:
-    return {name: pipeline.config[name] for name in DEFAULTS}

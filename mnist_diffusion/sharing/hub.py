@@ -111,23 +111,19 @@ def push(
         HubError: the Hub refused or could not be reached. Nothing has changed there but that the repository may be new.
     """
     folder = find_pipeline(source)
+    mirrored = (*PUSHED_FOLDERS, f"{CHECKPOINTS}/") if with_checkpoints else PUSHED_FOLDERS
+
+    def is_stale(name: str) -> bool:
+        return name in PUSHED or name.startswith(mirrored)
+
     try:
         files_to_push(folder, repo_id, with_checkpoints=with_checkpoints)  # what is wrong is said before any change
         repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
-        mirrored = (*PUSHED_FOLDERS, f"{CHECKPOINTS}/") if with_checkpoints else PUSHED_FOLDERS
         with hub_errors(repo_id, f"cannot push to {repo_id}"):
-            commit = commit_files(
-                HfApi(),
-                repo_id,
-                files_to_push(folder, repo_id, with_checkpoints=with_checkpoints),
-                is_stale=lambda name: name in PUSHED or name.startswith(mirrored),
-                message=message,
-                create_pr=create_pr,
-                revision=revision,
-            )
+            files = files_to_push(folder, repo_id, with_checkpoints=with_checkpoints)
+            return commit_files(HfApi(), repo_id, files, is_stale, message, create_pr=create_pr, revision=revision)
     except FileError as error:
         raise UserError(f"cannot push {source}: {error}") from error
-    return str(commit.pr_url or commit.commit_url)
 
 
 def open_repository(repo_id: str, *, private: bool, revision: str | None, create_pr: bool = False) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +13,15 @@ from huggingface_hub import HfApi
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import file_within
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
-    TrajectoryOutput,
-    guided_prediction,
-    predicted_original_sample,
-    rescale_guidance,
-    slerp,
-)
+from mnist_diffusion.sharing import reading
 from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
 from mnist_diffusion.sharing.commit import commit_files
-from mnist_diffusion.sharing.reading import (
-    MAX_CARD_BYTES,
-    fetch_file,
-    fetch_pipeline,
-    folder_or_none,
-    index_arguments,
-    read_index,
-    read_scheduler,
-    read_unet,
-    require_names,
-)
 
-__all__ = [
-    "SHIPPED_FILE",
-    "MNISTDiffusionPipeline",
-    "TrajectoryOutput",
-    "guided_prediction",
-    "predicted_original_sample",
-    "rescale_guidance",
-    "slerp",
-]
+TrajectoryOutput = shipped.TrajectoryOutput
+guided_prediction = shipped.guided_prediction
+predicted_original_sample = shipped.predicted_original_sample
+rescale_guidance = shipped.rescale_guidance
+slerp = shipped.slerp
 
 SHIPPED_FILE = Path(shipped.__file__)
 """The pipeline code that every exported and pushed folder holds."""
@@ -83,23 +60,27 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         source, given = str(pretrained_model_name_or_path), dict(kwargs)
         hub = {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
         dtype, variant = given.pop("dtype", given.pop("torch_dtype", None)), given.pop("variant", None)
-        device_map, arguments = given.pop("device_map", None), index_arguments(cls)
+        device_map, arguments = given.pop("device_map", None), reading.index_arguments(cls)
         for name in NO_EFFECT:
             given.pop(name, None)
-        _require_arguments(cls, given, dtype=dtype, variant=variant)
-        given.pop("use_safetensors", None)
+        if given.pop("use_safetensors", None) is False:
+            raise TypeError("use_safetensors must be true: only safetensors are read")
+        for name in given:
+            if name not in arguments:
+                raise TypeError(f"{cls.__name__}.from_pretrained takes no argument {name!r}")
+        _require_types(dtype, variant)
         if isinstance(dtype, dict):
             dtype = dtype.get("unet", dtype.get("default"))
-        folder = folder_or_none(source) or fetch_pipeline(source, arguments, variant, **hub)
-        values = read_index(folder, arguments)
+        folder = reading.folder_or_none(source) or reading.fetch_pipeline(source, arguments, variant, **hub)
+        values = reading.read_index(folder, arguments)
         scheduler = values.pop("scheduler")
         components = ("unet", "scheduler")
         values |= {name: value for name, value in given.items() if value is not None or name not in components}
         if "unet" not in values:
-            values["unet"] = read_unet(folder, variant=variant, dtype=dtype or torch.float32)
+            values["unet"] = reading.read_unet(folder, variant=variant, dtype=dtype or torch.float32)
         if "scheduler" not in values:
-            values["scheduler"] = read_scheduler(folder, scheduler)
-        require_names(folder, values.get("id2label"), values["unet"])
+            values["scheduler"] = reading.read_scheduler(folder, scheduler)
+        reading.require_names(folder, values.get("id2label"), values["unet"])
         pipeline = cls(**values)
         pipeline.register_to_config(_name_or_path=source)
         pipeline._origin = (folder, hub.get("cache_dir"))
@@ -158,6 +139,10 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             ValueError: what is to be pushed holds the token.
             OSError: the Hub refused or could not be reached; nothing has changed there.
         """
+
+        def is_stale(name: str) -> bool:
+            return variant is None and name.startswith(("unet/", "scheduler/"))
+
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as temporary:
@@ -167,16 +152,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             files[CARD] = card_for(self._card(token), repo_id).encode()
             if (picture := self._beside(PICTURE, token)) is not None:
                 files[PICTURE] = picture
-            commit = commit_files(
-                api,
-                repo_id,
-                files,
-                is_stale=lambda name: variant is None and name.startswith(("unet/", "scheduler/")),
-                message=commit_message,
-                create_pr=create_pr,
-                revision=revision,
-            )
-        return str(commit.pr_url or commit.commit_url)
+            return commit_files(api, repo_id, files, is_stale, commit_message, create_pr=create_pr, revision=revision)
 
     def _card(self, token: str | None) -> str:
         """The card of the folder or commit that this pipeline was loaded from, or a short one."""
@@ -192,20 +168,15 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         try:
             if not Path(source).is_dir():
                 where = {"cache_dir": cache_dir, "token": token}
-                fetch_file(source, name, MAX_CARD_BYTES, revision=folder.name, **where)
+                reading.fetch_file(source, name, reading.MAX_CARD_BYTES, revision=folder.name, **where)
             path = file_within(folder, name)
         except FileError:
             return None
-        return path if path.stat().st_size <= MAX_CARD_BYTES else None
+        return path if path.stat().st_size <= reading.MAX_CARD_BYTES else None
 
 
-def _require_arguments(pipeline_class: type, given: Mapping[str, Any], *, dtype: Any, variant: Any) -> None:
-    """Make sure that `from_pretrained` can do what it was given besides the source."""
-    if given.get("use_safetensors") is False:
-        raise TypeError("use_safetensors must be true: only safetensors are read")
-    for name in given:
-        if name not in {*inspect.signature(pipeline_class).parameters, "use_safetensors"}:
-            raise TypeError(f"{pipeline_class.__name__}.from_pretrained takes no argument {name!r}")
+def _require_types(dtype: Any, variant: Any) -> None:
+    """Make sure that `from_pretrained` was given a type and the word of a variant."""
     if dtype is not None and not isinstance(dtype, torch.dtype | dict):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):

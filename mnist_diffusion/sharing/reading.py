@@ -25,8 +25,9 @@ MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
 MAX_LEVELS, MAX_LAYERS, MAX_NUMBER = 10, 16, 100_000
 FLOATS = ("BF16", "F16", "F32", "F64")
 PIPELINE_CLASS = "MNISTDiffusionPipeline"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 UNET_CONFIG, UNET_WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
-PIPELINE_FILES = ("model_index.json", "scheduler/scheduler_config.json", UNET_CONFIG, UNET_WEIGHTS)
+PIPELINE_FILES = ("model_index.json", SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS)
 """The files that make a pipeline folder; no other is read to load one."""
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
 
@@ -55,11 +56,7 @@ def _weights_name(variant: str | None) -> str:
 
 def _empty_unet(folder: Path) -> UNet2DModel:
     """The network that `unet/config.json` describes, without memory for its weights; it has been tried on one image."""
-    path = file_within(folder, UNET_CONFIG)
-    values = read_json(path)
-    _require_flat(path, values)
-    if values.get("_class_name") != "UNet2DModel":
-        raise FileError(f"{path}: _class_name must be 'UNet2DModel', got {values.get('_class_name')!r:.100}")
+    path, values = _read_config(folder, UNET_CONFIG, "UNet2DModel")
     for name in ("block_out_channels", "down_block_types", "up_block_types"):
         if not isinstance(values.get(name, []), list) or len(values.get(name, [])) > MAX_LEVELS:
             raise FileError(f"{path}: {name} must be a list of at most {MAX_LEVELS}")
@@ -114,12 +111,7 @@ def require_weights(path: Path, model: torch.nn.Module) -> None:
 
 def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     """The scheduler of a folder, which must be diffusers' own class of that name."""
-    path = file_within(folder, "scheduler/scheduler_config.json")
-    values = read_json(path)
-    _require_flat(path, values)
-    if values.get("_class_name") != class_name:
-        found = values.get("_class_name")
-        raise FileError(f"{path}: _class_name must be {class_name!r:.100}, as in the index, got {found!r:.100}")
+    path, values = _read_config(folder, SCHEDULER_CONFIG, class_name, why=", as in the index")
     made: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if SchedulerMixin not in getattr(made, "__mro__", ()):
         raise FileError(f"{path}: diffusers {diffusers.__version__} has no scheduler {class_name!r:.100}")
@@ -129,31 +121,34 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
         raise FileError(f"{path} describes no {class_name}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-def _require_flat(path: Path, values: Mapping[str, Any]) -> None:
-    """Make sure that a configuration is made of numbers, words and lists of them, none too large."""
-    for name, value in values.items():
+def _read_config(folder: Path, name: str, class_name: str, *, why: str = "") -> tuple[Path, dict[str, Any]]:
+    """The file and values of a class's configuration: numbers, words and lists of them, none too large."""
+    path = file_within(folder, name)
+    values = read_json(path)
+    for key, value in values.items():
         items = value if isinstance(value, list) else [value]
         if len(items) > MAX_NUMBER or any(isinstance(item, list | dict) for item in items):
-            raise FileError(f"{path}: {name[:100]} must be a plain value or a list, got {str(value)[:100]}")
+            raise FileError(f"{path}: {key[:100]} must be a plain value or a list, got {str(value)[:100]}")
         for item in items:
             if isinstance(item, int) and abs(item) > MAX_NUMBER:
-                raise FileError(f"{path}: {name[:100]} must be within ±{MAX_NUMBER:,}, got {str(item)[:100]}")
+                raise FileError(f"{path}: {key[:100]} must be within ±{MAX_NUMBER:,}, got {str(item)[:100]}")
+    if (found := values.get("_class_name")) != class_name:
+        raise FileError(f"{path}: _class_name must be {class_name!r:.100}{why}, got {found!r:.100}")
+    return path, values
 
 
 def read_index(folder: Path, arguments: Container[str]) -> dict[str, Any]:
     """The pipeline's own values in `model_index.json`, among `arguments`, and its scheduler's class as `scheduler`."""
     path = file_within(folder, "model_index.json")
-    found, name = read_json(path), PIPELINE_CLASS
-    named = found.get("_class_name")
+    found = read_json(path)
     values = {key: value for key, value in found.items() if key not in PRIVATE}
-    if named not in (name, ["pipeline_mnist_diffusion", name]):
-        raise FileError(f"{path}: _class_name must be {name!r}, got {named!r:.100}")
+    if (named := found.get("_class_name")) not in (PIPELINE_CLASS, ["pipeline_mnist_diffusion", PIPELINE_CLASS]):
+        raise FileError(f"{path}: _class_name must be {PIPELINE_CLASS!r}, got {named!r:.100}")
     unet, scheduler = values.pop("unet", None), values.pop("scheduler", None)
     if unet != ["diffusers", "UNet2DModel"]:
         raise FileError(f"{path}: unet must be ['diffusers', 'UNet2DModel'], got {unet!r:.100}")
-    if not (isinstance(scheduler, list) and len(scheduler) == 2 and scheduler[0] == "diffusers"):
-        raise FileError(f"{path}: scheduler must be one of diffusers', got {scheduler!r:.100}")
-    if not isinstance(scheduler[1], str):
+    is_pair = isinstance(scheduler, list) and len(scheduler) == 2
+    if not (is_pair and scheduler[0] == "diffusers" and isinstance(scheduler[1], str)):
         raise FileError(f"{path}: scheduler must be one of diffusers', got {scheduler!r:.100}")
     for name in values:
         if name not in arguments:
@@ -208,7 +203,7 @@ def folder_or_none(source: str) -> Path | None:
 
 def index_arguments(pipeline_class: type) -> Container[str]:
     """The values that an index may hold: the arguments of the class."""
-    return inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
+    return inspect.signature(pipeline_class).parameters
 
 
 def fetch_pipeline(repo_id: str, arguments: Container[str], variant: str | None = None, **hub: Any) -> Path:
