@@ -42,8 +42,8 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     card = distillation.card_values(config.distillation, learned)
     # The loop: the same as in training.
     launched.accelerator.print(f"teacher      {config.distillation.teacher}")
-    student_run = trainer.Trainer(launched, config, images, student, learned, exported, card=card)
-    return student_run.run(dry_run=arguments.dry_run)
+    training = trainer.Trainer(launched, config, images, student, learned, make_pipeline=exported, card=card)
+    return training.run(dry_run=arguments.dry_run)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "distill_cfg.py") -> int:

@@ -43,7 +43,8 @@ def run(arguments: RunArguments[Config]) -> int:
     # What is exported: the averaged weights in a pipeline with a sampler, guidance and the names of the classes.
     exported = partial(pipeline.build_pipeline, scheduler, config.sampling, images.class_names)
     # The loop: step, report, sample, evaluate, save.
-    return trainer.Trainer(launched, config, images, unet, learned, exported).run(dry_run=arguments.dry_run)
+    training = trainer.Trainer(launched, config, images, unet, learned, make_pipeline=exported)
+    return training.run(dry_run=arguments.dry_run)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> int:

@@ -21,8 +21,9 @@ from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.diffusion.pipeline import generate, load_pipeline
 from mnist_diffusion.environment import machine_description, set_num_threads
 from mnist_diffusion.evaluation.evaluate import evaluate
-from mnist_diffusion.evaluation.report import cells, markdown, plot_passes
+from mnist_diffusion.evaluation.report import PLOTS, cells, plot_results
 from mnist_diffusion.pictures.grids import image_grid
+from mnist_diffusion.pictures.tables import markdown
 from mnist_diffusion.requests import EvaluationRequest, Precision
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
@@ -81,7 +82,7 @@ def main(
         *speeds(learned),
     ]
     print("\n".join(lines))
-    figure = plot_passes(results)
+    figure = plot_results(results, *PLOTS["quality_against_passes"])
     assert figure is not None
     figure.savefig(out / "distillation_plot.png", dpi=100)
     side_by_side(load_pipeline(teacher, device=None, dtype="float32"), student).save(out / "distillation.png")

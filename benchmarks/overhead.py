@@ -24,7 +24,7 @@ from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.objective import diffusion_objective
 from mnist_diffusion.environment import machine_description
 from mnist_diffusion.run_folder.checkpoint import save_checkpoint
-from mnist_diffusion.run_folder.metrics import MetricsLog
+from mnist_diffusion.run_folder.metrics import append_metrics
 from mnist_diffusion.training.launch import build_accelerator, start_processes
 from mnist_diffusion.training.processes import Processes
 from mnist_diffusion.training.state import TrainState
@@ -57,7 +57,7 @@ def main(data: str, updates: int = 60) -> None:
         scheduler = build_noise_scheduler(config.diffusion)
         objective = diffusion_objective(config.diffusion, scheduler, null_class=10)
         state, processes = TrainState(config, accelerator, images, unet, objective), Processes(accelerator)
-        log, measured = MetricsLog(root / "metrics.jsonl"), state.update(0, 1e-3)
+        log, measured = root / "metrics.jsonl", state.update(0, 1e-3)
 
         def check() -> None:
             bad = state._is_bad(measured)
@@ -71,7 +71,7 @@ def main(data: str, updates: int = 60) -> None:
             "update": median_seconds(lambda: state.update(1, 1e-3), updates),
             "check of the loss": median_seconds(check, 200),
             "agreement": median_seconds(lambda: processes.largest(0, 0), 200),
-            "log": median_seconds(lambda: log.append([{"step": 1, "loss": 0.1, "grad_norm": 0.1}] * 50), 20),
+            "log": median_seconds(lambda: append_metrics(log, [{"step": 1, "loss": 0.1, "grad_norm": 0.1}] * 50), 20),
             "checkpoint": median_seconds(save, 10),
         }
     train = config.train

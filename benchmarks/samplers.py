@@ -13,10 +13,10 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from mnist_diffusion.checks import SAMPLERS
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.diffusion.pipeline import load_pipeline
-from mnist_diffusion.diffusion.samplers import SAMPLERS
 from mnist_diffusion.environment import machine_description, set_num_threads
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.evaluator import evaluator_for

@@ -35,8 +35,8 @@ from mnist_diffusion.data.transforms import to_model_range
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.objective import Batch, Objective
 from mnist_diffusion.errors import ConfigError
-from mnist_diffusion.files import replace_folder
-from mnist_diffusion.pictures.grids import image_grid, save_picture
+from mnist_diffusion.files import replace_folder, replace_picture
+from mnist_diffusion.pictures.grids import image_grid
 from mnist_diffusion.seeds import torch_generator
 from mnist_diffusion.training.launch import launch
 from mnist_diffusion.training.loop import TrainingLoop
@@ -100,19 +100,19 @@ class DenoiserRun(TrainingLoop):
     exported = "denoiser"
 
     def _sweep(self, count: int) -> tuple[list[dict[str, float | None]], Image.Image]:
-        images = self.data.test.images[self.data.test.spread(count)]
+        images = self.data.test.spread(count)[0]
         return sweep(self.state.average(), images, SIGMAS, seed=self.config.train.seed)
 
     def draw_samples(self) -> None:
         """The sweep, on a few held-out images."""
         path = self.folder / "samples" / f"step-{self.step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        save_picture(self._sweep(DRAWN_IMAGES)[1], path)
+        replace_picture(self._sweep(DRAWN_IMAGES)[1], path)
 
     def draw_at_the_end(self) -> None:
         """The sweep on more held-out images, as a picture and a table."""
         rows, picture = self._sweep(MEASURED_IMAGES)
-        save_picture(picture, self.folder / "denoised.png")
+        replace_picture(picture, self.folder / "denoised.png")
         (self.folder / "psnr.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         table = Table("sigma", "noisy, PSNR in dB", "denoised, PSNR in dB")
         for row in rows:

@@ -60,7 +60,7 @@ def run(config: Config, *, dry_run: bool = False) -> int:
     scheduler = build_noise_scheduler(config.diffusion)
     learned = huber_objective(config, scheduler, null_class=null_class(unet))
     exported = partial(build_pipeline, scheduler, config.sampling, images.class_names)
-    return Trainer(launched, config, images, unet, learned, exported).run(dry_run=dry_run)
+    return Trainer(launched, config, images, unet, learned, make_pipeline=exported).run(dry_run=dry_run)
 
 
 if __name__ == "__main__":

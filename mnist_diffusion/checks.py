@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from mnist_diffusion.errors import ConfigError
 
-SHORT_SAMPLERS = ("ddpm", "ddim", "dpmpp", "dpmpp-sde", "unipc", "euler", "heun", "lcm")
-"""The samplers that have a short name; any other is given by the name of its diffusers class."""
+MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
+
+SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small"}),
+    "ddim": ("DDIMScheduler", {}),
+    "dpmpp": ("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "dpmsolver++"}),
+    "dpmpp-sde": ("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {**MULTISTEP, "solver_type": "bh2"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+"""The diffusers class of each short name, and the arguments that make it this sampler."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -46,8 +59,8 @@ def require_sampler(name: str, value: str) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    rule = f"one of {', '.join(SHORT_SAMPLERS)}, or the name of a diffusers scheduler class"
-    require(value in SHORT_SAMPLERS or re.fullmatch(r"[A-Z]\w*Scheduler", value) is not None, name, value, rule)
+    rule = f"one of {', '.join(SAMPLERS)}, or the name of a diffusers scheduler class"
+    require(value in SAMPLERS or re.fullmatch(r"[A-Z]\w*Scheduler", value) is not None, name, value, rule)
 
 
 def parse_interval(text: str, name: str) -> tuple[float, str]:

@@ -6,20 +6,15 @@ dotted flags (see `mnist_diffusion.cli`), and written back to the run folder as 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 
-from mnist_diffusion.checks import (
-    parse_interval,
-    require,
-    require_at_least,
-    require_between,
-    require_positive,
-    require_sampler,
-)
+from mnist_diffusion import checks
+from mnist_diffusion.checks import parse_interval, require, require_at_least, require_between, require_positive
 from mnist_diffusion.errors import ConfigError
 
 TrajectorySampler = Literal["dpmpp", "unipc", "ddim"]
@@ -192,14 +187,14 @@ class SamplerConfig:
     """The sampler of a pipeline folder, used where a call names none."""
 
     scheduler: str = "dpmpp"
-    """The sampler: ddpm, ddim, dpmpp, dpmpp-sde, unipc, euler, heun, lcm, or a diffusers scheduler class by name."""
+    """The sampler: a short name such as `ddim` or `dpmpp`, or a diffusers scheduler class by name."""
     num_inference_steps: int = 10
     """Denoising steps."""
     eta: float = 0.0
     """Noise added by the samplers that take an eta (DDIM, TCD): 0 is deterministic."""
 
     def __post_init__(self) -> None:
-        require_sampler("sampling.scheduler", self.scheduler)
+        checks.require_sampler("sampling.scheduler", self.scheduler)
         require_at_least(1, "sampling", self, "num_inference_steps")
         require_between(0, 1, "sampling", self, "eta")
 
@@ -404,7 +399,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain dicts, lists and scalars."""
-        values = _plain(asdict(self))
+        values = json.loads(json.dumps(asdict(self)))  # tuples become lists
         return {name: values[name] for name in SECTIONS if name in values}
 
     def to_yaml(self) -> str:
@@ -463,9 +458,3 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         started = self.train.init_from
         require(started is None, "train.init_from", started, "null: a student starts with its teacher's weights")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -17,8 +17,8 @@ from mnist_diffusion.errors import ConfigError, FileError
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**15, 10
 
 
-def require_plain_yaml(path: Path) -> None:
-    """Make sure that a YAML file is a configuration's: small, flat, without anchors, which can grow when read.
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file that is a configuration's: small, flat, without anchors, which can grow when read.
 
     Raises:
         ConfigError: it is not.
@@ -35,22 +35,10 @@ def require_plain_yaml(path: Path) -> None:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH:
                 raise ConfigError(f"{path} is nested deeper than {MAX_YAML_DEPTH} levels")
+        return yaml.safe_load(content)
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file that [`require_plain_yaml`] accepts.
-
-    Raises:
-        ConfigError: it is not plain YAML.
-    """
-    require_plain_yaml(path)
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 

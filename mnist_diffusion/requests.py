@@ -14,7 +14,21 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest:
+class DrawingRequest:
+    """How a pipeline draws many images."""
+
+    seed: int = 0
+    """The same seed draws the same images, whatever the batch size."""
+    batch_size: int = 128
+    """Images drawn together."""
+    device: str | None = None
+    """Such as cpu or cuda:0; null takes a GPU if there is one."""
+    dtype: Precision = "float32"
+    """Precision of the network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest(DrawingRequest):
     """What `mnist-diffusion sample` draws, and how."""
 
     pipeline: str
@@ -31,14 +45,6 @@ class SampleRequest:
     """Denoising steps; null takes the folder's default."""
     eta: float | None = None
     """Noise of DDIM and TCD, from 0 to 1."""
-    seed: int = 0
-    """The same seed draws the same images, whatever the batch size."""
-    batch_size: int = 128
-    """Images drawn together."""
-    device: str | None = None
-    """Such as cpu or cuda:0; null takes a GPU if there is one."""
-    dtype: Precision = "float32"
-    """Precision of the network."""
 
     def __post_init__(self) -> None:
         require_at_least(1, "", self, "num_images", "num_inference_steps", "batch_size")
@@ -50,7 +56,7 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRequest:
+class EvaluationRequest(DrawingRequest):
     """What `mnist-diffusion evaluate` measures, and how."""
 
     sources: tuple[str, ...]
@@ -67,16 +73,8 @@ class EvaluationRequest:
     """Denoising steps; the folder's default if omitted."""
     guidance_scale: tuple[float, ...] = ()
     """Guidance scales; the folder's default if omitted."""
-    seed: int = 0
-    """Seed of the images drawn, and of choices among the real ones."""
     split_seed: int = 0
     """The run's train.seed, where data.source has no test split."""
-    batch_size: int = 128
-    """Images drawn together; changes nothing but the speed."""
-    device: str | None = None
-    """Such as cpu or cuda:0; null takes a GPU if there is one."""
-    dtype: Precision = "float32"
-    """Precision of the network."""
     evaluator: Path | None = None
     """A folder that train_evaluator left, in place of the data set's own evaluator."""
     train_on_synthetic: bool = False

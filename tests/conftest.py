@@ -15,12 +15,12 @@ from diffusers import UNet2DModel
 from huggingface_hub import constants
 from PIL import Image
 
+from mnist_diffusion.checks import SAMPLERS
 from mnist_diffusion.config import Config, DataConfig, ModelConfig, SamplingConfig, TrainConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.pipeline import build_pipeline
-from mnist_diffusion.diffusion.samplers import SAMPLERS
 from mnist_diffusion.run_folder.checkpoint import save_checkpoint
 from mnist_diffusion.sharing.card import ANYWHERE
 from mnist_diffusion.sharing.export import export_pipeline

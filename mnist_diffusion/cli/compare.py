@@ -33,8 +33,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
     from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.evaluation import evaluate, report
-    from mnist_diffusion.files import replace_text
-    from mnist_diffusion.pictures import compare, grids, plots
+    from mnist_diffusion.files import replace_picture, replace_text
+    from mnist_diffusion.pictures import compare, plots, tables
     from mnist_diffusion.run_folder.read import read_run
 
     set_num_threads()
@@ -43,13 +43,13 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     table = compare.rows(runs)
     values.out.mkdir(parents=True, exist_ok=True)
     curves = plots.compared_curves({name: run.lines for name, run in runs.items()})
-    grids.save_picture(plots.to_picture(curves), values.out / "curves.png")
-    lines = ["# Comparison", "", report.markdown(compare.HEADINGS, table), "", "![Learning curves](curves.png)"]
+    replace_picture(plots.to_picture(curves), values.out / "curves.png")
+    lines = ["# Comparison", "", tables.markdown(compare.HEADINGS, table), "", "![Learning curves](curves.png)"]
     if (sheets := compare.compared_sheets(runs)) is not None:
-        grids.save_picture(sheets, values.out / "sheets.png")
+        replace_picture(sheets, values.out / "sheets.png")
         lines += ["", "![Sample sheets, from the same seeds](sheets.png)"]
     console, page = Console(), values.out / "comparison.md"
-    console.print(report.screen_table(compare.HEADINGS, table))
+    console.print(tables.screen_table(compare.HEADINGS, table))
     replace_text(page, "\n".join(lines) + "\n")
     if request is not None:
         measured = evaluate.evaluate(request)
@@ -65,6 +65,8 @@ def _request(runs: Mapping[str, Any], values: Any) -> EvaluationRequest:
     Raises:
         UserError: a run has no pipeline, or the runs were trained on different images and none are named.
     """
+    from mnist_diffusion.run_folder.read import images_of_run
+
     found = {name: run.pipelines() for name, run in runs.items()}
     if missing := [name for name, pipelines in found.items() if "pipeline" not in pipelines]:
         raise UserError(f"--num_images needs pipelines, and these runs have none: {', '.join(missing)}")
@@ -73,10 +75,11 @@ def _request(runs: Mapping[str, Any], values: Any) -> EvaluationRequest:
     data, split_seed = values.data, 0
     if data == ImagesConfig():
         # The same images whatever the seeds, if the source itself has held-out ones.
-        marks = {(run.data()[0], run.summary.get("data_fingerprint", run.data()[1])) for run in runs.values()}
-        if len(marks) > 1:
+        seen = [images_of_run(run.folder / "config.yaml") for run in runs.values()]
+        marks = [run.summary.get("data_fingerprint", seed) for run, (_, seed) in zip(runs.values(), seen, strict=True)]
+        if len({(images, mark) for (images, _), mark in zip(seen, marks, strict=True)}) > 1:
             raise UserError("the runs saw different images; name those to measure against with --data.source")
-        data, split_seed = next(iter(runs.values())).data()
+        data, split_seed = seen[0]
     return EvaluationRequest(
         sources=tuple(str(folder) for folder in pipelines.values()),
         names=tuple(pipelines),

@@ -26,11 +26,13 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
     from mnist_diffusion.data.survey import survey
     from mnist_diffusion.pictures.grids import image_grid
+    from mnist_diffusion.pictures.tables import screen_table
 
     found = survey(ImagesConfig(source=values.source, **values.data.as_dict()))
     console = Console()
     console.print(found.description, markup=False, soft_wrap=True)
-    console.print(_table(found))
+    counts = [[name, *(str(split.counts[name]) for split in found.splits.values())] for name in found.class_names]
+    console.print(screen_table(["class", *found.splits], counts))
     for name, split in found.splits.items():
         sizes = ", ".join(
             f"{count} of {width} x {height} {'grey' if channels == 1 else 'RGB'}"
@@ -56,16 +58,6 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     (values.out / "data.json").write_text(json.dumps(_plain(found), indent=1, ensure_ascii=False), encoding="utf-8")
     console.print(f"\nThe first images of each class are in {sheet}", markup=False, soft_wrap=True)
     return 1 if unreadable else 0
-
-
-def _table(found: Any) -> Any:
-    from rich.markup import escape
-    from rich.table import Column, Table
-
-    table = Table("class", *(Column(name, justify="right") for name in found.splits))
-    for name in found.class_names:
-        table.add_row(escape(name), *(str(split.counts[name]) for split in found.splits.values()))
-    return table
 
 
 def _plain(found: Any) -> dict[str, Any]:

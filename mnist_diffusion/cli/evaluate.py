@@ -46,9 +46,6 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     console = Console()
     report.print_table(measured, console if console.is_terminal else Console(width=120))
     if values.write_card:
-        about, text = measured["data"], report.card_text(measured)
-        dataset_id = about["hub_id"] or about["fingerprint"][:16]
-        results = measured["results"]
-        write_results_to_card(card.parent, results, text=text, dataset=about["source"], dataset_id=dataset_id)
+        write_results_to_card(card.parent, measured, report.card_text(measured))
     print(f"The report is in {request.out / 'report.md'}" + (f", the card is {card}" if values.write_card else ""))
     return 0

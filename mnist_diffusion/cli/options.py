@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from mnist_diffusion.config import Config, DistillConfig, RunConfig
 from mnist_diffusion.errors import ConfigError, UserError
-from mnist_diffusion.files import require_plain_yaml
+from mnist_diffusion.files import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -83,7 +83,7 @@ def _parse_run(
     try:
         files = [find_recipe(name, recipes) for name in found.config]
         for file in files:
-            require_plain_yaml(file)
+            read_yaml(file)  # so that no parser is given what is not plain
         values = parser.parse_args([*(item for file in files for item in ("--config", str(file))), *flags])
         _require_no_nulls(schema, values)
         built = parser.instantiate(values)

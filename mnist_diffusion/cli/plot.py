@@ -91,13 +91,13 @@ def histograms(values: Namespace) -> dict[str, Any]:
     """Pixel values of training images and of generated ones."""
     from mnist_diffusion.data.transforms import to_uint8
     from mnist_diffusion.diffusion.pipeline import require_fit
-    from mnist_diffusion.pictures import pipelines, plots
+    from mnist_diffusion.pictures import plots
 
     data = _data(values)
     pipeline, call = _pipeline(values)
     require_fit(pipeline, data)
     images = _images(pipeline, max(1, HISTOGRAM_IMAGES // data.num_classes), values.seed, call)
-    real, drawn = pipelines.spread(data, len(images)), to_uint8(2 * images - 1)
+    real, drawn = data.train.spread(len(images))[0], to_uint8(2 * images - 1)
     figure = plots.pixel_histograms(real, drawn, title=f"Pixel values, {_name(values.source[0])}")
     return {"pixel_histograms": plots.to_picture(figure)}
 
@@ -140,7 +140,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from PIL import Image
 
     from mnist_diffusion.environment import set_num_threads
-    from mnist_diffusion.pictures.grids import save_animation, save_picture
+    from mnist_diffusion.files import replace_picture
+    from mnist_diffusion.pictures.grids import save_animation
 
     set_num_threads()
     try:
@@ -150,7 +151,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     values.out.mkdir(parents=True, exist_ok=True)
     for name, picture in made.items():
         if isinstance(picture, Image.Image):
-            save_picture(picture, path := values.out / f"{name}.png")
+            replace_picture(picture, path := values.out / f"{name}.png")
         else:
             save_animation(picture, path := values.out / f"{name}.gif", milliseconds=300)
         print(path)

@@ -10,18 +10,13 @@ from jsonargparse import ArgumentParser
 from mnist_diffusion.cli.options import add_switch
 
 
-def parser(prog: str) -> ArgumentParser:
-    """The arguments of `mnist-diffusion pull`."""
-    made = ArgumentParser(prog=prog, description="Fetch a pipeline from the Hub into a folder, running no code of it.")
-    made.add_argument("source", type=str, help="user/name, or user/name@revision with a branch, tag or commit")
-    made.add_argument("--out", type=Path, required=True, help="the folder for it, which must be empty")
-    add_switch(made, "--with_checkpoints", "a run folder with the checkpoint, to resume training")
-    return made
-
-
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Pull."""
-    values = parser(prog).parse_args(list(argv))
+    parser = ArgumentParser(prog=prog, description="Fetch a pipeline from the Hub, running no code of it.")
+    parser.add_argument("source", type=str, help="user/name, or user/name@revision with a branch, tag or commit")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for it, which must be empty")
+    add_switch(parser, "--with_checkpoints", "a run folder with the checkpoint, to resume training")
+    values = parser.parse_args(list(argv))
     from mnist_diffusion.sharing.hub import pull
 
     repo_id, _, revision = values.source.partition("@")

@@ -10,27 +10,22 @@ from jsonargparse import ArgumentParser
 from mnist_diffusion.cli.options import add_switch
 
 
-def parser(prog: str) -> ArgumentParser:
-    """The arguments of `mnist-diffusion push`."""
-    made = ArgumentParser(
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Push."""
+    parser = ArgumentParser(
         prog=prog,
         description="Push a run's pipeline to the Hub in one commit: weights, code, card, sample grid, configuration.",
         epilog="The token is that of `hf auth login` or of HF_TOKEN; it is never an argument.",
     )
-    add = made.add_argument
+    add = parser.add_argument
     add("source", type=Path, help="a run folder, or a pipeline folder")
     add("repo_id", type=str, help="the repository, user/name; created if it does not exist")
-    add_switch(made, "--private", "nobody else may see the repository")
-    add_switch(made, "--create_pr", "propose the commit as a pull request")
+    add_switch(parser, "--private", "nobody else may see the repository")
+    add_switch(parser, "--create_pr", "propose the commit as a pull request")
     add("--revision", type=str | None, help="the branch, created if it does not exist; main if omitted")
-    add_switch(made, "--with_checkpoints", "also the newest checkpoint, to resume training from")
+    add_switch(parser, "--with_checkpoints", "also the newest checkpoint, to resume training from")
     add("--message", type=str, default="Upload pipeline", help="title of the commit")
-    return made
-
-
-def main(argv: Sequence[str], *, prog: str) -> int:
-    """Push."""
-    values = parser(prog).parse_args(list(argv))
+    values = parser.parse_args(list(argv))
     from mnist_diffusion.sharing.hub import push
 
     print(f"Pushed: {push(**values.as_dict())}")

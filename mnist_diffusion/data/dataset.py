@@ -58,9 +58,10 @@ class ImageSplit:
         """All images: at once if they are in memory, else a few at a time."""
         return self.images.chunks() if isinstance(self.images, LazyImages) else iter([self.images])
 
-    def spread(self, count: int) -> Tensor:
-        """At most `count` indices, spread evenly over all images, which may be sorted by class."""
-        return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
+    def spread(self, count: int) -> tuple[Tensor, Tensor]:
+        """At most `count` images and their labels, spread evenly over all, which may be sorted by class."""
+        chosen = torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
+        return self.images[chosen], self.labels[chosen]
 
     def in_memory(self) -> ImageSplit:
         """The images decoded: all if they are in memory already, else as many as the limit allows.
@@ -192,23 +193,18 @@ def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, in
     Raises:
         DataError: they differ, and the configuration names no size.
     """
-    size, channels = config.image_size, config.channels
-    shapes = _shapes(source.train) if size is None or channels is None else set()
-    channels = channels or max(shape[0] for shape in shapes)
+    size = config.image_size
+    shapes = set() if size is not None and config.channels is not None else _shapes(source.train)
+    channels = config.channels or max(shape[0] for shape in shapes)
     if size is not None:
         return channels, size, size
-    sizes = {shape[1:] for shape in shapes}
+    sizes = {shape[1:] for shape in shapes | (_shapes(source.test) if source.test is not None else set())}
     if len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
         raise DataError(f"{source.description}: images of different sizes ({shown}, ...); set data.image_size")
     [(height, width)] = sizes
     if height != width:
         raise DataError(f"{source.description}: images of {width} x {height} are not square; set data.image_size")
-    others = {shape[1:] for shape in _shapes(source.test)} - sizes if source.test is not None else set()
-    if others:
-        other = min(others)
-        differ = f"training images are {width} x {height}, but held-out ones {other[1]} x {other[0]}"
-        raise DataError(f"{source.description}: {differ}; set data.image_size")
     return channels, height, width
 
 

@@ -147,10 +147,8 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
                 raise IdxError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
             if stream.read(1):
                 raise IdxError(f"{path}: holds more than the {size} values {shape} that it declares")
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise IdxError(f"{path}: could not be read: {error}") from error
-    except zlib.error as error:
-        raise IdxError(f"{path}: broken gzip data: {error}") from error
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.pictures import DataError
 from mnist_diffusion.data.sources import RawSplit, read_source
-from mnist_diffusion.data.transforms import fit_to_size, to_channels
+from mnist_diffusion.data.transforms import filled_rows, fit_to_size, to_channels
 
 SHOWN_A_CLASS = 10
 MAX_SHOWN_SIDE = 64
@@ -69,11 +69,8 @@ class Survey:
         side = min(MAX_SHOWN_SIDE, max(max(image.shape[-2:]) for image in images))
         channels = max(image.shape[0] for image in images)
         columns = max(len(shown[name]) for name in names)
-        tiles = torch.zeros(len(names), columns, channels, side, side)
-        for row, name in enumerate(names):
-            for column, image in enumerate(shown[name]):
-                tiles[row, column] = fit_to_size(to_channels(image, channels), side, "resize") / 255
-        return tiles.flatten(0, 1), names, columns
+        rows = [[fit_to_size(to_channels(image, channels), side, "resize") for image in shown[name]] for name in names]
+        return filled_rows([torch.stack(row) / 255 for row in rows], columns), names, columns
 
 
 _Places = dict[bytes, list[tuple[str, str, str]]]

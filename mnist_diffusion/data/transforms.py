@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -47,6 +48,11 @@ def fit_to_size(images: Tensor, size: int, fit: Literal["pad", "resize"]) -> Ten
 
     resized = transforms.resize(images, [size], antialias=True)
     return transforms.center_crop(resized, [size])
+
+
+def filled_rows(rows: Sequence[Tensor], columns: int) -> Tensor:
+    """Rows of images, each `[n, C, H, W]`, cut or filled with black to so many columns, one after the other."""
+    return torch.cat([F.pad(row[:columns], (0, 0) * 3 + (0, max(0, columns - len(row)))) for row in rows])
 
 
 def augment_images(images: Tensor, config: AugmentConfig, seed: int, epochs: np.ndarray, indices: np.ndarray) -> Tensor:

@@ -10,8 +10,6 @@ student at the next point, which is wrong at first and reaches the noisy points 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,10 +23,10 @@ from torch import Tensor, nn
 from mnist_diffusion.config import IMAGE_FIELDS, DataConfig, DistillationConfig, DistillConfig
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.diffusion.objective import Batch, Objective
-from mnist_diffusion.diffusion.pipeline import load_pipeline, require_fit
+from mnist_diffusion.diffusion.pipeline import fingerprint, load_pipeline, require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import read_yaml
+from mnist_diffusion.run_folder.read import images_of_run
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline, TrajectoryOutput, predicted_original_sample
 
 
@@ -65,22 +63,15 @@ def with_teachers_images(config: DistillConfig) -> DistillConfig:
     A run leaves its configuration beside its pipeline folder.
 
     Raises:
-        TeacherError: what is there is not the configuration of a run.
+        UserError: what is there is not the configuration of a run.
     """
     folder = Path(config.distillation.teacher)
     beside, given, default = folder.resolve().parent / "config.yaml", asdict(config.data), asdict(DataConfig())
     if not (folder.is_dir() and beside.is_file()) or any(given[name] != default[name] for name in IMAGE_FIELDS):
         return config
-    run = read_yaml(beside)
-    try:
-        images = {name: run["data"][name] for name in IMAGE_FIELDS if name in run["data"]}
-        data = replace(config.data, **images)
-        learned = replace(config.distillation, split_seed=run["train"]["seed"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise TeacherError(
-            f"{beside} does not say what images the teacher was trained on ({error!r}); name them with --data.source"
-        ) from error
-    return replace(config, data=data, distillation=learned)
+    images, seed = images_of_run(beside)
+    data = replace(config.data, **{name: getattr(images, name) for name in IMAGE_FIELDS})
+    return replace(config, data=data, distillation=replace(config.distillation, split_seed=seed))
 
 
 def require_possible(config: DistillConfig, teacher: MNISTDiffusionPipeline, data: ImageData) -> None:
@@ -124,16 +115,6 @@ def student_scheduler(teacher: MNISTDiffusionPipeline) -> DDPMScheduler:
     )
     scheduler.register_to_config(original_inference_steps=scheduler.config.num_train_timesteps)
     return scheduler
-
-
-def fingerprint(teacher: MNISTDiffusionPipeline) -> str:
-    """SHA-256 over what decides its trajectories: the scheduler's configuration, names and values of the weights."""
-    settings = {key: value for key, value in teacher.scheduler.config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(teacher.unet.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def clipped_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,24 +58,36 @@ def require_fit(pipeline: MNISTDiffusionPipeline, data: ImageData) -> None:
     Raises:
         UserError: it does not.
     """
-    shape = (data.channels, data.image_size, data.image_size)
-    if shape != pipeline.image_shape:
-        raise UserError(
-            f"the pipeline draws images of {pipeline.image_shape} (C, H, W), but data.source={data.source_id!r} has "
-            f"{shape}; set data.source, data.image_size and data.channels to what it was trained on"
-        )
-    if pipeline.num_classes is None:
-        return
-    if pipeline.num_classes != data.num_classes:
-        raise UserError(
-            f"the pipeline has {pipeline.num_classes} classes, but data.source={data.source_id!r} has "
-            f"{data.num_classes}; set data.source to what it was trained on"
-        )
-    if pipeline.config.id2label and class_names(pipeline) != data.class_names:
-        raise UserError(
-            f"the pipeline's classes are {', '.join(class_names(pipeline)[:12])}, but those of "
-            f"data.source={data.source_id!r} are {', '.join(data.class_names[:12])}, in this order"
-        )
+    pairs: dict[str, tuple[Any, Any]] = {
+        "images (C, H, W)": (pipeline.image_shape, (data.channels, data.image_size, data.image_size))
+    }
+    if pipeline.num_classes is not None:
+        pairs["number of classes"] = pipeline.num_classes, data.num_classes
+        pairs["class names"] = class_names(pipeline) if pipeline.config.id2label else data.class_names, data.class_names
+    for what, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise UserError(
+                f"{what}: {theirs!s:.100} for the pipeline, but {ours!s:.100} for data.source={data.source_id!r}; set "
+                "data.source, data.image_size and data.channels to what the pipeline was trained on"
+            )
+
+
+def fingerprint(pipeline: MNISTDiffusionPipeline) -> str:
+    """SHA-256 over what decides a trajectory: the scheduler's configuration, names and values of the weights."""
+    settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def one_per_seed(class_labels: Sequence[int] | None, seeds: Sequence[int]) -> dict[str, Any]:
+    """Arguments of a call that draws one image for each seed, as a tensor, of the class with the same index if any."""
+    # Generators on the CPU make the noise independent of the device that denoises it.
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    asked = {"num_images_per_label": len(seeds)} if class_labels is None else {"class_labels": list(class_labels)}
+    return {**asked, "generator": generators, "output_type": "pt"}
 
 
 def generate_batches(
@@ -100,13 +114,8 @@ def generate_batches(
         raise ValueError(f"class_labels must be one for each of the {len(seeds)} seeds, got {len(class_labels)}")
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
-        # Generators on the CPU make the noise independent of the device that denoises it.
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        if class_labels is None:
-            asked: dict[str, Any] = {"num_images_per_label": len(generators)}
-        else:
-            asked = {"class_labels": list(class_labels[part])}
-        yield pipeline(**asked, generator=generators, output_type="pt", **call_arguments).images.cpu()
+        labels = None if class_labels is None else class_labels[part]
+        yield pipeline(**one_per_seed(labels, seeds[part]), **call_arguments).images.cpu()
 
 
 def generate(

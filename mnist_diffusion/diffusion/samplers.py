@@ -8,21 +8,9 @@ from typing import Any
 
 import diffusers
 
+from mnist_diffusion.checks import MULTISTEP, SAMPLERS
 from mnist_diffusion.errors import ConfigError
 
-MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
-
-SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small"}),
-    "ddim": ("DDIMScheduler", {}),
-    "dpmpp": ("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "dpmsolver++"}),
-    "dpmpp-sde": ("DPMSolverMultistepScheduler", {**MULTISTEP, "algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {**MULTISTEP, "solver_type": "bh2"}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
-"""The diffusers class of each short name, and the arguments that make it this sampler."""
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "DEISMultistepScheduler": {**MULTISTEP, "algorithm_type": "deis", "solver_type": "logrho"},
     "DPMSolverSinglestepScheduler": {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},

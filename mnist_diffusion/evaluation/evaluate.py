@@ -54,7 +54,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     if reached < TRUSTED_ACCURACY:
         print(f"warning: the evaluator classifies {reached:.1%} of the held-out images correctly: figures say little")
     if imagenet is not None:
-        imagenet.set_reference(data.train.tensor)
+        imagenet.update(data.train.tensor, real=True)
     report = {
         "source": ", ".join(request.names or request.sources),
         "data": {
@@ -134,8 +134,10 @@ def _pipeline_draws(source: str, request: EvaluationRequest, data: ImageData) ->
     return [({"name": each.name, **asdict(each)}, partial(generator.draw, each)) for each in chosen]
 
 
-class Monitor:
-    """Measures one pipeline again and again while its weights are trained: its default call, from the same seeds.
+def monitor(
+    pipeline: MNISTDiffusionPipeline, data: ImageData, *, num_images: int, seed: int
+) -> Callable[[], dict[str, float]]:
+    """Make a function that measures a pipeline while its weights are trained: its default call, from the same seeds.
 
     Args:
         pipeline: around the weights that are trained.
@@ -143,17 +145,19 @@ class Monitor:
         num_images: how many to draw each time.
         seed: of the images.
 
+    Returns:
+        The figures to follow, by name, when it is called.
+
     Raises:
         UserError: `num_images` is not the same number for each class.
     """
+    data = data.in_memory()
+    generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed, batch_size=128)
+    reference = Reference(data, evaluator_for(data).model, seed=seed)
+    reference.floor(num_images)
 
-    def __init__(self, pipeline: MNISTDiffusionPipeline, data: ImageData, *, num_images: int, seed: int):
-        data = data.in_memory()
-        self.generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed, batch_size=128)
-        self.reference = Reference(data, evaluator_for(data).model, seed=seed)
-        self.reference.floor(num_images)
-
-    def measure(self) -> dict[str, float]:
-        """The figures to follow, by name."""
-        values = self.reference.report(self.generator.draw(self.generator.settings())).values
+    def measure() -> dict[str, float]:
+        values = reference.report(generator.draw(generator.settings())).values
         return {name: values[name] for name in MONITORED if values[name] is not None}
+
+    return measure

@@ -6,17 +6,15 @@ image of 28 pixels too fast. It never sees a generated image.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.transforms import to_model_range
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import file_within, read_json
+from mnist_diffusion.files import file_within, read_json, replace_folder
 from mnist_diffusion.seeds import indices_of_step, mixed_seed, torch_generator
 from mnist_diffusion.sharing.reading import require_weights
 
@@ -242,27 +240,20 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
     )
     key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     folder = Path(HF_HOME) / "mnist_diffusion" / "evaluators" / key
-    if not (folder / "model.safetensors").is_file():
-        with suppress(FileExistsError):  # another evaluation was faster
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent.with_suffix(".lock")):  # another evaluation may be training it
+        if not (folder / "model.safetensors").is_file():
             save_evaluator(train_evaluator(data, steps=STEPS), folder)
     return replace(load_evaluator(folder, data), origin="trained on the training split")
 
 
 def save_evaluator(model: ImageEvaluator, folder: Path) -> None:
-    """Save an evaluator as a transformers folder, whole or not at all.
+    """Save an evaluator as a transformers folder, in place of the one that may be there."""
 
-    Raises:
-        FileExistsError: the folder exists already and holds something.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary) / "evaluator"
-        model.save_pretrained(whole)
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary)
         # The saved file is readable by its owner only, which will not do for one that is shipped.
-        (whole / "model.safetensors").chmod(0o644)
-        try:
-            whole.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            raise FileExistsError(f"{folder} exists already") from error
+        (temporary / "model.safetensors").chmod(0o644)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(folder, write)

@@ -35,7 +35,11 @@ def read_sample(path: Path, data: ImageData) -> Sample:
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise DataError(f"{path}: images of different shapes (C, H, W): {sorted(shapes)[:3]}")
-    stacked = _to_channels_of(torch.stack(images), data, path)
+    stacked = torch.stack(images)
+    if data.channels == 1 and stacked.shape[1] == 3:  # grey pictures that were saved as RGB
+        if not (stacked == stacked[:, :1]).all():
+            raise DataError(f"{path}: the images have colours, but the real ones are grey")
+        stacked = stacked[:, :1]
     if tuple(stacked.shape[1:]) != (expected := tuple(data.train.images.shape[1:])):
         raise DataError(f"{path}: images are {tuple(stacked.shape[1:])} (C, H, W), but the real ones {expected}")
     labels = None
@@ -81,12 +85,3 @@ def _read_labelled(path: Path) -> tuple[list[Tensor], Sequence[str]]:
         raise DataError(f"{path} holds no images")
     names = source.class_names or {}
     return list(source.train.images), [str(names.get(label, label)) for label in source.train.labels]
-
-
-def _to_channels_of(images: Tensor, data: ImageData, path: Path) -> Tensor:
-    """Take one channel of grey pictures that were saved as RGB; anything else stays as it is."""
-    if data.channels == 1 and images.shape[1] == 3:
-        if not (images == images[:, :1]).all():
-            raise DataError(f"{path}: the images have colours, but the real ones are grey")
-        return images[:, :1]
-    return images

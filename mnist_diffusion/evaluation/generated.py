@@ -13,13 +13,12 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.diffusion.pipeline import generate, require_fit
+from mnist_diffusion.diffusion.pipeline import fingerprint, generate, require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import replace_file
@@ -87,7 +86,6 @@ class ImageGenerator:
         self.pipeline, self.num_images, self.seed = pipeline, num_images, seed
         self.batch_size, self.folder, self.classes = batch_size, folder, pipeline.num_classes
         self.training_config = pipeline.scheduler.config
-        self._weights_hash: str | None = None
         require_fit(pipeline, data)
         if num_images < MIN_IMAGES:
             raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
@@ -196,14 +194,11 @@ class ImageGenerator:
 
     def _identity(self, settings: SamplingSettings) -> str:
         """A name for what decides the images: weights, sampler, steps, guidance and seed."""
-        pipeline, scheduler = self.pipeline, self.pipeline.scheduler
-        if self._weights_hash is None:
-            weights = {name: value.contiguous() for name, value in pipeline.unet.state_dict().items()}
-            self._weights_hash = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()
+        pipeline = self.pipeline
         network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
-        sampler = [type(scheduler).__name__, dict(scheduler.config), repr(settings)]
-        identity = json.dumps([*sampler, self.seed, pipeline.config.eta, network], sort_keys=True, default=str)
-        digest = hashlib.sha256((self._weights_hash + identity).encode()).hexdigest()
+        drawn = [fingerprint(pipeline), type(pipeline.scheduler).__name__, repr(settings), self.seed]
+        identity = json.dumps([*drawn, pipeline.config.eta, network], sort_keys=True, default=str)
+        digest = hashlib.sha256(identity.encode()).hexdigest()
         guided = "" if settings.guidance_scale is None else f"-{settings.guidance_scale:g}"
         return f"{settings.scheduler}-{settings.num_inference_steps}{guided}-{digest[:12]}"
 

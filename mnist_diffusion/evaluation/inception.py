@@ -41,18 +41,15 @@ class ImageNetDistance:
                 "torch-fidelity fetches them from GitHub; without a network, put them into torch.hub.get_dir()"
             ) from error
 
-    def set_reference(self, images: Tensor) -> None:
-        """Take uint8 images `[N, C, H, W]` as the real side."""
-        self._update(images, real=True)
-
     def __call__(self, images: Tensor) -> float:
         """The distance of uint8 images `[N, C, H, W]` to the reference."""
-        self._update(images, real=False)
+        self.update(images, real=False)
         value = float(self.metric.compute())
         self.metric.reset()
         return value
 
     @torch.no_grad()
-    def _update(self, images: Tensor, *, real: bool) -> None:
+    def update(self, images: Tensor, *, real: bool) -> None:
+        """Take uint8 images `[N, C, H, W]`, of the real side or to be measured."""
         for part in tqdm(images.split(BATCH_SIZE), desc="Inception", unit="batch", leave=False):
             self.metric.update(part.expand(-1, 3, -1, -1).to(self.device), real=real)

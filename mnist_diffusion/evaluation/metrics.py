@@ -100,18 +100,8 @@ def inception_score(logits: Tensor) -> float:
         return float(metric.compute()[0])
 
 
-@dataclass(frozen=True)
-class Neighbourhoods:
-    """How two sets of features cover each other."""
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-
-
-def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighbourhoods:
-    """Precision and recall, density and coverage, from balls around each point that reach its k-th neighbour.
+def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, float]:
+    """`precision`, `recall`, `density` and `coverage`, from balls around each point that reach its k-th neighbour.
 
     Precision is the share of generated points inside a ball of a real one, recall the share of real points inside a
     ball of a generated one: Kynkäänniemi et al. (2019), https://arxiv.org/abs/1904.06991, equation 2. Density counts
@@ -140,12 +130,12 @@ def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> Neighbourh
         recalled |= (distances <= fake_radii[start:stop, None]).any(axis=0)
         start = stop
     counts = np.concatenate(balls_around)
-    return Neighbourhoods(
-        precision=float((counts > 0).mean()),
-        recall=float(recalled.mean()),
-        density=float(counts.mean() / k),
-        coverage=float((nearest_fake <= real_radii).mean()),
-    )
+    return {
+        "precision": float((counts > 0).mean()),
+        "recall": float(recalled.mean()),
+        "density": float(counts.mean() / k),
+        "coverage": float((nearest_fake <= real_radii).mean()),
+    }
 
 
 def _neighbour_distances(points: np.ndarray, k: int) -> np.ndarray:
@@ -175,29 +165,23 @@ def wilson_share(successes: int, trials: int) -> Share:
     return Share(successes / trials, float(interval.low), float(interval.high))
 
 
-@dataclass(frozen=True)
-class PixelStatistics:
-    """What the grey values of a set of images are like, on a scale from 0 to 1."""
+def pixel_statistics(real: Tensor, generated: Tensor) -> dict[str, float]:
+    """The pixel values of generated uint8 images, on a scale from 0 to 1.
 
-    mean: float
-    deviation: float
-    black_share: float
-    histogram: np.ndarray
-
-
-def pixel_statistics(images: Tensor) -> PixelStatistics:
-    """Mean, standard deviation, share of pixels that are exactly 0, and the histogram `[256]` of uint8 images."""
-    histogram = torch.bincount(images.flatten().long(), minlength=256).double().numpy()
-    histogram /= histogram.sum()
+    Returns:
+        `pixel_mean` and `pixel_deviation`; `black_share`, of the pixels that are exactly 0; and
+        `pixel_histogram_distance`, the Wasserstein-1 distance to the pixel values of real images.
+    """
     values = np.arange(256) / 255
-    mean = float(histogram @ values)
-    return PixelStatistics(mean, float(np.sqrt(histogram @ (values - mean) ** 2)), float(histogram[0]), histogram)
-
-
-def histogram_distance(real: PixelStatistics, generated: PixelStatistics) -> float:
-    """Wasserstein-1 distance between the grey values of two sets, on a scale from 0 to 1."""
-    values = np.arange(256) / 255
-    return float(wasserstein_distance(values, values, real.histogram, generated.histogram))
+    shares, real_shares = (torch.bincount(each.flatten().int(), minlength=256).numpy() for each in (generated, real))
+    share = shares / shares.sum()
+    mean = float(share @ values)
+    return {
+        "pixel_mean": mean,
+        "pixel_deviation": float(np.sqrt(share @ (values - mean) ** 2)),
+        "black_share": float(share[0]),
+        "pixel_histogram_distance": float(wasserstein_distance(values, values, real_shares, shares)),
+    }
 
 
 @dataclass(frozen=True)

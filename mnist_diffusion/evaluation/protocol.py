@@ -6,7 +6,7 @@ function: no model can be expected to do better.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,8 @@ class Measured:
     """The class that the evaluator predicts for each image, int64 `[N]`."""
     checked: Tensor
     """Which images, at most 2,000, were checked for copies, int64 `[n]`."""
-    relative: np.ndarray
-    """Distance to the nearest training image relative to the nearest ten, of each of those, `[n]`."""
-    nearest: np.ndarray
-    """Which training image is nearest to each of those, `[n]`."""
+    nearest: metrics.NearestImages
+    """The training images nearest to those, and how near they are."""
 
 
 def evaluate_images(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> EvaluatedImages:
@@ -121,7 +119,9 @@ class Reference:
         """
         evaluated = self.evaluated(sample)
         measured, floor = self.measure(evaluated), self.floor(len(evaluated))
-        copies = self._copies(measured, floor)
+        # Nearer to one training image, relative to the others, than 99 of 100 held-out images are.
+        copied = measured.nearest.relative <= np.quantile(floor.nearest.relative, COPY_QUANTILE)
+        copies = metrics.wilson_share(int(copied.sum()), len(copied))
         entry = dict(measured.values)
         entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in entry.keys() - SPREADS}
         entry["fid_ratio"] = entry["fid"] / entry["fid_floor"]
@@ -136,11 +136,9 @@ class Reference:
         """The metrics of one set of images against the training split, without a floor."""
         real = self.matched(evaluated)
         checked = self._permutation(len(evaluated))[:MAX_COPY_CHECK]
-        distances = metrics.nearest_images(evaluated.images[checked], self.data.train.tensor)
+        nearest = metrics.nearest_images(evaluated.images[checked], self.data.train.tensor)
         size = min(len(evaluated), len(real), MAX_NEIGHBOURHOOD)
-        near = metrics.neighbourhoods(self._some(real, size).features, self._some(evaluated, size).features)
         kernel, deviation = metrics.kernel_distance(real.features, evaluated.features, seed=self.seed)
-        pixels, real_pixels = metrics.pixel_statistics(evaluated.images), metrics.pixel_statistics(real.images)
         values = {
             "num_images": len(evaluated),
             **self._class_accuracy(evaluated),
@@ -150,20 +148,11 @@ class Reference:
             "kernel_distance_deviation": deviation,
             **self._by_class(evaluated),
             "inception_score": metrics.inception_score(evaluated.logits),
-            **asdict(near),
-            "pixel_mean": pixels.mean,
-            "pixel_deviation": pixels.deviation,
-            "black_share": pixels.black_share,
-            "pixel_histogram_distance": metrics.histogram_distance(real_pixels, pixels),
-            "nearest_distance": float(np.median(distances.distances)),
+            **metrics.neighbourhoods(self._some(real, size).features, self._some(evaluated, size).features),
+            **metrics.pixel_statistics(real.images, evaluated.images),
+            "nearest_distance": float(np.median(nearest.distances)),
         }
-        predicted = evaluated.logits.argmax(dim=1)
-        return Measured(values, predicted, checked, distances.relative, distances.indices)
-
-    def _copies(self, measured: Measured, floor: Measured) -> metrics.Share:
-        """Images that are nearer to one training image, relative to the others, than 99 of 100 held-out images are."""
-        threshold = float(np.quantile(floor.relative, COPY_QUANTILE))
-        return metrics.wilson_share(int((measured.relative <= threshold).sum()), len(measured.relative))
+        return Measured(values, evaluated.logits.argmax(dim=1), checked, nearest)
 
     def _class_accuracy(self, evaluated: EvaluatedImages) -> dict[str, Any]:
         """Share of the images that the evaluator classifies as asked, with 95% intervals, over all and by class."""
@@ -179,15 +168,13 @@ class Reference:
         """Fréchet and kernel distance of the images of each class to the real ones of that class."""
         if evaluated.labels is None or self.train.labels is None:
             return {}
-        frechet: dict[str, float | None] = {}
-        kernel: dict[str, float | None] = {}
+        frechet: dict[str, float | None] = dict.fromkeys(self.data.class_names)
+        kernel = frechet.copy()
         for label, name in enumerate(self.data.class_names):
             real, drawn = self.train.features[self.train.labels == label], evaluated.features[evaluated.labels == label]
-            if min(len(real), len(drawn)) < 2:
-                frechet[name] = kernel[name] = None
-                continue
-            frechet[name] = metrics.frechet_distance(real, drawn)
-            kernel[name] = metrics.kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
+            if min(len(real), len(drawn)) >= 2:
+                frechet[name] = metrics.frechet_distance(real, drawn)
+                kernel[name] = metrics.kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
         return {"class_fid": frechet, "class_kernel_distance": kernel}
 
     def _fid_standard_error(self, real: EvaluatedImages, evaluated: EvaluatedImages) -> float:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
+from mnist_diffusion.data.transforms import filled_rows
 from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.protocol import Measured
 from mnist_diffusion.files import replace_text
 from mnist_diffusion.pictures.grids import image_grid
+from mnist_diffusion.pictures.tables import markdown, screen_table
 
 IMAGES_PER_ROW = 10
 COLUMNS: Mapping[str, tuple[str, str]] = {
@@ -73,22 +73,6 @@ def print_table(report: Mapping[str, Any], console: Console) -> None:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
-def screen_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> Table:
-    """A table for the screen, all columns but the first aligned to the right."""
-    shown = Table()
-    for index, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if index else "left")
-    for row in table:
-        shown.add_row(*(escape(cell) for cell in row))
-    return shown
-
-
-def markdown(headings: Sequence[str], table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def card_text(report: Mapping[str, Any]) -> str:
     """The results for the card of a pipeline folder."""
     return "\n".join([markdown(*cells(report)), "", *(f"- {text}" for text in _explanations(report))])
@@ -105,11 +89,10 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
     replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     lines = [f"# {report['source']}", "", markdown(*cells(report)), ""]
     lines += [f"- {text}" for text in _explanations(report)]
-    for plot, draw in (("quality_against_passes.png", plot_passes), ("guidance.png", plot_guidance)):
-        figure = draw(report["results"])
-        if figure is not None:
-            figure.savefig(folder / plot, dpi=100)
-            lines += ["", f"![{plot.removesuffix('.png').replace('_', ' ')}]({plot})"]
+    for plot, (name, settings) in PLOTS.items():
+        if (figure := plot_results(report["results"], name, settings)) is not None:
+            figure.savefig(folder / f"{plot}.png", dpi=100)
+            lines += ["", f"![{plot.replace('_', ' ')}]({plot}.png)"]
     for index, result in enumerate(report["results"]):
         lines += ["", f"## {result['name']}", ""]
         for kind, grids in pictures.items():
@@ -159,9 +142,9 @@ def sample_grid(sample: Sample, class_names: Sequence[str]) -> Any:
     images = sample.images.float() / 255
     if sample.labels is None:
         return image_grid(images[: IMAGES_PER_ROW**2], IMAGES_PER_ROW)
-    blank, names = torch.zeros(IMAGES_PER_ROW, *images.shape[1:]), list(class_names[:20])
-    filled = [torch.cat([images[sample.labels == i], blank])[:IMAGES_PER_ROW] for i in range(len(names))]
-    return image_grid(torch.cat(filled), IMAGES_PER_ROW, row_labels=names)
+    names = list(class_names[:20])
+    rows = [images[sample.labels == label] for label in range(len(names))]
+    return image_grid(filled_rows(rows, IMAGES_PER_ROW), IMAGES_PER_ROW, row_labels=names)
 
 
 def misclassified_grid(sample: Sample, predicted: Tensor) -> Any:
@@ -185,27 +168,27 @@ def nearest_grid(sample: Sample, training: Tensor, measured: Measured) -> Any:
         training: uint8 `[M, C, H, W]`.
         measured: says how near each is to its nearest training image, and which that is.
     """
-    first = np.argsort(measured.relative)[:IMAGES_PER_ROW]
-    pairs = torch.cat([sample.images[measured.checked[first]], training[torch.from_numpy(measured.nearest[first])]])
+    first = np.argsort(measured.nearest.relative)[:IMAGES_PER_ROW]
+    nearest = torch.from_numpy(measured.nearest.indices[first])
+    pairs = torch.cat([sample.images[measured.checked[first]], training[nearest]])
     return image_grid(pairs.float() / 255, len(first), row_labels=["generated", "nearest"])
 
 
-def plot_passes(results: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Fréchet distance and class accuracy against passes per image; None if all have the same."""
-    lines = {"scheduler": "{}", "guidance_scale": "guidance {:g}"}
-    return _plot(results, "passes_per_image", "network passes per image", lines, scale="log")
+PLOTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "quality_against_passes": ("passes_per_image", {"scheduler": "{}", "guidance_scale": "guidance {:g}"}),
+    "guidance": ("guidance_scale", {"scheduler": "{}", "num_inference_steps": "{} steps"}),
+}
+"""For each plot, the figure along its axis, and the settings that make a line of their own, as the legend has them."""
 
 
-def plot_guidance(results: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Fréchet distance and class accuracy against the guidance scale; None if all have the same."""
-    lines = {"scheduler": "{}", "num_inference_steps": "{} steps"}
-    return _plot(results, "guidance_scale", "guidance scale", lines, scale="linear")
+def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Mapping[str, str]) -> Figure | None:
+    """Fréchet distance and class accuracy, a line for each pipeline and each combination of settings.
 
-
-def _plot(
-    results: Sequence[Mapping[str, Any]], across: str, label: str, settings: Mapping[str, str], *, scale: str
-) -> Figure | None:
-    """Draw a line for each pipeline and each combination of `settings`, whose values are formats for the legend."""
+    Args:
+        results: of a report.
+        across: the figure along the axis; without two different values there is no plot.
+        settings: by name, with their formats for the legend.
+    """
     results = [result for result in results if result.get(across) is not None]
     if len({result[across] for result in results}) < 2:
         return None
@@ -224,6 +207,7 @@ def _plot(
         if all(result["accuracy"] is not None for result in chosen):
             right.plot(xs, [100 * result["accuracy"] for result in chosen], marker="o", label=name)
     left.axhline(results[0]["fid_floor"], color="grey", linestyle=":", label="real images")
+    label, scale = across.replace("_", " "), "log" if across == "passes_per_image" else "linear"
     left.set(xlabel=label, ylabel="FID (evaluator's features)", xscale=scale, yscale="log")
     right.set(xlabel=label, ylabel="class accuracy, %", xscale=scale)
     if results[0]["accuracy"] is not None:

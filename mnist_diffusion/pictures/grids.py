@@ -169,11 +169,6 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     ]
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture so that a reader sees the old one or the new, nothing between."""
-    replace_picture(picture, path)
-
-
 def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 150) -> None:
     """Write frames as a looping GIF that rests on its last frame, the old one or the new, nothing between."""
     durations = [milliseconds] * (len(frames) - 1) + [8 * milliseconds]

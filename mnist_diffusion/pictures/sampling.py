@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mnist_diffusion.data.transforms import filled_rows
 from mnist_diffusion.diffusion.pipeline import class_names, generate, generate_batches, load_pipeline
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
@@ -69,9 +70,7 @@ class Samples:
         if self.labels is None:
             return image_grid(images, max(1, round(len(images) ** 0.5))), images
         rows = [images[start :: len(self.labels)] for start in range(len(self.labels))]
-        columns = max(len(row) for row in rows)
-        blank = torch.zeros(1, *images.shape[1:])
-        filled = torch.cat([torch.cat([row, *[blank] * (columns - len(row))]) for row in rows])
+        filled = filled_rows(rows, columns := max(len(row) for row in rows))
         return image_grid(filled, columns, row_labels=[self.names[label] for label in self.labels]), images
 
     def write_files(self, images: Tensor, folder: Path) -> None:

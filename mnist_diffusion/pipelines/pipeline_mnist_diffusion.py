@@ -24,10 +24,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SECOND_ORDER_IN_SIGMA = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 LARGEST_SIGMA = 80.0
 
@@ -244,8 +245,17 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if self.num_classes is not None and getattr(class_labels, "ndim", 0) == 2:
             weights = torch.as_tensor(class_labels)
             if weights.is_floating_point():
-                weights = _checked_weights(weights.float().cpu(), self.num_classes).repeat_interleave(repeats, dim=0)
+                weights = weights.float().cpu()
+                if len(weights) == 0 or weights.shape[1] != self.num_classes:
+                    wanted = f"[images, {self.num_classes}]"
+                    raise ValueError(f"class_labels as weights must be {wanted}, got shape {tuple(weights.shape)}")
+                if not (weights >= 0).all() or not torch.allclose(weights.sum(dim=1), torch.tensor(1.0), atol=1e-4):
+                    raise ValueError("class_labels as weights must be at least 0 and sum to 1 for each image")
+                weights = weights.repeat_interleave(repeats, dim=0)
                 rows, labels = weights.nonzero(as_tuple=True)
+                if len(rows) > len(weights):  # mixed: each class for all images, as the last bits depend on the batch
+                    used = torch.tensor(list(dict.fromkeys(labels.tolist())))
+                    labels, rows = torch.cartesian_prod(used, torch.arange(len(weights))).T
                 return Conditions(rows, labels, weights[rows, labels]), len(weights)
         ids = self.label_ids(class_labels)
         if ids is None:
@@ -372,7 +382,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
             generator: one for the batch, or one per image, which then does not depend on the batch.
             latents: the noise to start from, `[B, C, H, W]` of unit variance.
-            output_type: `pil`, `np` (float `[B, H, W, C]` in [0, 1]) or `pt` (float `[B, C, H, W]` in [0, 1]).
+            output_type: `pil`, `np` (float `[B, H, W, C]` in [0, 1]), `pt` (float `[B, C, H, W]` in [0, 1]) or `latent`
+                (float `[B, C, H, W]` in [-1, 1], not clamped).
             return_dict: False returns a tuple `(images,)`.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; what it
                 returns replaces `latents`; setting `pipeline._interrupt = True` ends the loop.
@@ -404,17 +415,27 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         device = self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        samples = self._denoise(
-            latents.to(device, torch.float32) * self.scheduler.init_noise_sigma,
-            conditions,
-            scales,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            step_kwargs=step_kwargs,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-        )
-        images = self._to_images(samples, output_type)
+        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        self._interrupt = False
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+                level = float(timestep) / self.scheduler.config.num_train_timesteps
+                guided = guidance_interval is None or guidance_interval[0] <= level <= guidance_interval[1]
+                now = scales if guided else torch.ones_like(scales)
+                model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
+                self._set_ddim_stride(step)
+                latents = self.scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "model_output": model_output}
+                    if "pred_original_sample" in callback_on_step_end_tensor_inputs:
+                        tensors["pred_original_sample"] = self._clean(model_output, model_input, timestep)
+                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
+                progress_bar.update()
+        images = VaeImageProcessor().postprocess(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def sample_trajectory(
@@ -444,12 +465,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=("latents", "pred_original_sample"),
             **arguments,
         ).images
-        return TrajectoryOutput(
-            images=images,
-            latents=torch.stack(latents),
-            pred_original_samples=torch.stack(predicted),
-            timesteps=self.scheduler.timesteps.clone(),
-        )
+        timesteps = self.scheduler.timesteps.clone()
+        return TrajectoryOutput(images, torch.stack(latents), torch.stack(predicted), timesteps)
 
     @torch.no_grad()
     def interpolate(
@@ -603,11 +620,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         DDIM clips the predicted clean image but by default keeps the noise that does not belong to it any more,
         which ruins few-step samples; `use_clipped_model_output` derives both from the same clipped image.
         """
-        offered = {
-            "eta": self.config.eta if eta is None else eta,
-            "generator": generator,
-            "use_clipped_model_output": True,
-        }
+        offered = {"eta": self.config.eta if eta is None else eta, "generator": generator}
+        offered["use_clipped_model_output"] = True
         accepted = inspect.signature(self.scheduler.step).parameters
         if eta is not None:
             _check_number("eta", eta, low=0, high=1)
@@ -615,43 +629,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"eta={eta!r} has no effect with {type(self.scheduler).__name__}; DDIM takes it")
         return {name: value for name, value in offered.items() if name in accepted}
 
-    def _denoise(
-        self,
-        latents: torch.Tensor,
-        conditions: Conditions | None,
-        scales: torch.Tensor,
-        *,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
-        step_kwargs: dict[str, Any],
-        callback: Callable[..., dict[str, torch.Tensor]] | None = None,
-        callback_inputs: Sequence[str] = (),
-    ) -> torch.Tensor:
-        """The denoising loop: from scaled noise `[B, C, H, W]` to samples, both float32."""
-        config = self.scheduler.config
-        self._interrupt = False
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
-                if self._interrupt:
-                    continue
-                model_input = self.scheduler.scale_model_input(latents, timestep)
-                level = float(timestep) / config.num_train_timesteps
-                guided = guidance_interval is None or guidance_interval[0] <= level <= guidance_interval[1]
-                now = scales if guided else torch.ones_like(scales)
-                model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
-                self._set_ddim_stride(step)
-                latents = self.scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
-                if callback is not None:
-                    tensors = {"latents": latents, "model_output": model_output}
-                    if "pred_original_sample" in callback_inputs:
-                        alpha_cumprod = self.scheduler.alphas_cumprod[round(float(timestep))].to(latents.device)
-                        tensors["pred_original_sample"] = predicted_original_sample(
-                            model_output, model_input, alpha_cumprod, config.prediction_type
-                        )
-                    chosen = {name: tensors[name] for name in callback_inputs}
-                    latents = (callback(self, step, timestep, chosen) or {}).get("latents", latents)
-                progress_bar.update()
-        return latents
+    def _clean(self, model_output: torch.Tensor, model_input: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The clean image that a prediction implies."""
+        alpha_cumprod = self.scheduler.alphas_cumprod[round(float(timestep))].to(model_input.device)
+        kind = self.scheduler.config.prediction_type
+        return predicted_original_sample(model_output, model_input, alpha_cumprod, kind)
 
     def _set_ddim_stride(self, step: int) -> None:
         """Make DDIM step to the timestep that comes next.
@@ -695,21 +677,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         model_input, timestep = model_input.to(self.unet.dtype), timestep.to(model_input.device)
         return self.unet(model_input, timestep, class_labels=labels, return_dict=False)[0].float()
-
-    def _to_images(self, samples: torch.Tensor, output_type: str) -> Any:
-        images = (samples / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        arrays = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return arrays if output_type == "np" else self.numpy_to_pil(arrays)
-
-
-def _checked_weights(weights: torch.Tensor, num_classes: int) -> torch.Tensor:
-    if len(weights) == 0 or weights.shape[1] != num_classes:
-        raise ValueError(f"class_labels as weights must be [images, {num_classes}], got shape {tuple(weights.shape)}")
-    if not (weights >= 0).all() or not torch.allclose(weights.sum(dim=1), torch.ones(len(weights)), atol=1e-4):
-        raise ValueError("class_labels as weights must be at least 0 and sum to 1 for each image")
-    return weights
 
 
 def _checked_generators(generator: Any, *counts: int) -> Any:

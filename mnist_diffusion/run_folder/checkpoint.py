@@ -120,20 +120,12 @@ def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | Non
     return None, problems
 
 
-def newest_intact(root: Path) -> Path | None:
-    """The folder of the newest valid checkpoint, changing nothing; None if there is none."""
+def newest_intact(root: Path) -> tuple[Path | None, str | None]:
+    """The folder of the newest valid checkpoint and the run it belongs to, changing nothing; None if there is none."""
     for step, path in _folders(root):
         with suppress(*INVALID):
-            _verify(path, step)
-            return path
-    return None
-
-
-def newest_run_id(root: Path) -> str | None:
-    """The run that the newest valid checkpoint belongs to; None if there is none, or it does not say."""
-    newest = newest_intact(root)
-    run_id = None if newest is None else read_json(newest / MANIFEST).get("run_id")
-    return run_id if isinstance(run_id, str) else None
+            return path, _verify(path, step).get("run_id")
+    return None, None
 
 
 def load_checkpoint(root: Path, step: int) -> Checkpoint:

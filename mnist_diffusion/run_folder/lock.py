@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import replace_text
-from mnist_diffusion.run_folder.checkpoint import newest_run_id
+from mnist_diffusion.run_folder.checkpoint import newest_intact
 
 LOCK = ".lock"
 RUN_ID = "run_id"
@@ -63,7 +63,7 @@ class RunFolder:
         file = self.path / RUN_ID
         known = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
         if not known:
-            known = newest_run_id(self.path / "checkpoints") or uuid.uuid4().hex
+            known = str(newest_intact(self.path / "checkpoints")[1] or uuid.uuid4().hex)
             replace_text(file, known)
         return known
 

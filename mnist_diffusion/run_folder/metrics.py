@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per step."""
+"""`metrics.jsonl`: one JSON object a line, each step once, also over resumes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,18 @@ from typing import Any
 from mnist_diffusion.files import replace_text
 
 
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, each step once, also over resumes.
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of later steps, which belong to work that is done again."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    Args:
-        path: the file.
-    """
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def cut_after(self, step: int) -> None:
-        """Drop the lines of later steps, which belong to work that is done again."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def append(self, lines: list[dict[str, Any]]) -> None:
-        """Add lines, on the disk before a checkpoint may count on them."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+def append_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Add lines, on the disk before a checkpoint may count on them."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

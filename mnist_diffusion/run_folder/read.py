@@ -34,14 +34,12 @@ class RunRecord:
         folder: the run folder.
         lines: of its `metrics.jsonl`.
         summary: its `summary.json`; empty until the run ends.
-        config: its `config.yaml`.
         sheets: its sample sheets, oldest first.
     """
 
     folder: Path
     lines: list[dict[str, Any]]
     summary: Mapping[str, Any]
-    config: Mapping[str, Any]
     sheets: Sequence[Sheet]
 
     @property
@@ -52,19 +50,6 @@ class RunRecord:
     def last(self, name: str) -> float | None:
         """The last value measured under a name."""
         return next((line[name] for line in reversed(self.lines) if line.get(name) is not None), None)
-
-    def data(self) -> tuple[ImagesConfig, int]:
-        """The images that it was trained on, and the seed that chose the held-out ones.
-
-        Raises:
-            UserError: its configuration does not say.
-        """
-        try:
-            images = {name: self.config["data"][name] for name in IMAGE_FIELDS if name in self.config["data"]}
-            return ImagesConfig(**images), int(self.config["train"]["seed"])
-        except (KeyError, TypeError) as error:
-            missing = f"config.yaml does not say what images the run saw ({error!r}); name them with --data.source"
-            raise UserError(f"{str(self.folder)!r}: {missing}") from error
 
     def pipelines(self) -> dict[str, Path]:
         """Its pipeline folders by name, snapshots first."""
@@ -84,13 +69,30 @@ def read_run(folder: Path) -> RunRecord:
     lines = read_metrics(folder / "metrics.jsonl")
     if not config.is_file() or not lines:
         raise UserError(f"{str(folder)!r} is not a run folder: it needs config.yaml and metrics.jsonl with a line")
-    about = read_yaml(config)
     try:
         summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
         epochs_per_step = lines[-1]["epoch"] / lines[-1]["step"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(folder)!r}: the run folder could not be read: {error!r}") from error
-    return RunRecord(folder, lines, summary, about, sample_sheets(folder, epochs_per_step=epochs_per_step))
+    return RunRecord(folder, lines, summary, sample_sheets(folder, epochs_per_step=epochs_per_step))
+
+
+def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:
+    """The images that a run was trained on, and the seed that chose the held-out ones.
+
+    Args:
+        config_file: its `config.yaml`.
+
+    Raises:
+        UserError: it does not say.
+    """
+    run = read_yaml(config_file)
+    try:
+        images = {name: run["data"][name] for name in IMAGE_FIELDS if name in run["data"]}
+        return ImagesConfig(**images), int(run["train"]["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        missing = f"does not say what images the run was trained on ({error!r}); name them with --data.source"
+        raise UserError(f"{config_file} {missing}") from error
 
 
 def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:

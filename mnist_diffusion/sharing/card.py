@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mnist_diffusion.files import replace_text
 
 CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository"
-SHORT_CARD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
----
-
-A pipeline of mnist-diffusion. It was pushed without a card that says how it was trained.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{anywhere}", trust_remote_code=True)
-image = {call}.images[0]
-```
-"""
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
+SHORT_CARD = Path(__file__).parents[1] / "short_card.md"
 EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
 CARD_METRICS = {
     "accuracy": "Class accuracy",
@@ -49,17 +36,13 @@ def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) ->
     return ModelCard.from_template(data, template_path=str(template), **values)
 
 
-def write_results_to_card(
-    folder: Path, results: Sequence[Mapping[str, Any]], *, text: str, dataset: str, dataset_id: str
-) -> None:
+def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) -> None:
     """Write measured values into the card of a pipeline folder, as metadata and as text, replacing earlier ones.
 
     Args:
         folder: the pipeline folder.
-        results: entries of an evaluation report.
+        report: of an evaluation.
         text: Markdown for the card's section on evaluation.
-        dataset: what the images were measured against, in words.
-        dataset_id: its id on the Hub, or another name without spaces.
     """
     path = folder / CARD
     content = path.read_text(encoding="utf-8")
@@ -70,14 +53,14 @@ def write_results_to_card(
     measured = [
         EvalResult(
             task_type="unconditional-image-generation",
-            dataset_type=dataset_id,
-            dataset_name=dataset,
+            dataset_type=report["data"]["hub_id"] or report["data"]["fingerprint"][:16],
+            dataset_name=report["data"]["source"],
             metric_type=metric,
             metric_name=name,
             metric_value=round(result[metric], 5),
             metric_args={key: result[key] for key in settings if result[key] is not None},
         )
-        for result in results
+        for result in report["results"]
         for metric, name in CARD_METRICS.items()
         if result.get(metric) is not None
     ]
@@ -89,9 +72,8 @@ def write_results_to_card(
 
 def short_card(num_classes: int | None) -> str:
     """The card of a pipeline that has none."""
-    return SHORT_CARD.format(
-        anywhere=ANYWHERE, call="pipeline()" if num_classes is None else "pipeline(class_labels=[0])"
-    )
+    call = "pipeline()" if num_classes is None else "pipeline(class_labels=[0])"
+    return SHORT_CARD.read_text(encoding="utf-8").format(anywhere=ANYWHERE, call=call)
 
 
 def card_for(text: str, repo_id: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,19 @@ def commit_files(
     api: HfApi,
     repo_id: str,
     files: Mapping[str, Path | bytes],
-    is_stale: Callable[[str], bool],
+    mirrored: Collection[str],
     message: str,
     *,
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Put files into a repository as one commit on top of what is there, and remove what is stale.
+    """Put files into a repository as one commit on top of what is there, and remove what is left over.
 
     Args:
         api: the Hub's client.
         repo_id: the repository, `user/name`.
         files: paths or contents by name.
-        is_stale: of the names there that are not among `files`, which are to go.
+        mirrored: names, and folders that end in a slash: what is there of these and not among `files` is removed.
         message: title of the commit.
         create_pr: propose the commit instead.
         revision: the branch.
@@ -51,7 +51,8 @@ def commit_files(
         head = api.model_info(repo_id, revision=revision).sha
         there = api.list_repo_files(repo_id, revision=head)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-        operations += [CommitOperationDelete(name) for name in there if name not in files and is_stale(name)]
+        stale = [name for name in there if name in mirrored or name.partition("/")[0] + "/" in mirrored]
+        operations += [CommitOperationDelete(name) for name in stale if name not in files]
         try:
             base = None if create_pr else head
             commit = api.create_commit(

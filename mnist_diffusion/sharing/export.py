@@ -13,8 +13,7 @@ from PIL import Image
 from mnist_diffusion.files import replace_folder
 from mnist_diffusion.sharing.card import CARD, PICTURE, render_card
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-
-DEFAULTS = ("id2label", "num_inference_steps", "guidance_scale", "eta", "guidance_distilled")
+from mnist_diffusion.sharing.reading import index_arguments
 
 
 def export_pipeline(
@@ -32,8 +31,8 @@ def export_pipeline(
     def write(temporary: Path) -> None:
         # Safetensors refuses weights in channels-last order.
         unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
-        defaults = {name: pipeline.config[name] for name in DEFAULTS}
-        type(pipeline)(**{**pipeline.components, "unet": unet}, **defaults).save_pretrained(temporary)
+        values = {name: pipeline.config[name] for name in index_arguments(type(pipeline)) if name in pipeline.config}
+        type(pipeline)(**{**values, **pipeline.components, "unet": unet}).save_pretrained(temporary)
         if samples is not None:
             samples.save(temporary / PICTURE)
         render_card({**card, "samples": PICTURE if samples is not None else None}).save(temporary / CARD)

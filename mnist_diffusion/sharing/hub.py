@@ -31,9 +31,8 @@ RESUME_FILES = ("metrics.jsonl",)
 """Files of a run that, beside its checkpoint, are pushed to resume from."""
 EXPORTS = ("pipeline", "pipeline_best")
 """The folders that a run exports; snapshots are in a folder of their own."""
-PUSHED = {*PIPELINE_FILES, *RUN_FILES, SHIPPED_FILE.name, CARD, PICTURE}
-PUSHED_FOLDERS = ("unet/", "scheduler/")
-"""Of these and of the names above, what a push does not hold is removed from the repository."""
+PUSHED = {*PIPELINE_FILES, *RUN_FILES, SHIPPED_FILE.name, CARD, PICTURE, "unet/", "scheduler/"}
+"""Of these names and folders, what a push does not hold is removed from the repository."""
 
 
 def find_pipeline(source: Path) -> Path:
@@ -68,7 +67,7 @@ def files_to_push(folder: Path, repo_id: str, *, with_checkpoints: bool) -> dict
     card = file_within(folder, CARD).read_text(encoding="utf-8") if has_card else short_card(num_classes)
     found[CARD] = _named(card_for(card, repo_id), repo_id).encode()
     if with_checkpoints:
-        newest = None if run is None else newest_intact(run / CHECKPOINTS)
+        newest = None if run is None else newest_intact(run / CHECKPOINTS)[0]
         if newest is None:
             raise UserError(f"--with_checkpoints: there is no valid checkpoint to push with {folder}")
         found |= {f"{CHECKPOINTS}/{newest.name}/{file.name}": file for file in sorted(newest.iterdir())}
@@ -111,17 +110,13 @@ def push(
         HubError: the Hub refused or could not be reached. Nothing has changed there but that the repository may be new.
     """
     folder = find_pipeline(source)
-    mirrored = (*PUSHED_FOLDERS, f"{CHECKPOINTS}/") if with_checkpoints else PUSHED_FOLDERS
-
-    def is_stale(name: str) -> bool:
-        return name in PUSHED or name.startswith(mirrored)
-
+    mirrored = {*PUSHED, f"{CHECKPOINTS}/"} if with_checkpoints else PUSHED
     try:
         files_to_push(folder, repo_id, with_checkpoints=with_checkpoints)  # what is wrong is said before any change
         repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
         with hub_errors(repo_id, f"cannot push to {repo_id}"):
             files = files_to_push(folder, repo_id, with_checkpoints=with_checkpoints)
-            return commit_files(HfApi(), repo_id, files, is_stale, message, create_pr=create_pr, revision=revision)
+            return commit_files(HfApi(), repo_id, files, mirrored, message, create_pr=create_pr, revision=revision)
     except FileError as error:
         raise UserError(f"cannot push {source}: {error}") from error
 

@@ -18,10 +18,7 @@ from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
 from mnist_diffusion.sharing.commit import commit_files
 
 TrajectoryOutput = shipped.TrajectoryOutput
-guided_prediction = shipped.guided_prediction
 predicted_original_sample = shipped.predicted_original_sample
-rescale_guidance = shipped.rescale_guidance
-slerp = shipped.slerp
 
 SHIPPED_FILE = Path(shipped.__file__)
 """The pipeline code that every exported and pushed folder holds."""
@@ -140,24 +137,18 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             OSError: the Hub refused or could not be reached; nothing has changed there.
         """
 
-        def is_stale(name: str) -> bool:
-            return variant is None and name.startswith(("unet/", "scheduler/"))
-
-        api = HfApi(token=token)
+        api, mirrored = HfApi(token=token), ("unet/", "scheduler/") if variant is None else ()
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as temporary:
             self.save_pretrained(temporary, variant=variant)
             paths = [path for path in Path(temporary).rglob("*") if path.is_file()]
             files: dict[str, Path | bytes] = {path.relative_to(temporary).as_posix(): path for path in paths}
-            files[CARD] = card_for(self._card(token), repo_id).encode()
+            loaded = self._beside(CARD, token)
+            card = short_card(self.num_classes) if loaded is None else loaded.read_text(encoding="utf-8")
+            files[CARD] = card_for(card, repo_id).encode()
             if (picture := self._beside(PICTURE, token)) is not None:
                 files[PICTURE] = picture
-            return commit_files(api, repo_id, files, is_stale, commit_message, create_pr=create_pr, revision=revision)
-
-    def _card(self, token: str | None) -> str:
-        """The card of the folder or commit that this pipeline was loaded from, or a short one."""
-        loaded = self._beside(CARD, token)
-        return short_card(self.num_classes) if loaded is None else loaded.read_text(encoding="utf-8")
+            return commit_files(api, repo_id, files, mirrored, commit_message, create_pr=create_pr, revision=revision)
 
     def _beside(self, name: str, token: str | None) -> Path | None:
         """A file of the folder or commit that this pipeline was loaded from; None if there is none."""

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import struct
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ def folder_or_none(source: str) -> Path | None:
     return None
 
 
-def index_arguments(pipeline_class: type) -> Container[str]:
+def index_arguments(pipeline_class: type) -> Collection[str]:
     """The values that an index may hold: the arguments of the class."""
     return inspect.signature(pipeline_class).parameters
 

@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    parse_flag_from_env,
-)
+from accelerate import Accelerator, DistributedType, PartialState, utils
 
 from mnist_diffusion.config import ImagesConfig, RunConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
@@ -61,7 +54,7 @@ class Launch:
         Raises:
             LaunchError: they have not, as when one machine of several has no data and fell back.
         """
-        if len(found := {each[:16] for each in gather_object([fingerprint])}) > 1:
+        if len(found := {each[:16] for each in utils.gather_object([fingerprint])}) > 1:
             raise LaunchError(f"the processes read different {what}: fingerprints {sorted(found)}")
 
     def load_images(self, config: ImagesConfig, *, seed: int) -> ImageData:
@@ -89,7 +82,7 @@ def start_processes(config: RunConfig) -> PartialState:
     Raises:
         LaunchError: several processes that know nothing of each other, or an engine that is not supported.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
     announced = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if announced > 1 and state.num_processes == 1:
         raise LaunchError(
@@ -111,7 +104,7 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
         LaunchError: the folder holds something and the run is not a resumed one, or it is a file.
     """
     name = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    [folder] = broadcast_object_list([config.output_dir or name])
+    [folder] = utils.broadcast_object_list([config.output_dir or name])
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise LaunchError(f"output_dir={folder!r} is a file")
@@ -140,7 +133,7 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     if size % (count * micro):
         parts = f"{count} processes x train.gradient_accumulation_steps={micro}"
         raise LaunchError(f"data.batch_size={size} must be divisible by {parts}")
-    project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs"))
+    project = utils.ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs"))
     trackers = list(config.train.trackers)
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_config=project)
     if missing := set(trackers) - {str(tracker) for tracker in accelerator.log_with}:

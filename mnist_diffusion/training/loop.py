@@ -29,7 +29,7 @@ from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import replace_text
 from mnist_diffusion.run_folder.checkpoint import save_checkpoint
 from mnist_diffusion.run_folder.lock import RunFolder
-from mnist_diffusion.run_folder.metrics import MetricsLog
+from mnist_diffusion.run_folder.metrics import append_metrics, cut_metrics
 from mnist_diffusion.training import report
 from mnist_diffusion.training.launch import Launch
 from mnist_diffusion.training.length import expected_cost, learning_rate_at, plan_steps, steps_of_epochs
@@ -87,7 +87,7 @@ class TrainingLoop:
         self.step, self.progress = 0, Progress()
         self.started = time.perf_counter()
         self.measured: dict[str, float] = {}
-        self.held, self.log = RunFolder(self.folder), MetricsLog(self.folder / "metrics.jsonl")
+        self.held, self.log = RunFolder(self.folder), self.folder / "metrics.jsonl"
 
     # What a subclass adds. The main process calls these; `export` is the only one that it must have.
 
@@ -265,7 +265,7 @@ class TrainingLoop:
 
     def _open_folder(self) -> None:
         replace_text(self.folder / "config.yaml", self.reproducible_config().to_yaml())
-        self.log.cut_after(self.step)
+        cut_metrics(self.log, self.step)
 
     def _collect(self, pending: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
         """The lines of the steps since the last report, losses averaged over processes, in one exchange.
@@ -282,7 +282,7 @@ class TrainingLoop:
         lines: list[dict[str, Any]] = []
         for step, row in enumerate(values, self.step - len(values) + 1):
             if step == bad_step and train.on_non_finite == "stop":
-                self.processes.on_main(lambda: self.log.append(lines))
+                self.processes.on_main(lambda: append_metrics(self.log, lines))
                 cause = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
                 raise NonFiniteError(
                     f"step {step} was not finite ({cause}); the run stopped before saving anything of it. Resume from "
@@ -305,7 +305,7 @@ class TrainingLoop:
         tracked = {**lines[-1], "loss": self.progress.loss}
         tracked |= {f"loss_by_noise/{level}": value for level, value in enumerate(tracked.pop("loss_by_noise", []))}
         self.accelerator.log({name: value for name, value in tracked.items() if value is not None}, step=self.step)
-        self.processes.on_main(lambda: self.log.append(lines))
+        self.processes.on_main(lambda: append_metrics(self.log, lines))
 
     def _sample(self) -> None:
         if self.config.train.num_eval_images > 0:

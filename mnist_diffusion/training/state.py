@@ -148,15 +148,13 @@ class TrainState:
 
         The batch size does not depend on the run, so that runs can be compared.
         """
-        unet, train, test, device = self.average(), self.config.train, self.data.test, self.accelerator.device
-        total, count = 0.0, min(train.num_eval_images, len(test))
-        # The images may be sorted by class: spread the chosen ones over all of them.
-        for index, part in enumerate(test.spread(count).split(500)):
-            images = test.images[part]
+        unet, train, device, total = self.average(), self.config.train, self.accelerator.device, 0.0
+        chosen = self.data.test.spread(train.num_eval_images)
+        for index, (images, labels) in enumerate(zip(*(each.split(500) for each in chosen), strict=True)):
             draws = self.objective.draw(tuple(images.shape), seed=train.seed, step=index, device=device, held_out=True)
-            batch = self._batch(images, test.labels[part], *draws)
-            total += float(self.objective.loss(unet, batch).mean()) * len(part)
-        return total / count
+            batch = self._batch(images, labels, *draws)
+            total += float(self.objective.loss(unet, batch).mean()) * len(images)
+        return total / len(chosen[1])
 
     def measure_speed(self, seconds: float) -> float:
         """Updates per second on this machine, from real updates that are then undone.

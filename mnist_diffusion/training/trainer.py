@@ -9,21 +9,18 @@ from typing import Any
 from diffusers import UNet2DModel
 from PIL import Image
 
-from mnist_diffusion.config import RunConfig
-from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.transforms import to_uint8
-from mnist_diffusion.diffusion.objective import Objective
 from mnist_diffusion.diffusion.samplers import build_sampler
-from mnist_diffusion.evaluation.evaluate import Monitor
+from mnist_diffusion.evaluation.evaluate import monitor
+from mnist_diffusion.files import replace_picture
 from mnist_diffusion.pictures import pipelines, plots
 from mnist_diffusion.pictures.compare import frames_of_epochs, sheet_of_epochs
-from mnist_diffusion.pictures.grids import save_animation, save_picture
+from mnist_diffusion.pictures.grids import save_animation
 from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.run_folder.read import read_picture, sample_sheets
 from mnist_diffusion.sharing.export import export_pipeline
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training import report
-from mnist_diffusion.training.launch import Launch
 from mnist_diffusion.training.loop import TrainingLoop
 
 ANIMATED_PER_CLASS = 2
@@ -33,31 +30,22 @@ class Trainer(TrainingLoop):
     """One training run of a pipeline.
 
     Args:
-        launch: its processes, device and folder.
-        config: the run.
-        data: the images.
-        unet: the network, with the weights to start from.
-        objective: what it learns.
+        loop: what every [`TrainingLoop`] takes.
         make_pipeline: puts a pipeline around a network; it is drawn from, measured and exported with averaged weights.
         card: further values of the model card.
     """
 
     def __init__(
         self,
-        launch: Launch,
-        config: RunConfig,
-        data: ImageData,
-        unet: UNet2DModel,
-        objective: Objective,
+        *loop: Any,
         make_pipeline: Callable[[UNet2DModel], MNISTDiffusionPipeline],
-        *,
         card: Mapping[str, Any] | None = None,
     ):
-        super().__init__(launch, config, data, unet, objective)
+        super().__init__(*loop)
         self.average = make_pipeline(self.state.averaged_unet)
         self.average.set_progress_bar_config(disable=True)
         self.card = card or {}
-        self.monitor: Monitor | None = None
+        self.measure: Callable[[], dict[str, float]] = dict  # nothing, until `prepare`
 
     def pipeline(self) -> MNISTDiffusionPipeline:
         """The pipeline with the averaged weights of this step."""
@@ -68,13 +56,12 @@ class Trainer(TrainingLoop):
         """Get the evaluator and its reference ready, if images are to be measured."""
         train = self.config.train
         if train.evaluate_every is not None:
-            self.monitor = Monitor(self.average, self.data, num_images=train.num_evaluation_images, seed=train.seed)
+            self.measure = monitor(self.average, self.data, num_images=train.num_evaluation_images, seed=train.seed)
 
     def evaluate(self) -> None:
         """Measure images, and keep the pipeline if none was better."""
-        assert self.monitor is not None
         self.pipeline()
-        self.measured |= (found := self.monitor.measure())
+        self.measured |= (found := self.measure())
         metric, best = self.config.train.best_metric, self.progress.best
         if best is None or (found[metric] < best if metric == "fid" else found[metric] > best):
             self.progress.best = found[metric]
@@ -117,13 +104,13 @@ class Trainer(TrainingLoop):
         self._show("samples", sheet, self.folder / "samples" / f"step-{self.step:06d}.png")
         if train.pictures:
             self._show("denoising", pipelines.denoised(pipeline, names, seed=train.seed))
-            real = pipelines.spread(self.data, len(images))
+            real = self.data.train.spread(len(images))[0]
             self._show("pixel_histograms", plots.to_picture(plots.pixel_histograms(real, to_uint8(2 * images - 1))))
 
     def draw_curves(self) -> None:
         """What has been logged so far."""
         if self.config.train.pictures:
-            figure = plots.training_curves(read_metrics(self.log.path), title=f"Training, {self.recipe}")
+            figure = plots.training_curves(read_metrics(self.log), title=f"Training, {self.recipe}")
             self._show("training_curves", plots.to_picture(figure))
 
     def draw_animation(self) -> None:
@@ -142,8 +129,9 @@ class Trainer(TrainingLoop):
         self._save_frames(self.folder / "pictures" / "denoising.gif", columns)
 
     def _save_frames(self, path: Path, columns: int) -> None:
-        seed = self.config.train.seed
-        frames = pipelines.sheet_frames(self.pipeline(), self.data.class_names, columns=columns, seed=seed)
+        rows = pipelines.sheet_rows(self.pipeline(), self.data.class_names, columns, self.config.train.seed)
+        labels, seeds, names = rows
+        frames = pipelines.predicted_frames(self.average, labels, seeds, columns, row_labels=names)
         path.parent.mkdir(exist_ok=True)
         save_animation(frames, path)
 
@@ -151,5 +139,5 @@ class Trainer(TrainingLoop):
         """Save a picture, in `pictures/` if no other path is given, and send it to the trackers."""
         path = path or self.folder / "pictures" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        save_picture(picture, path)
+        replace_picture(picture, path)
         report.track_picture(self.accelerator, name, picture, self.step)

@@ -35,7 +35,6 @@ from mnist_diffusion.diffusion.distillation import (
     clipped_error,
     distillation_objective,
     draw_trajectories,
-    fingerprint,
     load_teacher,
     pseudo_huber,
     require_possible,
@@ -44,6 +43,7 @@ from mnist_diffusion.diffusion.distillation import (
     with_teachers_images,
 )
 from mnist_diffusion.diffusion.objective import Batch
+from mnist_diffusion.diffusion.pipeline import fingerprint
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.run_folder.metrics import read_metrics
@@ -300,7 +300,7 @@ class TestTeachers:
         assert (again.data, again.distillation) == (found.data, found.distillation)
         run(dataclasses.replace(again, output_dir=str(folder)), max_steps=4, resume=True)
         beside.write_text("data: 3")
-        with pytest.raises(TeacherError, match="does not say what images the teacher was trained on"):
+        with pytest.raises(UserError, match="does not say what images the run was trained on"):
             with_teachers_images(silent)
 
 

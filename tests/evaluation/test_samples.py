@@ -173,7 +173,7 @@ class TestDrawing:
             generator(make_pipeline(channels=3), letters)
         three = ImageSplit(letters.train.images[:3], torch.arange(3))
         backwards = ImageData(letters.train, letters.test, tuple(LETTERS[::-1]), "", "")
-        with pytest.raises(UserError, match=r"the pipeline's classes are a, b, .* but those of .* are j, i"):
+        with pytest.raises(UserError, match=r"class names: \('a', 'b', .* for the pipeline, but \('j', 'i'"):
             generator(pipeline, backwards)
         with pytest.raises(UserError, match=r"has 10 classes, but .* has 3"):
             generator(pipeline, ImageData(three, three, ("a", "b", "c"), "", ""))

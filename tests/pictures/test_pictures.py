@@ -212,7 +212,10 @@ def test_histograms_of_other_images(
 ) -> None:
     asked = ["--data.source", "digits", "--out", str(tmp_path)]
     assert main(["plot", "histograms", str(runs[0] / "pipeline"), *asked]) == 2
-    assert "draws images of (3, 16, 16) (C, H, W), but data.source='digits' has (1, 28, 28)" in capsys.readouterr().err
+    assert (
+        "images (C, H, W): (3, 16, 16) for the pipeline, but (1, 28, 28) for data.source='digits'"
+        in capsys.readouterr().err
+    )
 
 
 class TestCompare:

@@ -121,8 +121,8 @@ class TestPush:
     def test_measured_results_come_along(self, hub: HubServer, made_run: Path) -> None:
         measured = {"accuracy": 0.98765, "fid": 3.21, "fid_floor": 0.4, "scheduler": "ddim", "num_images": 100}
         result = {**measured, "num_inference_steps": 20, "guidance_scale": None}
-        about = {"text": "Measured: **98.77%**.", "dataset": "digits", "dataset_id": "digits"}
-        write_results_to_card(made_run / "pipeline", [result], **about)
+        report = {"results": [result], "data": {"source": "digits", "hub_id": "digits", "fingerprint": "0"}}
+        write_results_to_card(made_run / "pipeline", report, "Measured: **98.77%**.")
         push(made_run, NAME)
         card: Any = ModelCard(hub.repositories[NAME].files()["README.md"].decode())
         assert card.data.model_name == "digits"

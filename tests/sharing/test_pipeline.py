@@ -14,18 +14,18 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin, UNet2DModel
 from PIL import Image
 
+from mnist_diffusion.checks import SAMPLERS
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.pipeline import generate
-from mnist_diffusion.diffusion.samplers import SAMPLERS, build_sampler
+from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.sharing.pipeline import (
-    SHIPPED_FILE,
-    MNISTDiffusionPipeline,
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
     guided_prediction,
     predicted_original_sample,
     rescale_guidance,
 )
+from mnist_diffusion.sharing.pipeline import SHIPPED_FILE, MNISTDiffusionPipeline
 from tests.conftest import ALL_SAMPLERS, make_pipeline
 from tests.support.hub_server import HubServer
 

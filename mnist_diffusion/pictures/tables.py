@@ -1,0 +1,24 @@
+"""Tables of text, for the screen and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+
+def screen_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> Table:
+    """A table for the screen, all columns but the first aligned to the right."""
+    shown = Table()
+    for index, heading in enumerate(headings):
+        shown.add_column(heading, justify="right" if index else "left")
+    for row in table:
+        shown.add_row(*(escape(cell) for cell in row))
+    return shown
+
+
+def markdown(headings: Sequence[str], table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [headings, ["---"] * len(headings), *table]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
