@@ -42,6 +42,11 @@ ALL_SAMPLERS = [
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest, whose network is trained once, so that no other worker takes one of them over."""
+    items.sort(key=lambda item: item.path.name != "test_mnist.py")
+
+
 @pytest.fixture(scope="session")
 def mnist_folder() -> Path:
     """The real MNIST, where this machine has it."""

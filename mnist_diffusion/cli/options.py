@@ -102,7 +102,8 @@ def add_switch(parser: ArgumentParser, name: str, text: str) -> None:
 
 def add_options(parser: ArgumentParser, schema: type, *, skip: Collection[str] = ()) -> None:
     """Add an option for each field of a dataclass, with the field's docstring as help; a tuple takes several values."""
-    texts = {each.arg_name: each.description for each in docstring_parser.parse_from_object(schema).params}
+    documented = [docstring_parser.parse_from_object(base).params for base in reversed(schema.__mro__[:-1])]
+    texts = {each.arg_name: each.description for params in documented for each in params}
     hints = get_type_hints(schema)
     for each in fields(schema):
         name, hint = each.name, hints[each.name]

@@ -267,7 +267,7 @@ class TestTeachers:
         teacher, config = loaded(teacher_folder), student_config(teacher_folder, teacher_folder)
         others = [
             (load_images(DataConfig(source=str(image_folder)), seed=0), "16"),
-            (dataclasses.replace(digits, class_names=tuple("abcdefghij")), "a, b, c"),
+            (dataclasses.replace(digits, class_names=tuple("abcdefghij")), "'a', 'b', 'c'"),
             (dataclasses.replace(digits, class_names=digits.class_names[:7]), "7"),
         ]
         for data, named in others:

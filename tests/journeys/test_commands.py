@@ -61,25 +61,23 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "launch",
-    [
-        "accelerate",
-        "console",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate-config", "python")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["accelerate-config", "python", "console"])
 def test_every_way_to_launch(launch: str, tmp_path: Path) -> None:
-    result = command(*LAUNCHES[launch], *SHORT, cwd=tmp_path)
-    [folder] = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("tiny-")
-    assert (folder / "pipeline" / "model_index.json").is_file()
-    assert f'DiffusionPipeline.from_pretrained("{Path("runs") / folder.name / "pipeline"}"' in result.stdout
+    require_a_run(command(*LAUNCHES[launch], *SHORT, cwd=tmp_path).stdout, tmp_path)
 
 
-def test_printed_lines_work_as_they_stand(tmp_path: Path) -> None:
-    result = command(sys.executable, SCRIPT, *SHORT, "--output_dir", "run", cwd=tmp_path)
-    lines = [line.strip() for line in result.stdout.splitlines() if line.startswith("    ")]
+def require_a_run(printed: str, folder: Path) -> None:
+    [run] = (folder / "runs").iterdir()
+    assert run.name.startswith("tiny-")
+    assert (run / "pipeline" / "model_index.json").is_file()
+    assert f'DiffusionPipeline.from_pretrained("{Path("runs") / run.name / "pipeline"}"' in printed
+
+
+def test_launch_and_the_lines_that_it_prints(tmp_path: Path) -> None:
+    printed = command(*LAUNCHES["accelerate"], *SHORT, cwd=tmp_path).stdout
+    require_a_run(printed, tmp_path)
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
     assert len(lines) == 3
     command(sys.executable, "-c", "\n".join(lines), cwd=tmp_path)
     assert (tmp_path / "sample.png").is_file()
@@ -115,11 +113,15 @@ def test_dry_run_makes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_are_messages(tmp_path: Path) -> None:
-    """One line on the standard error, exit code 2, and nothing left behind; other errors are tried in process."""
-    result = command(sys.executable, SCRIPT, *SHORT, "--data.source", "/no/such", cwd=tmp_path, code=2)
-    assert "error: data.source='/no/such' was not found" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_errors_are_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on the standard error, exit code 2, and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train_cfg.main([*SHORT, "--data.source", "/no/such"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: data.source='/no/such' was not found")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,17 +166,6 @@ class TestTwoProcesses:
         for name, tensor in weights[0].items():
             torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=1e-3)
 
-    @pytest.mark.slow
-    def test_independent_runs_are_refused(self, tmp_path: Path) -> None:
-        if torch.cuda.is_available():
-            pytest.skip("with a GPU this launch is a good one")
-        config = tmp_path / "two_gpus.yaml"
-        config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n")
-        launch = [ACCELERATE, "launch", "--config_file", str(config), "--main_process_port", "0", SCRIPT]
-        result = command(*launch, *SHORT, "--output_dir", "run", cwd=tmp_path, code=1)
-        assert "2 independent runs writing over each other" in result.stderr
-        assert not (tmp_path / "run").exists()
-
     def test_processes_must_read_the_same_images(self, tmp_path: Path) -> None:
         script = tmp_path / "different.py"
         script.write_text(
@@ -191,12 +182,6 @@ class TestTwoProcesses:
             "the processes read different images: fingerprints ['0000000000000000', '1111111111111111']"
             in result.stderr
         )
-
-    @pytest.mark.slow
-    def test_batch_must_divide(self, tmp_path: Path) -> None:
-        launch = [TORCHRUN, "--standalone", "--nproc_per_node", "2", SCRIPT]
-        result = command(*launch, *SHORT, "--data.batch_size", "15", cwd=tmp_path, environment=CPU, code=1)
-        assert "data.batch_size=15 must be divisible by 2 processes" in result.stderr
 
 
 @pytest.mark.slow
@@ -217,48 +202,53 @@ def test_interrupt_and_resume(tmp_path: Path) -> None:
     resumed = [*SHORT, "--train.max_steps", more, "--output_dir", "run", "--train.resume", "true"]
     command(sys.executable, SCRIPT, *resumed, cwd=tmp_path)
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 3))
-    assert "Finished at step" in command(sys.executable, SCRIPT, *resumed, cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize("conditional", [True, False])
+DRAW = """
+import hashlib
+import importlib.abc
+import sys
+
+import torch
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mnist_diffusion":
+            raise ModuleNotFoundError(name)
+
+saved_by, *folders = sys.argv[1:]
+if saved_by == "plain":
+    sys.meta_path.insert(0, Missing())
+    from diffusers import DiffusionPipeline as Pipeline
+    trust = {"trust_remote_code": True}
+else:
+    from mnist_diffusion import MNISTDiffusionPipeline as Pipeline
+    trust = {}
+for folder in folders:
+    pipeline = Pipeline.from_pretrained(folder, **trust)
+    pipeline.save_pretrained(f"{folder}-{saved_by}")
+    named = {"class_labels": [3, "h"], "guidance_scale": 5} if pipeline.num_classes else {"num_images_per_label": 2}
+    start = {"generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    images = pipeline(**named, num_inference_steps=4, **start).images
+    print("conditional" in folder, hashlib.sha256(images.tobytes()).hexdigest())
+"""
+
+
 @pytest.mark.slow
-def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path, conditional: bool) -> None:
-    """The installed class, plain diffusers where the project cannot be imported, and a folder saved again."""
-    make_pipeline(conditional=conditional).save_pretrained(tmp_path / "folder")
-    labels = "class_labels=[3, 'h'], guidance_scale=5" if conditional else "num_images_per_label=2"
-    draw = (
-        f"images = pipeline({labels}, num_inference_steps=4, generator=torch.Generator().manual_seed(0), "
-        "output_type='np').images\n"
-        "print(hashlib.sha256(images.tobytes()).hexdigest())\n"
-    )
-    plain = (
-        "import hashlib, importlib.abc, sys, torch\n"
-        "class Missing(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] == 'mnist_diffusion': raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
-        "from diffusers import DiffusionPipeline\n"
-        "pipeline = DiffusionPipeline.from_pretrained({folder!r}, trust_remote_code=True)\n"
-    )
-    own = (
-        "import hashlib, torch\n"
-        "from mnist_diffusion import MNISTDiffusionPipeline\n"
-        "pipeline = MNISTDiffusionPipeline.from_pretrained({folder!r})\n"
-    )
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    environment = {"HF_HOME": str(tmp_path / "cache")}
-
-    def fingerprint(code: str, folder: Path, then: str = "") -> str:
-        arguments = [sys.executable, "-c", code.format(folder=str(folder)) + draw + then]
-        return command(*arguments, cwd=empty, environment=environment).stdout.split()[-1]
-
-    with_class = fingerprint(own, tmp_path / "folder", f"pipeline.save_pretrained({str(tmp_path / 'own')!r})")
-    with_diffusers = fingerprint(plain, tmp_path / "folder", f"pipeline.save_pretrained({str(tmp_path / 'plain')!r})")
-    assert with_class == with_diffusers
-    for saved_again in ("own", "plain"):
-        assert fingerprint(own, tmp_path / saved_again) == with_class
-        assert fingerprint(plain, tmp_path / saved_again) == with_class
+def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path) -> None:
+    """The installed class, plain diffusers where the project cannot be imported, and a folder saved again by each."""
+    folders = [tmp_path / name for name in ("conditional", "free")]
+    for folder, conditional in zip(folders, (True, False), strict=True):
+        make_pipeline(conditional=conditional).save_pretrained(folder)
+    (tmp_path / "draw.py").write_text(DRAW)
+    printed: list[str] = []
+    for saved_by in ("own", "plain", "own", "plain"):
+        names = [str(folder) for folder in folders]
+        drawn = command(sys.executable, "draw.py", saved_by, *names, cwd=tmp_path, environment={"HF_HOME": "cache"})
+        printed += drawn.stdout.splitlines()
+        folders = [folder.with_name(f"{folder.name}-{saved_by}") for folder in folders]
+    assert len(printed) == 8
+    assert len(set(printed)) == 2
 
 
 @pytest.mark.slow
@@ -270,11 +260,6 @@ def test_from_a_teacher_to_a_student_and_its_pictures(tmp_path: Path) -> None:
     assert "pipeline(class_labels=[3]).images" in told
     command(CONSOLE, "sample", "student/pipeline", "--num_images", "10", cwd=tmp_path)
     assert (tmp_path / "samples" / "grid.png").is_file()
-    scale = ["--guidance_scale", "5"]
-    refused = command(CONSOLE, "sample", "student/pipeline", *scale, cwd=tmp_path, code=2).stderr
-    assert "guidance at scale 1.5 was distilled into its weights" in refused
-    again = command(CONSOLE, "distill", "student/pipeline", "--out", "other", cwd=tmp_path, code=2).stderr
-    assert "is itself a student" in again
 
 
 @pytest.mark.slow

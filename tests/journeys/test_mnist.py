@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory: pytest.TempPathFactory, mnist_folder: Path) -> Path:
     """A shortened default run, with a snapshot at a quarter of it."""
     folder = tmp_path_factory.mktemp("mnist") / "run"
-    flags = ["--data.source", str(mnist_folder.resolve()), "--output_dir", str(folder), "--train.max_steps", "480"]
-    flags += ["--train.snapshot_every", "120 steps", "--train.sample_every", "null"]
+    flags = ["--data.source", str(mnist_folder.resolve()), "--output_dir", str(folder), "--train.max_steps", "240"]
+    flags += ["--train.snapshot_every", "60 steps", "--train.sample_every", "null"]
     command(ACCELERATE, "launch", SCRIPT, *flags, cwd=folder.parent, timeout=900)
     return folder
 
@@ -46,12 +46,12 @@ def load(folder: Path) -> MNISTDiffusionPipeline:
 
 def test_evaluate_finds_high_class_accuracy(run: Path, mnist_folder: Path, tmp_path: Path) -> None:
     data = ["--data.source", str(mnist_folder.resolve())]
-    flags = ["--num_images", "500", "--scheduler", "ddim", "--num_inference_steps", "20", "--out", "report"]
+    flags = ["--num_images", "200", "--scheduler", "ddim", "--num_inference_steps", "10", "--out", "report"]
     command(CONSOLE, "evaluate", str(run / "pipeline"), *data, *flags, "--write_card", cwd=tmp_path, timeout=900)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     [result] = report["results"]
     assert result["accuracy"] > 0.95
-    assert result["passes_per_image"] == 40
+    assert result["passes_per_image"] == 20
     assert not result["copies_suspected"]
     assert report["evaluator"]["origin"] == "shipped with the package"
     assert f"{result['fid']:.3f}" in (run / "pipeline" / "README.md").read_text()
@@ -61,17 +61,17 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
     """Real, then trained, then half-trained, then blurred, then noise."""
 
     def drawn(folder: Path) -> Sample:
-        generator = ImageGenerator(load(folder), reference.data, num_images=500, seed=0, batch_size=100)
+        generator = ImageGenerator(load(folder), reference.data, num_images=250, seed=0, batch_size=125)
         return generator.draw(generator.settings(None, None, 1.0))
 
     test = reference.data.test
-    chosen = torch.linspace(0, len(test) - 1, 500).round().long()
+    chosen = torch.linspace(0, len(test) - 1, 250).round().long()
     real, labels = test.images[chosen], test.labels[chosen]
     noise = torch.randint(0, 256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
     levels = {
         "real": Sample(real, labels),
         "trained": drawn(run / "pipeline"),
-        "half-trained": drawn(run / "snapshots" / "step-120"),
+        "half-trained": drawn(run / "snapshots" / "step-60"),
         "blurred": Sample(gaussian_blur(real, 15, 3.0), labels),
         "noise": Sample(noise, labels),
     }

@@ -518,6 +518,13 @@ def test_bad_runs_leave_nothing_behind(tmp_path: Path, train: Any, data: Any, me
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_know_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as a launcher for two GPUs sets it, where there are none
+    with pytest.raises(UserError, match="2 independent runs writing over each other"):
+        run(tiny_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match="is a file"):
