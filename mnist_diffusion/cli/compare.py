@@ -75,11 +75,10 @@ def _request(runs: Mapping[str, Any], values: Any) -> EvaluationRequest:
     data, split_seed = values.data, 0
     if data == ImagesConfig():
         # The same images whatever the seeds, if the source itself has held-out ones.
-        seen = [images_of_run(run.folder / "config.yaml") for run in runs.values()]
-        marks = [run.summary.get("data_fingerprint", seed) for run, (_, seed) in zip(runs.values(), seen, strict=True)]
-        if len({(images, mark) for (images, _), mark in zip(seen, marks, strict=True)}) > 1:
+        saw = [(run, *images_of_run(run.folder / "config.yaml")) for run in runs.values()]
+        if len({(images, run.summary.get("data_fingerprint", seed)) for run, images, seed in saw}) > 1:
             raise UserError("the runs saw different images; name those to measure against with --data.source")
-        data, split_seed = seen[0]
+        _, data, split_seed = saw[0]
     return EvaluationRequest(
         sources=tuple(str(folder) for folder in pipelines.values()),
         names=tuple(pipelines),
