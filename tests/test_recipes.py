@@ -79,20 +79,21 @@ def test_says_what_it_is_how_large_and_what_it_costs(name: str) -> None:
 
 def test_each_epoch_of_ddpm_200_is_a_snapshot_that_samples(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    small = ["--model.block_out_channels", "[8,8]", "--model.attention_levels", "[]"]
+    small = ["--model.block_out_channels", "[8,8]", "--model.attention_levels", "[]", "--data.image_size", "8"]
     epochs = ["--data.batch_size", "600", "--train.max_epochs", "2", "--train.max_steps", "null"]
     epochs += ["--sampling.num_inference_steps", "3"]
     assert train_cfg.main(["--config", "ddpm_200", *SHORT, *small, *epochs, "--output_dir", str(folder)]) == 0
     snapshots = sorted(path.name for path in (folder / "snapshots").iterdir())
     assert snapshots == ["step-3", "step-6"]
     pipeline = DiffusionPipeline.from_pretrained(folder / "snapshots" / "step-3", trust_remote_code=True)
-    assert pipeline([3], num_inference_steps=3, guidance_scale=1.8).images[0].size == (28, 28)
+    assert pipeline([3], num_inference_steps=3, guidance_scale=1.8).images[0].size == (8, 8)
     assert len(list((folder / "samples").glob("*.png"))) == 2
 
 
 def test_guided_300_animates_its_epochs(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     small = ["--model.block_out_channels", "[8,8]", "--data.batch_size", "600", "--train.max_epochs", "2"]
+    small += ["--data.image_size", "8"]
     asked = ["--train.max_steps", "null", "--train.animate_at_epochs", "[0.5,2]", "--train.pictures", "true"]
     asked += ["--sampling.num_inference_steps", "3"]
     assert train_cfg.main(["--config", "guided_300", *SHORT, *small, *asked, "--output_dir", str(folder)]) == 0

@@ -46,11 +46,12 @@ def load(folder: Path) -> MNISTDiffusionPipeline:
 
 def test_evaluate_finds_high_class_accuracy(run: Path, mnist_folder: Path, tmp_path: Path) -> None:
     data = ["--data.source", str(mnist_folder.resolve())]
-    flags = ["--num_images", "200", "--scheduler", "ddim", "--num_inference_steps", "10", "--out", "report"]
+    flags = ["--num_images", "200", "--scheduler", "ddim", "--num_inference_steps", "10"]
+    flags += ["--guidance_scale", "4", "--out", "report"]
     command(CONSOLE, "evaluate", str(run / "pipeline"), *data, *flags, "--write_card", cwd=tmp_path, timeout=900)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     [result] = report["results"]
-    assert result["accuracy"] > 0.95
+    assert result["accuracy"] > 0.93
     assert result["passes_per_image"] == 20
     assert not result["copies_suspected"]
     assert report["evaluator"]["origin"] == "shipped with the package"
