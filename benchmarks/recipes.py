@@ -23,6 +23,7 @@ from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.objective import diffusion_objective
 from mnist_diffusion.environment import machine_description, set_num_threads
+from mnist_diffusion.training.probe import seconds_per_image
 from mnist_diffusion.training.state import TrainState
 
 SMALL = ("default", "tiny", "ddpm_200", "compact_500", "guided_300")
@@ -93,7 +94,7 @@ def main(
 
 
 def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
-    """Parameters, and training images per second over real updates."""
+    """Parameters, and training images per second."""
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     config = parse_train_arguments(["--config", name, "--data.source", data, "--train.mixed_precision", "no"]).config
@@ -107,7 +108,7 @@ def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
     state = TrainState(config, Accelerator(), images, unet, objective)
     measured = {
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        "images_per_second": state.measure_speed(12.0) * config.data.batch_size,
+        "images_per_second": 1 / seconds_per_image(state, seconds=12.0),
         "machine": machine_description(state.accelerator.device, 1),
     }
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ from mnist_diffusion import checks
 from mnist_diffusion.checks import parse_interval, require, require_at_least, require_between, require_positive
 from mnist_diffusion.errors import ConfigError
 
+Line = tuple[int, int, float, float]
+"""A straight line of the learning rate: from a step to another, from a share of the peak to another."""
 TrajectorySampler = Literal["dpmpp", "unipc", "ddim"]
 TrackerName = Literal["tensorboard", "wandb"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
@@ -260,14 +262,18 @@ class TrainConfig:
     max_epochs: float | None = None
     """Stop after this many passes over the training images."""
     max_minutes: float | None = None
-    """Alone: plan as many steps as fit into this time at the speed measured at the start. With `max_steps` or
-    `max_epochs`: stop at this time. If none of the three is set: five minutes."""
+    """Alone: as many steps as fit into this time. With `max_steps` or `max_epochs`: stop at this time. If none of the
+    three is set: five minutes. Neither evaluations nor pauses of the machine count."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate falls after the warm-up. Where `max_minutes` alone ends the run, which does not know its
+    length, it stays constant, or else falls on a straight line in the last two fifths of the time."""
+    lr_lines: tuple[Line, ...] = ()
+    """The learning rate in place of `lr_schedule`: lines `[from step, to step, from share of the peak, to share]`, of
+    which the last that has begun counts. A run that `max_minutes` alone ends writes down here what it decides."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from 0."""
     final_lr_factor: float = 0.01
@@ -284,7 +290,8 @@ class TrainConfig:
     channels_last: bool = False
     """Keep convolution weights in channels-last memory order, which is faster on tensor cores and some CPUs."""
     num_threads: int | None = None
-    """CPU threads of each process; null divides the cores among the processes of this machine."""
+    """CPU threads of each process; null divides the cores among the processes of this machine, or takes one thread if
+    `max_minutes` alone ends the run and one is faster here."""
     ema_decay: float = 0.9995
     """Decay of the exponential moving average of the weights, which are the ones sampled and published."""
     ema_start_step: int = 0
@@ -332,6 +339,10 @@ class TrainConfig:
         require_at_least(50, "train", self, "num_evaluation_images")
         require(self.seed < 2**63, "train.seed", self.seed, "below 2**63")
         require(self.init_from != "", "train.init_from", "", "a pipeline folder, a Hub id or null")
+        starts = [line[0] for line in self.lr_lines]
+        possible = all(0 <= start < end and 0 <= min(share) <= max(share) <= 1 for start, end, *share in self.lr_lines)
+        rule = "lines [step, later step, share, share], each of which begins after the one before"
+        require(possible and starts == sorted(set(starts)), "train.lr_lines", list(self.lr_lines), rule)
         epochs = self.animate_at_epochs
         rule = "positive numbers in rising order"
         rising = list(epochs) == sorted(set(epochs)) and all(math.isfinite(epoch) and epoch > 0 for epoch in epochs)

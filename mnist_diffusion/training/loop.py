@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,15 +25,15 @@ from mnist_diffusion.checks import parse_interval
 from mnist_diffusion.config import HubConfig, RunConfig
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.diffusion.objective import Objective
-from mnist_diffusion.environment import package_versions
+from mnist_diffusion.environment import package_versions, set_num_threads
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import replace_text
 from mnist_diffusion.run_folder.checkpoint import save_checkpoint
 from mnist_diffusion.run_folder.lock import RunFolder
 from mnist_diffusion.run_folder.metrics import append_metrics, cut_metrics
-from mnist_diffusion.training import report
+from mnist_diffusion.training import length, report
 from mnist_diffusion.training.launch import Launch
-from mnist_diffusion.training.length import expected_cost, learning_rate_at, plan_steps, steps_of_epochs
+from mnist_diffusion.training.probe import choose_threads, expected_cost
 from mnist_diffusion.training.processes import Processes
 from mnist_diffusion.training.publish import Publisher
 from mnist_diffusion.training.resume import load_newest
@@ -40,6 +41,10 @@ from mnist_diffusion.training.signals import StopRequest, stop_signals
 from mnist_diffusion.training.state import TrainState
 
 NEVER = 2**62
+SECONDS_TO_WRITE = 2.0
+"""For checkpoint, export and plots at the end of a run."""
+PASSES_PER_UPDATE = 3
+"""Network passes that an update of one image is worth: forward, and backward to inputs and to weights."""
 
 
 class NonFiniteError(UserError):
@@ -51,8 +56,8 @@ class Progress:
     """Where a run stands; a checkpoint holds it.
 
     Args:
-        planned_steps: how many updates the learning rate is shaped for.
-        seconds: training time of earlier launches, planning included.
+        planned_steps: how many updates the learning rate is shaped for; 0 while the time has not decided it.
+        seconds: training time of earlier launches.
         best: the best value of `train.best_metric` so far.
         loss: mean loss since the report before the last.
         held_out_loss: loss on held-out images when samples were last drawn.
@@ -85,7 +90,7 @@ class TrainingLoop:
         self.state = TrainState(config, self.accelerator, data, unet, objective)
         self.processes = Processes(self.accelerator)
         self.step, self.progress = 0, Progress()
-        self.started = time.perf_counter()
+        self.clock = length.Clock()
         self.measured: dict[str, float] = {}
         self.held, self.log = RunFolder(self.folder), self.folder / "metrics.jsonl"
 
@@ -116,6 +121,10 @@ class TrainingLoop:
         """Write the averaged weights, in place of what `folder` may hold, in a form that others load."""
         raise NotImplementedError
 
+    def passes_at_the_end(self) -> int:
+        """Network passes over one image, in drawing and measuring, that come when the last step is done."""
+        return self.config.train.num_eval_images
+
     def usage(self) -> str:
         """Lines of Python that load and use what was exported."""
         return ""
@@ -138,19 +147,20 @@ class TrainingLoop:
         return code
 
     def _train(self) -> int:
-        self.started = time.perf_counter()
+        self.clock = length.Clock()
         resume = self.config.train.resume
         try:
             if resume:
                 self.processes.on_main(lambda: self.held.hold(resume=True))
                 self._resume()
             if self.step == 0:
-                self.progress.planned_steps = plan_steps(self.state, seconds_used=self.seconds)
+                self.progress.planned_steps = length.planned_steps(self.config, len(self.data.train))
             self.config = self._resolved()
             if self.step >= self.last_step:
                 self.processes.on_main(self._complete)
                 return 0
             self.processes.on_main(self.prepare)
+            self.clock.passed()  # as the time of evaluations, that of getting ready for them is not counted
             if not resume:
                 self.processes.on_main(lambda: self.held.hold(resume=False))
             return self._loop()
@@ -159,7 +169,6 @@ class TrainingLoop:
 
     def _loop(self) -> int:
         """Step, report, save, until done; the exit code."""
-        train = self.config.train
         self.processes.on_main(self._open_folder)
         report.start_trackers(self)
         if self.step == 0:
@@ -168,9 +177,11 @@ class TrainingLoop:
         since, signal_number = time.perf_counter(), 0
         with stop_signals() as stop, self._progress_bar() as bar:
             while self.step < self.last_step:
-                rate = learning_rate_at(train, self.step, self.progress.planned_steps)
+                rate = length.learning_rate_at(self.config.train, self.step, self.progress.planned_steps)
+                self.clock.now()
                 pending.append(self.state.update(self.step, rate))
                 self.step += 1
+                self.clock.end_step()
                 bar.update()
 
                 signal_number, over = self._is_over(stop)
@@ -179,7 +190,10 @@ class TrainingLoop:
                     lines = self._collect(pending)
                     speed = len(lines) * self.config.data.batch_size / (time.perf_counter() - since)
                     lines[-1]["images_per_second"] = round(speed, 1)
-                    self._do(due, sample=self._sample, evaluate=self.evaluate)
+                    self._do(due, sample=self._sample)
+                    self.clock.now()
+                    self._do(due, evaluate=self.evaluate)
+                    self.clock.passed()  # an evaluation's time comes on top
                     self._log(lines)
                     self._do(due, sample=self.draw_curves)
                     bar.set_postfix(loss=f"{self.progress.loss:.4f}", img_s=f"{speed:.0f}")
@@ -206,10 +220,27 @@ class TrainingLoop:
 
     def _is_over(self, stop: StopRequest) -> tuple[int, bool]:
         """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
-        limit = self.config.train.time_limit_minutes
-        late = limit is not None and self.seconds > 60 * limit
-        signal_number, out_of_time = self.processes.largest(stop.number, int(late))
-        return signal_number, bool(signal_number or out_of_time) or self.step == self.last_step
+        train, limit, line = self.config.train, self.config.train.time_limit_minutes, None
+        left = math.inf if limit is None else 60 * limit - self.seconds
+        if self.timed:
+            left -= self.seconds_at_the_end()
+            if self.processes.main:
+                speed = 1 / self.clock.step_seconds
+                line = length.next_line(train, self.step, used=self.clock.counted, left=left, speed=speed)
+        signal_number, late, decided = self.processes.largest(stop.number, int(left <= 0), int(line is not None))
+        if decided:
+            [line] = broadcast_object_list([line])
+            self._decide(lr_lines=(*train.lr_lines, line))
+        over = bool(late) or self.step == self.last_step
+        if over and self.timed and not signal_number:  # from here on, a run of so many steps
+            self._decide(max_steps=self.step, max_minutes=None)
+        return signal_number, over or signal_number > 0
+
+    def _decide(self, **train: Any) -> None:
+        """Change the configuration, and write it down before anything depends on it."""
+        self.config = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, **train))
+        self.progress.planned_steps = length.planned_steps(self.config, len(self.data.train))
+        self.processes.on_main(self._write_config)
 
     def _due(self, *, over: bool, interrupted: bool) -> set[str]:
         """What comes after this step."""
@@ -236,16 +267,26 @@ class TrainingLoop:
 
     @property
     def seconds(self) -> float:
-        """Training time over all launches, planning included."""
-        return self.progress.seconds + time.perf_counter() - self.started
+        """Training time over all launches."""
+        return self.clock.now()
+
+    @property
+    def timed(self) -> bool:
+        """Whether the time alone ends the run."""
+        return self.config.train.max_steps is None and self.config.train.max_epochs is None
+
+    def seconds_at_the_end(self) -> float:
+        """How long it will take to draw, measure and write when the last step is done."""
+        a_pass = self.clock.step_seconds / (PASSES_PER_UPDATE * self.config.data.batch_size)
+        return SECONDS_TO_WRITE + self.passes_at_the_end() * a_pass
 
     @property
     def last_step(self) -> int:
         """The step at which the run is finished."""
-        planned = self.progress.planned_steps
+        planned = self.progress.planned_steps or NEVER
         if (epochs := self.config.train.max_epochs) is None:
             return planned
-        return min(planned, steps_of_epochs(epochs, len(self.data.train), self.config.data.batch_size))
+        return min(planned, length.steps_of_epochs(epochs, len(self.data.train), self.config.data.batch_size))
 
     def reproducible_config(self) -> RunConfig:
         """The configuration to save: a run from it is this run again, in a folder of its own, and is not published."""
@@ -255,16 +296,21 @@ class TrainingLoop:
     # The steps of the loop.
 
     def _resolved(self) -> RunConfig:
-        """The configuration with what the run has decided: the planned steps, the precision, the source."""
+        """The configuration with what the run decides at its start: the precision, the source, and if it is timed
+        the threads and the warm-up."""
         train = self.config.train
-        if train.max_steps is None and train.max_epochs is None:
-            train = dataclasses.replace(train, max_steps=self.progress.planned_steps, max_minutes=None)
+        if self.timed:
+            lines, threads = train.lr_lines or length.warm_up(train), train.num_threads or choose_threads(self.state)
+            train = dataclasses.replace(train, num_threads=threads, lr_lines=lines)
         train = dataclasses.replace(train, mixed_precision=self.accelerator.mixed_precision)
         data = dataclasses.replace(self.config.data, source=self.config.data.source or self.data.source_id)
         return dataclasses.replace(self.config, train=train, data=data)
 
-    def _open_folder(self) -> None:
+    def _write_config(self) -> None:
         replace_text(self.folder / "config.yaml", self.reproducible_config().to_yaml())
+
+    def _open_folder(self) -> None:
+        self._write_config()
         cut_metrics(self.log, self.step)
 
     def _collect(self, pending: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
@@ -290,7 +336,7 @@ class TrainingLoop:
                     "train.max_grad_norm, or with train.on_non_finite=skip"
                 )
             finite = {name: value if math.isfinite(value) else None for name, value in zip(names, row, strict=True)}
-            rate = learning_rate_at(train, step - 1, self.progress.planned_steps)
+            rate = length.learning_rate_at(train, step - 1, self.progress.planned_steps)
             lines.append({"step": step, "epoch": round(self._epochs(step), 4), **finite, "learning_rate": rate})
         return lines
 
@@ -343,12 +389,15 @@ class TrainingLoop:
         self.state.restore(checkpoint)
         self.step = checkpoint.step
         self.progress = Progress(**{each.name: checkpoint.state[each.name] for each in dataclasses.fields(Progress)})
-        train = self.config.train
-        if train.max_steps is not None or train.max_epochs is not None:
-            self.progress.planned_steps = plan_steps(self.state, seconds_used=self.seconds)
-        else:
-            planned = self.progress.planned_steps
-            self.accelerator.print(f"{planned} steps were planned; --train.max_steps sets another length")
+        self.clock = length.Clock(self.progress.seconds)
+        if self.timed:  # no other length is asked for: as it was, with what has been decided
+            train, then = self.config.train, checkpoint.state["config"]["train"]
+            kept = {name: then[name] for name in ("max_steps", "max_epochs")}
+            kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "num_threads", "lr_lines")}
+            kept["lr_lines"] = tuple(map(tuple, kept["lr_lines"]))
+            self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **kept))
+            set_num_threads(kept["num_threads"])
+        self.progress.planned_steps = length.planned_steps(self.config, len(self.data.train))
         self.accelerator.print(f"Resuming from {checkpoint.path}")
 
     def _finish(self, signal_number: int) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mnist_diffusion.training.loop import TrainingLoop
     from mnist_diffusion.training.trainer import Trainer
 
+ENOUGH_WARMUPS = 3
+"""How many times as many steps as its warm-up a run that the time ended must have made, or a warning is given."""
 IMBALANCE = 3.0
 """If a class is so many times as large as another, a hint is given."""
 
@@ -110,6 +112,11 @@ def summarise(loop: TrainingLoop, signal_number: int) -> None:
     print(f"\n{ended} at step {loop.step} after {loop.seconds / 60:.1f} minutes: loss {progress.loss:.4f}{held_out}")
     if data.notice:
         print(f"\nNOTICE: {data.notice}")
+    train = loop.config.train
+    if train.lr_lines and loop.step < ENOUGH_WARMUPS * train.warmup_steps and not signal_number:
+        few = f"Only {loop.step} steps fitted into the time; this recipe needs far more for images that can be read."
+        advice = "Close other programs, or train longer: --train.max_minutes 20, say."
+        print(f"\n{'!' * 100}\nTOO FEW STEPS. {few} {advice}\n{'!' * 100}")
     shown = " and ".join(str(folder / name) for name in ("samples", "pictures") if (folder / name).is_dir())
     pictures = f"Pictures are in {shown}. " if shown else ""
     print(f"\n{pictures}Load and use the result with:\n\n{indent(loop.usage(), '    ')}\n")

@@ -18,7 +18,8 @@ ABOUT_IMAGES = ("data.in_memory", *(f"data.{name}" for name in IMAGE_FIELDS))
 """How the images are found and brought to one shape; their fingerprint decides whether they are the same."""
 LAUNCH = ("output_dir", "train.resume")
 """Where the run is, which is no change."""
-DECIDED = ("train.max_steps", "train.max_epochs", "train.max_minutes", "train.mixed_precision")
+LENGTH = ("train.max_steps", "train.max_epochs", "train.max_minutes")
+DECIDED = (*LENGTH, "train.mixed_precision", "train.num_threads")
 """What a run decides for itself where nothing is asked: null is no change."""
 
 
@@ -79,5 +80,5 @@ def differences(before: Any, after: Any, name: str = "") -> dict[str, str]:
         for key in dict.fromkeys([*before, *after]):
             found |= differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
         return found
-    unasked = after is None and name in DECIDED
+    unasked = (after is None and name in DECIDED) or name == "train.lr_lines"
     return {} if before == after or unasked or name in LAUNCH else {name: f"{name} was {before!r}, now {after!r}"}

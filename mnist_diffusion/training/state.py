@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -156,37 +154,16 @@ class TrainState:
             total += float(self.objective.loss(unet, batch).mean()) * len(images)
         return total / len(chosen[1])
 
-    def measure_speed(self, seconds: float) -> float:
-        """Updates per second on this machine, from real updates that are then undone.
-
-        Every process takes part; all get the main process's figure.
-
-        Args:
-            seconds: how long to measure; the first third is warm-up and not counted.
-        """
-        scaler_state = self._scaler_state()
-        self.ema.store(self.unet.parameters())
-        self._updates_per_second(seconds / 3)
-        speed = self._updates_per_second(2 * seconds / 3)
-        self.ema.restore(self.unet.parameters())
-        self._update_average(0)
-        self.ema.optimization_step = 0
-        self.optimizer.state.clear()
-        self._restore_scaler(scaler_state)
-        self.first_bad_step.fill_(-1)
-        self.by_noise.zero_()
-        return speed
-
-    def _updates_per_second(self, seconds: float) -> float:
-        speed, done, started = None, 0, time.perf_counter()
-        while speed is None:
-            self.update(done, 0.0)
-            done += 1
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            taken = time.perf_counter() - started
-            [speed] = broadcast_object_list([done / taken if taken >= seconds else None])
-        return speed
+    def passes(self, count: int) -> None:
+        """A forward and a backward pass over `count` images of the first batch, which changes nothing."""
+        images, labels = draw_batch(self.data.train, self.config.data, seed=0, step=0, part=slice(0, count))
+        draws = self.objective.draw(tuple(images.shape), seed=0, step=0, device=self.accelerator.device)
+        self.model.train()
+        with self.accelerator.no_sync(self.model):
+            self.accelerator.backward(self.objective.loss(self.model, self._batch(images, labels, *draws)).mean())
+        self.optimizer.zero_grad()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _scaler_state(self) -> dict[str, Any] | None:
         return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()

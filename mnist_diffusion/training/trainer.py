@@ -47,6 +47,12 @@ class Trainer(TrainingLoop):
         self.card = card or {}
         self.measure: Callable[[], dict[str, float]] = dict  # nothing, until `prepare`
 
+    def passes_at_the_end(self) -> int:
+        """Those of the held-out loss, the sample sheet, the strip, and the animation, which show every step."""
+        train, classes = self.config.train, min(self.data.num_classes, pipelines.MAX_ROWS)
+        drawn = classes * (train.samples_per_class + (3 if train.pictures else 0))
+        return super().passes_at_the_end() + 2 * drawn * self.config.sampling.num_inference_steps
+
     def pipeline(self) -> MNISTDiffusionPipeline:
         """The pipeline with the averaged weights of this step."""
         self.state.average()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,10 +28,7 @@ from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training import loop
-from mnist_diffusion.training import state as state_module
 from mnist_diffusion.training.launch import build_accelerator
-from mnist_diffusion.training.length import learning_rate_at, steps_of_epochs
 from mnist_diffusion.training.state import TrainState
 from tests.conftest import tiny_config
 
@@ -68,32 +63,6 @@ def make_state(config: Config, tmp_path: Path) -> TrainState:
     scheduler = build_noise_scheduler(config.diffusion)
     objective = diffusion_objective(config.diffusion, scheduler, null_class=data.num_classes)
     return TrainState(config, build_accelerator(config, tmp_path), data, unet, objective)
-
-
-class TestLearningRate:
-    @pytest.mark.parametrize("lr_schedule", ["constant", "linear", "cosine", "exponential"])
-    def test_ends(self, lr_schedule: Any) -> None:
-        config = TrainConfig(lr_schedule=lr_schedule, learning_rate=2.0, warmup_steps=10, final_lr_factor=0.1)
-        assert learning_rate_at(config, 0, 100) == pytest.approx(0.2)
-        assert learning_rate_at(config, 9, 100) == pytest.approx(2.0)
-        assert learning_rate_at(config, 10, 100) == pytest.approx(2.0)
-        last = learning_rate_at(config, 100, 100)
-        assert last == pytest.approx(2.0 if lr_schedule == "constant" else 0.2)
-        middle = {"constant": 2.0, "linear": 1.1, "cosine": 1.1, "exponential": 2 * 0.1**0.5}[lr_schedule]
-        assert learning_rate_at(config, 55, 100) == pytest.approx(middle)
-
-    def test_against_torch(self) -> None:
-        config = TrainConfig(learning_rate=1.0, warmup_steps=0, final_lr_factor=0.01)
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.01)
-        for step in range(50):
-            assert learning_rate_at(config, step, 50) == pytest.approx(reference.get_last_lr()[0])
-            optimizer.step()
-            reference.step()
-
-    def test_epochs(self) -> None:
-        assert steps_of_epochs(2, 100, 30) == 7
-        assert steps_of_epochs(0.01, 10, 64) == 1
 
 
 @pytest.fixture(scope="module")
@@ -267,59 +236,6 @@ class TestEvaluation:
         assert "accuracy" not in last
         with pytest.raises(UserError, match=r"train.best_metric='accuracy' needs model.class_conditional=true"):
             dataclasses.replace(config, model=model, train=TrainConfig(best_metric="accuracy"))
-
-
-class TestLength:
-    def test_epochs(self, tmp_path: Path) -> None:
-        config = tiny_config(max_steps=None, max_epochs=0.01)
-        assert len(losses(run(config, tmp_path / "run"))) == steps_of_epochs(0.01, 1617, 8)
-
-    def test_epoch_intervals(self, tmp_path: Path) -> None:
-        config = tiny_config(max_steps=12, checkpoint_every="0.02 epochs", keep_checkpoints=9)
-        folder = run(config, tmp_path / "run")
-        steps = sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
-        assert steps == [5, 9, 12]  # 0.02 epochs are 32.3 images, 4.04 steps; and the end
-
-    @pytest.fixture
-    def quick_clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A clock of the run's own, on which a tenth of a second passes whenever it is read."""
-        ticks = itertools.count()
-        clock = SimpleNamespace(perf_counter=lambda: next(ticks) / 10)
-        for module in (loop, state_module):
-            monkeypatch.setattr(module, "time", clock)
-
-    @pytest.mark.usefixtures("quick_clock")
-    def test_minutes_alone_are_planned_and_written_down(self, tmp_path: Path) -> None:
-        folder = run(tiny_config(max_steps=None, max_minutes=0.13), tmp_path / "run")
-        saved = yaml.safe_load((folder / "config.yaml").read_text())["train"]
-        planned = json.loads((folder / "summary.json").read_text())["planned_steps"]
-        assert saved["max_steps"] == planned == len(losses(folder))
-        assert saved["max_minutes"] is None
-        assert planned > 5
-        state = json.loads((folder / "checkpoints" / f"step-{planned}" / "state.json").read_text())
-        assert state["planned_steps"] == planned
-
-    @pytest.mark.usefixtures("quick_clock")
-    def test_minutes_beside_steps_cut_the_run(self, tmp_path: Path) -> None:
-        folder = run(tiny_config(max_steps=100_000, max_minutes=0.02), tmp_path / "run")
-        summary = json.loads((folder / "summary.json").read_text())
-        assert not summary["finished"]
-        assert 1 < summary["step"] < 20
-        assert summary["planned_steps"] == 100_000
-        assert (folder / "pipeline" / "model_index.json").is_file()
-
-    @pytest.mark.usefixtures("quick_clock")
-    def test_measuring_leaves_no_trace(self, tmp_path: Path) -> None:
-        config = tiny_config()
-        measured, plain = make_state(config, tmp_path), make_state(config, tmp_path)
-        assert measured.measure_speed(0.1) > 0
-        for state in (measured, plain):
-            for step in range(3):
-                state.update(step, 0.01)
-        for mine, theirs in zip(measured.unet.parameters(), plain.unet.parameters(), strict=True):
-            assert torch.equal(mine, theirs)
-        for mine, theirs in zip(measured.average().parameters(), plain.average().parameters(), strict=True):
-            assert torch.equal(mine, theirs)
 
 
 class TestTrainState:

@@ -1,0 +1,87 @@
+"""Look at the network at work for a moment, before a run: its speed, its memory, and how many threads pay here."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from mnist_diffusion.training.length import planned_steps
+from mnist_diffusion.training.state import TrainState
+
+PROBE_SECONDS = 1.0
+"""How long one measurement takes, if a single image does not take longer."""
+GAIN = 1.1
+"""How many times as fast all threads must be to be taken in place of one, which other programs disturb less."""
+BYTES_PER_PARAMETER = 24
+"""Weights, gradients, two moments of AdamW, the average and its copy, in float32."""
+
+
+def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS, most: float | None = None) -> float:
+    """How long a forward and a backward pass take per image, changing nothing.
+
+    Args:
+        state: the network and its images.
+        seconds: how long to measure; the first pass, in which memory is found, is not counted.
+        most: give up, with what was found, when an image takes longer than this.
+    """
+    size, best, started = 1, 0.0, time.perf_counter()
+    largest = max(1, state.config.data.batch_size // state.accelerator.num_processes)
+    while time.perf_counter() - started < seconds or best == 0.0:
+        state.passes(size)
+        before = time.perf_counter()
+        state.passes(size)
+        taken = (time.perf_counter() - before) / size
+        best = min(best, taken) if size == largest and best else taken
+        if most is not None and best > most:
+            break
+        size = min(4 * size, largest)
+    return best
+
+
+def choose_threads(state: TrainState) -> int:
+    """One thread, or as many as there are, by what is faster now: threads that wait for each other are far slower."""
+    threads = torch.get_num_threads()
+    if threads == 1 or state.accelerator.device.type != "cpu":
+        return threads
+    torch.set_num_threads(1)
+    one = seconds_per_image(state)
+    torch.set_num_threads(threads)
+    chosen = threads if GAIN * seconds_per_image(state, most=2 * one) < one else 1
+    [chosen] = broadcast_object_list([chosen])
+    torch.set_num_threads(chosen)
+    return int(chosen)
+
+
+def expected_cost(state: TrainState) -> str:
+    """Steps, minutes and memory that the run would take here, from passes over a few images."""
+    config, train = state.config, state.config.train
+    size = config.data.batch_size
+    speed = 1 / (size * seconds_per_image(state, seconds=2 * PROBE_SECONDS))
+    minutes = train.time_limit_minutes
+    steps = planned_steps(config, len(state.data.train)) or max(1, round(60 * (minutes or 0.0) * speed))
+    expected = steps / speed / 60
+    limited = f", cut at {minutes:g} minutes" if minutes is not None and minutes < 0.99 * expected else ""
+    parameters = sum(parameter.numel() for parameter in state.unet.parameters())
+    micro = size // (state.accelerator.num_processes * train.gradient_accumulation_steps)
+    gigabytes = (BYTES_PER_PARAMETER * parameters + micro * _activation_bytes(state)) / 1e9
+    return (
+        f"expected     {steps} steps at {speed * size:.2g} images/s: about {expected:.1f} minutes{limited}\n"
+        f"memory       about {gigabytes:.1f} GB for weights, optimizer and activations"
+    )
+
+
+def _activation_bytes(state: TrainState) -> int:
+    """What a forward pass over one image keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for parameter in state.unet.parameters():
+        kept[parameter.untyped_storage().data_ptr()] = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        state.passes(1)
+    return sum(kept.values())

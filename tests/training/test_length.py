@@ -1,0 +1,179 @@
+"""How long a run is and how its learning rate changes, on a clock that the updates move."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+
+from mnist_diffusion.cli.options import parse_train_arguments
+from mnist_diffusion.config import TrainConfig
+from mnist_diffusion.run_folder.metrics import read_metrics
+from mnist_diffusion.training import length, loop
+from mnist_diffusion.training.length import learning_rate_at, steps_of_epochs
+from mnist_diffusion.training.probe import expected_cost, seconds_per_image
+from mnist_diffusion.training.state import TrainState
+from tests.conftest import tiny_config
+from tests.training.test_training import losses, make_state, run
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> None:
+    """Accelerate keeps device and precision for the life of a process; each test here is a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize("lr_schedule", ["constant", "linear", "cosine", "exponential"])
+    def test_ends(self, lr_schedule: Any) -> None:
+        config = TrainConfig(lr_schedule=lr_schedule, learning_rate=2.0, warmup_steps=10, final_lr_factor=0.1)
+        assert learning_rate_at(config, 0, 100) == pytest.approx(0.2)
+        assert learning_rate_at(config, 9, 100) == pytest.approx(2.0)
+        assert learning_rate_at(config, 10, 100) == pytest.approx(2.0)
+        last = learning_rate_at(config, 100, 100)
+        assert last == pytest.approx(2.0 if lr_schedule == "constant" else 0.2)
+        middle = {"constant": 2.0, "linear": 1.1, "cosine": 1.1, "exponential": 2 * 0.1**0.5}[lr_schedule]
+        assert learning_rate_at(config, 55, 100) == pytest.approx(middle)
+
+    def test_against_torch(self) -> None:
+        config = TrainConfig(learning_rate=1.0, warmup_steps=0, final_lr_factor=0.01)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.01)
+        for step in range(50):
+            assert learning_rate_at(config, step, 50) == pytest.approx(reference.get_last_lr()[0])
+            optimizer.step()
+            reference.step()
+
+    def test_epochs(self) -> None:
+        assert steps_of_epochs(2, 100, 30) == 7
+        assert steps_of_epochs(0.01, 10, 64) == 1
+
+
+@dataclasses.dataclass
+class FakeClock:
+    """A time, and how long the update after so many others takes at that time."""
+
+    now: float = 0.0
+    step_seconds: Callable[[int, float], float] = lambda step, now: 1.0
+
+
+class TestLength:
+    def test_epochs(self, tmp_path: Path) -> None:
+        config = tiny_config(max_steps=None, max_epochs=0.01)
+        assert len(losses(run(config, tmp_path / "run"))) == steps_of_epochs(0.01, 1617, 8)
+
+    def test_epoch_intervals(self, tmp_path: Path) -> None:
+        config = tiny_config(max_steps=12, checkpoint_every="0.02 epochs", keep_checkpoints=9)
+        folder = run(config, tmp_path / "run")
+        steps = sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+        assert steps == [5, 9, 12]  # 0.02 epochs are 32.3 images, 4.04 steps; and the end
+
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+        """A run's clock that only its updates move."""
+        clock, update = FakeClock(), TrainState.update
+
+        def timed_update(self: TrainState, step: int, learning_rate: float) -> dict[str, torch.Tensor]:
+            clock.now += clock.step_seconds(step, clock.now)
+            return update(self, step, learning_rate)
+
+        monkeypatch.setattr(length, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        monkeypatch.setattr(TrainState, "update", timed_update)
+        monkeypatch.setattr(loop, "choose_threads", lambda state: 1)
+        return clock
+
+    @pytest.mark.parametrize(
+        "step_seconds",
+        [
+            lambda step, now: 1.0,
+            lambda step, now: 1.0 if now < 60 else 2.0,
+            lambda step, now: 0.5 if now < 130 else 5.0,
+            lambda step, now: 10.0 if now < 40 else 1.0,
+            lambda step, now: 0.5 if now < 100 or now > 180 else 5.0,
+            lambda step, now: 3600.0 if step == 70 else 1.0,
+        ],
+        ids=["steady", "twice as slow", "ten times as slow", "slow at first", "slow between", "suspended for an hour"],
+    )
+    def test_the_time_holds_whatever_the_load(self, tmp_path: Path, clock: FakeClock, step_seconds: Any) -> None:
+        clock.step_seconds = step_seconds
+        config = tiny_config(max_steps=None, max_minutes=4, warmup_steps=20, checkpoint_every=None)
+        folder = run(config, tmp_path / "run")
+        suspended = 3599.0 if step_seconds(70, 0) > 3000 else 0.0
+        assert 0.95 * 240 <= clock.now - suspended <= 1.03 * 240
+        train = yaml.safe_load((folder / "config.yaml").read_text())["train"]
+        lines = read_metrics(folder / "metrics.jsonl")
+        assert (train["max_steps"], train["max_minutes"]) == (len(lines), None)
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["finished"]
+        assert summary["planned_steps"] == len(lines)
+        rates = [line["learning_rate"] / config.train.learning_rate for line in lines]
+        assert max(rates) == 1.0
+        assert rates[-1] < 0.15  # it has come down
+        assert sum(rate == 1.0 for rate in rates) > len(rates) / 4
+
+    def test_killed_at_any_moment_and_run_again_give_the_same_bits(self, tmp_path: Path, clock: FakeClock) -> None:
+        """Before, in and after the decision on the decay; and from the configuration that the run left."""
+        clock.step_seconds = lambda step, now: 1.0 if now < 40 else 1.4
+        config = tiny_config(max_steps=None, max_minutes=1, warmup_steps=5, checkpoint_every="7 steps")
+        folder = tmp_path / "run"
+
+        class KilledError(Exception):
+            pass
+
+        for kill in (10, 33, 34, 35, 41):
+            original = clock.step_seconds
+
+            def killing(step: int, now: float, kill: int = kill, original: Any = original) -> float:
+                if step == kill:
+                    raise KilledError
+                return float(original(step, now))
+
+            clock.step_seconds = killing
+            with pytest.raises(KilledError):
+                run(config, folder, resume=folder.exists())
+            clock.step_seconds = original
+            file = folder / "config.yaml"
+            config = parse_train_arguments(["--config", str(file)]).config
+        run(config, folder, resume=True)
+        final = parse_train_arguments(["--config", str(folder / "config.yaml")]).config
+        again = run(final, tmp_path / "again")
+        assert losses(again) == losses(folder)
+        newest = [each / "checkpoints" / f"step-{len(losses(folder))}" for each in (folder, again)]
+        for name in ("unet", "ema", "optimizer"):
+            one, other = ((checkpoint / f"{name}.safetensors").read_bytes() for checkpoint in newest)
+            assert one == other
+
+    def test_too_few_steps_are_said(self, tmp_path: Path, clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:
+        clock.step_seconds = lambda step, now: 3.0
+        run(tiny_config(max_steps=None, max_minutes=1, warmup_steps=100), tmp_path / "run")
+        assert "TOO FEW STEPS. Only 19 steps fitted into the time" in capsys.readouterr().out
+
+    def test_minutes_beside_steps_cut_the_run(self, tmp_path: Path, clock: FakeClock) -> None:
+        clock.step_seconds = lambda step, now: 6.0
+        folder = run(tiny_config(max_steps=100_000, max_minutes=1), tmp_path / "run")
+        summary = json.loads((folder / "summary.json").read_text())
+        assert not summary["finished"]
+        assert summary["step"] == 10
+        assert summary["planned_steps"] == 100_000
+        assert (folder / "pipeline" / "model_index.json").is_file()
+
+    def test_measuring_leaves_no_trace(self, tmp_path: Path) -> None:
+        config = tiny_config()
+        measured, plain = make_state(config, tmp_path), make_state(config, tmp_path)
+        assert seconds_per_image(measured, seconds=0.1) > 0
+        assert "memory       about 0.0 GB" in expected_cost(measured)
+        for state in (measured, plain):
+            for step in range(3):
+                state.update(step, 0.01)
+        for mine, theirs in zip(measured.unet.parameters(), plain.unet.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        for mine, theirs in zip(measured.average().parameters(), plain.average().parameters(), strict=True):
+            assert torch.equal(mine, theirs)
