@@ -125,7 +125,7 @@ def test_card(folders: tuple[Path, Path], tmp_path: Path) -> None:
     [
         (["--num_images", "20"], "num_images must be at least 50, got 20"),
         (["--num_images", "65"], "multiple of the 10 classes"),
-        (["--data.image_size", "32"], "has (1, 32, 32); set data.source, data.image_size and data.channels"),
+        (["--data.image_size", "32"], "(1, 32, 32) for data.source='digits'; set data.source, data.image_size and"),
         (["--data.source", "/nowhere/at/all"], "'/nowhere/at/all' was not found"),
         (["--num_inference_steps", "1", "1001"], "dpmpp, 1001 steps, guidance 2: num_inference_steps"),
         (["--device", "gpu"], "device='gpu' could not be used"),
