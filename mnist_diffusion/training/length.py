@@ -13,8 +13,8 @@ DECAY_SHARE = 0.4
 """Of a run's time, in which the learning rate falls."""
 REVISION = 0.1
 """By how much of what is left a planned end must be wrong to be revised."""
-LATELY = 0.05
-"""Weight of the last step in the mean of the lengths of steps."""
+LATELY_SECONDS = 10.0
+"""Over about how long the mean of the lengths of steps is taken."""
 PAUSE_SECONDS, PAUSE_STEPS = 30.0, 20
 """A step that takes longer than both, the second in steps of usual length, was suspended: no training time."""
 
@@ -63,7 +63,7 @@ def next_line(config: TrainConfig, step: int, *, used: float, left: float, speed
         speed: updates per second, lately.
     """
     start, end, _, last = config.lr_lines[-1]
-    if start > step:  # this was decided before the run was killed, and is done again
+    if start >= step:  # this was decided before the run was killed, and is done again
         return None
     share, fits = _share(config.lr_lines[-1], step), step + max(1, round(left * speed))
     if last < 1:
@@ -101,7 +101,8 @@ class Clock:
         if self.step_seconds and passed > max(PAUSE_SECONDS, PAUSE_STEPS * self.step_seconds):
             passed = self.step_seconds
         self.counted += passed
-        self.step_seconds += LATELY * (passed - self.step_seconds) if self.step_seconds else passed
+        weight = 1 - math.exp(-passed / LATELY_SECONDS) if self.step_seconds else 1.0
+        self.step_seconds += weight * (passed - self.step_seconds)
 
 
 def describe_length(config: RunConfig, images: int) -> str:

@@ -196,6 +196,7 @@ class TrainingLoop:
                     self.clock.passed()  # an evaluation's time comes on top
                     self._log(lines)
                     self._do(due, sample=self.draw_curves)
+                    bar.total = self.progress.planned_steps or None
                     bar.set_postfix(loss=f"{self.progress.loss:.4f}", img_s=f"{speed:.0f}")
                     pending, since = [], time.perf_counter()
                 if "checkpoint" in due:
@@ -216,14 +217,16 @@ class TrainingLoop:
 
     def _progress_bar(self) -> Any:
         look: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5}
-        return tqdm(total=self.last_step, initial=self.step, disable=not self.processes.main, **look)
+        return tqdm(
+            total=self.progress.planned_steps or None, initial=self.step, disable=not self.processes.main, **look
+        )
 
     def _is_over(self, stop: StopRequest) -> tuple[int, bool]:
         """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
         train, limit, line = self.config.train, self.config.train.time_limit_minutes, None
         left = math.inf if limit is None else 60 * limit - self.seconds
         if self.timed:
-            left -= self.seconds_at_the_end()
+            left -= self.seconds_at_the_end() + self.clock.step_seconds / 2  # rather half a step too few than too many
             if self.processes.main:
                 speed = 1 / self.clock.step_seconds
                 line = length.next_line(train, self.step, used=self.clock.counted, left=left, speed=speed)
