@@ -13,15 +13,20 @@ from joblib import cpu_count
 def set_num_threads(threads: int | None = None) -> None:
     """Use every core on a CPU: launchers set one thread per process unless told otherwise, which halves the speed.
 
-    `threads` rules; an OMP_NUM_THREADS above 1 is kept; otherwise the physical cores are shared out.
+    `threads` rules; then OMP_NUM_THREADS, if it is not the 1 that a launcher sets by itself; otherwise the physical
+    cores are shared out among the processes.
     """
-    if threads is None and int(os.environ.get("OMP_NUM_THREADS") or 1) <= 1:
+    asked = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    by_launcher = asked == 1 and any(name in os.environ for name in LAUNCHERS)
+    if threads is None and (asked == 0 or by_launcher):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         threads = max(1, cpu_count(only_physical_cores=True) // processes)
     if threads is not None:
         torch.set_num_threads(threads)
 
 
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+"""Variables that `accelerate launch` and `torchrun` set."""
 PACKAGES = ("torch", "diffusers", "accelerate", "mnist-diffusion")
 
 

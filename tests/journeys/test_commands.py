@@ -94,10 +94,11 @@ def test_all_cores_are_used_though_a_launcher_sets_one_thread(tmp_path: Path) ->
     script.write_text(code)
     plain = command(sys.executable, str(script), cwd=tmp_path, environment={"OMP_NUM_THREADS": ""}).stdout
     launched = command(ACCELERATE, "launch", str(script), cwd=tmp_path).stdout
-    one_of_two = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
+    one_of_two = {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
     shared = command(sys.executable, str(script), cwd=tmp_path, environment=one_of_two).stdout
     assert int(launched) == int(plain)
     assert int(shared) == max(1, int(plain) // 2)
+    assert int(command(sys.executable, str(script), cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"}).stdout) == 1
 
 
 def test_dry_run_makes_nothing(
