@@ -95,13 +95,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def commit(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A commit of `owner/name` on a Hub of this document's own, in the workspace."""
+def in_workspace(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the workspace, with a Hub and evaluators of this document's own; what a document writes goes."""
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluator, "STEPS", 20)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-    yield ""
+    yield
     outputs = [Path(name) for name in ("samples", "evaluation", "comparison", "pictures", "data", "digits", "run")]
     for output in [*outputs, *Path("runs").glob("document-*")]:
         shutil.rmtree(output, ignore_errors=True)
@@ -148,7 +148,7 @@ def run_command(line: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if blocks(each, "bash")], ids=lambda path: path.name)
-def test_commands_run_as_written(document: Path, commit: str, hub: HubServer) -> None:
+def test_commands_run_as_written(document: Path, in_workspace: None, hub: HubServer) -> None:
     number = 0
     for body in blocks(document, "bash"):
         for line in body.splitlines():
@@ -158,7 +158,7 @@ def test_commands_run_as_written(document: Path, commit: str, hub: HubServer) ->
 
 
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if blocks(each, "python")], ids=lambda path: path.name)
-def test_python_runs_as_written(document: Path, commit: str, hub: HubServer) -> None:
+def test_python_runs_as_written(document: Path, in_workspace: None, hub: HubServer) -> None:
     assert main(["push", "runs/first", "owner/name"]) == 0
     pipeline = MNISTDiffusionPipeline.from_pretrained("runs/first/pipeline")
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
@@ -173,6 +173,10 @@ def test_python_runs_as_written(document: Path, commit: str, hub: HubServer) -> 
     }
     for body in blocks(document, "python"):
         exec(filled(body, hub.repositories["owner/name"].refs["main"]), names)
+
+
+def test_no_block_is_passed_over() -> None:
+    assert {language for each in DOCUMENTS for language, _ in BLOCK.findall(each.read_text())} == {"bash", "python"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

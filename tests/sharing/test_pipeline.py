@@ -298,6 +298,9 @@ class TestOutputs:
     def test_types(self, pipeline: MNISTDiffusionPipeline) -> None:
         as_tensor, as_array = draw(pipeline, 1, 2), draw(pipeline, 1, 2, output_type="np")
         pictures = draw(pipeline, 1, 2, output_type="pil")
+        latents = draw(pipeline, 1, 2, output_type="latent")
+        assert torch.equal((latents / 2 + 0.5).clamp(0, 1), as_tensor)
+        assert latents.abs().max() > 1
         assert as_tensor.shape == (2, 1, 8, 8)
         assert isinstance(as_array, np.ndarray)
         assert as_array.shape == (2, 8, 8, 1)
@@ -583,6 +586,15 @@ class TestClassWeights:
             three, seven, null = (pipeline.unet(noise, 999, torch.tensor([label])).sample for label in (3, 7, 10))
         mixed = 0.25 * three + 0.75 * seven
         torch.testing.assert_close(seen["model_output"], null + 2 * (mixed - null), atol=1e-5, rtol=1e-4)
+
+    def test_mixed_classes_pass_one_by_one_for_all_images(self, pipeline: MNISTDiffusionPipeline) -> None:
+        """The last bits of a result depend on the batch of a network pass, so that is part of what is promised."""
+        seen: list[list[int]] = []
+        with pipeline.unet.register_forward_pre_hook(
+            lambda module, arguments, named: seen.append(named["class_labels"].tolist()), with_kwargs=True
+        ):
+            pipeline.interpolate([7, 3], 3, guidance_scale=2.0, num_inference_steps=1, generator=generators(0))
+        assert seen == [[7, 7, 7, 3, 3, 3, 10, 10, 10]]
 
     @pytest.mark.parametrize(
         "weights", [torch.ones(2, 9) / 9, torch.ones(2, 10), -torch.eye(10)[:2], torch.full((1, 10), NAN)], ids=str
