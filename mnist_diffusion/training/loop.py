@@ -169,7 +169,8 @@ class TrainingLoop:
 
     def _loop(self) -> int:
         """Step, report, save, until done; the exit code."""
-        self.processes.on_main(self._open_folder)
+        self.processes.on_main(self._write_config)
+        self.processes.on_main(lambda: cut_metrics(self.log, self.step))
         report.start_trackers(self)
         if self.step == 0:
             self.processes.on_main(self.draw_before)
@@ -216,15 +217,13 @@ class TrainingLoop:
                 self.processes.on_main(work)
 
     def _progress_bar(self) -> Any:
-        look: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5}
-        return tqdm(
-            total=self.progress.planned_steps or None, initial=self.step, disable=not self.processes.main, **look
-        )
+        look: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5, "initial": self.step}
+        return tqdm(total=self.progress.planned_steps or None, disable=not self.processes.main, **look)
 
     def _is_over(self, stop: StopRequest) -> tuple[int, bool]:
         """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
         train, limit, line = self.config.train, self.config.train.time_limit_minutes, None
-        left = math.inf if limit is None else 60 * limit - self.seconds
+        left = math.inf if limit is None else 60 * limit - self.clock.now()
         if self.timed:
             left -= self.seconds_at_the_end() + self.clock.step_seconds / 2  # rather half a step too few than too many
             if self.processes.main:
@@ -269,11 +268,6 @@ class TrainingLoop:
         return step * self.config.data.batch_size / len(self.data.train)
 
     @property
-    def seconds(self) -> float:
-        """Training time over all launches."""
-        return self.clock.now()
-
-    @property
     def timed(self) -> bool:
         """Whether the time alone ends the run."""
         return self.config.train.max_steps is None and self.config.train.max_epochs is None
@@ -311,10 +305,6 @@ class TrainingLoop:
 
     def _write_config(self) -> None:
         replace_text(self.folder / "config.yaml", self.reproducible_config().to_yaml())
-
-    def _open_folder(self) -> None:
-        self._write_config()
-        cut_metrics(self.log, self.step)
 
     def _collect(self, pending: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
         """The lines of the steps since the last report, losses averaged over processes, in one exchange.
@@ -370,7 +360,7 @@ class TrainingLoop:
         """Save all that a resumed run needs: weights, average and optimizer, progress, and what must not change."""
         tensors, state = self.state.state()
         state |= {
-            **dataclasses.asdict(dataclasses.replace(self.progress, seconds=self.seconds)),
+            **dataclasses.asdict(dataclasses.replace(self.progress, seconds=self.clock.now())),
             "config": self.config.to_dict(),
             "data_fingerprint": self.data.fingerprint,
             "objective_fingerprint": self.state.objective.fingerprint,

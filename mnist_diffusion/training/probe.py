@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -18,26 +19,23 @@ BYTES_PER_PARAMETER = 24
 """Weights, gradients, two moments of AdamW, the average and its copy, in float32."""
 
 
-def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS, most: float | None = None) -> float:
+def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS, most: float = math.inf) -> float:
     """How long a forward and a backward pass take per image, changing nothing.
 
     Args:
         state: the network and its images.
-        seconds: how long to measure; the first pass, in which memory is found, is not counted.
-        most: give up, with what was found, when an image takes longer than this.
+        seconds: how long to measure, with more and more images; what the last passes took is the answer.
+        most: stop when an image takes longer than this.
     """
-    size, best, started = 1, 0.0, time.perf_counter()
-    largest = max(1, state.config.data.batch_size // state.accelerator.num_processes)
-    while time.perf_counter() - started < seconds or best == 0.0:
+    size, started = 1, time.perf_counter()
+    while True:
         state.passes(size)
         before = time.perf_counter()
         state.passes(size)
         taken = (time.perf_counter() - before) / size
-        best = min(best, taken) if size == largest and best else taken
-        if most is not None and best > most:
-            break
-        size = min(4 * size, largest)
-    return best
+        if time.perf_counter() - started >= seconds or taken > most:
+            return taken
+        size = min(4 * size, state.config.data.batch_size // state.accelerator.num_processes)
 
 
 def choose_threads(state: TrainState) -> int:

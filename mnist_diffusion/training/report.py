@@ -76,7 +76,7 @@ def card_values(trainer: Trainer, folder: Path) -> dict[str, Any]:
         "steps": trainer.step,
         "epochs": trainer.step * config.data.batch_size / len(data.train),
         "batch_size": config.data.batch_size,
-        "minutes": trainer.seconds / 60,
+        "minutes": trainer.clock.now() / 60,
         "machine": _machine(trainer),
         "loss": trainer.progress.loss,
         "held_out_loss": trainer.progress.held_out_loss,
@@ -96,8 +96,8 @@ def summarise(loop: TrainingLoop, signal_number: int) -> None:
         "stopped_by_signal": signal_number or None,
         "loss": progress.loss,
         "held_out_loss": progress.held_out_loss,
-        "train_seconds": round(loop.seconds, 1),
-        "images_per_second": round(loop.step * loop.config.data.batch_size / loop.seconds, 1),
+        "train_seconds": round(loop.clock.now(), 1),
+        "images_per_second": round(loop.step * loop.config.data.batch_size / loop.clock.now(), 1),
         "machine": _machine(loop),
         "processes": loop.accelerator.num_processes,
         "mixed_precision": loop.accelerator.mixed_precision,
@@ -109,7 +109,9 @@ def summarise(loop: TrainingLoop, signal_number: int) -> None:
     replace_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     held_out = "" if progress.held_out_loss is None else f", held-out loss {progress.held_out_loss:.4f}"
     ended = "Stopped" if signal_number else "Done"
-    print(f"\n{ended} at step {loop.step} after {loop.seconds / 60:.1f} minutes: loss {progress.loss:.4f}{held_out}")
+    print(
+        f"\n{ended} at step {loop.step} after {loop.clock.now() / 60:.1f} minutes: loss {progress.loss:.4f}{held_out}"
+    )
     if data.notice:
         print(f"\nNOTICE: {data.notice}")
     train = loop.config.train

@@ -1,0 +1,122 @@
+"""Quality of what a training command leaves after so many minutes, beside another revision of this project.
+
+    python benchmarks/time_to_quality.py path/to/mnist --minutes '[1,2,5,10]' --seeds 3
+    python benchmarks/time_to_quality.py path/to/mnist --minutes '[5]' --seeds 3 --against v0.1.0
+
+Each run is the real command in a process of its own, its time taken from the start of the process to its end. Runs of the
+two revisions alternate, so that their ratio says something on any machine. Both are measured by this revision, with its
+evaluator. A run that is found in the folder is not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from mnist_diffusion.environment import machine_description
+from mnist_diffusion.evaluation.evaluate import evaluate
+from mnist_diffusion.pictures.tables import markdown
+from mnist_diffusion.requests import EvaluationRequest, ImagesConfig
+
+REPOSITORY = Path(__file__).parents[1]
+FIGURES = {"accuracy": "{:.2%}", "fid": "{:.3f}", "recall": "{:.1%}"}
+HEADINGS = ("revision", "minutes", "seconds in all", "steps", *FIGURES)
+
+
+def main(
+    data: str,
+    *,
+    minutes: tuple[float, ...] = (1, 2, 5, 10),
+    seeds: int = 3,
+    against: str | None = None,
+    config: str = "default",
+    num_images: int = 10_000,
+    runs: Path = Path("runs/time_to_quality"),
+) -> None:
+    """Print the table: medians over the seeds, and the worst seed in brackets.
+
+    Args:
+        data: labelled images.
+        minutes: how long each run may take.
+        seeds: runs for each of these.
+        against: another revision of this repository, whose runs alternate with those of the working tree.
+        config: a recipe, or flags of its own.
+        num_images: drawn to measure each run.
+        runs: where runs and their reports are kept.
+    """
+    print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS), flush=True)
+    with _revisions(against, runs.resolve()) as revisions:
+        for limit in minutes:
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in revisions}
+            for seed in range(seeds):
+                for name, tree in revisions.items():
+                    folder = runs.resolve() / f"{name}-{config.replace(' ', '')}-{limit:g}-{seed}"
+                    found[name].append(_run(tree, folder, data, limit, seed, config, num_images))
+            for name, results in found.items():
+                print(markdown([name, f"{limit:g}", *_cells(results)], []).splitlines()[0], flush=True)
+
+
+def _cells(results: list[dict[str, Any]]) -> list[str]:
+    """Medians over the seeds, and for the figures of quality the worst in brackets."""
+    median = {name: statistics.median(result[name] for result in results) for name in ("seconds", "steps", *FIGURES)}
+    cells = [f"{median['seconds']:.0f}", f"{median['steps']:.0f}"]
+    for name, pattern in FIGURES.items():
+        worst = (max if name == "fid" else min)(result[name] for result in results)
+        cells.append(f"{pattern.format(median[name])} ({pattern.format(worst)})")
+    return cells
+
+
+def _run(
+    tree: Path, folder: Path, data: str, minutes: float, seed: int, config: str, num_images: int
+) -> dict[str, Any]:
+    """Train, measure, and keep what was found."""
+    kept = folder / "time_to_quality.json"
+    if kept.is_file():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    flags = ["--config", *config.split(), "--data.source", str(Path(data).resolve()), "--output_dir", str(folder)]
+    flags += ["--train.max_minutes", str(minutes), "--train.seed", str(seed)]
+    started = time.perf_counter()
+    subprocess.run(
+        [Path(sys.executable).with_name("accelerate"), "launch", tree / "train_cfg.py", *flags],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    seconds = time.perf_counter() - started
+    images = ImagesConfig(source=data)
+    request = EvaluationRequest(sources=(str(folder / "pipeline"),), data=images, num_images=num_images, out=folder)
+    [measured] = evaluate(request)["results"]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    result = {"seconds": seconds, "steps": summary["step"], **{name: measured[name] for name in FIGURES}}
+    kept.write_text(json.dumps({**result, "machine": summary["machine"]}), encoding="utf-8")
+    return result
+
+
+@contextlib.contextmanager
+def _revisions(against: str | None, runs: Path) -> Iterator[dict[str, Path]]:
+    """The trees to compare by name: the other revision's, checked out beside the runs, and this one."""
+    if against is None:
+        yield {"this": REPOSITORY}
+        return
+    other = runs / "tree"
+    subprocess.run(["git", "worktree", "add", "--detach", "--force", other, against], cwd=REPOSITORY, check=True)
+    try:
+        yield {against: other, "this": REPOSITORY}
+    finally:
+        subprocess.run(["git", "worktree", "remove", "--force", other], cwd=REPOSITORY, check=True)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=True)
