@@ -33,8 +33,8 @@ from mnist_diffusion.training.state import TrainState
 torch.set_num_threads(int(sys.argv[2]))
 config = parse_train_arguments(["--config", sys.argv[1], "--data.source", "digits"]).config
 images = load_images(config.data, seed=0)
-unet = build_unet(config.model, image_size=images.image_size, channels=images.channels, num_classes=images.num_classes)
-objective = diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=images.num_classes)
+unet = build_unet(config.model, image_size=28, channels=1, num_classes=10)
+objective = diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=10)
 state = TrainState(config, Accelerator(), images, unet, objective)
 for step in range(3):
     state.update(step, 0.001)

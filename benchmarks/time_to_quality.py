@@ -3,9 +3,9 @@
     python benchmarks/time_to_quality.py path/to/mnist --minutes '[1,2,5,10]' --seeds 3
     python benchmarks/time_to_quality.py path/to/mnist --minutes '[5]' --seeds 3 --against v0.1.0
 
-Each run is the real command in a process of its own, its time taken from the start of the process to its end. Runs of the
-two revisions alternate, so that their ratio says something on any machine. Both are measured by this revision, with its
-evaluator. A run that is found in the folder is not made again.
+Each run is the real command in a process of its own, its time taken from the start of the process to its end. Runs of
+the two revisions alternate, so that their ratio says something on any machine. Both are measured by this revision. Runs
+that are found in the folder are not made again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from mnist_diffusion.environment import machine_description
+from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.evaluation.evaluate import evaluate
 from mnist_diffusion.pictures.tables import markdown
-from mnist_diffusion.requests import EvaluationRequest, ImagesConfig
+from mnist_diffusion.requests import EvaluationRequest
 
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = {"accuracy": "{:.2%}", "fid": "{:.3f}", "recall": "{:.1%}"}
@@ -50,7 +50,7 @@ def main(
         minutes: how long each run may take.
         seeds: runs for each of these.
         against: another revision of this repository, whose runs alternate with those of the working tree.
-        config: a recipe, or flags of its own.
+        config: a recipe.
         num_images: drawn to measure each run.
         runs: where runs and their reports are kept.
     """
@@ -60,7 +60,7 @@ def main(
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in revisions}
             for seed in range(seeds):
                 for name, tree in revisions.items():
-                    folder = runs.resolve() / f"{name}-{config.replace(' ', '')}-{limit:g}-{seed}"
+                    folder = runs.resolve() / f"{name}-{config}-{limit:g}-{seed}".replace("/", "_")
                     found[name].append(_run(tree, folder, data, limit, seed, config, num_images))
             for name, results in found.items():
                 print(markdown([name, f"{limit:g}", *_cells(results)], []).splitlines()[0], flush=True)
@@ -83,7 +83,7 @@ def _run(
     kept = folder / "time_to_quality.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    flags = ["--config", *config.split(), "--data.source", str(Path(data).resolve()), "--output_dir", str(folder)]
+    flags = ["--config", config, "--data.source", str(Path(data).resolve()), "--output_dir", str(folder)]
     flags += ["--train.max_minutes", str(minutes), "--train.seed", str(seed)]
     started = time.perf_counter()
     subprocess.run(

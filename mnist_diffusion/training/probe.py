@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import torch
@@ -19,13 +18,12 @@ BYTES_PER_PARAMETER = 24
 """Weights, gradients, two moments of AdamW, the average and its copy, in float32."""
 
 
-def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS, most: float = math.inf) -> float:
+def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS) -> float:
     """How long a forward and a backward pass take per image, changing nothing.
 
     Args:
         state: the network and its images.
         seconds: how long to measure, with more and more images; what the last passes took is the answer.
-        most: stop when an image takes longer than this.
     """
     size, started = 1, time.perf_counter()
     while True:
@@ -33,7 +31,7 @@ def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS, most
         before = time.perf_counter()
         state.passes(size)
         taken = (time.perf_counter() - before) / size
-        if time.perf_counter() - started >= seconds or taken > most:
+        if time.perf_counter() - started >= seconds:
             return taken
         size = min(4 * size, state.config.data.batch_size // state.accelerator.num_processes)
 
@@ -46,7 +44,7 @@ def choose_threads(state: TrainState) -> int:
     torch.set_num_threads(1)
     one = seconds_per_image(state)
     torch.set_num_threads(threads)
-    chosen = threads if GAIN * seconds_per_image(state, most=2 * one) < one else 1
+    chosen = threads if GAIN * seconds_per_image(state) < one else 1
     [chosen] = broadcast_object_list([chosen])
     torch.set_num_threads(chosen)
     return int(chosen)

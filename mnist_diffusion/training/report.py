@@ -109,9 +109,8 @@ def summarise(loop: TrainingLoop, signal_number: int) -> None:
     replace_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     held_out = "" if progress.held_out_loss is None else f", held-out loss {progress.held_out_loss:.4f}"
     ended = "Stopped" if signal_number else "Done"
-    print(
-        f"\n{ended} at step {loop.step} after {loop.clock.now() / 60:.1f} minutes: loss {progress.loss:.4f}{held_out}"
-    )
+    minutes = loop.clock.now() / 60
+    print(f"\n{ended} at step {loop.step} after {minutes:.1f} minutes: loss {progress.loss:.4f}{held_out}")
     if data.notice:
         print(f"\nNOTICE: {data.notice}")
     train = loop.config.train

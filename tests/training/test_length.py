@@ -58,6 +58,11 @@ class TestLearningRate:
         assert steps_of_epochs(0.01, 10, 64) == 1
 
 
+def one_thread(state: TrainState) -> int:
+    torch.set_num_threads(1)
+    return 1
+
+
 def timed_config(**train: Any) -> Config:
     """A run that its minutes end, of updates of a few milliseconds."""
     config = tiny_config(max_steps=None, num_eval_images=8, **train)
@@ -98,7 +103,7 @@ class TestLength:
         monkeypatch.setattr(length, "time", SimpleNamespace(perf_counter=lambda: clock.now))
         monkeypatch.setattr(TrainState, "update", timed_update)
         monkeypatch.setattr(Trainer, "draw_samples", draw_samples)
-        monkeypatch.setattr(loop, "choose_threads", lambda state: torch.set_num_threads(1) or 1)
+        monkeypatch.setattr(loop, "choose_threads", one_thread)
         return clock
 
     @pytest.mark.parametrize(
