@@ -46,7 +46,7 @@ print(done * config.data.batch_size / (time.perf_counter() - started))
 """
 
 
-def main(recipe: str = "default", *, busy: int = 4, seconds: float = 8.0, repeats: int = 2) -> None:
+def main(recipe: str = "default", *, busy: int = 4, seconds: float = 8.0, repeats: int = 1) -> None:
     """Print a table.
 
     Args:
@@ -56,7 +56,7 @@ def main(recipe: str = "default", *, busy: int = 4, seconds: float = 8.0, repeat
         repeats: of which the best counts.
     """
     threads = os.cpu_count() or 1
-    rows = {"1 thread": (1, None), f"{threads} threads": (threads, None)}
+    rows: dict[str, tuple[int, str | None]] = {"1 thread": (1, None), f"{threads} threads": (threads, None)}
     rows[f"{threads} threads that spin as long as OpenMP's do by default"] = (threads, OPENMPS_OWN)
     print(f"| images/s, {recipe} | idle | {busy} busy programs |\n| --- | --- | --- |")
     for name, (count, spin) in rows.items():
