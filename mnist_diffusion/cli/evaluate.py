@@ -35,6 +35,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         raise UserError(f"--write_card writes one card, but {len(request.sources)} sources are named")
     if values.write_card and not (card.is_file() and card.with_name("model_index.json").is_file()):
         raise UserError(f"--write_card needs a pipeline folder with a card, but there is no {card}")
+    print(f"Measuring {', '.join(request.sources)} against {request.data.source or 'MNIST'}", flush=True)
     from rich.console import Console
 
     from mnist_diffusion.environment import set_num_threads

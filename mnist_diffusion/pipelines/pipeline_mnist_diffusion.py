@@ -454,8 +454,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         latents, predicted = [], []
 
         def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            latents.append(tensors["latents"].cpu())
-            predicted.append(tensors["pred_original_sample"].cpu())
+            latents.append(tensors["latents"])
+            predicted.append(tensors["pred_original_sample"])
             return {}
 
         images = self(
@@ -466,7 +466,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             **arguments,
         ).images
         timesteps = self.scheduler.timesteps.clone()
-        return TrajectoryOutput(images, torch.stack(latents), torch.stack(predicted), timesteps)
+        return TrajectoryOutput(images, torch.stack(latents).cpu(), torch.stack(predicted).cpu(), timesteps)
 
     @torch.no_grad()
     def interpolate(

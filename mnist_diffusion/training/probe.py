@@ -55,15 +55,15 @@ def expected_cost(state: TrainState) -> str:
     config, train = state.config, state.config.train
     size = config.data.batch_size
     speed = 1 / (size * seconds_per_image(state, seconds=2 * PROBE_SECONDS))
-    minutes = train.time_limit_minutes
-    steps = planned_steps(config, len(state.data.train)) or max(1, round(60 * (minutes or 0.0) * speed))
-    expected = steps / speed / 60
-    limited = f", cut at {minutes:g} minutes" if minutes is not None and minutes < 0.99 * expected else ""
+    steps, minutes = planned_steps(config, len(state.data.train)), train.time_limit_minutes or 0.0
+    expected = steps / speed / 60 if steps else minutes
+    limited = f", cut at {minutes:g} minutes" if 0 < minutes < 0.99 * expected else ""
     parameters = sum(parameter.numel() for parameter in state.unet.parameters())
     micro = size // (state.accelerator.num_processes * train.gradient_accumulation_steps)
     gigabytes = (BYTES_PER_PARAMETER * parameters + micro * _activation_bytes(state)) / 1e9
     return (
-        f"expected     {steps} steps at {speed * size:.2g} images/s: about {expected:.1f} minutes{limited}\n"
+        f"expected     {steps or round(60 * minutes * speed)} steps at {speed * size:.3g} images/s: "
+        f"about {expected:.1f} minutes{limited}\n"
         f"memory       about {gigabytes:.1f} GB for weights, optimizer and activations"
     )
 
