@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from mnist_diffusion.run_folder.checkpoint import load_checkpoint, newest_verified
 from mnist_diffusion.run_folder.metrics import read_metrics
@@ -270,6 +271,13 @@ class TestBadTimes:
         assert nursery.finish(flags, log=log, ranks=2) == [2, 2]
         assert "data.batch_size=15 must be divisible by 2 processes" in log.read_text()
         assert not folder.exists()
+
+    def test_two_processes_agree_on_the_length_that_the_time_allows(self, nursery: Nursery, tmp_path: Path) -> None:
+        folder, log = tmp_path / "run", tmp_path / "log.txt"
+        flags = [*FLAGS, "--train.max_minutes", "0.1", "--output_dir", str(folder)]
+        assert nursery.finish(flags, log=log, ranks=2) == [0, 0], log.read_text()
+        train = yaml.safe_load((folder / "config.yaml").read_text())["train"]
+        assert train["max_steps"] == len(read_metrics(folder / "metrics.jsonl")) == newest_step(folder)
 
     def test_a_process_that_hangs_in_mid_save(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log, patience = tmp_path / "run", tmp_path / "log.txt", 5
