@@ -7,25 +7,25 @@ Values come from the defaults of the schema, then from `--config`, then from dot
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from mnist_diffusion.cli.options import refuse_tokens, reporting_errors
 
-VERBS = {
-    "train": ("train_cfg", "train a model; the same as train_cfg.py"),
-    "sample": ("cli.sample", "draw images with a pipeline folder or a Hub repository"),
-    "evaluate": ("cli.evaluate", "measure the images of a pipeline, or of any program, against real ones"),
-    "distill": ("distill_cfg", "turn a trained pipeline into one that draws in one pass or a few"),
-    "compare": ("cli.compare", "curves, sheets and figures of several runs, or of one run's snapshots"),
-    "plot": ("cli.plot", "one picture: curves, schedule, noising, denoising, classes, epochs, histograms"),
-    "push": ("cli.push", "push a run's pipeline to the Hub"),
-    "pull": ("cli.pull", "fetch a pipeline, or a run to resume, from the Hub"),
-    "data": ("cli.data", "survey labelled images before training on them"),
-    "train_evaluator": ("cli.train_evaluator", "train the classifier that evaluations use"),
-}
-"""The module of each verb, whose `main` carries it out, and what it does."""
+HERE = Path(__file__).parent
+COMMANDS = sorted(path.stem for path in HERE.glob("[a-z]*.py") if path.stem != "options")
+VERBS = {"train": "train_cfg", "distill": "distill_cfg", **{name: f"cli.{name}" for name in COMMANDS}}
+"""The module of each verb, whose `main` carries it out: the pages of the two kinds of runs, and all of this folder."""
+
+
+def _about(module: str) -> str:
+    """What a verb does, from the first line of its module, which is not imported for it."""
+    text = (HERE.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    about = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].rpartition("`: ")[2].removesuffix(".")
+    return about[:1].lower() + about[1:]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mnist-diffusion",
         description="Class-conditional diffusion on Hugging Face diffusers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="verbs:\n" + "\n".join(f"  {verb:16} {text}" for verb, (_, text) in VERBS.items()),
+        epilog="verbs:\n" + "\n".join(f"  {verb:16} {_about(module)}" for verb, module in VERBS.items()),
     )
     parser.add_argument("verb", choices=VERBS, metavar="verb", help="what to do; `<verb> --help` tells more")
     refuse_tokens(parser, argv)
     verb = parser.parse_args(argv[:1]).verb
-    command = import_module(f"mnist_diffusion.{VERBS[verb][0]}")
+    command = import_module(f"mnist_diffusion.{VERBS[verb]}")
     return reporting_errors(lambda: int(command.main(argv[1:], prog=f"mnist-diffusion {verb}")))

@@ -1,4 +1,4 @@
-"""`mnist-diffusion compare`: curves, sample sheets and figures of several runs, or of one run's snapshots."""
+"""`mnist-diffusion compare`: compare runs, or one run's snapshots, by curves, sample sheets and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mnist-diffusion pull`: a pipeline, or a run to resume, from the Hub."""
+"""`mnist-diffusion pull`: fetch a pipeline, or a run to resume, from the Hub."""
 
 from __future__ import annotations
 

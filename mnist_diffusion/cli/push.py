@@ -1,4 +1,4 @@
-"""`mnist-diffusion push`: a run or a pipeline folder to the Hub."""
+"""`mnist-diffusion push`: push a run or a pipeline folder to the Hub in one commit."""
 
 from __future__ import annotations
 
