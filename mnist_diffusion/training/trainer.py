@@ -11,7 +11,6 @@ from PIL import Image
 
 from mnist_diffusion.data.transforms import to_uint8
 from mnist_diffusion.diffusion.samplers import build_sampler
-from mnist_diffusion.evaluation.evaluate import monitor
 from mnist_diffusion.files import replace_picture
 from mnist_diffusion.pictures import pipelines, plots
 from mnist_diffusion.pictures.compare import frames_of_epochs, sheet_of_epochs
@@ -62,6 +61,8 @@ class Trainer(TrainingLoop):
         """Get the evaluator and its reference ready, if images are to be measured."""
         train = self.config.train
         if train.evaluate_every is not None:
+            from mnist_diffusion.evaluation.evaluate import monitor  # takes seconds to import
+
             self.measure = monitor(self.average, self.data, num_images=train.num_evaluation_images, seed=train.seed)
 
     def evaluate(self) -> None:
