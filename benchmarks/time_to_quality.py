@@ -1,7 +1,7 @@
 """Quality of what a training command leaves after so many minutes, beside another revision of this project.
 
     python benchmarks/time_to_quality.py path/to/mnist --minutes '[1,2,5,10]' --seeds 3
-    python benchmarks/time_to_quality.py path/to/mnist --minutes '[5]' --seeds 3 --against v0.1.0
+    python benchmarks/time_to_quality.py path/to/mnist --minutes '[5]' --seeds 3 --against HEAD~1
 
 Each run is the real command in a process of its own, its time taken from the start of the process to its end. Runs of
 the two revisions alternate, so that their ratio says something on any machine. Both are measured by this revision. Runs
@@ -25,7 +25,6 @@ from jsonargparse import auto_cli
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.evaluation.evaluate import evaluate
-from mnist_diffusion.pictures.tables import markdown
 from mnist_diffusion.requests import EvaluationRequest
 
 REPOSITORY = Path(__file__).parents[1]
@@ -63,7 +62,7 @@ def main(
                     folder = runs.resolve() / f"{name}-{config}-{limit:g}-{seed}".replace("/", "_")
                     found[name].append(_run(tree, folder, data, limit, seed, config, num_images))
             for name, results in found.items():
-                print(markdown([name, f"{limit:g}", *_cells(results)], []).splitlines()[0], flush=True)
+                print("| " + " | ".join([name, f"{limit:g}", *_cells(results)]) + " |", flush=True)
 
 
 def _cells(results: list[dict[str, Any]]) -> list[str]:

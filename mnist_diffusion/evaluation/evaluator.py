@@ -240,10 +240,12 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
     )
     key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     folder = Path(HF_HOME) / "mnist_diffusion" / "evaluators" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent.with_suffix(".lock")):  # another evaluation may be training it
-        if not (folder / "model.safetensors").is_file():
-            save_evaluator(train_evaluator(data, steps=STEPS), folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent.with_suffix(".lock")):  # another evaluation may be training it
+            if not weights.is_file():
+                save_evaluator(train_evaluator(data, steps=STEPS), folder)
     return replace(load_evaluator(folder, data), origin="trained on the training split")
 
 
