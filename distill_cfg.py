@@ -38,7 +38,8 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     launched.require_same("teachers", learned.fingerprint)
     # What is exported: a pipeline whose guidance is in the weights.
     sampling = SamplingConfig(**vars(config.sampling), guidance_scale=config.distillation.guidance_scale)
-    exported = partial(pipeline.build_pipeline, scheduler, sampling, images.class_names, guidance_distilled=True)
+    kind = {"patch_size": teacher.config.patch_size, "guidance_distilled": True}
+    exported = partial(pipeline.build_pipeline, scheduler, sampling, images.class_names, **kind)
     card = distillation.card_values(config.distillation, learned)
     # The loop: the same as in training.
     launched.accelerator.print(f"teacher      {config.distillation.teacher}")

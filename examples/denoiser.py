@@ -139,7 +139,8 @@ def run(config: Config, sigma: float, *, dry_run: bool = False) -> int:
     for name, value in (("evaluate_every", None), ("animate_at_epochs", ())):
         if getattr(config.train, name) != value:
             raise ConfigError(f"train.{name} must be left out: a denoiser draws no images, got {value!r}")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, class_conditional=False))
+    plain = dataclasses.replace(config.model, class_conditional=False, patch_size=1)
+    config = dataclasses.replace(config, model=plain)
     launched = launch(config, "denoiser")
     images = launched.load_images(config.data, seed=config.train.seed)
     shape = {"image_size": images.image_size, "channels": images.channels, "num_classes": images.num_classes}

@@ -59,7 +59,8 @@ def run(config: Config, *, dry_run: bool = False) -> int:
     unet = build_unet(config.model, **shape, seed=config.train.seed)
     scheduler = build_noise_scheduler(config.diffusion)
     learned = huber_objective(config, scheduler, null_class=null_class(unet))
-    exported = partial(build_pipeline, scheduler, config.sampling, images.class_names)
+    kind = {"patch_size": config.model.patch_size}
+    exported = partial(build_pipeline, scheduler, config.sampling, images.class_names, **kind)
     return Trainer(launched, config, images, unet, learned, make_pipeline=exported).run(dry_run=dry_run)
 
 

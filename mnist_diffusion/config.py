@@ -105,8 +105,11 @@ class DataConfig(ImagesConfig):
 class ModelConfig:
     """The shape of the `UNet2DModel`."""
 
-    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    block_out_channels: tuple[int, ...] = (32, 64)
     """Width of each resolution level, finest first."""
+    patch_size: int = 2
+    """Side of the square patches whose pixels the network takes as channels, at a fraction of the cost; 1 takes single
+    pixels."""
     layers_per_block: int = 1
     """Residual blocks per level."""
     attention_levels: tuple[int, ...] = ()
@@ -115,6 +118,8 @@ class ModelConfig:
     """Channels of each attention head."""
     norm_num_groups: int = 8
     """Groups of each group normalisation; must divide every width."""
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
+    """How the embedding of time and class enters a block: added, or as scale and shift of its normalisation."""
     dropout: float = 0.0
     """Dropout probability inside the residual blocks."""
     class_conditional: bool = True
@@ -123,7 +128,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         widths = self.block_out_channels
         require(len(widths) > 0 and all(w > 0 for w in widths), "model.block_out_channels", widths, "positive widths")
-        require_at_least(1, "model", self, "layers_per_block", "norm_num_groups", "attention_head_dim")
+        require_at_least(1, "model", self, "patch_size", "layers_per_block", "norm_num_groups", "attention_head_dim")
         require_between(0, 0.95, "model", self, "dropout")
         groups, head = self.norm_num_groups, self.attention_head_dim
         every = f"a divisor of every width in model.block_out_channels={list(widths)}"
@@ -207,10 +212,14 @@ class SamplingConfig(SamplerConfig):
 
     guidance_scale: float = 2.0
     """Strength of classifier-free guidance: 1 is conditional, 0 unconditional, above 1 sharpens the class."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels, from 0 (clean) to 1, at which guidance acts; at others the class alone does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(0, "sampling", self, "guidance_scale")
+        low, high = self.guidance_interval
+        require(0 <= low <= high <= 1, "sampling.guidance_interval", [low, high], "a rising pair from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,10 +273,12 @@ class TrainConfig:
     max_minutes: float | None = None
     """Alone: as many steps as fit into this time. With `max_steps` or `max_epochs`: stop at this time. If none of the
     three is set: five minutes. Neither evaluations nor pauses of the machine count."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """AdamW for all weights, or Muon for those of convolutions and linear layers and AdamW for the rest."""
     learning_rate: float = 3e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW."""
+    """Weight decay, which AdamW and Muon decouple from the gradient."""
     lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = "cosine"
     """How the learning rate falls after the warm-up. Where `max_minutes` alone ends the run, which does not know its
     length, it stays constant, or else falls on a straight line in the last two fifths of the time."""
@@ -455,7 +466,12 @@ class DistillConfig(RunConfig):
     """What the pipeline folder does by default."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            learning_rate=2e-3, weight_decay=0.0, warmup_steps=30, ema_decay=0.995, num_eval_images=64
+            optimizer="adamw",
+            learning_rate=2e-3,
+            weight_decay=0.0,
+            warmup_steps=30,
+            ema_decay=0.995,
+            num_eval_images=64,
         )
     )
     """The loop."""

@@ -103,7 +103,7 @@ def tiny_config(**train: object) -> Config:
 @lru_cache
 def untrained_network(conditional: bool, channels: int, seed: int) -> UNet2DModel:
     """A network of 10 classes and 8 x 8 pixels, to be copied, whose conditional and null predictions differ."""
-    model = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4, class_conditional=conditional)
+    model = ModelConfig(block_out_channels=(8, 16), patch_size=1, norm_num_groups=4, class_conditional=conditional)
     unet = build_unet(model, image_size=8, channels=channels, num_classes=10, seed=seed).eval()
     with torch.no_grad():
         for parameter in unet.parameters():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
+from torch import Tensor, nn
 
 from mnist_diffusion.config import ModelConfig
 from mnist_diffusion.diffusion.pipeline import class_names as pipeline_class_names
@@ -27,20 +30,21 @@ def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_class
     Raises:
         ConfigError: `image_size` cannot be halved as often as the levels ask.
     """
-    halvings = len(config.block_out_channels) - 1
-    if image_size % 2**halvings:
-        fits = image_size + -image_size % 2**halvings
+    halvings, patch = len(config.block_out_channels) - 1, config.patch_size
+    if image_size % (patch * 2**halvings):
+        fits = image_size + -image_size % (patch * 2**halvings)
         raise ConfigError(
-            f"data.image_size={image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
-            f"model.block_out_channels ask; set data.image_size={fits}, with data.fit=pad, or use fewer levels"
+            f"data.image_size={image_size} cannot be cut into patches of model.patch_size={patch} and halved "
+            f"{halvings} times, as the {halvings + 1} levels of model.block_out_channels ask; set "
+            f"data.image_size={fits}, with data.fit=pad, or use fewer levels"
         )
     attends = [level in config.attention_levels for level in range(len(config.block_out_channels))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(seed, "init"))
         return UNet2DModel(
-            sample_size=image_size,
-            in_channels=channels,
-            out_channels=channels,
+            sample_size=image_size // patch,
+            in_channels=channels * patch**2,
+            out_channels=channels * patch**2,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
             down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attends),
@@ -48,9 +52,34 @@ def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_class
             add_attention=any(attends),
             attention_head_dim=config.attention_head_dim if any(attends) else None,
             norm_num_groups=config.norm_num_groups,
+            resnet_time_scale_shift=config.resnet_time_scale_shift,
             dropout=config.dropout,
             num_class_embeds=num_classes + 1 if config.class_conditional else None,
         )
+
+
+def patch_size_of(unet: UNet2DModel, *, channels: int) -> int:
+    """The side of the patches of which `unet` takes the pixels of images with `channels`."""
+    return math.isqrt(unet.config.in_channels // channels)
+
+
+class PatchedUNet(nn.Module):
+    """A network that takes and predicts images `[B, C, H, W]`, around one for patches `[B, C p^2, H / p, W / p]`.
+
+    Args:
+        unet: the network.
+        patch_size: the side p of a patch.
+    """
+
+    def __init__(self, unet: UNet2DModel, patch_size: int):
+        super().__init__()
+        self.unet, self.patch_size = unet, patch_size
+
+    def forward(self, sample: Tensor, timestep: Any, class_labels: Any = None, **options: Any) -> tuple[Tensor]:
+        """What a call of the network with `return_dict=False` gives."""
+        patches = F.pixel_unshuffle(sample, self.patch_size)
+        predicted = self.unet(patches, timestep, class_labels=class_labels, return_dict=False)[0]
+        return (F.pixel_shuffle(predicted, self.patch_size),)
 
 
 def initialise(unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], prediction_type: str) -> str:

@@ -28,9 +28,10 @@ def build_pipeline(
     names: tuple[str, ...],
     unet: UNet2DModel,
     *,
+    patch_size: int = 1,
     guidance_distilled: bool = False,
 ) -> MNISTDiffusionPipeline:
-    """A pipeline around `unet` (not a copy) with a fresh sampler and the configured defaults.
+    """A pipeline around `unet` (not a copy), for patches of a size, with a fresh sampler and configured defaults.
 
     With `guidance_distilled` the network has learned to draw as if guided at the configured scale.
     """
@@ -41,7 +42,9 @@ def build_pipeline(
         id2label={str(index): name for index, name in enumerate(names)} if conditional else None,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
         eta=config.eta,
+        patch_size=patch_size,
         guidance_distilled=guidance_distilled,
     )
 
@@ -73,8 +76,10 @@ def require_fit(pipeline: MNISTDiffusionPipeline, data: ImageData) -> None:
 
 
 def fingerprint(pipeline: MNISTDiffusionPipeline) -> str:
-    """SHA-256 over what decides a trajectory: the scheduler's configuration, names and values of the weights."""
+    """SHA-256 over what decides a trajectory: the defaults that a call takes, the scheduler's configuration, names and
+    values of the weights."""
     settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    settings["call"] = [pipeline.config[name] for name in ("eta", "guidance_interval", "patch_size")]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(pipeline.unet.state_dict().items()):
         digest.update(name.encode())

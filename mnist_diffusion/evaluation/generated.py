@@ -197,7 +197,7 @@ class ImageGenerator:
         pipeline = self.pipeline
         network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
         drawn = [fingerprint(pipeline), type(pipeline.scheduler).__name__, repr(settings), self.seed]
-        identity = json.dumps([*drawn, pipeline.config.eta, network], sort_keys=True, default=str)
+        identity = json.dumps([*drawn, network], sort_keys=True, default=str)
         digest = hashlib.sha256(identity.encode()).hexdigest()
         guided = "" if settings.guidance_scale is None else f"-{settings.guidance_scale:g}"
         return f"{settings.scheduler}-{settings.num_inference_steps}{guided}-{digest[:12]}"

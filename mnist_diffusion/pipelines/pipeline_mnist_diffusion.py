@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
@@ -122,7 +123,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         id2label: names of the classes by index; a call may then name classes in place of numbers.
         num_inference_steps: denoising steps if a call names none.
         guidance_scale: guidance scale if a call names none.
+        guidance_interval: noise levels at which guidance acts, if a call names none.
         eta: noise of the schedulers that take an eta, if a call names none.
+        patch_size: side of the square patches whose pixels are the channels of the network's input and output.
         guidance_distilled: whether the network has learned to draw as if guided at `guidance_scale`, in one pass per
             step. Other scales cannot be asked for then.
     """
@@ -137,7 +140,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         id2label: dict | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
         eta: float = 0.0,
+        patch_size: int = 1,
         guidance_distilled: bool = False,
     ):
         super().__init__()
@@ -147,7 +152,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             id2label=names,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=list(guidance_interval),
             eta=eta,
+            patch_size=patch_size,
             guidance_distilled=guidance_distilled,
         )
         self._interrupt = False
@@ -166,9 +173,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        size = self.unet.config.sample_size
+        size, patch = self.unet.config.sample_size, self.config.patch_size
         height, width = (size, size) if isinstance(size, int) else size
-        return (self.unet.config.in_channels, height, width)
+        return (self.unet.config.in_channels // patch**2, height * patch, width * patch)
 
     @property
     def interrupt(self) -> bool:
@@ -373,8 +380,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             guidance_scale: one number or one per image. 1 is conditional and 0 unconditional, with one network pass
                 per step; anything else takes two. See [`guided_prediction`] for how other papers' `w` maps to it.
                 Omitted for a model whose guidance is distilled.
-            guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: guidance acts inside only; the
-                prediction is conditional outside. Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
+            guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: scales above 1 act inside only;
+                outside, the prediction is conditional. Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
             guidance_rescale: phi of [`rescale_guidance`], from 0 (off) to 1.
             num_inference_steps: denoising steps.
             timesteps: the timesteps themselves, falling, if the scheduler takes them.
@@ -422,9 +429,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 if self._interrupt:
                     continue
                 model_input = self.scheduler.scale_model_input(latents, timestep)
-                level = float(timestep) / self.scheduler.config.num_train_timesteps
-                guided = guidance_interval is None or guidance_interval[0] <= level <= guidance_interval[1]
-                now = scales if guided else torch.ones_like(scales)
+                now = self._scales_at(timestep, scales, guidance_interval)
                 model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
                 self._set_ddim_stride(step)
                 latents = self.scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
@@ -563,9 +568,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
             alpha = scheduler.alphas_cumprod[timestep]
             angle = torch.arccos(alpha.sqrt()) - torch.arccos(before.sqrt())
-            target, sample = sample, sample / angle.cos()
+            target, sample, now = sample, sample / angle.cos(), self._scales_at(timestep, scales, None)
             for _ in range(int(num_iterations)):
-                output = self._predict(sample, timestep, conditions, scales, 0.0)
+                output = self._predict(sample, timestep, conditions, now, 0.0)
                 clean = predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)
                 if scheduler.config.clip_sample:
                     clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
@@ -646,6 +651,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             gap = timesteps[step] - (timesteps[step + 1] if step + 1 < len(timesteps) else -1)
             self.scheduler.num_inference_steps = Fraction(self.scheduler.config.num_train_timesteps, gap)
 
+    def _scales_at(self, timestep: torch.Tensor, scales: torch.Tensor, interval: Any) -> torch.Tensor:
+        """The guidance scales of a step."""
+        low, high = self.config.guidance_interval if interval is None else interval
+        inside = low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
+        return scales if inside else scales.clamp(max=1)
+
     def _predict(
         self,
         model_input: torch.Tensor,
@@ -675,8 +686,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     def _unet_pass(
         self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
     ) -> torch.Tensor:
-        model_input, timestep = model_input.to(self.unet.dtype), timestep.to(model_input.device)
-        return self.unet(model_input, timestep, class_labels=labels, return_dict=False)[0].float()
+        patches = F.pixel_unshuffle(model_input.to(self.unet.dtype), self.config.patch_size)
+        predicted = self.unet(patches, timestep.to(patches.device), class_labels=labels, return_dict=False)[0]
+        return F.pixel_shuffle(predicted, self.config.patch_size).float()
 
 
 def _checked_generators(generator: Any, *counts: int) -> Any:

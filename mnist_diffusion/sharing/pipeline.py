@@ -77,7 +77,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             values["unet"] = reading.read_unet(folder, variant=variant, dtype=dtype or torch.float32)
         if "scheduler" not in values:
             values["scheduler"] = reading.read_scheduler(folder, scheduler)
-        reading.require_names(folder, values.get("id2label"), values["unet"])
+        reading.require_fit(folder, values, values["unet"])
         pipeline = cls(**values)
         pipeline.register_to_config(_name_or_path=source)
         pipeline._origin = (folder, hub.get("cache_dir"))

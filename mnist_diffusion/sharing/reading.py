@@ -164,19 +164,26 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
         and all(re.fullmatch("[0-9]{1,6}", key) and isinstance(value, str) for key, value in names.items())
     ):
         raise FileError(f"{path}: id2label must name classes by their numbers, got {str(names)[:100]}")
-    for name, low, high in (("num_inference_steps", 1, MAX_NUMBER), ("guidance_scale", 0, math.inf), ("eta", 0, 1)):
+    ranges = {"num_inference_steps": (1, MAX_NUMBER), "patch_size": (1, MAX_NUMBER)}
+    for name, (low, high) in {**ranges, "guidance_scale": (0, math.inf), "eta": (0, 1)}.items():
         value = values.get(name, low)
-        kind = int if name == "num_inference_steps" else int | float
+        kind = int if name in ranges else int | float
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value == math.inf:
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise FileError(f"{path}: {name} must be finite and {bounds}, got {str(value)[:100]}")
+    interval = values.get("guidance_interval", [0, 1])
+    pair = isinstance(interval, list) and len(interval) == 2 and all(type(end) in (int, float) for end in interval)
+    if not pair or not 0 <= interval[0] <= interval[1] <= 1:
+        raise FileError(f"{path}: guidance_interval must be a rising pair from 0 to 1, got {str(interval)[:100]}")
     if not isinstance(values.get("guidance_distilled", False), bool):
         raise FileError(f"{path}: guidance_distilled must be true or false")
 
 
-def require_names(folder: Path, names: Mapping[str, str] | None, unet: Any) -> None:
-    """Make sure that names are those of classes that the network has."""
-    embeddings = unet.config.num_class_embeds
+def require_fit(folder: Path, values: Mapping[str, Any], unet: Any) -> None:
+    """Make sure that the names in an index are those of classes that the network has, and its patches of pixels too."""
+    embeddings, names, patch = unet.config.num_class_embeds, values.get("id2label"), values.get("patch_size", 1)
+    if unet.config.in_channels % patch**2:
+        raise FileError(f"{folder}: patch_size={patch} does not fit a network of {unet.config.in_channels} channels")
     for number in names or {}:
         if embeddings is None or int(number) >= embeddings - 1:
             raise FileError(f"{folder}: id2label names class {number}, which the network does not have")

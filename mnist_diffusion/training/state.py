@@ -17,9 +17,11 @@ from torch import Tensor
 from mnist_diffusion.config import RunConfig
 from mnist_diffusion.data.dataset import ImageData, draw_batch
 from mnist_diffusion.data.transforms import to_model_range
+from mnist_diffusion.diffusion.network import PatchedUNet, patch_size_of
 from mnist_diffusion.diffusion.objective import Batch, Objective
 from mnist_diffusion.run_folder.checkpoint import Checkpoint, optimizer_state, restore_optimizer
 from mnist_diffusion.seeds import mixed_seed
+from mnist_diffusion.training.optimizer import build_optimizer
 
 NOISE_LEVELS = 10
 
@@ -44,11 +46,10 @@ class TrainState:
             unet.to(memory_format=torch.channels_last)
         self.averaged_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.ema = EMAModel(unet.parameters(), decay=config.train.ema_decay, foreach=True)
-        optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, foreach=True
-        )
-        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        self.unet = unet
+        self.unet, patches = unet, patch_size_of(unet, channels=data.channels)
+        optimizer = build_optimizer(unet, config.train)
+        self.model, self.optimizer = accelerator.prepare(PatchedUNet(unet, patches), optimizer)
+        self.averaged_model = PatchedUNet(self.averaged_unet, patches)
         # The first step whose loss or gradient was not finite, -1 for none: read when the run reports or saves.
         self.first_bad_step = torch.tensor(-1, device=accelerator.device)
         # Summed loss and count of images by noise level, since it was last read.
@@ -146,12 +147,13 @@ class TrainState:
 
         The batch size does not depend on the run, so that runs can be compared.
         """
-        unet, train, device, total = self.average(), self.config.train, self.accelerator.device, 0.0
+        self.average()
+        train, device, total = self.config.train, self.accelerator.device, 0.0
         chosen = self.data.test.spread(train.num_eval_images)
         for index, (images, labels) in enumerate(zip(*(each.split(500) for each in chosen), strict=True)):
             draws = self.objective.draw(tuple(images.shape), seed=train.seed, step=index, device=device, held_out=True)
             batch = self._batch(images, labels, *draws)
-            total += float(self.objective.loss(unet, batch).mean()) * len(images)
+            total += float(self.objective.loss(self.averaged_model, batch).mean()) * len(images)
         return total / len(chosen[1])
 
     def passes(self, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,21 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from mnist_diffusion.config import DiffusionConfig, ModelConfig
-from mnist_diffusion.diffusion.network import build_unet, initialise
+from mnist_diffusion.config import DiffusionConfig, ModelConfig, SamplingConfig
+from mnist_diffusion.diffusion.network import PatchedUNet, build_unet, initialise, patch_size_of
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
+from mnist_diffusion.diffusion.pipeline import build_pipeline
 from mnist_diffusion.errors import ConfigError, UserError
 from tests.conftest import make_pipeline
 
 NAMES = tuple("abcdefghij")
-TINY = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4)
+TINY = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4, patch_size=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("levels", [(), (1,)])
 def test_shapes(channels: int, levels: tuple[int, ...]) -> None:
-    model = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_levels=levels, attention_head_dim=8)
+    model = dataclasses.replace(TINY, attention_levels=levels, attention_head_dim=8)
     unet = build_unet(model, image_size=8, channels=channels, num_classes=3)
     images = torch.zeros(2, channels, 8, 8)
     assert unet(images, 5, class_labels=torch.tensor([0, 3])).sample.shape == images.shape
@@ -32,7 +34,7 @@ def test_shapes(channels: int, levels: tuple[int, ...]) -> None:
 
 
 def test_unconditional() -> None:
-    model = ModelConfig(block_out_channels=(8,), norm_num_groups=4, class_conditional=False)
+    model = dataclasses.replace(TINY, block_out_channels=(8,), class_conditional=False)
     unet = build_unet(model, image_size=8, channels=1, num_classes=3)
     assert unet.config.num_class_embeds is None
     assert unet(torch.zeros(1, 1, 8, 8), 5).sample.shape == (1, 1, 8, 8)
@@ -50,9 +52,33 @@ def test_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
 
 
 def test_size_that_cannot_be_halved() -> None:
-    model = ModelConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
-    with pytest.raises(ConfigError, match=r"data.image_size=28 cannot be halved 3 times.* set data.image_size=32"):
-        build_unet(model, image_size=28, channels=1, num_classes=2)
+    message = r"data.image_size=28 cannot be cut .* model.patch_size={} and halved {} times.* set data.image_size=32"
+    for widths, patch in (((8, 8, 8, 8), 1), ((8, 8), 4)):
+        model = dataclasses.replace(TINY, block_out_channels=widths, patch_size=patch)
+        with pytest.raises(ConfigError, match=message.format(patch, len(widths) - 1)):
+            build_unet(model, image_size=28, channels=1, num_classes=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_in_training_and_in_the_pipeline(channels: int) -> None:
+    """The pixels of a patch are channels, the same in training and in drawing, and images come out whole."""
+    model = dataclasses.replace(TINY, patch_size=2)
+    unet = build_unet(model, image_size=8, channels=channels, num_classes=10)
+    assert (unet.config.sample_size, unet.config.in_channels) == (4, 4 * channels)
+    assert patch_size_of(unet, channels=channels) == 2
+    noise, labels = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 7])
+    patches = noise.view(2, channels, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 4 * channels, 4, 4)
+    expected = unet(patches, 999, class_labels=labels).sample.view(2, channels, 2, 2, 4, 4).permute(0, 1, 4, 2, 5, 3)
+    expected = expected.reshape(2, channels, 8, 8)
+    assert torch.equal(PatchedUNet(unet, 2)(noise, 999, class_labels=labels)[0], expected)
+    scheduler, seen = build_noise_scheduler(DiffusionConfig()), []
+    pipeline = build_pipeline(scheduler, SamplingConfig(), NAMES, unet, patch_size=2)
+    assert pipeline.image_shape == (channels, 8, 8)
+    keep = {"callback_on_step_end": lambda *step: seen.append(step[3]["model_output"]) or {}}
+    inputs = {"callback_on_step_end_tensor_inputs": ["model_output"], "num_inference_steps": 1, "output_type": "pt"}
+    images = pipeline(labels, guidance_scale=1, latents=noise, **inputs, **keep).images
+    torch.testing.assert_close(seen[0], expected.detach())
+    assert images.shape == noise.shape
 
 
 def test_training_scheduler_leaves_no_argument_to_a_default() -> None:
@@ -79,8 +105,7 @@ class TestInitialise:
         return str(tmp_path / "pipeline")
 
     def unet(self, num_classes: int = 10, **changes: Any) -> UNet2DModel:
-        shape: dict[str, Any] = {"block_out_channels": (8, 16), "norm_num_groups": 4, **changes}
-        return build_unet(ModelConfig(**shape), image_size=8, channels=1, num_classes=num_classes)
+        return build_unet(dataclasses.replace(TINY, **changes), image_size=8, channels=1, num_classes=num_classes)
 
     def test_same_classes_take_everything(self, folder: str) -> None:
         unet, expected = self.unet(), make_pipeline(seed=5).unet.state_dict()

@@ -1,0 +1,63 @@
+"""Muon beside torch's own, and AdamW for what is no matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mnist_diffusion.config import ModelConfig, TrainConfig
+from mnist_diffusion.diffusion.network import build_unet
+from mnist_diffusion.training.optimizer import build_optimizer, orthogonalised
+
+
+def gradients(network: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_orthogonal_matrices_keep_their_singular_vectors() -> None:
+    wide = torch.randn(3, 8, 40, generator=torch.Generator().manual_seed(0))
+    for matrices in (wide, wide.mT):
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        turned = left.mT @ orthogonalised(matrices) @ right.mT
+        values = turned.diagonal(dim1=-2, dim2=-1)
+        torch.testing.assert_close(turned, torch.diag_embed(values), atol=1e-4, rtol=0)
+        assert (values > 0.6).all()
+        assert (values < 1.3).all()
+    assert torch.equal(orthogonalised(torch.zeros(1, 3, 2)), torch.zeros(1, 3, 2))
+
+
+def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw() -> None:
+    model = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4)
+    networks = [build_unet(model, image_size=8, channels=1, num_classes=3) for _ in range(2)]
+    ours, theirs = (dict(network.named_parameters()) for network in networks)
+    optimizer = build_optimizer(networks[0], TrainConfig(optimizer="muon", learning_rate=0.01, weight_decay=0.1))
+    matrices = {name for name, each in theirs.items() if each.ndim > 1 and name != "class_embedding.weight"}
+    flat = {name: nn.Parameter(theirs[name].detach().flatten(1).clone()) for name in matrices}
+    rest = [each for name, each in theirs.items() if name not in matrices]
+    adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1)
+    muon = torch.optim.Muon(flat.values(), lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        for network in networks:
+            gradients(network, step)
+        for name, parameter in flat.items():
+            parameter.grad = theirs[name].grad.flatten(1)  # type: ignore[union-attr]
+        for each in (optimizer, adamw, muon):
+            each.step()
+    for name, parameter in ours.items():
+        if name in matrices:  # torch's works in bfloat16
+            torch.testing.assert_close(parameter.flatten(1), flat[name], atol=2e-3, rtol=0)
+            assert (parameter.flatten(1) - flat[name]).norm() < 0.03 * (parameter - theirs[name]).norm()
+        else:
+            assert torch.equal(parameter, theirs[name])
+
+
+def test_what_has_no_gradient_stays() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = build_optimizer(network, TrainConfig(optimizer="muon"))
+    network[0](torch.ones(1, 3)).sum().backward()
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer.step()
+    moved = [not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True)]
+    assert moved == [True, True, False, False]
