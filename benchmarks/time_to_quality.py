@@ -1,10 +1,11 @@
-"""Quality of what a training command leaves after so many minutes, beside another revision of this project.
+"""Quality of what a training command leaves after so many minutes, beside other flags or another revision.
 
     python benchmarks/time_to_quality.py path/to/mnist --minutes '[1,2,5,10]' --seeds 3
     python benchmarks/time_to_quality.py path/to/mnist --minutes '[5]' --seeds 3 --against HEAD~1
+    python benchmarks/time_to_quality.py path/to/mnist --minutes '[2]' --flags '["--train.optimizer adamw"]'
 
 Each run is the real command in a process of its own, its time taken from the start of the process to its end. Runs of
-the two revisions alternate, so that their ratio says something on any machine. Both are measured by this revision. Runs
+what is compared alternate, so that their ratio says something on any machine. All are measured by this revision. Runs
 that are found in the folder are not made again.
 """
 
@@ -29,7 +30,7 @@ from mnist_diffusion.requests import EvaluationRequest
 
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = {"accuracy": "{:.2%}", "fid": "{:.3f}", "recall": "{:.1%}"}
-HEADINGS = ("revision", "minutes", "seconds in all", "of them training", "steps", *FIGURES)
+HEADINGS = ("run", "minutes", "seconds in all", "of them training", "steps", *FIGURES)
 
 
 def main(
@@ -38,6 +39,7 @@ def main(
     minutes: tuple[float, ...] = (1, 2, 5, 10),
     seeds: int = 3,
     against: str | None = None,
+    flags: tuple[str, ...] = (),
     config: str = "default",
     num_images: int = 10_000,
     runs: Path = Path("runs/time_to_quality"),
@@ -49,18 +51,21 @@ def main(
         minutes: how long each run may take.
         seeds: runs for each of these.
         against: another revision of this repository, whose runs alternate with those of the working tree.
+        flags: further flags of the command, whose runs alternate with those without; each may hold several.
         config: a recipe.
         num_images: drawn to measure each run.
         runs: where runs and their reports are kept.
     """
     print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS), flush=True)
     with _revisions(against, runs.resolve()) as revisions:
+        compared = {name: (tree, "") for name, tree in revisions.items()} | {each: (REPOSITORY, each) for each in flags}
         for limit in minutes:
-            found: dict[str, list[dict[str, Any]]] = {name: [] for name in revisions}
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
             for seed in range(seeds):
-                for name, tree in revisions.items():
+                for name, (tree, more) in compared.items():
                     folder = runs.resolve() / f"{name}-{config}-{limit:g}-{seed}".replace("/", "_")
-                    found[name].append(_run(tree, folder, data, limit, seed, config, num_images))
+                    asked = ["--config", config, "--train.max_minutes", str(limit), "--train.seed", str(seed)]
+                    found[name].append(_run(tree, folder, data, [*asked, *more.split()], num_images))
             for name, results in found.items():
                 print("| " + " | ".join([name, f"{limit:g}", *_cells(results)]) + " |", flush=True)
 
@@ -76,15 +81,12 @@ def _cells(results: list[dict[str, Any]]) -> list[str]:
     return cells
 
 
-def _run(
-    tree: Path, folder: Path, data: str, minutes: float, seed: int, config: str, num_images: int
-) -> dict[str, Any]:
+def _run(tree: Path, folder: Path, data: str, asked: list[str], num_images: int) -> dict[str, Any]:
     """Train, measure, and keep what was found."""
     kept = folder / "time_to_quality.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    flags = ["--config", config, "--data.source", str(Path(data).resolve()), "--output_dir", str(folder)]
-    flags += ["--train.max_minutes", str(minutes), "--train.seed", str(seed)]
+    flags = ["--data.source", str(Path(data).resolve()), "--output_dir", str(folder), *asked]
     started = time.perf_counter()
     subprocess.run(
         [Path(sys.executable).with_name("accelerate"), "launch", tree / "train_cfg.py", *flags],

@@ -163,7 +163,9 @@ class DiffusionConfig:
     clip_sample: bool = True
     """Let samplers that can clip the predicted clean image to [-1, 1] do so."""
     min_snr_gamma: float | None = None
-    """Weight the loss over timesteps by min-SNR with this gamma, usually 5; null weights all timesteps alike."""
+    """Weight the loss over timesteps by min-SNR with this gamma, usually 5, in place of `sigmoid_bias`."""
+    sigmoid_bias: float | None = 2.0
+    """Weight the loss over timesteps by sigmoid(bias - log SNR), which is small for the least noise; null weights all alike."""
     label_dropout: float = 0.1
     """Share of the labels replaced by the null class, which is what classifier-free guidance learns from."""
 
@@ -182,6 +184,9 @@ class DiffusionConfig:
             require(len(betas) == steps, "diffusion.trained_betas", f"{len(betas)} values", rule)
         require_between(0, 1, "diffusion", self, "label_dropout")
         require_positive("diffusion", self, "min_snr_gamma")
+        bias, gamma = self.sigmoid_bias, self.min_snr_gamma
+        require(bias is None or math.isfinite(bias), "diffusion.sigmoid_bias", bias, "a finite number or null")
+        require(bias is None or gamma is None, "diffusion.sigmoid_bias", bias, f"null with min_snr_gamma={gamma}")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ConfigError(
                 "diffusion.rescale_betas_zero_snr=true needs diffusion.prediction_type v_prediction or sample: at zero "

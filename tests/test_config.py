@@ -33,8 +33,10 @@ BAD_FLAGS = [
     (["--data.source", ""], "data.source"),
     (["--model.block_out_channels", "[]"], "model.block_out_channels must be positive widths, got ()"),
     (["--model.block_out_channels", "[20]"], "model.norm_num_groups must be a divisor of every width"),
-    (["--model.attention_levels", "[3]"], "model.attention_levels must be distinct levels from 0 to 2, got [3]"),
+    (["--model.attention_levels", "[3]"], "model.attention_levels must be distinct levels from 0 to 1, got [3]"),
     (["--model.dropout", "1.0"], "model.dropout must be between 0 and 0.95, got 1.0"),
+    (["--diffusion.min_snr_gamma", "5"], "diffusion.sigmoid_bias must be null with min_snr_gamma=5.0, got 2.0"),
+    (["--sampling.guidance_interval", "[0.8,0.2]"], "sampling.guidance_interval must be a rising pair from 0 to 1"),
     (["--diffusion.min_snr_gamma", "0"], "diffusion.min_snr_gamma must be a positive number, got 0"),
     (["--train.checkpoint_every", "often"], "train.checkpoint_every must be null, or so many steps or epochs"),
     (["--train.sample_every", "0 steps"], "train.sample_every must be null, or so many steps or epochs"),
@@ -159,7 +161,7 @@ def test_bad_distillations_name_field_and_value(
 def test_yaml_keeps_every_kind_of_value(tmp_path: Path) -> None:
     config = Config(
         data=DataConfig(source="a b/é", channels=3),
-        model=ModelConfig(attention_levels=(1, 2)),
+        model=ModelConfig(attention_levels=(0, 1)),
         diffusion=DiffusionConfig(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
         sampling=SamplingConfig(num_inference_steps=2, scheduler="EulerAncestralDiscreteScheduler"),
         train=TrainConfig(

@@ -110,6 +110,14 @@ def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) 
     return snr.clamp(max=gamma) / divisor
 
 
+def sigmoid_weights(alphas_cumprod: Tensor, bias: float) -> Tensor:
+    """The weight of each timestep, `[T]`: sigmoid(bias - log SNR), on the error of whatever is predicted.
+
+    Kingma and Gao (2023), https://arxiv.org/abs/2303.00848, weight the error of the noise so, with a bias of 2.
+    """
+    return torch.sigmoid(bias - torch.logit(alphas_cumprod))
+
+
 def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, null_class: int | None) -> Objective:
     """Denoising diffusion: mean squared error to the target, weighted over timesteps.
 
@@ -119,6 +127,8 @@ def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, nu
         null_class: the label that stands for no class; None for an unconditional network.
     """
     weights = None
+    if config.sigmoid_bias is not None:
+        weights = sigmoid_weights(scheduler.alphas_cumprod, config.sigmoid_bias)
     if config.min_snr_gamma is not None:
         weights = min_snr_weights(scheduler.alphas_cumprod, config.prediction_type, config.min_snr_gamma)
 

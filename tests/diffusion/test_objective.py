@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import Batch, Objective, diffusion_objective, min_snr_weights
+from mnist_diffusion.diffusion.objective import Batch, Objective, diffusion_objective, min_snr_weights, sigmoid_weights
 from tests.conftest import make_pipeline
 
 SHAPE = (6, 1, 8, 8)
@@ -35,14 +36,14 @@ def make_batch(objective: Objective) -> Batch:
 
 
 def make_objective(*, null_class: int | None = 10, **config: Any) -> Objective:
-    settings = DiffusionConfig(**config)
+    settings = DiffusionConfig(**{"sigmoid_bias": None, **config})
     return diffusion_objective(settings, build_noise_scheduler(settings), null_class=null_class)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_loss_is_the_mean_square_of_the_target(prediction_type: Any, beta_schedule: Any) -> None:
-    config = DiffusionConfig(prediction_type=prediction_type, beta_schedule=beta_schedule)
+    config = DiffusionConfig(prediction_type=prediction_type, beta_schedule=beta_schedule, sigmoid_bias=None)
     scheduler = build_noise_scheduler(config)
     objective = diffusion_objective(config, scheduler, null_class=10)
     batch, model = make_batch(objective), Recorder()
@@ -65,13 +66,23 @@ def test_min_snr_weights_are_those_of_the_diffusers_examples(prediction_type: st
     torch.testing.assert_close(min_snr_weights(scheduler.alphas_cumprod, prediction_type, 5.0), expected)
 
 
-def test_min_snr_changes_the_loss_by_its_weights() -> None:
-    plain, weighted = make_objective(), make_objective(min_snr_gamma=5.0)
+def test_sigmoid_weights_fall_with_the_signal() -> None:
+    for zero_snr in (False, True):
+        scheduler = build_noise_scheduler(DiffusionConfig(rescale_betas_zero_snr=zero_snr))
+        alphas = scheduler.alphas_cumprod.double()
+        expected = 1 / (1 + alphas / (1 - alphas) * math.exp(-2))
+        torch.testing.assert_close(
+            sigmoid_weights(scheduler.alphas_cumprod, 2.0).double(), expected, atol=1e-5, rtol=1e-3
+        )
+
+
+def test_weights_change_the_loss() -> None:
+    plain, min_snr, sigmoid = make_objective(), make_objective(min_snr_gamma=5.0), make_objective(sigmoid_bias=2.0)
     batch = dataclasses.replace(make_batch(plain), timesteps=torch.full((6,), 300))
-    losses = [objective.loss(Recorder(), batch) for objective in (plain, weighted)]
-    scheduler = build_noise_scheduler(DiffusionConfig())
-    weight = min_snr_weights(scheduler.alphas_cumprod, "v_prediction", 5.0)[300]
-    torch.testing.assert_close(losses[1], losses[0] * weight)
+    losses = [objective.loss(Recorder(), batch) for objective in (plain, min_snr, sigmoid)]
+    alphas = build_noise_scheduler(DiffusionConfig()).alphas_cumprod
+    torch.testing.assert_close(losses[1], losses[0] * min_snr_weights(alphas, "v_prediction", 5.0)[300])
+    torch.testing.assert_close(losses[2], losses[0] * sigmoid_weights(alphas, 2.0)[300])
 
 
 def test_labels_are_dropped_one_by_one() -> None:

@@ -257,6 +257,16 @@ class TestGuidance:
             draw(pipeline, 1, guidance_scale=4), draw(pipeline, 1, guidance_scale=4, guidance_interval=(0, 1))
         )
 
+    def test_the_folders_interval_is_the_default(self, tmp_path: Path) -> None:
+        """Outside of it a scale of 0 is still unconditional."""
+        saved = make_pipeline(sampling=SamplingConfig(guidance_interval=(0.3, 0.7)))
+        saved.save_pretrained(tmp_path)
+        loaded = MNISTDiffusionPipeline.from_pretrained(tmp_path)
+        expected = draw(saved, 1, guidance_scale=4, guidance_interval=(0.3, 0.7))
+        assert torch.equal(draw(loaded, 1, guidance_scale=4), expected)
+        assert not torch.equal(draw(loaded, 1, guidance_scale=4, guidance_interval=(0, 1)), expected)
+        assert torch.equal(draw(loaded, 1, guidance_scale=0), draw(loaded, 2, guidance_scale=0))
+
     def test_rescale(self) -> None:
         generator = torch.Generator().manual_seed(0)
         conditional, guided = (torch.randn(2, 1, 8, 8, generator=generator) * scale for scale in (1, 3))
