@@ -71,9 +71,8 @@ def test_sigmoid_weights_fall_with_the_signal() -> None:
         scheduler = build_noise_scheduler(DiffusionConfig(rescale_betas_zero_snr=zero_snr))
         alphas = scheduler.alphas_cumprod.double()
         expected = 1 / (1 + alphas / (1 - alphas) * math.exp(-2))
-        torch.testing.assert_close(
-            sigmoid_weights(scheduler.alphas_cumprod, 2.0).double(), expected, atol=1e-5, rtol=1e-3
-        )
+        found = sigmoid_weights(scheduler.alphas_cumprod, 2.0)
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-3)
 
 
 def test_weights_change_the_loss() -> None:
