@@ -165,7 +165,7 @@ class DiffusionConfig:
     min_snr_gamma: float | None = None
     """Weight the loss over timesteps by min-SNR with this gamma, usually 5, in place of `sigmoid_bias`."""
     sigmoid_bias: float | None = 2.0
-    """Weight the loss over timesteps by sigmoid(bias - log SNR), small where there is little noise; null weights none."""
+    """Weight the loss over timesteps by sigmoid(bias - log SNR), small for little noise; null weights all alike."""
     label_dropout: float = 0.1
     """Share of the labels replaced by the null class, which is what classifier-free guidance learns from."""
 
