@@ -311,7 +311,8 @@ class TrainConfig:
     ema_decay: float = 0.9995
     """Decay of the exponential moving average of the weights, which are the ones sampled and published."""
     ema_start_step: int = 0
-    """Until this step the average is a plain copy of the weights; then the decay rises as (1 + n) / (10 + n)."""
+    """Until this step the average is a plain copy of the weights; then the decay rises as (1 + n) / (10 + n), which is
+    the smaller one for 18,000 steps if `ema_decay` is 0.9995."""
     num_eval_images: int = 2000
     """Held-out images on which the loss is measured, with the same noise each time; 0 leaves it out."""
     log_every_steps: int = 50
