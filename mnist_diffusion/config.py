@@ -215,10 +215,10 @@ class SamplerConfig:
 class SamplingConfig(SamplerConfig):
     """What the pipeline folder does when it is called without further arguments."""
 
-    guidance_scale: float = 2.0
+    guidance_scale: float = 2.2
     """Strength of classifier-free guidance: 1 is conditional, 0 unconditional, above 1 sharpens the class."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Noise levels, from 0 (clean) to 1, at which guidance acts; at others the class alone does."""
+    guidance_interval: tuple[float, float] = (0.2, 0.8)
+    """Noise levels, from 0 (clean) to 1, between which scales above 1 act; outside, the prediction is conditional."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,8 +233,8 @@ class DistillationConfig:
 
     teacher: str
     """The teacher: a pipeline folder, or a Hub id such as `user/name`."""
-    guidance_scale: float = 1.5
-    """The guidance of the teacher that the student learns to draw with, in one pass per step."""
+    guidance_scale: float = 2.2
+    """The guidance of the teacher, within its own interval, that the student draws with in one pass per step."""
     scheduler: TrajectorySampler = "dpmpp"
     """The sampler that draws the teacher's trajectories: one that adds no noise of its own on the way."""
     num_teacher_steps: int = 8

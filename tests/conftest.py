@@ -115,7 +115,7 @@ def make_pipeline(
     *, conditional: bool = True, channels: int = 1, seed: int = 0, **changes: object
 ) -> MNISTDiffusionPipeline:
     """An untrained pipeline around a copy of that network."""
-    config = Config(**changes)  # type: ignore[arg-type]
+    config = Config(**{"sampling": SamplingConfig(guidance_interval=(0, 1)), **changes})  # type: ignore[arg-type]
     unet = copy.deepcopy(untrained_network(conditional, channels, seed))
     scheduler = build_noise_scheduler(config.diffusion)
     pipeline = build_pipeline(scheduler, config.sampling, tuple("abcdefghij"), unet)
