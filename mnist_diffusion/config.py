@@ -472,12 +472,7 @@ class DistillConfig(RunConfig):
     """What the pipeline folder does by default."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            optimizer="adamw",
-            learning_rate=2e-3,
-            weight_decay=0.0,
-            warmup_steps=30,
-            ema_decay=0.995,
-            num_eval_images=64,
+            learning_rate=2e-3, weight_decay=0.0, warmup_steps=30, ema_decay=0.995, num_eval_images=64
         )
     )
     """The loop."""

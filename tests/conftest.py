@@ -115,7 +115,8 @@ def make_pipeline(
     *, conditional: bool = True, channels: int = 1, seed: int = 0, **changes: object
 ) -> MNISTDiffusionPipeline:
     """An untrained pipeline around a copy of that network."""
-    config = Config(**{"sampling": SamplingConfig(guidance_interval=(0, 1)), **changes})  # type: ignore[arg-type]
+    plain = SamplingConfig(guidance_scale=2.0, guidance_interval=(0.0, 1.0))
+    config = Config(**{"sampling": plain, **changes})  # type: ignore[arg-type]
     unet = copy.deepcopy(untrained_network(conditional, channels, seed))
     scheduler = build_noise_scheduler(config.diffusion)
     pipeline = build_pipeline(scheduler, config.sampling, tuple("abcdefghij"), unet)
