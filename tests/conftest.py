@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -112,14 +113,19 @@ def untrained_network(conditional: bool, channels: int, seed: int) -> UNet2DMode
 
 
 def make_pipeline(
-    *, conditional: bool = True, channels: int = 1, seed: int = 0, **changes: object
+    *,
+    conditional: bool = True,
+    channels: int = 1,
+    seed: int = 0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    **changes: object,
 ) -> MNISTDiffusionPipeline:
-    """An untrained pipeline around a copy of that network."""
-    plain = SamplingConfig(guidance_scale=2.0, guidance_interval=(0.0, 1.0))
-    config = Config(**{"sampling": plain, **changes})  # type: ignore[arg-type]
+    """An untrained pipeline around a copy of that network, guided at every step unless asked otherwise."""
+    config = Config(**changes)  # type: ignore[arg-type]
+    sampling = dataclasses.replace(config.sampling, guidance_interval=guidance_interval)
     unet = copy.deepcopy(untrained_network(conditional, channels, seed))
     scheduler = build_noise_scheduler(config.diffusion)
-    pipeline = build_pipeline(scheduler, config.sampling, tuple("abcdefghij"), unet)
+    pipeline = build_pipeline(scheduler, sampling, tuple("abcdefghij"), unet)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

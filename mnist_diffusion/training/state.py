@@ -49,7 +49,7 @@ class TrainState:
         self.unet, patches = unet, patch_size_of(unet, channels=data.channels)
         optimizer = build_optimizer(unet, config.train)
         self.model, self.optimizer = accelerator.prepare(PatchedUNet(unet, patches), optimizer)
-        self.averaged_model = PatchedUNet(self.averaged_unet, patches)
+        self.averaged_model = PatchedUNet(self.averaged_unet, patches).eval()
         # The first step whose loss or gradient was not finite, -1 for none: read when the run reports or saves.
         self.first_bad_step = torch.tensor(-1, device=accelerator.device)
         # Summed loss and count of images by noise level, since it was last read.

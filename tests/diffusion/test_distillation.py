@@ -236,7 +236,7 @@ class TestTeachers:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({}, r"guidance_scale=1\.5 needs a class-conditional teacher"),
+            ({}, r"guidance_scale=2\.2 needs a class-conditional teacher"),
             (
                 {"distillation": {"guidance_scale": 1.0}, "best_metric": "accuracy"},
                 "train.best_metric='accuracy' needs",
@@ -323,7 +323,7 @@ class TestRuns:
             assert passes == [2]
         assert all(torch.equal(picture, pictures[0]) for picture in pictures)
         card = (folder / "README.md").read_text()
-        for part in ("It is a student", str(teacher_folder), "4 steps of dpmpp at guidance scale 1.5", "1 step of lcm"):
+        for part in ("It is a student", str(teacher_folder), "4 steps of dpmpp at guidance scale 2.2", "1 step of lcm"):
             assert part in card
         assert "guidance_scale=5" not in card
 
@@ -331,9 +331,9 @@ class TestRuns:
         folder = run(student_config(teacher_folder, tmp_path / "run", max_steps=1)) / "pipeline"
         student = MNISTDiffusionPipeline.from_pretrained(folder)
         student.set_progress_bar_config(disable=True)
-        assert len(student([1, 2], guidance_scale=1.5).images) == 2
-        for scale in (5, 1, 0, [1.5, 2.0]):
-            with pytest.raises(ValueError, match=r"guidance at scale 1\.5 was distilled into its weights"):
+        assert len(student([1, 2], guidance_scale=2.2).images) == 2
+        for scale in (5, 1, 0, [2.2, 2.0]):
+            with pytest.raises(ValueError, match=r"guidance at scale 2\.2 was distilled into its weights"):
                 student([1, 2], guidance_scale=scale)
         for other in ({"guidance_interval": (0.2, 0.8)}, {"guidance_rescale": 0.5}):
             with pytest.raises(ValueError, match="have no effect on this model"):
@@ -369,7 +369,7 @@ class TestRuns:
             pipeline.set_progress_bar_config(disable=True)
         noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(1))
         common: dict[str, Any] = {"class_labels": range(10), "latents": noise, "output_type": "pt"}
-        goal = teacher(**common, num_inference_steps=4, guidance_scale=1.5).images
+        goal = teacher(**common, num_inference_steps=4, guidance_scale=2.2).images
         learned = student(**common).images
         student.unet = student_of(teacher).eval()
         unlearned = student(**common).images
@@ -410,7 +410,7 @@ class TestRuns:
         with pytest.raises(UserError, match="the teacher's fingerprint was"):
             run(changed, resume=True)
         stronger = dataclasses.replace(config, distillation=distillation(teacher_folder, guidance_scale=3.0))
-        with pytest.raises(UserError, match=r"distillation\.guidance_scale was 1\.5, now 3\.0"):
+        with pytest.raises(UserError, match=r"distillation\.guidance_scale was 2\.2, now 3\.0"):
             run(stronger, resume=True)
         moved = save_teacher(tmp_path / "moved", seed=0)
         run(dataclasses.replace(config, distillation=distillation(moved)), resume=True)

@@ -41,7 +41,8 @@ def folders(
     model = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4)
     unet = build_unet(model, image_size=28, channels=1, num_classes=10)
     scheduler = build_noise_scheduler(Config().diffusion)
-    pipeline = build_pipeline(scheduler, SamplingConfig(num_inference_steps=2), digits.class_names, unet)
+    sampling = SamplingConfig(num_inference_steps=2, guidance_scale=2, guidance_interval=(0, 1))
+    pipeline = build_pipeline(scheduler, sampling, digits.class_names, unet, patch_size=model.patch_size)
     export_pipeline(pipeline, root / "run" / "pipeline", card=CARD)
     save_evaluator(digits_evaluator, root / "evaluator")
     return root / "run" / "pipeline", root / "evaluator"

@@ -149,7 +149,7 @@ class TestDrawing:
     def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData, value: float) -> None:
         with torch.no_grad():
             pipeline.unet.conv_out.bias.fill_(value)
-        with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2: values that are not finite"):
+        with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2.2: values that are not finite"):
             generator(pipeline, letters).draw(SamplingSettings("ddim", 2, 2.0))
 
     @pytest.mark.parametrize(

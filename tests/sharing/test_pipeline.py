@@ -259,7 +259,7 @@ class TestGuidance:
 
     def test_the_folders_interval_is_the_default(self, tmp_path: Path) -> None:
         """Outside of it a scale of 0 is still unconditional."""
-        saved = make_pipeline(sampling=SamplingConfig(guidance_interval=(0.3, 0.7)))
+        saved = make_pipeline(guidance_interval=(0.3, 0.7))
         saved.save_pretrained(tmp_path)
         loaded = MNISTDiffusionPipeline.from_pretrained(tmp_path)
         expected = draw(saved, 1, guidance_scale=4, guidance_interval=(0.3, 0.7))

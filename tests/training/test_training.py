@@ -423,7 +423,7 @@ def test_signal_ends_with_a_usable_pipeline(
         ({"gradient_accumulation_steps": 3}, {}, r"data.batch_size=8 must be divisible by 1 processes x .*=3"),
         ({"mixed_precision": "fp16"}, {}, r"train.mixed_precision='fp16' needs a GPU"),
         ({}, {"source": "/no/such/folder"}, r"data.source='/no/such/folder' was not found"),
-        ({}, {"image_size": 9}, r"data.image_size=9 cannot be halved 1 times"),
+        ({}, {"image_size": 9}, r"data.image_size=9 cannot be cut into patches of .*=2 and halved 1 times"),
     ],
 )
 def test_bad_runs_leave_nothing_behind(tmp_path: Path, train: Any, data: Any, message: str) -> None:
