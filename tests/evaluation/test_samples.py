@@ -62,7 +62,7 @@ class TestDrawing:
             student.check(student.settings(None, 2, 5.0))
 
     def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        assert generator(pipeline, letters).settings() == SamplingSettings("dpmpp", 10, 2.0)
+        assert generator(pipeline, letters).settings() == SamplingSettings("dpmpp", 10, 2.2)
         assert generator(pipeline, letters).settings("ddim", 4, 0.0) == SamplingSettings("ddim", 4, 0.0)
 
     def test_the_sampler_is_put_back(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
@@ -149,7 +149,7 @@ class TestDrawing:
     def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData, value: float) -> None:
         with torch.no_grad():
             pipeline.unet.conv_out.bias.fill_(value)
-        with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2.2: values that are not finite"):
+        with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2: values that are not finite"):
             generator(pipeline, letters).draw(SamplingSettings("ddim", 2, 2.0))
 
     @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_loss_is_the_squared_error_on_pixels_from_0_to_1() -> None:
 
 
 def test_sweep_measures_psnr_as_it_is_defined(digits: ImageData) -> None:
-    shape = ModelConfig(block_out_channels=(8,), norm_num_groups=4, class_conditional=False)
+    shape = ModelConfig(block_out_channels=(8,), patch_size=1, norm_num_groups=4, class_conditional=False)
     unet = build_unet(shape, image_size=28, channels=1, num_classes=10).eval()
     images = digits.test.spread(20)[0]
     (clear, noisy), picture = denoiser.sweep(unet, images, [0.0, 0.5], seed=0)
