@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from mnist_diffusion.cli.options import RunArguments, parse_distill_arguments, reporting_errors
 from mnist_diffusion.config import DistillConfig, SamplingConfig
@@ -38,7 +39,7 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     launched.require_same("teachers", learned.fingerprint)
     # What is exported: a pipeline whose guidance is in the weights.
     sampling = SamplingConfig(**vars(config.sampling), guidance_scale=config.distillation.guidance_scale)
-    kind = {"patch_size": teacher.config.patch_size, "guidance_distilled": True}
+    kind: dict[str, Any] = {"patch_size": teacher.config.patch_size, "guidance_distilled": True}
     exported = partial(pipeline.build_pipeline, scheduler, sampling, images.class_names, **kind)
     card = distillation.card_values(config.distillation, learned)
     # The loop: the same as in training.

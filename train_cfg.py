@@ -41,8 +41,9 @@ def run(arguments: RunArguments[Config]) -> int:
     # What the network learns: to undo the noise, sometimes without being told the class, as guidance needs.
     learned = objective.diffusion_objective(config.diffusion, scheduler, null_class=objective.null_class(unet))
     # What is exported: the averaged weights in a pipeline with a sampler, guidance and the names of the classes.
-    kind = {"patch_size": config.model.patch_size}
-    exported = partial(pipeline.build_pipeline, scheduler, config.sampling, images.class_names, **kind)
+    exported = partial(
+        pipeline.build_pipeline, scheduler, config.sampling, images.class_names, patch_size=config.model.patch_size
+    )
     # The loop: step, report, sample, evaluate, save.
     training = trainer.Trainer(launched, config, images, unet, learned, make_pipeline=exported)
     return training.run(dry_run=arguments.dry_run)

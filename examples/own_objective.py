@@ -59,8 +59,9 @@ def run(config: Config, *, dry_run: bool = False) -> int:
     unet = build_unet(config.model, **shape, seed=config.train.seed)
     scheduler = build_noise_scheduler(config.diffusion)
     learned = huber_objective(config, scheduler, null_class=null_class(unet))
-    kind = {"patch_size": config.model.patch_size}
-    exported = partial(build_pipeline, scheduler, config.sampling, images.class_names, **kind)
+    exported = partial(
+        build_pipeline, scheduler, config.sampling, images.class_names, patch_size=config.model.patch_size
+    )
     return Trainer(launched, config, images, unet, learned, make_pipeline=exported).run(dry_run=dry_run)
 
 

@@ -71,13 +71,19 @@ def test_patches_in_training_and_in_the_pipeline(channels: int) -> None:
     expected = unet(patches, 999, class_labels=labels).sample.view(2, channels, 2, 2, 4, 4).permute(0, 1, 4, 2, 5, 3)
     expected = expected.reshape(2, channels, 8, 8)
     assert torch.equal(PatchedUNet(unet, 2)(noise, 999, class_labels=labels)[0], expected)
-    scheduler, seen = build_noise_scheduler(DiffusionConfig()), []
-    pipeline = build_pipeline(scheduler, SamplingConfig(), NAMES, unet, patch_size=2)
+    seen: dict[str, torch.Tensor] = {}
+    pipeline = build_pipeline(build_noise_scheduler(DiffusionConfig()), SamplingConfig(), NAMES, unet, patch_size=2)
     assert pipeline.image_shape == (channels, 8, 8)
-    keep = {"callback_on_step_end": lambda *step: seen.append(step[3]["model_output"]) or {}}
-    inputs = {"callback_on_step_end_tensor_inputs": ["model_output"], "num_inference_steps": 1, "output_type": "pt"}
-    images = pipeline(labels, guidance_scale=1, latents=noise, **inputs, **keep).images
-    torch.testing.assert_close(seen[0], expected.detach())
+    images = pipeline(
+        labels,
+        guidance_scale=1,
+        num_inference_steps=1,
+        latents=noise,
+        output_type="pt",
+        callback_on_step_end=lambda p, step, timestep, tensors: seen.update(tensors) or {},
+        callback_on_step_end_tensor_inputs=["model_output"],
+    ).images
+    torch.testing.assert_close(seen["model_output"], expected.detach())
     assert images.shape == noise.shape
 
 
