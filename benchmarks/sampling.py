@@ -1,6 +1,6 @@
 """How fast digits are drawn: this pipeline, its student, and a plain loop of diffusers with DDIM in 50 guided steps.
 
-    python benchmarks/sampling.py runs/<run>/pipeline runs/<student>/pipeline
+    python benchmarks/sampling.py runs/<run>/pipeline --student runs/<student>/pipeline
 
 All are timed in turns, so that the ratios say something on any machine.
 """
