@@ -42,7 +42,7 @@ def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw() -> None
         for network in networks:
             gradients(network, step)
         for name, parameter in flat.items():
-            parameter.grad = theirs[name].grad.flatten(1)  # type: ignore[union-attr]
+            parameter.grad = theirs[name].grad.flatten(1)
         for each in (optimizer, adamw, muon):
             each.step()
     for name, parameter in ours.items():
