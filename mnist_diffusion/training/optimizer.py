@@ -39,7 +39,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update each parameter that has a gradient; Muon's lose it."""
+        """Update each parameter that has a gradient; those that Muon moves lose theirs."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             if group["orthogonal"]:

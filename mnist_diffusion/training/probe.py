@@ -15,7 +15,7 @@ PROBE_SECONDS = 1.0
 GAIN = 1.1
 """How many times as fast all threads must be to be taken in place of one, which other programs disturb less."""
 BYTES_PER_PARAMETER = 24
-"""Weights, gradients, two moments of AdamW, the average and its copy, in float32."""
+"""Weights, gradients, at most two moments of the optimizer, the average and its copy, in float32."""
 
 
 def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS) -> float:
