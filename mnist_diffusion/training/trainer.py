@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from mnist_diffusion.data.transforms import to_uint8
+from mnist_diffusion.diffusion.pipeline import require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.files import replace_picture
 from mnist_diffusion.pictures import pipelines, plots
@@ -32,6 +33,9 @@ class Trainer(TrainingLoop):
         loop: what every [`TrainingLoop`] takes.
         make_pipeline: puts a pipeline around a network; it is drawn from, measured and exported with averaged weights.
         card: further values of the model card.
+
+    Raises:
+        UserError: the pipeline draws images of another shape or other classes, as with another `patch_size`.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Trainer(TrainingLoop):
     ):
         super().__init__(*loop)
         self.average = make_pipeline(self.state.averaged_unet)
+        require_fit(self.average, self.data)
         self.average.set_progress_bar_config(disable=True)
         self.card = card or {}
         self.measure: Callable[[], dict[str, float]] = dict  # nothing, until `prepare`

@@ -453,3 +453,20 @@ def test_launchers_precision_against_the_configurations(tmp_path: Path, monkeypa
         run(tiny_config(mixed_precision="no"), tmp_path / "run")
     folder = run(tiny_config(), tmp_path / "run")
     assert json.loads((folder / "summary.json").read_text())["mixed_precision"] == "bf16"
+
+
+def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a page makes it that forgets the patches of its network."""
+    from mnist_diffusion.diffusion import pipeline
+
+    build = pipeline.build_pipeline
+
+    def forgetful(*parts: Any, **_: Any) -> MNISTDiffusionPipeline:
+        return build(*parts)
+
+    monkeypatch.setattr(pipeline, "build_pipeline", forgetful)
+    with pytest.raises(UserError, match=r"images \(C, H, W\): \(4, 14, 14\) for the pipeline, but \(1, 28, 28\)"):
+        run(tiny_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
