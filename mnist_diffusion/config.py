@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -22,6 +23,8 @@ Line = tuple[int, int, float, float]
 TrajectorySampler = Literal["dpmpp", "unipc", "ddim"]
 TrackerName = Literal["tensorboard", "wandb"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
+Background = Literal["black", "white", "edge"]
+Fit = Literal["contain", "pad", "resize"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,34 +50,52 @@ class ImagesConfig:
     """Where labelled images come from and what shape they are brought to."""
 
     source: str | None = None
-    """`digits`, a folder (IDX files, one folder per class, parquet or arrow), a parquet or arrow file, or a Hub
-    data set id; null takes MNIST from the Hub, or the embedded digits where the Hub cannot be reached."""
+    """`digits`, a folder or an archive of pictures, tables or arrays, such a table or array, or a Hub data set id; null
+    takes MNIST from the Hub, or the embedded digits where the Hub cannot be reached."""
     subset: str | None = None
     """The part of a source that has several: a configuration of a Hub data set, or one such as `letters` of EMNIST."""
     image_column: str | None = None
-    """The column with the images; null takes the only image column."""
+    """The column with the images, or with the names of their files; null takes the only one that can be."""
     label_column: str | None = None
-    """The column with the labels; null takes the only class-label column, or the one named `label`."""
+    """The column with the labels; null takes the only one that can be."""
+    label_pattern: str | None = None
+    """A regular expression whose one group finds the class in a picture's path, such as `(cat|dog)`; null takes the
+    folder's name."""
     train_split: str = "train"
-    """The split to train on."""
+    """The split to train on; `train` also finds `Training` and the like."""
     test_split: str | None = None
-    """The split to hold out; null takes `test` if there is one, else a tenth of each class chosen by the seed."""
+    """The split to hold out; null takes the one for tests or else for validation, by its name, or else a tenth of each
+    class, chosen by the seed."""
     image_size: int | None = None
     """Side of the square images in pixels; null keeps the size of the source."""
-    fit: Literal["pad", "resize"] = "resize"
-    """How an image of another size is brought to `image_size`: centred on black, or resized and centre-cropped."""
+    fit: Fit = "resize"
+    """How an image of another size is brought to `image_size`: `contain` resizes it to fit in and fills up with the
+    background, `resize` makes it cover the square and crops the middle, `pad` only fills up."""
+    background: Background = "black"
+    """What fills up, and is seen through transparent pixels: `edge` takes the colour of each image's edge."""
     channels: int | None = None
     """1 for grey, 3 for RGB; null keeps what the source has."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes in the order of their labels; null takes the source's own, or the labels themselves."""
+    skip_unreadable: bool = False
+    """Leave out pictures that cannot be read, and say how many; else one is an error."""
     in_memory: bool | None = None
     """Decode all images before training, or each when it is needed; null decodes them all if they take at most 2 GB."""
 
     def __post_init__(self) -> None:
         require_at_least(8, "data", self, "image_size")
         require(self.channels in (None, 1, 3), "data.channels", self.channels, "1, 3 or null")
-        for name in ("source", "subset", "train_split", "test_split", "image_column", "label_column"):
+        columns = ("image_column", "label_column", "label_pattern")
+        for name in ("source", "subset", "train_split", "test_split", *columns):
             require(getattr(self, name) != "", f"data.{name}", "", "a name or null")
+        if self.label_pattern is not None:
+            try:
+                groups = re.compile(self.label_pattern).groups
+            except re.error as error:
+                raise ConfigError(
+                    f"data.label_pattern={self.label_pattern!r} is no regular expression: {error}"
+                ) from error
+            require(groups == 1, "data.label_pattern", self.label_pattern, "a regular expression with one group")
         names = self.class_names
         if names is not None:
             object.__setattr__(self, "class_names", tuple(names))  # a list where it comes from a file

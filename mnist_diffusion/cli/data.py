@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mnist_diffusion.config import ImagesConfig
+from mnist_diffusion.errors import UserError
 
 SHOWN = 10
+WRITTEN_BY = "mnist-diffusion data"
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
@@ -19,9 +22,12 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     about = "Look at labelled images before training on them: classes, sizes, duplicates, unreadable files."
     parser = ArgumentParser(prog=prog, description=about)
     parser.add_argument("source", type=str, help="what --data.source takes: a folder, a file, a Hub id, or digits")
-    parser.add_class_arguments(ImagesConfig, "data", skip={"source", "image_size", "fit", "channels", "in_memory"})
-    parser.add_argument("--out", type=Path, default=Path("data"), help="the folder for contact_sheet.png and data.json")
+    skip = {"source", "image_size", "fit", "channels", "in_memory", "skip_unreadable"}
+    parser.add_class_arguments(ImagesConfig, "data", skip=skip)
+    about = "the folder for contact_sheet.png and data.json"
+    parser.add_argument("--out", type=Path, default=Path("survey"), help=about)
     values = parser.parse_args(list(argv))
+    _require_own(values.out, Path(values.source).expanduser())
     from rich.console import Console
 
     from mnist_diffusion.data.survey import survey
@@ -30,7 +36,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
     found = survey(ImagesConfig(source=values.source, **values.data.as_dict()))
     console = Console()
-    console.print(found.description, markup=False, soft_wrap=True)
+    console.print("\n".join([found.description, *found.notes]), markup=False, soft_wrap=True)
     counts = [[name, *(str(split.counts[name]) for split in found.splits.values())] for name in found.class_names]
     console.print(screen_table(["class", *found.splits], counts))
     for name, split in found.splits.items():
@@ -70,4 +76,19 @@ def _plain(found: Any) -> dict[str, Any]:
         for name, split in found.splits.items()
     }
     groups = {name: getattr(found, name) for name in ("duplicates", "in_two_classes", "in_both_splits")}
-    return {"source": found.description, "splits": splits, **groups}
+    return {"written_by": WRITTEN_BY, "source": found.description, "notes": found.notes, "splits": splits, **groups}
+
+
+def _require_own(out: Path, source: Path) -> None:
+    """Make sure that nothing is written into the source, or over what this command did not write.
+
+    Raises:
+        UserError: it would be.
+    """
+    if source.exists() and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out={out} lies in the source {source}; name a folder of its own")
+    told, sheet = out / "data.json", out / "contact_sheet.png"
+    with told.open("rb") if told.is_file() else io.BytesIO() as file:
+        own = WRITTEN_BY.encode() in file.read(100)
+    if not own and (told.exists() or sheet.exists()):
+        raise UserError(f"--out={out} holds a data.json or contact_sheet.png of other origin; name another folder")

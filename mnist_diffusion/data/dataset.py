@@ -7,16 +7,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mnist_diffusion.config import DataConfig, ImagesConfig
-from mnist_diffusion.data.lazy import LazyImages
+from mnist_diffusion.data.doubts import doubts, share_cut
+from mnist_diffusion.data.lazy import MANY, LazyImages
 from mnist_diffusion.data.pictures import DataError
-from mnist_diffusion.data.sources import RawSource, RawSplit, read_source
+from mnist_diffusion.data.raw import RawSource, RawSplit
+from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_channels
 from mnist_diffusion.seeds import Balance, indices_of_step
 
@@ -26,6 +28,9 @@ MEMORY_LIMIT_BYTES = 2 * 10**9
 MAX_STAND_INS = 100_000
 """How many images at most represent a split that is not in memory."""
 HELD_OUT_SHARE = 0.1
+LOOKED_AT = 2000
+"""Training images, spread over all, of which it is said what looks wrong."""
+ADVICE = "set data.image_size, and data.fit=contain to keep the whole of each"
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class ImageData:
     source_id: str
     source: str
     notice: str | None = None
+    notes: tuple[str, ...] = ()
     hub_id: str | None = None
 
     @property
@@ -145,7 +151,7 @@ class ImageData:
             f"images       {len(self.train)} to train on, {len(self.test)} held out, "
             f"{self.image_size} x {self.image_size} {colour}{lazily}\n"
             f"classes      {self.num_classes} ({shown})\n"
-            f"fingerprint  {self.fingerprint[:16]}"
+            f"fingerprint  {self.fingerprint[:16]}" + "".join(f"\nnote         {note}" for note in self.notes)
         )
 
 
@@ -163,8 +169,10 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     named = source.names(config.class_names)
     position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
 
+    if config.skip_unreadable:
+        source = _readable(source)
     shape = _common_shape(source, config)
-    bring = partial(_bring, shape=shape, fit=config.fit, description=source.description)
+    bring = partial(_bring, shape=shape, config=config, description=source.description)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
     in_memory = config.in_memory if config.in_memory is not None else total <= MEMORY_LIMIT_BYTES
 
@@ -180,7 +188,32 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
         test = brought(source.test)
     else:
         train, test = _hold_out(train, names, seed, source.description)
-    return ImageData(train, test, names, source.identifier, source.description, source.notice, source.hub_id)
+    notes = [*source.notes, *doubts(*train.spread(LOOKED_AT), names)]
+    if config.fit == "resize" and (cut := share_cut(source.train)):
+        notes.append(f"data.fit=resize cuts something off {cut:.0%} of the images; data.fit=contain keeps them whole")
+    plain = (source.identifier, source.description, source.notice, tuple(notes), source.hub_id)
+    return ImageData(train, test, names, *plain)
+
+
+def _readable(source: RawSource) -> RawSource:
+    """A source without the pictures that cannot be decoded, and a note that says how many they are."""
+    problems: list[str] = []
+
+    def readable(split: RawSplit) -> RawSplit:
+        if isinstance(split.images, Tensor):
+            return split
+        kept, count = [], len(split.labels)
+        for index in tqdm(range(count), desc="trying images", leave=False, disable=count < MANY):
+            try:
+                split.images.decode([index])
+                kept.append(index)
+            except DataError as error:
+                problems.append(str(error))
+        return RawSplit(split.images.select(kept), [split.labels[index] for index in kept])
+
+    train, test = readable(source.train), source.test and readable(source.test)
+    note = f"{len(problems)} pictures that could not be read are left out, such as {problems[0]}" if problems else ""
+    return replace(source, train=train, test=test, notes=(*source.notes, note) if note else source.notes)
 
 
 def _shapes(split: RawSplit) -> set[tuple[int, ...]]:
@@ -201,17 +234,17 @@ def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, in
     sizes = {shape[1:] for shape in shapes | (_shapes(source.test) if source.test is not None else set())}
     if len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
-        raise DataError(f"{source.description}: images of different sizes ({shown}, ...); set data.image_size")
+        raise DataError(f"{source.description}: images of different sizes ({shown}, ...); {ADVICE}")
     [(height, width)] = sizes
     if height != width:
-        raise DataError(f"{source.description}: images of {width} x {height} are not square; set data.image_size")
+        raise DataError(f"{source.description}: images of {width} x {height} are not square; {ADVICE}")
     return channels, height, width
 
 
-def _bring(images: Tensor, *, shape: tuple[int, int, int], fit: Literal["pad", "resize"], description: str) -> Tensor:
+def _bring(images: Tensor, *, shape: tuple[int, int, int], config: ImagesConfig, description: str) -> Tensor:
     """Bring uint8 `[..., C, H, W]` to channels and size."""
     try:
-        return fit_to_size(to_channels(images, shape[0]), shape[1], fit)
+        return fit_to_size(to_channels(images, shape[0]), shape[1], config.fit, config.background)
     except ValueError as error:
         raise DataError(f"{description}: {error}") from error
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mnist_diffusion.data.layout import kind_in
 from mnist_diffusion.errors import UserError
 
 UNSIGNED_BYTE = 0x08
@@ -165,9 +166,51 @@ def read_idx_split(folder: Path, split: str, family: IdxFamily) -> tuple[np.ndar
     if images_path is None or labels_path is None:
         missing = stems[0] if images_path is None else stems[1]
         raise IdxError(f"{folder}: {missing} (raw or .gz) is missing beside its partner")
+    images, labels = _pair(images_path, labels_path)
+    return images.transpose(0, 2, 1) if family.subset is not None else images, labels
+
+
+def _pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
     images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
     if len(images) != len(labels):
         raise IdxError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
     if images.size == 0:
         raise IdxError(f"{images_path}: holds no pixels, its shape is {images.shape}")
-    return images.transpose(0, 2, 1) if family.subset is not None else images, labels
+    return images, labels
+
+
+def read_loose_idx(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The splits of a folder of IDX files by other names, which hold the words `image` and `label`.
+
+    Returns:
+        Images `[N, H, W]` and labels `[N]`, both uint8, by the split that a word in the names stands for, `train` if
+        none does; empty if there are no such files.
+
+    Raises:
+        IdxError: a file is broken, has no partner, or there are several of a kind.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        role = next((role for role in ("image", "label") if role in path.name.lower()), None)
+        if role is None or not path.is_file() or _magic(path) not in (0x801, 0x803):
+            continue
+        roles = found.setdefault(kind_in(path.name) or "train", {})
+        if role in roles:
+            raise IdxError(f"{path} and {roles[role].name} could both hold the {role}s of one split; keep one")
+        roles[role] = path
+    for roles in found.values():
+        if len(roles) < 2:
+            [(role, path)] = roles.items()
+            raise IdxError(f"{path} has no partner with the {'labels' if role == 'image' else 'images'}")
+    return {split: _pair(roles["image"], roles["label"]) for split, roles in found.items()}
+
+
+def _magic(path: Path) -> int | None:
+    """The first four bytes of a file, which may be gzipped, as a number."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
+            return int.from_bytes(stream.read(4), "big")
+    except (EOFError, OSError, zlib.error):
+        return None

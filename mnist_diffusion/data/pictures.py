@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mnist_diffusion.config import Background
 from mnist_diffusion.errors import UserError
 
 MAX_PIXELS = 64 * 2**20
@@ -22,6 +24,11 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L")
 RANGELESS_MODES = ("I", "F")
 """32 bits per pixel, without a value that is white."""
 GREY_MODES = ("1", "L", "LA", *DEEP_MODES)
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow would also open EPS, for which it starts another program."""
+DEEP_LEAST = 4096
+"""Of 16 bits, a largest value below this means that only 12 of them, or 8, are used."""
+LONGEST_CAUSE = 500
 ORIENTATION = 0x0112
 """The EXIF tag whose values from 5 to 8 lay a picture on its side."""
 
@@ -42,11 +49,13 @@ class Pictures:
         count: how many there are.
         read: gives the pictures of these indices.
         where: names a picture for messages.
+        background: is seen through transparent pixels.
     """
 
     count: int
     read: Callable[[Sequence[int]], list[Encoded]]
     where: Callable[[int], str]
+    background: Background = "black"
 
     def __len__(self) -> int:
         return self.count
@@ -62,7 +71,16 @@ class Pictures:
             DataError: one could not be decoded; the message names it.
         """
         found = zip(indices, self.read(indices), strict=True)
-        return [decode_picture(encoded, self.where(index), grey=grey) for index, encoded in found]
+        return [decode_picture(each, self.where(index), grey=grey, background=self.background) for index, each in found]
+
+    def select(self, chosen: Sequence[int]) -> Pictures:
+        """Some of the pictures, by index."""
+        return replace(
+            self,
+            count=len(chosen),
+            read=lambda indices: self.read([chosen[index] for index in indices]),
+            where=lambda index: self.where(chosen[index]),
+        )
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
         """Channels, height and width of each, from its header.
@@ -78,13 +96,20 @@ class Pictures:
 
 def picture_files(paths: Sequence[Path]) -> Pictures:
     """Picture files."""
-    return Pictures(len(paths), lambda indices: [_read(paths[index]) for index in indices], lambda i: str(paths[i]))
+    return Pictures(len(paths), lambda indices: [read_file(paths[index]) for index in indices], lambda i: str(paths[i]))
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The content of a picture file, or of another one that is read whole.
+
+    Raises:
+        DataError: it could not be read, is no regular file, or is too large.
+    """
     with explained(f"{path}: the picture could not be read", OSError):
         if (size := path.stat().st_size) > MAX_BYTES:
             raise DataError(f"{path}: a file of {size} bytes, more than the limit of {MAX_BYTES}")
+        if not path.is_file():
+            raise DataError(f"{path} is not a regular file")
         return path.read_bytes()
 
 
@@ -102,52 +127,96 @@ def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
         # If its header has no such tag, Pillow would decode the whole PNG.
         if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
             width, height = height, width
-        return 1 if picture.mode in GREY_MODES else 3, height, width
+        return 1 if picture.mode in (*GREY_MODES, *RANGELESS_MODES) else 3, height, width
 
 
-def decode_picture(encoded: Encoded, where: str, *, grey: bool = False) -> Tensor:
+def decode_picture(encoded: Encoded, where: str, *, grey: bool = False, background: Background = "black") -> Tensor:
     """A picture as uint8 `[C, H, W]`, upright: grey if it is grey or `grey` asks for it, else RGB.
 
-    Of 16 bits the upper eight are kept; transparent pixels are drawn on black.
+    Of 16 bits the upper eight are kept. Transparent pixels show the background.
 
     Raises:
-        DataError: it could not be decoded, or is too large.
+        DataError: it could not be decoded, is too large, or uses only the lower ones of 16 bits.
     """
     if isinstance(encoded, np.ndarray):
         return from_array(encoded, where)
     with _opened(encoded, where) as opened, explained(f"{where}: the picture could not be decoded"):
         picture = ImageOps.exif_transpose(opened)
-        if picture.mode in DEEP_MODES:
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        if picture.mode in DEEP_MODES or picture.mode in RANGELESS_MODES:
+            values = np.asarray(picture)
+            if 0 < (largest := int(values.max())) < DEEP_LEAST:
+                raise DataError(
+                    f"{where}: the largest value is {largest}, of 65535 that 16 bits mean by white; save it with 8 bits"
+                )
+            picture = Image.fromarray((values >> 8).astype(np.uint8))
         grey = grey or picture.mode in GREY_MODES
         if picture.has_transparency_data:
-            layer = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer)
+            picture = _on_background(picture.convert("RGBA"), background)
         pixels = np.array(picture.convert("L" if grey else "RGB"))
     return from_array(pixels, where)
 
 
+def _on_background(layer: Image.Image, background: Background) -> Image.Image:
+    """A picture with transparent pixels, drawn on black, on white, or on what its edge has: if that is transparent, on
+    whichever of black and white its ink is farther from."""
+    colour = [255 * (background == "white")] * 3
+    if background == "edge":
+        values = np.asarray(layer)
+        edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+        seen, visible = edge[edge[:, 3] > 127], values[values[..., 3] > 127]
+        if len(seen) > len(edge) // 2:
+            colour = np.median(seen[:, :3], axis=0).astype(int).tolist()
+        elif len(visible) and visible[:, :3].mean() < 128:
+            colour = [255] * 3
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*colour, 255)), layer)
+
+
 def _opened(encoded: bytes, where: str) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(encoded))
+        picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
         width, height = picture.size
     except Exception as error:
         problem = "is too large" if isinstance(error, Image.DecompressionBombError) else "could not be decoded"
-        raise DataError(f"{where}: the picture {problem}: {cause(error)}") from error
-    if picture.mode in RANGELESS_MODES:
+        raise DataError(f"{where}: the picture {problem}: {_nature(encoded) or cause(error)}") from error
+    if picture.mode in RANGELESS_MODES and picture.format != "PPM":  # whose values Pillow brings to 16 bits
         raise DataError(f"{where}: a picture of mode {picture.mode!r} has no known range; save it with 8 or 16 bits")
     if width * height > MAX_PIXELS:
         raise DataError(f"{where}: a picture of {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
     return picture
 
 
-def from_array(values: np.ndarray, where: str) -> Tensor:
-    """Pixel values `[H, W]` or `[H, W, C]` as uint8 `[C, H, W]`.
+def _nature(content: bytes) -> str | None:
+    """What a file is that was taken for a picture, if it is one of the usual things."""
+    start = content[:200].lstrip().lower()
+    if not content:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the files with `git lfs pull`"
+    return "it is an HTML page, not a picture" if start.startswith((b"<!doctype html", b"<html")) else None
+
+
+def pixel_factor(largest: float, where: str) -> int:
+    """What pixel values of an array or a table are to be multiplied with: 255 if none is above 1.
 
     Raises:
-        DataError: it is not such an array, or a value is not a whole number from 0 to 255.
+        DataError: none is above 31, so that all pictures would be black.
     """
+    if 1 < largest < 32:
+        raise DataError(f"{where}: the largest pixel value is {largest:g}; they must go from 0 to 255, or from 0 to 1")
+    return 255 if largest <= 1 else 1
+
+
+def from_array(values: np.ndarray, where: str, *, factor: int = 1) -> Tensor:
+    """Pixel values `[H, W]`, `[H, W, C]`, or `[P]` of a square grey picture, times a factor, as uint8 `[C, H, W]`.
+
+    Raises:
+        DataError: it is not such an array, or a value is not a whole number from 0 to 255 (if the factor is 1).
+    """
+    if values.ndim == 1 and (side := math.isqrt(len(values))) ** 2 == len(values):
+        values = values.reshape(side, side)
     numbers = values.dtype.kind in "buif" and values.ndim in (2, 3) and values.size > 0
+    if numbers and factor != 1:
+        values = (values * float(factor)).round()
     # NaN passes no comparison.
     if not numbers or not ((values >= 0) & (values <= 255)).all():
         raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
@@ -165,6 +234,8 @@ def explained(message: str, kinds: type[Exception] | tuple[type[Exception], ...]
     """Turn an exception of these kinds into a `DataError` of this message and its cause."""
     try:
         yield
+    except DataError:
+        raise
     except kinds as error:
         raise DataError(f"{message}: {cause(error)}") from error
 
@@ -173,5 +244,4 @@ def cause(error: BaseException) -> str:
     """The root of a chain of exceptions in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_CAUSE]}"

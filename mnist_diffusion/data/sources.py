@@ -10,87 +10,49 @@ import contextlib
 import dataclasses
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.data.idx import find_idx_family, find_idx_folder, read_idx_split
-from mnist_diffusion.data.pictures import DataError, Encoded, Pictures, cause, explained, picture_files
+from mnist_diffusion.data.idx import find_idx_family, find_idx_folder, read_idx_split, read_loose_idx
+from mnist_diffusion.data.layout import JUNK, arrange, choose_splits, listed
+from mnist_diffusion.data.pictures import (
+    DataError,
+    Encoded,
+    Pictures,
+    cause,
+    explained,
+    from_array,
+    pixel_factor,
+    read_file,
+)
+from mnist_diffusion.data.raw import RawSource, RawSplit, plain_label
 from mnist_diffusion.data.transforms import fit_to_size
+from mnist_diffusion.data.trees import (
+    ARCHIVES,
+    ARRAY_SUFFIXES,
+    TEXT_SUFFIXES,
+    Tree,
+    is_archive,
+    read_tree,
+    tree_of_archive,
+    tree_of_folder,
+)
 
 DEFAULT_HUB_ID = "ylecun/mnist"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
 USPS_FILES = {"train": "usps.bz2", "test": "usps.t.bz2"}
-PICTURE_SUFFIX = re.compile(r"\.(avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pgm|png|pnm|ppm|tga|tif|tiff|webp)")
-COLUMNS = {"image_column": ("Image", ["image", "img"]), "label_column": ("ClassLabel", ["label"])}
-"""For each option, the type of the column that it names, and the names that are tried if not one has this type."""
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
 class HubUnavailableError(DataError):
     """The Hub could not be reached, and there is no cached copy."""
-
-
-@dataclass(frozen=True)
-class RawSplit:
-    """Images as they come, uint8 `[N, C, H, W]` or encoded and of any sizes, each with a (sortable) label."""
-
-    images: Tensor | Pictures
-    labels: Sequence[Any]
-
-
-@dataclass(frozen=True)
-class RawSource:
-    """What a source holds: a training split, and if it has them a held-out split and class names."""
-
-    identifier: str
-    """Its name in `data.source`."""
-    description: str
-    train: RawSplit
-    test: RawSplit | None
-    class_names: dict[Any, str] | None = None
-    notice: str | None = None
-    hub_id: str | None = None
-    has_subsets: bool = False
-    """Whether `data.subset` means something here."""
-
-    def labels(self) -> list[Any]:
-        """The labels in use, in their order.
-
-        Raises:
-            DataError: there are no images, some have no label, or held-out images have labels of their own.
-        """
-        splits = [split for split in (self.train, self.test) if split is not None]
-        if any(len(split.labels) == 0 for split in splits):
-            raise DataError(f"{self.description}: a split holds no images")
-        present = {label for split in splits for label in split.labels}
-        if None in present or any(isinstance(label, int) and label < 0 for label in present):
-            raise DataError(f"{self.description}: some images have no label")
-        if unknown := present - set(self.train.labels):
-            raise DataError(f"{self.description}: held-out classes without training images: {sorted(unknown)}")
-        return sorted(present)
-
-    def names(self, asked: tuple[str, ...] | None) -> dict[Any, str]:
-        """The name of each label in use: as asked for, or from the source, or the label itself.
-
-        Raises:
-            DataError: the number of names asked for is not that of the labels.
-        """
-        labels = self.labels()
-        if asked is None:
-            return {label: (self.class_names or {}).get(label, str(label)) for label in labels}
-        if len(asked) != len(labels):
-            present = f"{self.description} has {len(labels)}: {labels[:20]}"
-            raise DataError(f"data.class_names names {len(asked)} classes, but {present}")
-        return dict(zip(labels, asked, strict=True))
 
 
 def read_source(config: ImagesConfig) -> RawSource:
@@ -102,7 +64,15 @@ def read_source(config: ImagesConfig) -> RawSource:
     source = _read(config)
     if config.subset is not None and not source.has_subsets:
         raise DataError(f"data.subset={config.subset!r}: {source.description} has no parts")
-    return source
+    if config.label_pattern is not None and not isinstance(source.train.images, Pictures):
+        raise DataError(f"data.label_pattern={config.label_pattern!r}: {source.description} has no paths")
+
+    def seen(split: RawSplit) -> RawSplit:
+        if not isinstance(split.images, Pictures):
+            return split
+        return dataclasses.replace(split, images=dataclasses.replace(split.images, background=config.background))
+
+    return dataclasses.replace(source, train=seen(source.train), test=source.test and seen(source.test))
 
 
 def _read(config: ImagesConfig) -> RawSource:
@@ -116,18 +86,25 @@ def _read(config: ImagesConfig) -> RawSource:
                 "Name a data set with --data.source to train on it."
             )
             return read_embedded_digits(notice=notice)
-    if config.source == "digits":
-        return read_embedded_digits()
     path = Path(config.source).expanduser()
+    if config.source == "digits":
+        if path.exists():
+            raise DataError(
+                f"data.source='digits' could mean the embedded digits or {path.absolute()}; write ./digits for that"
+            )
+        return read_embedded_digits()
     if path.is_dir():
         return read_folder(path, config)
-    if path.is_file():
-        if path.suffix in TABLE_SUFFIXES:
-            return read_tables([path], config)
-        raise DataError(f"data.source={config.source!r} is a file, but not a parquet or arrow one")
-    if HUB_ID.fullmatch(config.source):
-        return read_hub(config.source, config)
+    if path.exists():
+        return read_file_source(path, config)
+    if path.is_symlink():
+        raise DataError(f"data.source={config.source!r} is a link that leads nowhere")
     missing = f"there is no such folder or file (looked for {path.absolute()})"
+    if HUB_ID.fullmatch(config.source):
+        try:
+            return read_hub(config.source, config)
+        except DataError as error:
+            raise DataError(f"{missing}, and from the Hub: {error}") from error
     not_an_id = "it is not a Hub data set id (name or user/name)"
     raise DataError(f"data.source={config.source!r} was not found: {missing}, and {not_an_id}")
 
@@ -149,8 +126,31 @@ def read_folder(folder: Path, config: ImagesConfig) -> RawSource:
         if (source := read(folder, config)) is not None:
             return source
     idx = "IDX files (train-images-idx3-ubyte[.gz], here or in <name>/raw)"
-    looked_for = f"{idx}, usps.bz2, parquet or arrow, and one folder per class"
+    looked_for = f"{idx}, usps.bz2, parquet or arrow, pictures, .npz or .npy, and CSV tables of pixels"
     raise DataError(f"data.source={config.source!r}: {folder.absolute()} holds no images. Looked for {looked_for}")
+
+
+def read_file_source(path: Path, config: ImagesConfig) -> RawSource:
+    """Read a table, an archive, or a file of arrays.
+
+    Raises:
+        DataError: it is something else, or holds nothing that can be read.
+    """
+    if not path.is_file():
+        raise DataError(f"data.source={config.source!r} is neither a folder nor a regular file")
+    if path.suffix in TABLE_SUFFIXES:
+        return read_tables(path, [path.name], config)
+    if is_archive(path):
+        source = read_tree(tree_of_archive(path), config)
+    elif path.suffix.lower() in (*TEXT_SUFFIXES, *ARRAY_SUFFIXES):
+        alone = Tree(str(path.parent), [path.name], lambda name: read_file(path), [], [])
+        source = read_tree(alone, config)
+    else:
+        kinds = ", ".join((*TABLE_SUFFIXES, *TEXT_SUFFIXES, *ARRAY_SUFFIXES, *ARCHIVES))
+        raise DataError(f"data.source={config.source!r} is a file, but none of {kinds}")
+    if source is None:
+        raise DataError(f"data.source={config.source!r} holds no images with labels that could be recognised")
+    return source
 
 
 def _splits(
@@ -185,6 +185,20 @@ def read_idx_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
     return RawSource(str(config.source), description, train, test, family.class_names(), has_subsets=True)
 
 
+def read_other_idx(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read a folder of IDX files by other names."""
+    pairs = read_loose_idx(folder)
+    if not pairs:
+        return None
+    splits = {
+        split: RawSplit(torch.from_numpy(images.copy()).unsqueeze(1), labels.tolist())
+        for split, (images, labels) in pairs.items()
+    }
+    train, test, notes = choose_splits(list(splits), config, str(folder))
+    held_out = None if test is None else splits[test]
+    return RawSource(str(config.source), f"{folder} (IDX)", splits[train], held_out, notes=tuple(notes))
+
+
 def read_usps(folder: Path, config: ImagesConfig) -> RawSource | None:
     """Read USPS as torchvision keeps it: `usps.bz2` and `usps.t.bz2`, lines of 16 x 16 values from -1 to 1."""
     if not (folder / USPS_FILES["train"]).is_file():
@@ -203,80 +217,60 @@ def read_usps(folder: Path, config: ImagesConfig) -> RawSource | None:
     return RawSource(str(config.source), f"{folder} (USPS)", *_splits(config, str(folder), read))
 
 
-def read_saved_dataset(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read a folder that `datasets` saved."""
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
-        return None
+def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read a folder that `datasets` saved, or one with such folders in it, which are splits or configurations."""
     from datasets import load_from_disk
 
-    return read_datasets(f"{folder} (datasets folder)", load_from_disk(str(folder)), config)
+    found = sorted(path.parent for path in folder.rglob("state.json") if (path.parent / "dataset_info.json").is_file())
+    if not found:
+        return None
+    names = [(path.relative_to(folder) / "state.json").as_posix() for path in found]
+    layout = arrange(names, config, str(folder), tables=True)
+    tables = {}
+    for split, [(name, _), *others] in layout.splits.items():
+        if others:
+            raise DataError(f"{folder} holds several saved data sets; name one of {listed(map(str, found))}")
+        with explained(f"{(folder / name).parent} could not be read as a saved data set"):
+            tables[split] = load_from_disk(str((folder / name).parent))
+    source = read_datasets(f"{folder} (datasets folder)", tables, config, folder)
+    return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
 
 
 def read_table_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
     """Read a folder of parquet or arrow files."""
-    tables = [path for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES]
-    return read_tables(tables, config) if tables else None
+    below = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES]
+    tables = [path.as_posix() for path in below if not any(map(JUNK.fullmatch, path.parts))]
+    return read_tables(folder, tables, config) if tables else None
 
 
-def read_image_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read one folder per class, or such trees in folders named after the splits; class names are the folders'."""
-    if not any(path.is_dir() for path in folder.iterdir()):
-        return None
-    train_root, test_root = folder / config.train_split, folder / (config.test_split or "test")
-    if not train_root.is_dir():
-        if config.test_split is not None:
-            raise DataError(f"data.test_split={config.test_split!r} needs the folder {train_root}, which is not there")
-        train_root, test_root = folder, folder / "no split"
-    train, names, left_out = _read_class_folders(train_root)
-    test = None
-    if test_root.is_dir():
-        test, test_names, also_left_out = _read_class_folders(test_root)
-        left_out += also_left_out
-        if unknown := set(test_names) - set(names):
-            raise DataError(f"{test_root} has classes that {train_root} has not: {sorted(unknown)}")
-    elif config.test_split is not None:
-        raise DataError(f"data.test_split={config.test_split!r}: there is no folder {test_root}")
-    kinds = ", ".join(sorted({path.suffix or path.name for path in left_out})[:5])
-    others = f"; {len(left_out)} files that are no pictures left out: {kinds}" if left_out else ""
-    return RawSource(str(config.source), f"{folder} (image folder{others})", train, test)
+def read_any_tree(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read a folder of pictures, arrays or tables of text."""
+    return read_tree(tree_of_folder(folder), config)
 
 
-def _read_class_folders(root: Path) -> tuple[RawSplit, list[str], list[Path]]:
-    """The pictures of one folder per class, the classes, and files that by their names are no pictures."""
-    from torchvision.datasets import ImageFolder
+def read_tables(place: Path, names: list[str], config: ImagesConfig) -> RawSource:
+    """Read parquet or arrow files through `datasets`, sorted into splits by the names of files and folders.
 
-    left_out: list[Path] = []
-
-    def is_picture(name: str) -> bool:
-        path = Path(name)
-        hidden, known = path.name.startswith("."), PICTURE_SUFFIX.fullmatch(path.suffix.lower())
-        if not hidden and not known:
-            left_out.append(path)
-        return bool(known) and not hidden
-
-    try:
-        listing = ImageFolder(str(root), is_valid_file=is_picture)
-    except FileNotFoundError as error:
-        raise DataError(f"{root}: {error}") from error
-    images = picture_files([Path(path) for path, _ in listing.samples])
-    return RawSplit(images, [listing.classes[index] for _, index in listing.samples]), listing.classes, left_out
-
-
-def read_tables(paths: list[Path], config: ImagesConfig) -> RawSource:
-    """Read parquet or arrow files through `datasets`; a file belongs to the split that its name begins with."""
+    Args:
+        place: the file, or the folder that `names` are relative to.
+        names: of the files.
+        config: names splits and columns.
+    """
     from datasets import load_dataset
 
-    kinds = {TABLE_SUFFIXES[path.suffix] for path in paths}
+    folder = place if place.is_dir() else place.parent
+    kinds = {TABLE_SUFFIXES[Path(name).suffix] for name in names}
     if len(kinds) > 1:
-        raise DataError(f"{paths[0].parent} mixes parquet and arrow files; keep one kind")
-    wanted = [config.train_split, config.test_split or "test"]
-    files = {split: [str(path) for path in paths if path.name.startswith(split)] for split in wanted}
-    files = {split: found for split, found in files.items() if found}
-    if config.train_split not in files:
-        files = {config.train_split: [str(path) for path in paths]}
-    with explained(f"{paths[0]} could not be read"):
-        tables = load_dataset(kinds.pop(), data_files=files)
-    return read_datasets(f"{paths[0] if len(paths) == 1 else paths[0].parent} (tables)", tables, config)
+        raise DataError(f"{folder} mixes parquet and arrow files; keep one kind")
+    layout = arrange(names, config, str(place), tables=True)
+    files = {split: [str(folder / name) for name, _ in part] for split, part in layout.splits.items()}
+    # Names of splits may hold no other letters there.
+    keys = {f"split{index}": split for index, split in enumerate(files)}
+    with explained(f"{place} could not be read"):
+        loaded = load_dataset(kinds.pop(), data_files={key: files[split] for key, split in keys.items()})
+    tables = {split: loaded[key] for key, split in keys.items()}
+    source = read_datasets(f"{place} (tables)", tables, config, folder)
+    return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
 
 
 def read_hub(name: str, config: ImagesConfig) -> RawSource:
@@ -339,76 +333,129 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def read_datasets(description: str, tables: Any, config: ImagesConfig) -> RawSource:
-    """Read the splits of a `datasets.DatasetDict`, or a lone `datasets.Dataset` as the training split.
+def read_datasets(description: str, tables: Any, config: ImagesConfig, folder: Path | None = None) -> RawSource:
+    """Read the splits of a `datasets.DatasetDict`.
+
+    Args:
+        description: the source, for messages.
+        tables: a `datasets.Dataset` for each split.
+        config: names splits and columns.
+        folder: that the tables lie in; files that they name are read only from there.
 
     Raises:
         DataError: a named split or column is missing, or there are several columns to choose from.
     """
-    splits = tables if isinstance(tables, dict) else {config.train_split: tables}
-    test_split = config.test_split or ("test" if "test" in splits else None)
-    for name, split in (("train_split", config.train_split), ("test_split", test_split)):
-        if split is not None and split not in splits:
-            raise DataError(f"data.{name}={split!r} is not a split of {description}, which has {sorted(splits)}")
-    features = splits[config.train_split].features
-    image_column, label_column = (_find_column(option, config, features, description) for option in COLUMNS)
+    train_split, test_split, notes = choose_splits(list(tables), config, description)
+    features = tables[train_split].features
+    image_column = _find_column("image_column", config.image_column, features, description)
+    labels_in = {name: kind for name, kind in features.items() if name != image_column}
+    label_column = _find_column("label_column", config.label_column, labels_in, description)
     names = dict(enumerate(getattr(features[label_column], "names", ())))
 
     def raw(split: str) -> RawSplit:
-        return _read_rows(splits[split], image_column, label_column, f"{description} {split}")
+        return _read_rows(tables[split], image_column, label_column, f"{description} {split}", folder)
 
-    train, test = raw(config.train_split), raw(test_split) if test_split else None
-    return RawSource(config.source or DEFAULT_HUB_ID, description, train, test, names)
+    train, test = raw(train_split), None
+    if test_split is not None and label_column not in tables[test_split].features:
+        notes.append(f"split {test_split!r} left out: it has no column {label_column!r}")
+    elif test_split is not None:
+        test = raw(test_split)
+        if all(label is None for label in test.labels):
+            test, notes = None, [*notes, f"split {test_split!r} left out: it has no labels"]
+    return RawSource(config.source or DEFAULT_HUB_ID, description, train, test, names, notes=tuple(notes))
 
 
-def _find_column(option: str, config: ImagesConfig, features: Any, description: str) -> str:
-    kind, usual = COLUMNS[option]
-    asked = getattr(config, option)
+def _find_column(option: str, asked: str | None, features: Mapping[str, Any], description: str) -> str:
+    """The column asked for, or the only one of its type, or one by its usual name, or the only possible one."""
     if asked is not None:
         if asked not in features:
             raise DataError(f"data.{option}={asked!r} is not a column of {description}, which has {sorted(features)}")
-        return str(asked)
-    found = [name for name, feature in features.items() if type(feature).__name__ == kind]
-    found = found if len(found) == 1 else [name for name in usual if name in features]
-    if not found:
-        raise DataError(f"{description}: cannot tell which of the columns {sorted(features)} to use; set data.{option}")
-    return found[0]
+        return asked
+    kind, usual, possible = COLUMNS[option]
+    typed = [name for name, feature in features.items() if type(feature).__name__ == kind]
+    named = [name for name in usual if name in features]
+    others = [name for name, feature in features.items() if possible(feature)]
+    for found in (typed, named[:1], others):
+        if len(found) == 1:
+            return found[0]
+    raise DataError(f"{description}: cannot tell which of the columns {sorted(features)} to use; set data.{option}")
 
 
-def _read_rows(rows: Any, image_column: str, label_column: str, description: str) -> RawSplit:
+def _is_pixels(feature: Any) -> bool:
+    """Whether a column can hold pictures: bytes, or nested or long lists."""
+    kind = type(feature).__name__
+    return kind in ("List", "LargeList", "Sequence") or kind.startswith("Array") or "binary" in _dtype(feature)
+
+
+def _is_label(feature: Any) -> bool:
+    return any(word in _dtype(feature) for word in ("int", "string", "float", "bool"))
+
+
+def _dtype(feature: Any) -> str:
+    return str(getattr(feature, "dtype", ""))
+
+
+def _read_rows(rows: Any, image_column: str, label_column: str, description: str, folder: Path | None) -> RawSplit:
     from datasets import Image
 
+    factor = 1
     if type(rows.features[image_column]).__name__ == "Image":
         rows = rows.cast_column(image_column, Image(decode=False))
-    cells = rows[label_column]
-    labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in cells]
-    for label in labels:
-        if not isinstance(label, int | str | float | None):
-            expected = f"data.label_column={label_column!r} must hold one number or word per image"
-            raise DataError(f"{description}: {expected}, got {label!r}")
+    elif (largest := _largest(rows.data.column(image_column))) is not None:
+        factor = pixel_factor(largest, f"{description}: data.image_column={image_column!r}")
+    labels = [plain_label(cell, f"{description}: data.label_column={label_column!r}") for cell in rows[label_column]]
     column = rows.select_columns([image_column])
 
     def read(indices: Sequence[int]) -> list[Encoded]:
-        return [_encoded(value, description) for value in column[list(indices)][image_column]]
+        return [_encoded(value, description, folder, factor) for value in column[list(indices)][image_column]]
 
     images = Pictures(len(labels), read, lambda index: f"{description} row {index}")
     return RawSplit(images, labels)
 
 
-def _encoded(value: Any, description: str) -> Encoded:
+def _largest(column: Any) -> float | None:
+    """The largest number of an Arrow column of nested lists; None if it holds no numbers."""
+    import pyarrow
+    from pyarrow import compute
+
+    largest = []
+    for chunk in column.chunks:
+        values = chunk
+        while hasattr(values, "flatten") and not pyarrow.types.is_struct(values.type):
+            values = getattr(values, "storage", values)
+            if not pyarrow.types.is_nested(values.type):
+                break
+            values = values.flatten()
+        if not (pyarrow.types.is_integer(values.type) or pyarrow.types.is_floating(values.type)):
+            return 1.0 if pyarrow.types.is_boolean(values.type) else None
+        if (value := compute.max(values).as_py()) is not None:
+            largest.append(float(value))
+    return max(largest, default=None)
+
+
+def _encoded(value: Any, description: str, folder: Path | None, factor: int) -> Encoded:
     """A cell of an image column: a file's content, a file's path, or pixel values."""
     if isinstance(value, bytes):
         return value
     if not isinstance(value, dict):
         try:
-            return np.asarray(value)
+            values = np.asarray(value)
         except ValueError as error:
             raise DataError(f"{description}: a picture's rows are of different lengths") from error
+        return values if factor == 1 else from_array(values, description, factor=factor).permute(1, 2, 0).numpy()
     if value.get("bytes") is not None:
         return bytes(value["bytes"])
-    with explained(f"{description}: a picture could not be read", (OSError, KeyError, TypeError)):
-        return Path(value["path"]).read_bytes()
+    path = value.get("path")
+    inside = None if folder is None or path is None else (folder / path).resolve()
+    if folder is None or inside is None or not inside.is_relative_to(folder.resolve()):
+        raise DataError(f"{description}: a picture is only named, {str(path)[:200]!r}, not a file in the same folder")
+    return read_file(inside)
 
 
-FOLDER_READERS = (read_idx_folder, read_usps, read_saved_dataset, read_table_folder, read_image_folder)
+COLUMNS: dict[str, tuple[str, tuple[str, ...], Callable[[Any], bool]]] = {
+    "image_column": ("Image", ("image", "img", "pixels"), _is_pixels),
+    "label_column": ("ClassLabel", ("label",), _is_label),
+}
+"""For each option: the type of its column, the names that are tried if not one has this type, and what it could be."""
+FOLDER_READERS = (read_idx_folder, read_other_idx, read_usps, read_saved_datasets, read_table_folder, read_any_tree)
 """The kinds of folders, in the order in which they are tried; each gives None for a folder of another kind."""

@@ -12,12 +12,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import ImagesConfig
+from mnist_diffusion.data.doubts import doubts
 from mnist_diffusion.data.pictures import DataError
-from mnist_diffusion.data.sources import RawSplit, read_source
+from mnist_diffusion.data.raw import RawSplit
+from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.transforms import filled_rows, fit_to_size, to_channels
 
 SHOWN_A_CLASS = 10
 MAX_SHOWN_SIDE = 64
+MAX_SHOWN_CLASSES = 100
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Survey:
         duplicates: groups of places with the same pixels.
         in_two_classes: those of them that are of different classes.
         in_both_splits: those of them that are in the training and in the held-out split.
+        notes: what was left out, what was taken for what, and what looks wrong.
     """
 
     description: str
@@ -56,15 +60,16 @@ class Survey:
     duplicates: list[list[str]]
     in_two_classes: list[list[str]]
     in_both_splits: list[list[str]]
+    notes: list[str]
 
     def contact_sheet(self) -> tuple[Tensor, list[str], int]:
-        """Images of the training split, one row per class.
+        """Images of the training split, one row for each of the first classes.
 
         Returns:
             float `[N, C, H, W]` in [0, 1]; the class of each row; images per row.
         """
         shown = self.splits["train"].shown
-        names = [name for name in self.class_names if shown.get(name)]
+        names = [name for name in self.class_names if shown.get(name)][:MAX_SHOWN_CLASSES]
         images = [image for name in names for image in shown[name]]
         side = min(MAX_SHOWN_SIDE, max(max(image.shape[-2:]) for image in images))
         channels = max(image.shape[0] for image in images)
@@ -96,7 +101,10 @@ def survey(config: ImagesConfig) -> Survey:
     in_two_classes = [list(where) for _, classes, where in groups if len(set(classes)) > 1]
     in_both_splits = [list(where) for in_splits, _, where in groups if len(set(in_splits)) > 1]
     names = tuple(of_label.values())
-    return Survey(source.description, names, splits, duplicates, in_two_classes, in_both_splits)
+    shown = [(image, label) for label, name in enumerate(names) for image in splits["train"].shown.get(name, ())]
+    images, labels = zip(*shown, strict=True)
+    notes = [*source.notes, *doubts(images, labels, names)]
+    return Survey(source.description, names, splits, duplicates, in_two_classes, in_both_splits, notes)
 
 
 def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: _Places) -> SplitSurvey:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnist_diffusion.config import AugmentConfig
+from mnist_diffusion.config import AugmentConfig, Background, Fit
 from mnist_diffusion.seeds import numpy_generator
 
 
@@ -25,10 +24,11 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
     return transforms.rgb_to_grayscale(images, num_output_channels=1)
 
 
-def fit_to_size(images: Tensor, size: int, fit: Literal["pad", "resize"]) -> Tensor:
+def fit_to_size(images: Tensor, size: int, fit: Fit, background: Background = "black") -> Tensor:
     """Bring uint8 `[..., C, H, W]` to `size` x `size`.
 
-    `pad` centres on black; `resize` brings the shorter side to `size` (antialiased) and crops the middle.
+    `contain` brings the longer side to `size` (antialiased) and fills up with the background; `resize` brings the
+    shorter side to `size` and crops the middle; `pad` fills up alone.
 
     Raises:
         ValueError: `pad` was asked for and the image is larger than `size`.
@@ -36,18 +36,31 @@ def fit_to_size(images: Tensor, size: int, fit: Literal["pad", "resize"]) -> Ten
     height, width = images.shape[-2:]
     if height == width == size:
         return images
-    if fit == "pad":
-        if max(height, width) > size:
-            raise ValueError(
-                f"data.fit='pad' cannot bring an image of {width} x {height} pixels to data.image_size={size}; "
-                "use data.fit='resize' or a larger size"
-            )
-        left, top = (size - width) // 2, (size - height) // 2
-        return F.pad(images, (left, size - width - left, top, size - height - top))
     from torchvision.transforms.v2 import functional as transforms
 
-    resized = transforms.resize(images, [size], antialias=True)
-    return transforms.center_crop(resized, [size])
+    if fit == "resize":
+        return transforms.center_crop(transforms.resize(images, [size], antialias=True), [size])
+    longer = max(height, width)
+    if fit == "contain":
+        height, width = (max(1, round(side * size / longer)) for side in (height, width))
+        images = transforms.resize(images, [height, width], antialias=True)
+    elif longer > size:
+        raise ValueError(
+            f"data.fit='pad' cannot bring an image of {width} x {height} pixels to data.image_size={size}; "
+            "use data.fit='contain' or a larger size"
+        )
+    filled = background_of(images, background).expand(*images.shape[:-2], size, size).clone()
+    top, left = (size - height) // 2, (size - width) // 2
+    filled[..., top : top + height, left : left + width] = images
+    return filled
+
+
+def background_of(images: Tensor, background: Background) -> Tensor:
+    """The background of uint8 `[..., C, H, W]`, as `[..., C, 1, 1]`; for `edge` the median of its outermost pixels."""
+    if background != "edge":
+        return torch.full((*images.shape[:-2], 1, 1), 255 * (background == "white"), dtype=torch.uint8)
+    sides = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
+    return torch.cat(sides, dim=-1).median(dim=-1).values[..., None, None]
 
 
 def filled_rows(rows: Sequence[Tensor], columns: int) -> Tensor:

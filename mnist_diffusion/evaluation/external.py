@@ -15,7 +15,7 @@ from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.pictures import DataError, picture_files
 from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.evaluation.generated import MIN_IMAGES, Sample
-from mnist_diffusion.pictures.grids import SHEETS, safe_name
+from mnist_diffusion.pictures.grids import SHEETS, file_names
 
 PARTS_OF_A_RUN = ("unet", "scheduler", "pipeline", "config.yaml")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -45,7 +45,7 @@ def read_sample(path: Path, data: ImageData) -> Sample:
     labels = None
     if names is not None:
         known = {name: index for index, name in enumerate(data.class_names)}
-        known |= {safe_name(name): index for name, index in known.items()} if _is_flat(path) else {}
+        known |= {name: index for index, name in enumerate(file_names(data.class_names))} if _is_flat(path) else {}
         if unknown := sorted(set(names) - set(known)):
             raise DataError(f"{path}: classes {unknown[:5]} are not among the real ones {list(known)[:20]}")
         labels = torch.tensor([known[name] for name in names])

@@ -9,6 +9,8 @@ from pathlib import Path
 import matplotlib
 import torch
 from diffusers import DDPMScheduler
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -19,12 +21,38 @@ SHEETS = ("grid.png", "schedulers.png", "guidance.png", "interpolation.png")
 MARGIN = 2
 INK = "#ebebeb"
 TITLE_SIZE = 14
+LONGEST_LABEL = 40
+
+
+DEJAVU = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+"""The font of matplotlib's figures, which has far more letters than Pillow's own."""
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of matplotlib's figures, which has far more letters than Pillow's own."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+def _font(size: int, path: str = DEJAVU) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
+
+
+@lru_cache
+def _letters(path: str) -> frozenset[int]:
+    return frozenset(FT2Font(path).get_charmap())
+
+
+@lru_cache
+def _font_with(letters: frozenset[int]) -> str | None:
+    """A font of this machine that has all these letters, DejaVu if it has; None if there is none."""
+    fonts = (entry.fname for entry in font_manager.fontManager.ttflist)
+    return next((path for path in (DEJAVU, *fonts) if letters <= _letters(path)), None)
+
+
+def drawable(label: str) -> str:
+    """A label as it can be drawn: cut if it is long; letters that no font of this machine has by their code points."""
+    label = label if len(label) <= LONGEST_LABEL else f"{label[:LONGEST_LABEL]}…"
+    return label if _font_of(label) else label.encode("ascii", "backslashreplace").decode()
+
+
+def _font_of(label: str) -> str | None:
+    return _font_with(frozenset(map(ord, label)) - {ord("\n")})
 
 
 def image_grid(
@@ -53,8 +81,10 @@ def image_grid(
     factor = max(1, -(-min_side // height))
     cell_width, cell_height = width * factor + MARGIN, height * factor + MARGIN
     rows = -(-len(images) // columns)
-    font = _font(max(11, min(15, cell_height // 3)))
-    left = int(max(map(font.getlength, row_labels))) + 4 * MARGIN if row_labels else 0
+    row_labels = [drawable(label) for label in row_labels or ()]
+    fonts = [_font(max(11, min(15, cell_height // 3)), _font_of(label) or DEJAVU) for label in row_labels]
+    widths = [font.getlength(label) for font, label in zip(fonts, row_labels, strict=True)]
+    left = int(max(widths)) + 4 * MARGIN if widths else 0
     heading_size = _fitting_size(column_labels or (), cell_width - MARGIN)
     heading_lines = max((label.count("\n") + 1 for label in column_labels or ()), default=0)
     top = heading_lines * (heading_size + 3) + 2 * MARGIN if heading_lines else 0
@@ -65,7 +95,7 @@ def image_grid(
         row, column = divmod(index, columns)
         sheet.paste(tile, (left + MARGIN + column * cell_width, top + MARGIN + row * cell_height))
     draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(row_labels or ()):
+    for row, (label, font) in enumerate(zip(row_labels, fonts, strict=True)):
         middle = top + MARGIN + row * cell_height + cell_height // 2
         draw.text((2 * MARGIN, middle), label, fill=INK, font=font, anchor="lm")
     for column, label in enumerate(column_labels or ()):
@@ -151,9 +181,12 @@ def denoising_strip(
     return image_grid(tiles, len(chosen), row_labels=row_labels, column_labels=names, title=title)
 
 
-def safe_name(name: str) -> str:
-    """A class name as part of a file name."""
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
+def file_names(names: Sequence[str]) -> list[str]:
+    """Class names as parts of file names, no two alike: with their numbers if they would be without."""
+    short = ["".join(letter if letter.isalnum() else "_" for letter in name[:LONGEST_LABEL]) for name in names]
+    if len(set(map(str.lower, short))) == len(short):  # some file systems take upper and lower case for the same
+        return short
+    return [f"{label}_{name}" for label, name in enumerate(short)]
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from mnist_diffusion.data.transforms import filled_rows
 from mnist_diffusion.diffusion.pipeline import class_names, generate, generate_batches, load_pipeline
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.pictures.grids import image_grid, safe_name, save_animation, to_pictures
+from mnist_diffusion.pictures.grids import file_names, image_grid, save_animation, to_pictures
 from mnist_diffusion.pictures.pipelines import predicted_frames
 from mnist_diffusion.requests import SampleRequest
 from mnist_diffusion.seeds import mixed_seed
@@ -53,11 +53,26 @@ class Samples:
         asked = self.request.class_labels
         if self.pipeline.num_classes is None and not asked:
             return None
-        spelled = [name if name in self.names or not name.lstrip("-").isdigit() else int(name) for name in asked]
         try:
-            return self.pipeline.label_ids(spelled or list(range(self.pipeline.num_classes)))
+            return self.pipeline.label_ids([self._spelled(name) for name in asked] or range(self.pipeline.num_classes))
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
+
+    def _spelled(self, asked: str) -> str | int:
+        """A class as Python spells it: its name, or its number if it has no such name.
+
+        Raises:
+            UserError: this is the name of one class and the number of another.
+        """
+        if not asked.lstrip("-").isdigit():
+            return asked
+        number, named = int(asked), self.names.index(asked) if asked in self.names else None
+        if named is not None and named != number and 0 <= number < len(self.names):
+            raise UserError(
+                f"class_labels={asked!r} is the name of class {named}, but {number} is {self.names[number]!r}: set "
+                f"data.class_names in training, or draw from Python: pipeline([{number}]) or pipeline([{asked!r}])"
+            )
+        return number if named is None else asked
 
     def batches(self) -> Iterator[Tensor]:
         """The images in batches, float `[b, C, H, W]` in [0, 1]."""
@@ -76,13 +91,14 @@ class Samples:
     def write_files(self, images: Tensor, folder: Path) -> None:
         """Write each image to `digit_<class>_<number>.png` (`image_<number>.png` without classes)."""
         counts: dict[int, int] = {}
+        names = file_names(self.names)
         for index, picture in enumerate(to_pictures(images)):
             if self.image_labels is None:
                 picture.save(folder / f"image_{index:03d}.png")
                 continue
             label = self.image_labels[index]
             counts[label] = counts.get(label, -1) + 1
-            picture.save(folder / f"digit_{safe_name(self.names[label])}_{counts[label]:03d}.png")
+            picture.save(folder / f"digit_{names[label]}_{counts[label]:03d}.png")
 
     def animation(self, path: Path) -> None:
         """Write a GIF of the predicted clean images, step by step."""

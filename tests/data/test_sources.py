@@ -232,7 +232,7 @@ class TestTables:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ({"image": [[[1, 2], [3]]] * 3, "label": [0, 1, 0]}, "a picture's rows are of different lengths"),
+            ({"image": [[[100, 200], [30]]] * 3, "label": [0, 1, 0]}, "a picture's rows are of different lengths"),
             ({"image": [[["a"]]] * 3, "label": [0, 1, 0]}, "not an image with values from 0 to 255"),
             (
                 {"image": [[[0]]] * 3, "label": [[0, 1], [1, 0], [0, 0]]},
@@ -264,16 +264,17 @@ class TestTables:
         import datasets
 
         rows = {
-            "image": [[[label]] for label in range(11) for _ in range(2)],
+            "image": [[[20 * label]] for label in range(11) for _ in range(2)],
             "label": [n for n in range(11) for _ in "ab"],
         }
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
         names = tuple("abcdefghijk")
         data = load(tmp_path / "train.parquet", class_names=names)
-        assert data.train.tensor.flatten().tolist() == [names.index(data.class_names[n]) for n in data.train.labels]
+        assert data.train.tensor.flatten().tolist() == [20 * n for n in data.train.labels.tolist()]
+        assert data.class_names == names
         look = survey(DataConfig(source=str(tmp_path / "train.parquet"), class_names=names))
         assert look.class_names == names
-        assert int(look.splits["train"].shown["c"][0]) == 2
+        assert int(look.splits["train"].shown["c"][0]) == 40
 
 
 def test_stand_ins_keep_small_classes(monkeypatch: pytest.MonkeyPatch, image_folder: Path) -> None:

@@ -272,7 +272,7 @@ class TestReading:
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
         with pytest.raises(DataError, match=r"row 0: not an image with values from 0 to 255"):
             read_sample(tmp_path, letters)
-        rows["image"] = [[[0.5] * 8] * 8] * 60
+        rows["image"] = [[[100.5] * 8] * 8] * 60
         datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
         with pytest.raises(DataError, match="whole numbers from 0 to 255, got fractions"):
             read_sample(tmp_path, letters)

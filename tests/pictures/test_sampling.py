@@ -55,6 +55,27 @@ def test_seed_fixes_the_images_whatever_the_batch(folder: str, tmp_path: Path) -
         assert np.abs(pixels[0] - pixels[2]).max() > 1
 
 
+def test_files_of_names_that_look_alike(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    names = ["!", "(", "+", "a/b", "a_b", "A_B", "猫", "8", "9", "x" * 190]
+    pipeline.register_to_config(id2label={str(label): name for label, name in enumerate(names)})
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    out = sample(str(tmp_path / "pipeline"), tmp_path / "out", "--files", "--num_images", 20)
+    assert len({path.name.lower() for path in out.glob("digit_*.png")}) == 20
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width < 1000
+
+
+def test_numbers_that_are_names_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = make_pipeline()
+    pipeline.register_to_config(id2label={str(label): str(label + 1) for label in range(10)})
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    sample(str(tmp_path / "pipeline"), tmp_path, "--class_labels", "3", code=2)
+    assert "class_labels='3' is the name of class 2, but 3 is '4'" in capsys.readouterr().err
+    sample(str(tmp_path / "pipeline"), tmp_path, "--class_labels", "10", "0", "--num_images", 2, "--files")
+    assert {path.name for path in tmp_path.glob("digit_*")} == {"digit_10_000.png", "digit_1_000.png"}
+
+
 def test_labelled_data_set_comes_back(folder: str, tmp_path: Path) -> None:
     out = sample(folder, tmp_path / "set", "--as_dataset", "--num_images", 23, "--batch_size", 10)
     assert [path.name for path in out.iterdir()] == ["train-00000.parquet"]

@@ -18,10 +18,12 @@ import re
 import resource
 import shutil
 import struct
+import tarfile
 import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -144,6 +146,78 @@ def _pictures(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
     return make
 
 
+def _one_file(folder: Path, name: str, content: Callable[[], bytes]) -> Callable[[random.Random], Callable[[], object]]:
+    """A source that is a single file."""
+    from mnist_diffusion.config import DataConfig
+    from mnist_diffusion.data.dataset import load_images
+
+    folder.mkdir()
+    whole = content()
+
+    def make(source: random.Random) -> Callable[[], object]:
+        (folder / name).write_bytes(mutated(whole, source))
+        return lambda: load_images(DataConfig(source=str(folder / name)), seed=0)
+
+    return make
+
+
+def _csv() -> bytes:
+    rows = [",".join(["label", *(f"p{index}" for index in range(64))])]
+    for index in range(12):
+        rows.append(",".join(map(str, [index % 3, *((index * 7 + place) % 256 for place in range(64))])))
+    return "\n".join(rows).encode()
+
+
+def _npz() -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, x=np.arange(12 * 64, dtype=np.uint8).reshape(12, 8, 8), y=np.arange(12) % 3)
+    return file.getvalue()
+
+
+def _archive(kind: str) -> bytes:
+    picture, file = io.BytesIO(), io.BytesIO()
+    Image.new("L", (8, 8), 200).save(picture, "PNG")
+    names = [f"{label}/{index}.png" for label in "abc" for index in range(3)]
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            for name in names:
+                archive.writestr(name, picture.getvalue())
+    else:
+        with tarfile.open(fileobj=file, mode="w:gz") as tar:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = len(picture.getvalue())
+                tar.addfile(member, io.BytesIO(picture.getvalue()))
+    return file.getvalue()
+
+
+def _parquet() -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    picture, file = io.BytesIO(), io.BytesIO()
+    Image.new("L", (8, 8), 200).save(picture, "PNG")
+    cell = {"bytes": picture.getvalue(), "path": None}
+    parquet.write_table(pyarrow.table({"image": [cell] * 9, "label": [0, 1, 2] * 3}), file)
+    return file.getvalue()
+
+
+def _label_table(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
+    from mnist_diffusion.config import DataConfig
+    from mnist_diffusion.data.dataset import load_images
+
+    folder.mkdir()
+    for index in range(9):
+        Image.new("L", (8, 8), index).save(folder / f"{index}.png")
+    content = "\n".join(["file,label", *(f"{index}.png,{index % 3}" for index in range(9))]).encode()
+
+    def make(source: random.Random) -> Callable[[], object]:
+        (folder / "labels.csv").write_bytes(mutated(content, source))
+        return lambda: load_images(DataConfig(source=str(folder)), seed=0)
+
+    return make
+
+
 def _yaml(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
     from mnist_diffusion.cli.options import parse_train_arguments
     from tests.conftest import tiny_config
@@ -177,6 +251,12 @@ def _pipeline(folder: Path, name: str) -> Callable[[random.Random], Callable[[],
 TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], object]]]] = {
     "IDX files": _idx,
     "folders of pictures": _pictures,
+    "CSV of pixels": partial(_one_file, name="x.csv", content=_csv),
+    "NumPy arrays": partial(_one_file, name="x.npz", content=_npz),
+    "zip archives": partial(_one_file, name="x.zip", content=partial(_archive, "zip")),
+    "tar archives": partial(_one_file, name="x.tar.gz", content=partial(_archive, "tar")),
+    "parquet tables": partial(_one_file, name="x.parquet", content=_parquet),
+    "tables of labels": _label_table,
     "YAML configurations": _yaml,
     "model_index.json": partial(_pipeline, name="model_index.json"),
     "unet/config.json": partial(_pipeline, name="unet/config.json"),

@@ -1,0 +1,112 @@
+"""Read images from arrays of numbers: NumPy's files, and tables with a column per pixel."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zipfile
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_diffusion.config import ImagesConfig
+from mnist_diffusion.data.columns import LABEL_COLUMNS, find_column
+from mnist_diffusion.data.layout import kind_in, listed
+from mnist_diffusion.data.pictures import DataError, explained, pixel_factor
+from mnist_diffusion.data.raw import RawSplit, plain_label
+
+MAX_ARRAY_BYTES = 8 * 2**30
+MIN_PIXELS = 64
+LABEL_WORDS = {"label", "labels", "target", "targets", "y"}
+
+
+def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
+    """The splits that `.npz` and `.npy` files hold, as Keras, MedMNIST and KMNIST lay them out.
+
+    Arrays with three axes or more, or with two of which the second is long, are images; others are labels. Which
+    belong together is said by the names of files and keys: `x_train`, `test_images`, `kmnist-val-labels.npz`.
+
+    Raises:
+        DataError: a file holds something else, or it cannot be told what belongs together.
+    """
+    found: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for file, content in contents.items():
+        for key, array in _arrays(file, content, f"{where}/{file}"):
+            found.setdefault(kind_in(f"{file} {key}") or "train", []).append((key or file, array))
+    splits = {}
+    for split, arrays in found.items():
+        images = [array for name, array in arrays if _are_images(name, array)]
+        labels = [array for name, array in arrays if not _are_images(name, array)]
+        if len(images) != 1 or len(labels) != 1 or len(images[0]) != len(labels[0]):
+            shapes = listed(f"{name} {array.shape}" for name, array in arrays)
+            raise DataError(
+                f"{where}: the split {split!r} needs one array of images and one of as many labels, got {shapes}"
+            )
+        rows = labels[0].argmax(axis=1) if labels[0].ndim == 2 and labels[0].shape[1] > 1 else labels[0]
+        named = [plain_label(cell, f"{where}: labels") for cell in rows.reshape(len(rows), -1)[:, 0]]
+        splits[split] = RawSplit(image_tensor(images[0], where), named)
+    return splits
+
+
+def _arrays(file: str, content: bytes, where: str) -> list[tuple[str, np.ndarray]]:
+    """The arrays of a file, by key; nothing in it is run."""
+    with explained(f"{where} could not be read as NumPy arrays without pickles"):
+        if PurePosixPath(file).suffix.lower() == ".npy":
+            return [("", np.load(io.BytesIO(content), allow_pickle=False))]
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if (size := sum(info.file_size for info in archive.infolist())) > MAX_ARRAY_BYTES:
+                raise DataError(f"{where} declares {size} bytes, more than the limit of {MAX_ARRAY_BYTES}")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return [(key, arrays[key]) for key in arrays.files]
+
+
+def _are_images(name: str, array: np.ndarray) -> bool:
+    if array.ndim == 2 and LABEL_WORDS & set(re.split(r"[^a-z]+", name.lower())):
+        return False
+    return array.ndim > 2 or (array.ndim == 2 and array.shape[1] >= MIN_PIXELS)
+
+
+def image_tensor(values: np.ndarray, where: str) -> Tensor:
+    """Pixel values `[N, H, W]`, `[N, H, W, C]`, `[N, C, H, W]` or `[N, P]` of square images as uint8 `[N, C, H, W]`.
+
+    Raises:
+        DataError: their shape is another, or they are not whole numbers from 0 to 255, or numbers from 0 to 1.
+    """
+    if values.ndim == 2 and (side := math.isqrt(values.shape[1])) ** 2 == values.shape[1]:
+        values = values.reshape(-1, side, side)
+    if values.ndim == 3:
+        values = values[..., None]
+    if values.ndim == 4 and values.shape[-1] not in (1, 3):
+        values = values.transpose(0, 2, 3, 1)
+    if values.ndim != 4 or values.shape[-1] not in (1, 3) or values.dtype.kind not in "buif" or values.size == 0:
+        raise DataError(f"{where}: no images of 1 or 3 channels, the shape is {values.shape}, the type {values.dtype}")
+    least, largest = float(values.min()), float(values.max())
+    if not (least >= 0 and largest <= 255):  # NaN passes no comparison
+        raise DataError(f"{where}: pixel values must go from 0 to 255, or from 0 to 1, got {least:g} to {largest:g}")
+    if (factor := pixel_factor(largest, where)) != 1:
+        values = (values * float(factor)).round()
+    elif values.dtype.kind == "f" and (values != np.floor(values)).any():
+        raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")
+    return torch.from_numpy(np.ascontiguousarray(values.astype(np.uint8).transpose(0, 3, 1, 2)))
+
+
+def pixel_split(table: Any, config: ImagesConfig, where: str) -> RawSplit | None:
+    """The images and labels of a table with a label and a column for each pixel; None if it is none."""
+    import pyarrow
+
+    label = find_column(table, LABEL_COLUMNS, config.label_column, where)
+    if label is None and table.column_names[0] == "f0":  # no header
+        label = "f0"
+    if label is None:
+        return None
+    pixels = table.drop_columns([label])
+    numbers = all(pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) for kind in pixels.schema.types)
+    if not numbers or pixels.num_columns < MIN_PIXELS or math.isqrt(pixels.num_columns) ** 2 != pixels.num_columns:
+        return None
+    values = np.stack([column.to_numpy() for column in pixels.columns], axis=1)
+    labels = [plain_label(cell, f"{where}: data.label_column={label!r}") for cell in table[label].to_pylist()]
+    return RawSplit(image_tensor(values, where), labels)

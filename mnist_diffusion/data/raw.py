@@ -1,0 +1,123 @@
+"""What a reader finds in a source: splits of images as they come, and labels as they are written."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mnist_diffusion.data.layout import in_order, listed
+from mnist_diffusion.data.pictures import DataError, Pictures
+
+MAX_NAME = 200
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """Images as they come, uint8 `[N, C, H, W]` or encoded and of any sizes, each with a label or None."""
+
+    images: Tensor | Pictures
+    labels: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class RawSource:
+    """What a source holds: a training split, and if it has them a held-out split and class names."""
+
+    identifier: str
+    """Its name in `data.source`."""
+    description: str
+    train: RawSplit
+    test: RawSplit | None
+    class_names: dict[Any, str] | None = None
+    notice: str | None = None
+    notes: tuple[str, ...] = ()
+    """What was left out, and what was taken for what."""
+    hub_id: str | None = None
+    has_subsets: bool = False
+    """Whether `data.subset` means something here."""
+
+    def labels(self) -> list[Any]:
+        """The labels in use, in their order.
+
+        Raises:
+            DataError: there are no images, some have no label, or held-out images have labels of their own.
+        """
+        splits = {"training": self.train} | ({} if self.test is None else {"held-out": self.test})
+        for name, split in splits.items():
+            if len(split.labels) == 0:
+                raise DataError(f"{self.description}: a split holds no images: the {name} one")
+            if missing := sum(label is None for label in split.labels):
+                raise DataError(
+                    f"{self.description}: some images have no label: {missing} of {len(split.labels)} {name} images "
+                    "have none, or NaN, or a negative one"
+                )
+        present = {label for split in splits.values() for label in split.labels}
+        if unknown := present - set(self.train.labels):
+            raise DataError(
+                f"{self.description}: held-out classes without training images: {sorted(unknown, key=str)[:20]}"
+            )
+        return in_order(present)
+
+    def names(self, asked: tuple[str, ...] | None) -> dict[Any, str]:
+        """The name of each label in use: as asked for, or from the source, or the label itself.
+
+        Raises:
+            DataError: the number of names asked for is not that of the labels, or a name is no plain line of text.
+        """
+        labels = self.labels()
+        if asked is not None and len(asked) != len(labels):
+            present = f"{self.description} has {len(labels)}: {labels[:20]}"
+            raise DataError(f"data.class_names names {len(asked)} classes, but {present}")
+        own = {label: (self.class_names or {}).get(label, str(label)) for label in labels}
+        names = own if asked is None else dict(zip(labels, asked, strict=True))
+        for name in names.values():
+            require_plain(name, self.description)
+        return names
+
+
+def require_plain(name: str, where: str) -> None:
+    """Make sure that a name can be printed, drawn and written into a file.
+
+    Raises:
+        DataError: it is not UTF-8, has control characters, or is too long.
+    """
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        raise DataError(f"{where}: the name {name[:MAX_NAME]!a} is not UTF-8 or has control characters; rename it")
+    if len(name) > MAX_NAME:
+        raise DataError(f"{where}: the name {name[:40]!r}... has {len(name)} letters, more than {MAX_NAME}")
+
+
+def plain_label(cell: Any, what: str) -> int | str | None:
+    """A cell of a label column as a whole number or a word; None if it is missing, NaN or negative.
+
+    Raises:
+        DataError: it is something else.
+    """
+    while isinstance(cell, list | np.ndarray) and len(cell) == 1:
+        cell = cell[0]
+    cell = cell.item() if isinstance(cell, np.generic) else cell
+    if isinstance(cell, bytes):
+        cell = cell.decode("utf-8", "replace")
+    if isinstance(cell, float) and math.isfinite(cell) and cell == int(cell):
+        cell = int(cell)
+    if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if isinstance(cell, int):
+        return int(cell) if cell >= 0 else None
+    if not isinstance(cell, str):
+        raise DataError(f"{what} must hold one number or word per image, got {str(cell)[:80]}")
+    return cell
+
+
+def numbering(names: Sequence[str]) -> str | None:
+    """What to say of classes whose names are numbers other than their places."""
+    if all(name.isdigit() for name in names) and [int(name) for name in names] != list(range(len(names))):
+        pairs = listed(f"{place} is {name!r}" for place, name in enumerate(names))
+        return f"the names of the classes are numbers, but not their own: class {pairs}"
+    return None
