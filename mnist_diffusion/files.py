@@ -70,6 +70,13 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary.replace(path)
 
 
+def give_usual_mode(path: Path) -> None:
+    """Let those read a file who may read what this process writes; safetensors writes for its owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file as [`replace_file`] does."""
     replace_file(path, lambda file: file.write(text.encode()))

@@ -12,7 +12,7 @@ from tests.support.survival import Nursery
 
 def test_only_typed_errors(tmp_path: Path) -> None:
     """The short tier; `python -m tests.support.fuzz --inputs 10000` is the long one."""
-    count = 30
+    count = 16
     out = tmp_path / "found.json"
     work = partial(fuzz_into, out=str(out))
     assert Nursery().finish(["0", str(count)], log=tmp_path / "log.txt", work=work) == [0]

@@ -88,11 +88,9 @@ def _read(config: ImagesConfig) -> RawSource:
             return read_embedded_digits(notice=notice)
     path = Path(config.source).expanduser()
     if config.source == "digits":
-        if path.exists():
-            raise DataError(
-                f"data.source='digits' could mean the embedded digits or {path.absolute()}; write ./digits for that"
-            )
-        return read_embedded_digits()
+        found = read_embedded_digits()
+        other = f"these are the embedded digits; write ./digits for {path.absolute()}"
+        return dataclasses.replace(found, notes=(other,)) if path.exists() else found
     if path.is_dir():
         return read_folder(path, config)
     if path.exists():

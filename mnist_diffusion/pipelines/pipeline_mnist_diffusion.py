@@ -8,13 +8,13 @@
 This file ships inside every pipeline folder, so it must not import anything of the package it comes from.
 """
 
+import copy
+import hashlib
 import inspect
 import json
 import math
 import numbers
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -25,10 +25,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+SOURCE = Path(__file__).read_bytes()
+MODULE = f"pipeline_mnist_diffusion_{hashlib.sha256(SOURCE).hexdigest()[:12]}"
+"""The name of this file in a pipeline folder. To diffusers, files of one name are one module, which the last one loaded
+replaces, so that two versions in one process must have two names."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SECOND_ORDER_IN_SIGMA = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 LARGEST_SIGMA = 80.0
@@ -146,6 +151,15 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         guidance_distilled: bool = False,
     ):
         super().__init__()
+        if (scale := getattr(unet, "guidance_distilled_at", None)) is not None and not guidance_distilled:
+            raise ValueError(
+                f"guidance_distilled must be True, and guidance_scale {scale}, for this network, into which guidance "
+                "at that scale was distilled; from_pipe passes them on"
+            )
+        if guidance_distilled:
+            unet.guidance_distilled_at = guidance_scale
+        # Not for another solver that is made from this one's configuration, which has kinds of its own.
+        scheduler.register_to_config(_use_default_values=["algorithm_type", "solver_type"])
         self.register_modules(unet=unet, scheduler=scheduler)
         names = None if id2label is None else {str(index): str(name) for index, name in id2label.items()}
         self.register_to_config(
@@ -192,12 +206,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json` and, beside it, this file, so that plain diffusers can load the folder."""
         super().save_config(save_directory, **kwargs)
-        source, target = Path(__file__), Path(save_directory) / "pipeline_mnist_diffusion.py"
-        if not (target.exists() and target.samefile(source)):
-            shutil.copyfile(source, target)  # this file, whatever subclass of the class in it is saved
+        # This file as it was imported, whatever has become of it, and whatever subclass of the class in it is saved.
+        (Path(save_directory) / f"{MODULE}.py").write_bytes(SOURCE)
         index_file = Path(save_directory) / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        index["_class_name"] = [target.stem, MNISTDiffusionPipeline.__name__]
+        index["_class_name"] = [MODULE, MNISTDiffusionPipeline.__name__]
         index.pop("_name_or_path", None)  # a place on this machine
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -416,31 +429,36 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             _check_images("latents", latents, shape)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        self._set_timesteps(num_inference_steps, timesteps, sigmas)
-        device = self._execution_device
+        scheduler, device = self._prepared_scheduler(num_inference_steps, timesteps, sigmas), self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
         self._interrupt = False
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
+        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
+            for step, timestep in enumerate(scheduler.timesteps):
                 if self._interrupt:
                     continue
-                model_input = self.scheduler.scale_model_input(latents, timestep)
+                model_input = scheduler.scale_model_input(latents, timestep)
                 now = self._scales_at(timestep, scales, guidance_interval)
                 model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
-                self._set_ddim_stride(step)
-                latents = self.scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
+                _set_ddim_stride(scheduler, step)
+                latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "model_output": model_output}
                     if "pred_original_sample" in callback_on_step_end_tensor_inputs:
-                        tensors["pred_original_sample"] = self._clean(model_output, model_input, timestep)
+                        alpha, kind = _alpha_cumprod(scheduler, step), scheduler.config.prediction_type
+                        tensors["pred_original_sample"] = predicted_original_sample(
+                            model_output, model_input, alpha, kind
+                        )
                     chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
                 progress_bar.update()
         images = VaeImageProcessor().postprocess(latents, output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def sample_trajectory(
@@ -456,9 +474,10 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: as a call does.
         """
-        latents, predicted = [], []
+        latents, predicted, timesteps = [], [], []
 
         def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            timesteps.append(timestep)
             latents.append(tensors["latents"])
             predicted.append(tensors["pred_original_sample"])
             return {}
@@ -470,8 +489,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=("latents", "pred_original_sample"),
             **arguments,
         ).images
-        timesteps = self.scheduler.timesteps.clone()
-        return TrajectoryOutput(images, torch.stack(latents).cpu(), torch.stack(predicted).cpu(), timesteps)
+        return TrajectoryOutput(images, *(torch.stack(each).cpu() for each in (latents, predicted, timesteps)))
 
     @torch.no_grad()
     def interpolate(
@@ -506,7 +524,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if ends is None:
             found = _checked_generators(generator, 1, 2)
             found = found if isinstance(found, list) else [found]
-            ends = torch.cat([randn_tensor((1, *self.image_shape), generator=each) for each in found])
+            drawn = {"shape": (1, *self.image_shape), "device": self._execution_device}
+            ends = torch.cat([randn_tensor(generator=each, **drawn) for each in found])
         elif not isinstance(ends, torch.Tensor) or len(ends) not in (1, 2):
             raise ValueError(f"latents must be a tensor of one noise or two, got {getattr(ends, 'shape', ends)}")
         _check_images("latents", ends, (len(ends), *self.image_shape))
@@ -581,43 +600,27 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     # Denoising.
 
-    def _set_timesteps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
-        """Set the scheduler's timesteps, which stay on the CPU, where its tables are."""
+    def _prepared_scheduler(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> Any:
+        """A scheduler for one call, so that calls from several threads do not meet in the state of a common one.
+
+        Its timesteps are set, and stay on the CPU, where its tables are.
+        """
         chosen: dict[str, Any] = {"num_inference_steps": int(num_inference_steps or self.config.num_inference_steps)}
         if timesteps is not None:
             chosen = {"timesteps": [int(timestep) for timestep in timesteps]}
         elif sigmas is not None:
             chosen = {"sigmas": [float(sigma) for sigma in sigmas]}
+        scheduler = copy.deepcopy(self.scheduler)
+        if "num_inference_steps" in chosen:
+            _space_for_second_order(scheduler)
         try:
-            with self._spacing_for_second_order("num_inference_steps" in chosen):
-                self.scheduler.set_timesteps(**chosen)
+            scheduler.set_timesteps(**chosen)
         except (ValueError, AssertionError) as error:
-            raise ValueError(f"{chosen} does not work with {type(self.scheduler).__name__}: {error}") from error
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)
-        self._num_timesteps = len(self.scheduler.timesteps)
-
-    @contextmanager
-    def _spacing_for_second_order(self, free: bool) -> Iterator[None]:
-        """Space the noise levels of Heun and KDPM2 as Karras et al. (2022) do, equation 5, from sigma 80 at the most.
-
-        These solvers take a second look at the end of each step, which is worth something only where sigma falls
-        smoothly; on the cosine schedule the default spacing's first step falls from sigma 20,000 to 13. A spacing
-        chosen in the scheduler's configuration is kept; the configuration is as before afterwards.
-        """
-        config = self.scheduler.config
-        chosen = any(config.get(f"use_{name}_sigmas") for name in ("karras", "exponential", "beta"))
-        if not free or chosen or type(self.scheduler).__name__ not in SECOND_ORDER_IN_SIGMA:
-            yield
-            return
-        alpha_cumprod = float(self.scheduler.alphas_cumprod[-1])
-        largest = math.sqrt((1 - alpha_cumprod) / alpha_cumprod) if alpha_cumprod > 0 else math.inf
-        before = {name: config.get(name) for name in ("use_karras_sigmas", "sigma_max")}
-        self.scheduler.register_to_config(use_karras_sigmas=True, sigma_max=min(largest, LARGEST_SIGMA))
-        try:
-            yield
-        finally:
-            self.scheduler.register_to_config(**before)
+            raise ValueError(f"{chosen} does not work with {type(scheduler).__name__}: {error}") from error
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        self._num_timesteps = len(scheduler.timesteps)
+        return scheduler
 
     def _step_kwargs(self, eta: float | None, generator: Any) -> dict[str, Any]:
         """The arguments that this scheduler's `step` takes beside the usual three.
@@ -633,23 +636,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             if eta > 0 and "eta" not in accepted:
                 raise ValueError(f"eta={eta!r} has no effect with {type(self.scheduler).__name__}; DDIM takes it")
         return {name: value for name, value in offered.items() if name in accepted}
-
-    def _clean(self, model_output: torch.Tensor, model_input: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The clean image that a prediction implies."""
-        alpha_cumprod = self.scheduler.alphas_cumprod[round(float(timestep))].to(model_input.device)
-        kind = self.scheduler.config.prediction_type
-        return predicted_original_sample(model_output, model_input, alpha_cumprod, kind)
-
-    def _set_ddim_stride(self, step: int) -> None:
-        """Make DDIM step to the timestep that comes next.
-
-        Its own previous timestep is `timestep - num_train_timesteps // num_inference_steps`, which misses the next
-        one where the steps do not divide the training steps. The quotient of a `Fraction` is the true gap, exactly.
-        """
-        if type(self.scheduler) is DDIMScheduler:
-            timesteps = self.scheduler.timesteps.tolist()
-            gap = timesteps[step] - (timesteps[step + 1] if step + 1 < len(timesteps) else -1)
-            self.scheduler.num_inference_steps = Fraction(self.scheduler.config.num_train_timesteps, gap)
 
     def _scales_at(self, timestep: torch.Tensor, scales: torch.Tensor, interval: Any) -> torch.Tensor:
         """The guidance scales of a step."""
@@ -687,8 +673,44 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
     ) -> torch.Tensor:
         patches = F.pixel_unshuffle(model_input.to(self.unet.dtype), self.config.patch_size)
-        predicted = self.unet(patches, timestep.to(patches.device), class_labels=labels, return_dict=False)[0]
+        kind = torch.float32 if timestep.is_floating_point() else torch.int64  # float64 is not known on every device
+        predicted = self.unet(patches, timestep.to(patches.device, kind), class_labels=labels, return_dict=False)[0]
         return F.pixel_shuffle(predicted, self.config.patch_size).float()
+
+
+def _space_for_second_order(scheduler: Any) -> None:
+    """Space the noise levels of Heun and KDPM2 as Karras et al. (2022) do, equation 5, from sigma 80 at the most.
+
+    These solvers take a second look at the end of each step, which is worth something only where sigma falls smoothly;
+    on the cosine schedule the default spacing's first step falls from sigma 20,000 to 13. A spacing chosen in the
+    scheduler's configuration is kept.
+    """
+    chosen = any(scheduler.config.get(f"use_{name}_sigmas") for name in ("karras", "exponential", "beta"))
+    if not chosen and type(scheduler).__name__ in SECOND_ORDER_IN_SIGMA:
+        alpha_cumprod = float(scheduler.alphas_cumprod[-1])
+        largest = math.sqrt((1 - alpha_cumprod) / alpha_cumprod) if alpha_cumprod > 0 else math.inf
+        scheduler.register_to_config(use_karras_sigmas=True, sigma_max=min(largest, LARGEST_SIGMA))
+
+
+def _alpha_cumprod(scheduler: Any, step: int) -> float:
+    """The share of signal, squared, in the network's input at a step: by the solver's own sigma if it has one."""
+    if (sigmas := getattr(scheduler, "sigmas", None)) is None:
+        return float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+    if step % 2 and hasattr(scheduler, "sigmas_interpol"):  # KDPM2 looks between two levels at every other step
+        sigmas = scheduler.sigmas_interpol
+    return 1 / (1 + float(sigmas[step]) ** 2)
+
+
+def _set_ddim_stride(scheduler: Any, step: int) -> None:
+    """Make DDIM step to the timestep that comes next.
+
+    Its own previous timestep is `timestep - num_train_timesteps // num_inference_steps`, which misses the next one
+    where the steps do not divide the training steps. The quotient of a `Fraction` is the true gap, exactly.
+    """
+    if type(scheduler) is DDIMScheduler:
+        timesteps = scheduler.timesteps.tolist()
+        gap = timesteps[step] - (timesteps[step + 1] if step + 1 < len(timesteps) else -1)
+        scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, gap)
 
 
 def _checked_generators(generator: Any, *counts: int) -> Any:

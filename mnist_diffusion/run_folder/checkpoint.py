@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import read_json
+from mnist_diffusion.files import give_usual_mode, read_json
 
 FORMAT = 3
 NAME = re.compile(r"step-(\d+)")
@@ -75,7 +75,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
-            save_file(contiguous, temporary / f"{name}.safetensors")
+            save_file(contiguous, path := temporary / f"{name}.safetensors")
+            give_usual_mode(path)
         (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
         files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()}
         manifest = {**(about or {}), "format": FORMAT, "step": step, "files": files}

@@ -10,6 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from mnist_diffusion.errors import FileError
+from mnist_diffusion.sharing.reading import CODE_FILE
 
 CHANGED_MEANWHILE = 412  # HTTP: the head is not the parent any more
 
@@ -30,7 +31,8 @@ def commit_files(
         api: the Hub's client.
         repo_id: the repository, `user/name`.
         files: paths or contents by name.
-        mirrored: names, and folders that end in a slash: what is there of these and not among `files` is removed.
+        mirrored: names, and folders that end in a slash: what is there of these and not among `files` is removed, as is
+            older pipeline code.
         message: title of the commit.
         create_pr: propose the commit instead.
         revision: the branch.
@@ -52,6 +54,7 @@ def commit_files(
         there = api.list_repo_files(repo_id, revision=head)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         stale = [name for name in there if name in mirrored or name.partition("/")[0] + "/" in mirrored]
+        stale += [name for name in there if CODE_FILE.fullmatch(name)]
         operations += [CommitOperationDelete(name) for name in stale if name not in files]
         try:
             base = None if create_pr else head

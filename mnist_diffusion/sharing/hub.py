@@ -6,6 +6,7 @@ are pushed, and training state only if asked for.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from huggingface_hub import CardData, HfApi, ModelCard, get_token, snapshot_down
 from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import file_within, replace_folder
+from mnist_diffusion.files import file_within, read_json, replace_folder
 from mnist_diffusion.run_folder.checkpoint import newest_intact
 from mnist_diffusion.run_folder.lock import RUN_ID, is_empty
+from mnist_diffusion.sharing import reading
 from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
 from mnist_diffusion.sharing.commit import commit_files
 from mnist_diffusion.sharing.errors import LOG_IN, HubError, hub_errors
-from mnist_diffusion.sharing.pipeline import SHIPPED_FILE, MNISTDiffusionPipeline
+from mnist_diffusion.sharing.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
 from mnist_diffusion.sharing.reading import MAX_CARD_BYTES, PIPELINE_FILES, fetch_pipeline, index_arguments
 
 CHECKPOINTS = "checkpoints"
@@ -31,7 +33,7 @@ RESUME_FILES = ("metrics.jsonl",)
 """Files of a run that, beside its checkpoint, are pushed to resume from."""
 EXPORTS = ("pipeline", "pipeline_best")
 """The folders that a run exports; snapshots are in a folder of their own."""
-PUSHED = {*PIPELINE_FILES, *RUN_FILES, SHIPPED_FILE.name, CARD, PICTURE, "unet/", "scheduler/"}
+PUSHED = {*PIPELINE_FILES, *RUN_FILES, CARD, PICTURE, "unet/", "scheduler/"}
 """Of these names and folders, what a push does not hold is removed from the repository."""
 
 
@@ -62,7 +64,10 @@ def files_to_push(folder: Path, repo_id: str, *, with_checkpoints: bool) -> dict
     if run is not None:
         names = (*RUN_FILES, *(RESUME_FILES if with_checkpoints else ()))
         found |= {name: file_within(run, name) for name in names if (run / name).is_file()}
-    found[SHIPPED_FILE.name] = SHIPPED_FILE  # never the code in a folder, which may be somebody else's
+    # Never the code in a folder, which may be somebody else's, nor the name of it.
+    found[CODE_FILE] = CODE
+    index = {**read_json(file_within(folder, "model_index.json")), "_class_name": CODE_INDEX}
+    found["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     has_card = (folder / CARD).is_file()
     card = file_within(folder, CARD).read_text(encoding="utf-8") if has_card else short_card(num_classes)
     found[CARD] = _named(card_for(card, repo_id), repo_id).encode()
@@ -187,7 +192,8 @@ def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoin
             checkpoint = [name for name in sizes if CHECKPOINT.fullmatch(name)] if with_checkpoints else []
             if with_checkpoints and not checkpoint:
                 raise UserError(f"{repo_id} has no checkpoint to resume from; pull without --with_checkpoints")
-            beside = [name for name in (CARD, PICTURE, SHIPPED_FILE.name, *RUN_FILES) if name in sizes]
+            wanted = (CARD, PICTURE, *RUN_FILES)
+            beside = [name for name in sizes if name in wanted or reading.CODE_FILE.fullmatch(name)]
             for name in beside:
                 if sizes[name] > MAX_CARD_BYTES:
                     limit = f"more than the {MAX_CARD_BYTES:,} it may have"

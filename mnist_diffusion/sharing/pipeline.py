@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
+from mnist_diffusion.environment import DEFAULT_DEVICE
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import file_within
+from mnist_diffusion.files import file_within, give_usual_mode
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
 from mnist_diffusion.sharing import reading
 from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
@@ -20,8 +21,9 @@ from mnist_diffusion.sharing.commit import commit_files
 TrajectoryOutput = shipped.TrajectoryOutput
 predicted_original_sample = shipped.predicted_original_sample
 
-SHIPPED_FILE = Path(shipped.__file__)
+CODE_FILE, CODE = f"{shipped.MODULE}.py", shipped.SOURCE
 """The pipeline code that every exported and pushed folder holds."""
+CODE_INDEX = [shipped.MODULE, reading.PIPELINE_CLASS]
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 NO_EFFECT = ("trust_remote_code", "low_cpu_mem_usage")  # no code is run, and memory is taken once, whatever they say
@@ -82,8 +84,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         pipeline.register_to_config(_name_or_path=source)
         pipeline._origin = (folder, hub.get("cache_dir"))
         if device_map is not None:  # one network is on one device
-            gpu = "cuda" if torch.cuda.is_available() else "cpu"
-            pipeline.to(gpu if device_map == "balanced" else device_map)
+            pipeline.to(DEFAULT_DEVICE if device_map == "balanced" else device_map)
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -104,6 +105,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained takes no argument {next(iter(kwargs))!r}")
         super().save_pretrained(save_directory, variant=variant)
+        for path in Path(save_directory).rglob("*.safetensors"):
+            give_usual_mode(path)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 

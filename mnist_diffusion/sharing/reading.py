@@ -24,7 +24,9 @@ from mnist_diffusion.files import MAX_JSON_BYTES, PICKLES, file_within, read_jso
 MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
 MAX_LEVELS, MAX_LAYERS, MAX_NUMBER = 10, 16, 100_000
 FLOATS = ("BF16", "F16", "F32", "F64")
-PIPELINE_CLASS = "MNISTDiffusionPipeline"
+PIPELINE_CLASS, CODE_STEM = "MNISTDiffusionPipeline", "pipeline_mnist_diffusion"
+CODE_FILE = re.compile(rf"{CODE_STEM}(_[0-9a-f]{{12}})?\.py")
+"""The pipeline code in a folder, which is named by its content."""
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 UNET_CONFIG, UNET_WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 PIPELINE_FILES = ("model_index.json", SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS)
@@ -142,7 +144,9 @@ def read_index(folder: Path, arguments: Container[str]) -> dict[str, Any]:
     path = file_within(folder, "model_index.json")
     found = read_json(path)
     values = {key: value for key, value in found.items() if key not in PRIVATE}
-    if (named := found.get("_class_name")) not in (PIPELINE_CLASS, ["pipeline_mnist_diffusion", PIPELINE_CLASS]):
+    named = found.get("_class_name")
+    pair = named if isinstance(named, list) and len(named) == 2 else [CODE_STEM, named]
+    if pair[1] != PIPELINE_CLASS or not CODE_FILE.fullmatch(f"{pair[0]}.py"):
         raise FileError(f"{path}: _class_name must be {PIPELINE_CLASS!r}, got {named!r:.100}")
     unet, scheduler = values.pop("unet", None), values.pop("scheduler", None)
     if unet != ["diffusers", "UNet2DModel"]:

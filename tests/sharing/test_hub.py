@@ -27,7 +27,7 @@ from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.sharing.card import write_results_to_card
 from mnist_diffusion.sharing.errors import HubError
 from mnist_diffusion.sharing.hub import pull, push
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.sharing.pipeline import CODE_FILE, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline, tiny_config, use_hub
 from tests.support.hub_server import Fault, HubServer, Request
 from tests.support.survival import Nursery
@@ -38,7 +38,7 @@ PUSHED = {
     "README.md",
     "config.yaml",
     "model_index.json",
-    "pipeline_mnist_diffusion.py",
+    CODE_FILE,
     "samples.png",
     "scheduler/scheduler_config.json",
     "summary.json",
@@ -147,11 +147,11 @@ class TestPush:
         (tmp_path / "config.yaml").write_text("password: secret")
         folder = tmp_path / "pipeline"
         make_pipeline().save_pretrained(folder)
-        (folder / "pipeline_mnist_diffusion.py").write_text("print('evil')")
+        (folder / CODE_FILE).write_text("print('evil')")
         push(folder, NAME)
         files = hub.repositories[NAME].files()
         assert "config.yaml" not in files
-        assert b"class MNISTDiffusionPipeline" in files["pipeline_mnist_diffusion.py"]
+        assert b"class MNISTDiffusionPipeline" in files[CODE_FILE]
         for name in ("README.md", "samples.png", "config.yaml"):
             (folder / name).symlink_to(tmp_path / "config.yaml")
             with pytest.raises(UserError, match="is a link that leads out of its folder"):

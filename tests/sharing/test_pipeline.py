@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
 from mnist_diffusion.checks import SAMPLERS
@@ -25,7 +30,8 @@ from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
     predicted_original_sample,
     rescale_guidance,
 )
-from mnist_diffusion.sharing.pipeline import SHIPPED_FILE, MNISTDiffusionPipeline
+from mnist_diffusion.run_folder.checkpoint import save_checkpoint
+from mnist_diffusion.sharing.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
 from tests.conftest import ALL_SAMPLERS, make_pipeline
 from tests.support.hub_server import HubServer
 
@@ -212,8 +218,9 @@ class TestGuidance:
     def test_interval_skips_the_second_pass_outside(self, pipeline: MNISTDiffusionPipeline) -> None:
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         counter = CountingUNet(pipeline)
-        draw(pipeline, 1, guidance_scale=5, guidance_interval=(0.3, 0.7), num_inference_steps=10)
-        inside = [t for t in pipeline.scheduler.timesteps.tolist() if 0.3 <= t / 1000 <= 0.7]
+        arguments: dict[str, Any] = {"guidance_scale": 5, "guidance_interval": (0.3, 0.7), "num_inference_steps": 10}
+        timesteps = pipeline.sample_trajectory([1], **arguments).timesteps.tolist()
+        inside = [t for t in timesteps if 0.3 <= t / 1000 <= 0.7]
         assert 0 < len(inside) < 10
         assert counter.passes == 10 + len(inside)
 
@@ -382,6 +389,7 @@ class TestCallback:
             callback_on_step_end=lambda p, i, t, tensors: seen.update(tensors) or {},
             callback_on_step_end_tensor_inputs=["model_output", "pred_original_sample"],
         )
+        pipeline.scheduler.set_timesteps(1)
         expected = pipeline.scheduler.step(seen["model_output"], 999, noise).pred_original_sample
         torch.testing.assert_close(seen["pred_original_sample"], expected)
         alpha = float(pipeline.scheduler.alphas_cumprod[999])
@@ -430,7 +438,7 @@ class TestSchedulers:
 
 
 class TestFolders:
-    @pytest.mark.parametrize("first", ["ddpm", "dpmpp", "euler", "lcm"])
+    @pytest.mark.parametrize("first", ["ddpm", "dpmpp-sde", "euler", "lcm", "DEISMultistepScheduler"])
     @pytest.mark.parametrize("name", ALL_SAMPLERS)
     def test_swaps_give_the_same_images_before_and_after_saving(self, tmp_path: Path, first: Any, name: Any) -> None:
         """From any sampler, in memory or loaded, by name or by the stock idiom."""
@@ -458,13 +466,13 @@ class TestFolders:
         files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
         assert files == {
             "model_index.json",
-            "pipeline_mnist_diffusion.py",
+            CODE_FILE,
             "scheduler/scheduler_config.json",
             "unet/config.json",
             "unet/diffusion_pytorch_model.safetensors",
         }
         index = json.loads((tmp_path / "model_index.json").read_text())
-        assert index["_class_name"] == ["pipeline_mnist_diffusion", "MNISTDiffusionPipeline"]
+        assert index["_class_name"] == CODE_INDEX
 
     def test_a_loaded_one_saves_and_loads_again(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
         pipeline.save_pretrained(tmp_path / "a")
@@ -500,10 +508,99 @@ class TestFolders:
     def test_own_class_never_runs_the_folders_code(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
         pipeline.save_pretrained(tmp_path / "folder")
         canary = tmp_path / "ran"
-        (tmp_path / "folder" / "pipeline_mnist_diffusion.py").write_text(f"open({str(canary)!r}, 'w')")
+        (tmp_path / "folder" / CODE_FILE).write_text(f"open({str(canary)!r}, 'w')")
         loaded = MNISTDiffusionPipeline.from_pretrained(tmp_path / "folder")
         assert type(loaded) is MNISTDiffusionPipeline
         assert not canary.exists()
+
+    def test_two_versions_in_one_process(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+        """Each draws by its own code, and saves it, whichever was loaded first."""
+        kept = [tmp_path / "plain", tmp_path / "changed"]
+        for folder in kept:
+            pipeline.save_pretrained(folder)
+        changed = CODE.replace(
+            b"return unconditional + guidance_scale", b"return unconditional + 3 + guidance_scale"
+        )  # as another release might
+        assert changed != CODE
+        (kept[1] / CODE_FILE).unlink()
+        name = f"pipeline_mnist_diffusion_{hashlib.sha256(changed).hexdigest()[:12]}"
+        (kept[1] / f"{name}.py").write_bytes(changed)
+        index = json.loads((kept[1] / "model_index.json").read_text())
+        index["_class_name"][0] = name
+        (kept[1] / "model_index.json").write_text(json.dumps(index))
+        for order in ((0, 1), (1, 0)):
+            loaded = {which: load_plainly(kept[which]) for which in order}
+            for which, each in loaded.items():
+                each.set_progress_bar_config(disable=True)
+                same = torch.equal(draw(each, 3, guidance_scale=2.0), draw(pipeline, 3, guidance_scale=2.0))
+                assert same == (which == 0)
+                each.save_pretrained(tmp_path / f"again {which} {order[0]}")
+                [code] = (tmp_path / f"again {which} {order[0]}").glob("*.py")
+                assert code.read_bytes() == (CODE, changed)[which]
+
+    def test_files_have_the_mode_that_others_have(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+        before = os.umask(0o027)
+        try:
+            pipeline.save_pretrained(tmp_path / "folder")
+            save_checkpoint(tmp_path, 1, {"unet": {"w": torch.zeros(1)}}, {}, keep=1, about={"run_id": "r"})
+        finally:
+            os.umask(before)
+        for path in tmp_path.rglob("*.safetensors"):
+            assert path.stat().st_mode & 0o777 == 0o640
+
+
+class TestOtherCode:
+    """What users of diffusers do with pipelines."""
+
+    @pytest.mark.parametrize("name", ALL_SAMPLERS)
+    def test_calls_from_threads(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
+        pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+        expected = [draw(pipeline, 1, seed=seed, num_inference_steps=4) for seed in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            asked = list(range(4)) * 3
+            drawn = list(pool.map(lambda seed: draw(pipeline, 1, seed=seed, num_inference_steps=4), asked))
+        for seed, images in zip(asked, drawn, strict=True):
+            assert torch.equal(images, expected[seed])
+
+    @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "EulerAncestralDiscreteScheduler"])
+    def test_the_predicted_image_is_the_solvers_own(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
+        """Against what diffusers' own step returns, where it returns one."""
+        pipeline.scheduler = build_sampler(name, build_noise_scheduler(DiffusionConfig(clip_sample=False)).config)
+        own, step = [], type(pipeline.scheduler).step
+
+        def recording(self: Any, *arguments: Any, **named: Any) -> Any:
+            given = step(self, *arguments, **{**named, "return_dict": True})
+            own.append(given.pred_original_sample)
+            return (given.prev_sample,)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(pipeline.scheduler), "step", functools.wraps(step)(recording))
+            found = pipeline.sample_trajectory([1, 2], num_inference_steps=5).pred_original_samples
+        assert len(found) == len(own) >= 5
+        for ours, theirs in zip(found, own, strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+    def test_official_callbacks_bring_their_tensors(self, pipeline: MNISTDiffusionPipeline) -> None:
+        class Seen(PipelineCallback):
+            tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
+
+            def callback_fn(self, pipeline: Any, step_index: Any, timestep: Any, callback_kwargs: Any) -> Any:
+                seen.append(set(callback_kwargs))
+                return callback_kwargs
+
+        seen: list[set[str]] = []
+        for callback in (Seen(), MultiPipelineCallbacks([Seen()])):
+            draw(pipeline, 1, callback_on_step_end=callback)
+        assert seen == [{"latents", "pred_original_sample"}] * 6
+
+    def test_components_of_a_student_keep_its_promise(self) -> None:
+        teacher = make_pipeline()
+        student = MNISTDiffusionPipeline(**teacher.components, guidance_scale=1.5, guidance_distilled=True)
+        with pytest.raises(ValueError, match=r"guidance_distilled must be True, and guidance_scale 1\.5"):
+            MNISTDiffusionPipeline(**student.components)
+        with pytest.raises(ValueError, match="guidance_scale must be left out"):
+            MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
 
 
 class Mine(MNISTDiffusionPipeline):
@@ -517,23 +614,20 @@ class TestSubclasses:
         mine = Mine(**pipeline.components, id2label=pipeline.config.id2label)
         mine.set_progress_bar_config(disable=True)
         mine.save_pretrained(tmp_path / "mine")
-        assert (tmp_path / "mine" / SHIPPED_FILE.name).read_bytes() == SHIPPED_FILE.read_bytes()
+        assert (tmp_path / "mine" / CODE_FILE).read_bytes() == CODE
         expected = draw(mine, 3, "d")
         for load in (Mine.from_pretrained, MNISTDiffusionPipeline.from_pretrained, load_plainly):
             loaded = load(tmp_path / "mine")
             loaded.set_progress_bar_config(disable=True)
             assert torch.equal(draw(loaded, 3, "d"), expected)
             loaded.save_pretrained(tmp_path / "again")
-            assert (tmp_path / "again" / SHIPPED_FILE.name).read_bytes() == SHIPPED_FILE.read_bytes()
-            assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"] == [
-                "pipeline_mnist_diffusion",
-                "MNISTDiffusionPipeline",
-            ]
+            assert (tmp_path / "again" / CODE_FILE).read_bytes() == CODE
+            assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"] == CODE_INDEX
         assert type(Mine.from_pretrained(tmp_path / "mine")) is Mine
 
     def test_pushes_the_shipped_file(self, pipeline: MNISTDiffusionPipeline, hub: HubServer) -> None:
         Mine(**pipeline.components).push_to_hub("owner/mine")
-        assert hub.repositories["owner/mine"].files()[SHIPPED_FILE.name] == SHIPPED_FILE.read_bytes()
+        assert hub.repositories["owner/mine"].files()[CODE_FILE] == CODE
 
     def test_one_that_takes_more_keeps_it(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
         class More(MNISTDiffusionPipeline):

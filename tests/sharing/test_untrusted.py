@@ -28,12 +28,12 @@ from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.evaluation.evaluator import SHIPPED, load_evaluator
 from mnist_diffusion.run_folder.checkpoint import newest_verified, save_checkpoint
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.sharing.pipeline import CODE_FILE, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 from tests.support.survival import Nursery
 
 INDEX, UNET, WEIGHTS = "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
-SCHEDULER, CODE = "scheduler/scheduler_config.json", "pipeline_mnist_diffusion.py"
+SCHEDULER, CODE = "scheduler/scheduler_config.json", CODE_FILE
 GIBIBYTE = 2**30
 
 
