@@ -23,6 +23,8 @@ Line = tuple[int, int, float, float]
 TrajectorySampler = Literal["dpmpp", "unipc", "ddim"]
 TrackerName = Literal["tensorboard", "wandb"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
+MOST, MOST_PIXELS, MOST_CHANNELS = 100_000, 4096, 16_384
+"""Bounds out of all proportion, beyond which a number is a slip."""
 Background = Literal["black", "white", "edge"]
 Fit = Literal["contain", "pad", "resize"]
 
@@ -84,6 +86,7 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         require_at_least(8, "data", self, "image_size")
+        require((self.image_size or 8) <= MOST_PIXELS, "data.image_size", self.image_size, f"at most {MOST_PIXELS}")
         require(self.channels in (None, 1, 3), "data.channels", self.channels, "1, 3 or null")
         columns = ("image_column", "label_column", "label_pattern")
         for name in ("source", "subset", "train_split", "test_split", *columns):
@@ -120,6 +123,7 @@ class DataConfig(ImagesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, "data", self, "batch_size")
+        require(self.batch_size <= MOST, "data.batch_size", self.batch_size, f"at most {MOST}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         widths = self.block_out_channels
-        require(len(widths) > 0 and all(w > 0 for w in widths), "model.block_out_channels", widths, "positive widths")
+        possible = 0 < len(widths) <= 10 and all(0 < width <= MOST_CHANNELS for width in widths)
+        rule = f"positive widths of at most {MOST_CHANNELS}, of at most 10 levels"
+        require(possible, "model.block_out_channels", widths, rule)
         require_at_least(1, "model", self, "patch_size", "layers_per_block", "norm_num_groups", "attention_head_dim")
         require_between(0, 0.95, "model", self, "dropout")
         groups, head = self.norm_num_groups, self.attention_head_dim
@@ -193,6 +199,7 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         require_at_least(2, "diffusion", self, "num_train_timesteps")
         start, end, steps, betas = self.beta_start, self.beta_end, self.num_train_timesteps, self.trained_betas
+        require(steps <= MOST, "diffusion.num_train_timesteps", steps, f"at most {MOST}")
         for name, value in (
             ("beta_start", start),
             ("beta_end", end),
@@ -370,6 +377,7 @@ class TrainConfig:
         require_at_least(0, "train", self, "seed", "warmup_steps", "ema_start_step", "num_eval_images", "weight_decay")
         require_positive("train", self, "max_epochs", "max_minutes", "learning_rate", "max_grad_norm")
         require_positive("train", self, "final_lr_factor")
+        require(self.learning_rate <= 100, "train.learning_rate", self.learning_rate, "at most 100")
         for name in ("checkpoint_every", "sample_every", "evaluate_every", "snapshot_every"):
             if getattr(self, name) is not None:
                 parse_interval(getattr(self, name), f"train.{name}")

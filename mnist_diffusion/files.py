@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +15,13 @@ from PIL import Image
 
 from mnist_diffusion.errors import ConfigError, FileError
 
-MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**15, 10
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**17, 10
+MAX_NAME = 200
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name can be printed, drawn and written into a file: UTF-8, no control characters, not too long."""
+    return len(name) <= MAX_NAME and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
 
 
 def read_yaml(path: Path) -> Any:
@@ -40,6 +47,13 @@ def read_yaml(path: Path) -> Any:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+
+
+def pipeline_folder(folder: Path) -> Path:
+    """A pipeline folder, or the one in the run folder that it is."""
+    below = folder / "pipeline"
+    run = (below / "model_index.json").is_file() and not (folder / "model_index.json").is_file()
+    return below if run else folder
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

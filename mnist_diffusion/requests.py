@@ -64,7 +64,7 @@ class EvaluationRequest(DrawingRequest):
     names: tuple[str, ...] = ()
     """Names of the sources in the report, if there are several; by default the sources themselves."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
-    """The real images to measure against."""
+    """The real images to measure against; by default those of the first source's run, or else MNIST."""
     num_images: int | None = None
     """Images to draw, the same number of each class; 10,000 if omitted."""
     scheduler: tuple[str, ...] = ()

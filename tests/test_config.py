@@ -22,7 +22,9 @@ from mnist_diffusion.config import (
 from mnist_diffusion.errors import ConfigError
 
 BAD_FLAGS = [
-    (["--train.max_stepz", "3"], "train.max_stepz"),
+    (["--train.max_stepz", "3"], "unrecognized arguments: --train.max_stepz 3; did you mean --train.max_steps?"),
+    (["--train.max_step", "3"], "unrecognized arguments: --train.max_step 3; did you mean --train.max_steps?"),
+    (["--train.learning_rate", "fast"], "train.learning_rate must be of type float, got fast"),
     (["--data.batch_size", "0"], "data.batch_size must be at least 1, got 0"),
     (["--data.batch_size", "many"], "data.batch_size"),
     (["--data.batch_size", "1.5"], "data.batch_size"),
@@ -31,7 +33,12 @@ BAD_FLAGS = [
     (["--data.fit", "stretch"], "data.fit"),
     (["--data.augment.shift", "0.9"], "data.augment.shift must be between 0 and 0.5, got 0.9"),
     (["--data.source", ""], "data.source"),
-    (["--model.block_out_channels", "[]"], "model.block_out_channels must be positive widths, got ()"),
+    (["--model.block_out_channels", "[]"], "model.block_out_channels must be positive widths of at most 16384"),
+    (["--model.block_out_channels", "[100000]"], "model.block_out_channels must be positive widths of at most 16384"),
+    (["--data.batch_size", "1000000000000"], "data.batch_size must be at most 100000, got 1000000000000"),
+    (["--data.image_size", "100000"], "data.image_size must be at most 4096, got 100000"),
+    (["--train.learning_rate", "1e300"], "train.learning_rate must be at most 100, got 1e+300"),
+    (["--diffusion.num_train_timesteps", "1000000"], "diffusion.num_train_timesteps must be at most 100000"),
     (["--model.block_out_channels", "[20]"], "model.norm_num_groups must be a divisor of every width"),
     (["--model.attention_levels", "[3]"], "model.attention_levels must be distinct levels from 0 to 1, got [3]"),
     (["--model.dropout", "1.0"], "model.dropout must be between 0 and 0.95, got 1.0"),
@@ -71,8 +78,18 @@ def test_bad_values_name_field_and_value(flags: list[str], message: str, capsys:
     with pytest.raises(SystemExit) as stopped:
         parse_train_arguments(flags)
     assert stopped.value.code == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert message in error
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 2
+    assert message in " ".join(printed.split())
+
+
+def test_switches_stand_alone_and_lists_take_several_values() -> None:
+    flags = ["--train.resume", "--output_dir", "x", "--data.balance", "--data.class_names", "1", "b, c"]
+    flags += ["--sampling.guidance_interval", "0.1", "0.9", "--model.block_out_channels", "8", "--train.seed", "5"]
+    config = parse_train_arguments(flags).config
+    assert (config.train.resume, config.data.balance, config.data.class_names) == (True, True, ("1", "b, c"))
+    assert (config.sampling.guidance_interval, config.model.block_out_channels) == ((0.1, 0.9), (8,))
+    assert parse_train_arguments(["--data.class_names", "null", "--data.balance", "false"]).config.data.balance is False
 
 
 def test_flags_win_wherever_config_stands(tmp_path: Path) -> None:

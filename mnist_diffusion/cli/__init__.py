@@ -11,6 +11,7 @@ import ast
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 from mnist_diffusion.cli.options import refuse_tokens, reporting_errors
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="verbs:\n" + "\n".join(f"  {verb:16} {_about(module)}" for verb, module in VERBS.items()),
     )
     parser.add_argument("verb", choices=VERBS, metavar="verb", help="what to do; `<verb> --help` tells more")
+    parser.add_argument("--version", action="version", version=f"mnist-diffusion {version('mnist-diffusion')}")
     refuse_tokens(parser, argv)
     verb = parser.parse_args(argv[:1]).verb
     command = import_module(f"mnist_diffusion.{VERBS[verb]}")

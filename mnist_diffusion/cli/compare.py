@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from mnist_diffusion.cli.options import parse
+from mnist_diffusion.cli.options import Parser, parse
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.requests import EvaluationRequest
@@ -17,7 +16,7 @@ from mnist_diffusion.requests import EvaluationRequest
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Write curves.png, sheets.png and comparison.md, and show the tables."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Compare runs, or the snapshots of one run: curves, sample sheets, a table.",
         epilog="With --num_images their pipelines draw images from the same seeds, which are measured.",
@@ -29,8 +28,6 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser.add_argument("--split_seed", type=NonNegativeInt | None, help="the runs' train.seed; their own if omitted")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="the folder to write to")
     values = parse(parser, argv)
-    from rich.console import Console
-
     from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.evaluation import evaluate, report
     from mnist_diffusion.files import replace_picture, replace_text
@@ -48,7 +45,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     if (sheets := compare.compared_sheets(runs)) is not None:
         replace_picture(sheets, values.out / "sheets.png")
         lines += ["", "![Sample sheets, from the same seeds](sheets.png)"]
-    console, page = Console(), values.out / "comparison.md"
+    console, page = tables.console(), values.out / "comparison.md"
     console.print(tables.screen_table(compare.HEADINGS, table))
     replace_text(page, "\n".join(lines) + "\n")
     if request is not None:

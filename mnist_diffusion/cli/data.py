@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
+from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
 
@@ -20,7 +19,7 @@ WRITTEN_BY = "mnist-diffusion data"
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Count, show, and say what is wrong; the exit code is 1 if a picture could not be read."""
     about = "Look at labelled images before training on them: classes, sizes, duplicates, unreadable files."
-    parser = ArgumentParser(prog=prog, description=about)
+    parser = Parser(prog=prog, description=about)
     parser.add_argument("source", type=str, help="what --data.source takes: a folder, a file, a Hub id, or digits")
     skip = {"source", "image_size", "fit", "channels", "in_memory", "skip_unreadable"}
     parser.add_class_arguments(ImagesConfig, "data", skip=skip)
@@ -28,17 +27,15 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser.add_argument("--out", type=Path, default=Path("survey"), help=about)
     values = parser.parse_args(list(argv))
     _require_own(values.out, Path(values.source).expanduser())
-    from rich.console import Console
-
     from mnist_diffusion.data.survey import survey
+    from mnist_diffusion.pictures import tables
     from mnist_diffusion.pictures.grids import image_grid
-    from mnist_diffusion.pictures.tables import screen_table
 
     found = survey(ImagesConfig(source=values.source, **values.data.as_dict()))
-    console = Console()
+    console = tables.console()
     console.print("\n".join([found.description, *found.notes]), markup=False, soft_wrap=True)
     counts = [[name, *(str(split.counts[name]) for split in found.splits.values())] for name in found.class_names]
-    console.print(screen_table(["class", *found.splits], counts))
+    console.print(tables.screen_table(["class", *found.splits], counts))
     for name, split in found.splits.items():
         sizes = ", ".join(
             f"{count} of {width} x {height} {'grey' if channels == 1 else 'RGB'}"

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from mnist_diffusion.cli.options import add_options, add_switch, from_options, parse
+from mnist_diffusion.cli.options import Parser, add_options, add_switch, from_options, parse
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import pipeline_folder
 from mnist_diffusion.requests import EvaluationRequest
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Measure images and write a report."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Measure generated images against real ones: a table, report.json, report.md with pictures.",
         epilog="Several schedulers, steps or scales make a sweep: --num_inference_steps 5 10 20 --guidance_scale 1 2",
@@ -30,22 +29,19 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     add_switch(parser, "--write_card", "write the results into the pipeline folder's card")
     values = parse(parser, argv)
     request = from_options(EvaluationRequest, values)
-    card = Path(request.sources[0]) / "README.md"
+    card = pipeline_folder(Path(request.sources[0])) / "README.md"
     if values.write_card and len(request.sources) > 1:
         raise UserError(f"--write_card writes one card, but {len(request.sources)} sources are named")
     if values.write_card and not (card.is_file() and card.with_name("model_index.json").is_file()):
         raise UserError(f"--write_card needs a pipeline folder with a card, but there is no {card}")
-    print(f"Measuring {', '.join(request.sources)} against {request.data.source or 'MNIST'}", flush=True)
-    from rich.console import Console
-
     from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.evaluation import evaluate, report
+    from mnist_diffusion.pictures.tables import console
     from mnist_diffusion.sharing.card import write_results_to_card
 
     set_num_threads()
     measured = evaluate.evaluate(request)
-    console = Console()
-    report.print_table(measured, console if console.is_terminal else Console(width=120))
+    report.print_table(measured, console())
     if values.write_card:
         write_results_to_card(card.parent, measured, report.card_text(measured))
     print(f"The report is in {request.out / 'report.md'}" + (f", the card is {card}" if values.write_card else ""))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
+import itertools
+import json
+import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -25,6 +29,33 @@ AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 Schema = TypeVar("Schema")
 
 
+TYPE_ERROR = re.compile(
+    r'Parser key "(?P<name>.+?)"(?: element \d+)?:? (?P<why>.*Expected.*?)(?:Got|Given) value: (?P<value>.*)'
+)
+"""How the parser says that a value is of another type."""
+
+
+class Parser(ArgumentParser):
+    """Takes options by their whole names, and says what is wrong in two lines, with the nearest option."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2."""
+        text = " ".join(str(message).split())
+        if wrong := TYPE_ERROR.fullmatch(text):
+            kinds = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. |\.?$| - | Given)", wrong["why"]))
+            names = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"of type \1", kind) for kind in kinds]
+            wanted = " or ".join(names).replace("of type NoneType", "null").replace("typing.Literal", "one of ")
+            text = f"--{wrong['name']} must be {wanted}, got {wrong['value']}"
+        if unknown := re.search(r"unrecognized arguments: (--[\w.]+)", text):
+            near = difflib.get_close_matches(unknown[1], list(self._option_string_actions), 1)
+            text += "".join(f"; did you mean {name}?" for name in near)
+        print(f"usage: {self.prog} [options]; --help lists them\nerror: {text}", file=sys.stderr)
+        raise SystemExit(2)
+
+
 @dataclass(frozen=True)
 class RunArguments(Generic[AnyConfig]):
     """A run that was asked for on the command line: its configuration, and the name of its recipe."""
@@ -39,7 +70,7 @@ def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "tra
 
     Exits with status 2 and a message that names option and value if something is wrong.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
         description="Train a class-conditional diffusion model and leave a pipeline folder that diffusers loads.",
@@ -53,7 +84,7 @@ def parse_distill_arguments(argv: Sequence[str], *, prog: str) -> RunArguments[D
 
     Exits with status 2 and a message that names option and value if something is wrong.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} PIPELINE [--out FOLDER] [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
         description="Distil a trained pipeline (a folder, or a Hub id) into a student that draws in one pass or a few.",
@@ -80,6 +111,7 @@ def _parse_run(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     found, flags = first.parse_known_args(argv)
+    flags = spelled_out(flags, _hints(schema))
     try:
         files = [find_recipe(name, recipes) for name in found.config]
         for file in files:
@@ -93,6 +125,39 @@ def _parse_run(
     # A run's own `config.yaml` is named by its folder.
     recipe = "default" if not files else files[-1].stem
     return RunArguments(config, files[-1].resolve().parent.name if recipe == "config" else recipe, values.dry_run)
+
+
+def _hints(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """The types of all fields of a dataclass, by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(schema).items():
+        found |= _hints(hint, f"{prefix}{name}.") if is_dataclass(hint) else {f"{prefix}{name}": hint}
+    return found
+
+
+def spelled_out(flags: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """Flags as the parser takes them: a switch alone is true, and several values become a list."""
+    found: list[str] = []
+    for index, flag in enumerate(flags):
+        hint = hints.get(flag.removeprefix("--"))
+        rest = list(itertools.takewhile(lambda value: not value.startswith("--"), flags[index + 1 :]))
+        found.append(flag)
+        if hint is bool and flag.startswith("--") and not rest:
+            found.append("true")
+    place = 0
+    while place < len(found):
+        items = _items(hints.get(found[place].removeprefix("--")))
+        values = list(itertools.takewhile(lambda value: not value.startswith("--"), found[place + 1 :]))
+        place += 1
+        if items is not None and values and not values[0].startswith("[") and values != ["null"]:
+            found[place : place + len(values)] = [json.dumps(values) if items is str else f"[{', '.join(values)}]"]
+    return found
+
+
+def _items(hint: Any) -> Any:
+    """The type of a tuple's items; None if `hint` is no tuple, nor one or null."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]
+    return get_args(kinds[0])[0] if kinds else None
 
 
 def add_switch(parser: ArgumentParser, name: str, text: str) -> None:
@@ -126,7 +191,15 @@ def from_options(schema: type[Schema], values: Namespace) -> Schema:
         ConfigError: a value cannot work.
     """
     named = {each.name: values[each.name] for each in fields(schema) if each.name in values}  # type: ignore[arg-type]
-    return schema(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+    return schema(**{name: _plain(value) for name, value in named.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A value without the types of the parser, which YAML would write as code."""
+    if isinstance(value, list):
+        return tuple(map(_plain, value))
+    kinds = () if isinstance(value, bool) else (int, float, str)
+    return next((kind(value) for kind in kinds if isinstance(value, kind)), value)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from mnist_diffusion.cli.options import parse, parse_train_arguments
+from mnist_diffusion.cli.options import Parser, parse, parse_train_arguments
 from mnist_diffusion.config import Config, ImagesConfig
 from mnist_diffusion.errors import UserError
 
@@ -158,8 +158,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     return 0
 
 
-def _parser(plot: Plot, *, prog: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, description=plot.make.__doc__)
+def _parser(plot: Plot, *, prog: str) -> Parser:
+    parser = Parser(prog=prog, description=plot.make.__doc__)
     add = parser.add_argument
     add("source", type=str, nargs="+" if plot.several else 1, help=plot.source)
     if plot.needs_data:

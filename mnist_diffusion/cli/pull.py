@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from mnist_diffusion.cli.options import add_switch
+from mnist_diffusion.cli.options import Parser, add_switch
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Pull."""
-    parser = ArgumentParser(prog=prog, description="Fetch a pipeline from the Hub, running no code of it.")
+    parser = Parser(prog=prog, description="Fetch a pipeline from the Hub, running no code of it.")
     parser.add_argument("source", type=str, help="user/name, or user/name@revision with a branch, tag or commit")
     parser.add_argument("--out", type=Path, required=True, help="the folder for it, which must be empty")
     add_switch(parser, "--with_checkpoints", "a run folder with the checkpoint, to resume training")

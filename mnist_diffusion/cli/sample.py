@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
-from mnist_diffusion.cli.options import add_options, add_switch, from_options, parse
+from mnist_diffusion.cli.options import Parser, add_options, add_switch, from_options, parse
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.requests import SampleRequest
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Draw images and write what was asked for."""
-    parser = ArgumentParser(prog=prog, description="Draw images with a pipeline folder or a Hub repository.")
+    parser = Parser(prog=prog, description="Draw images with a pipeline folder or a Hub repository.")
     parser.add_argument("pipeline", type=str, help="a pipeline folder, or a Hub id such as user/name")
     add_options(parser, SampleRequest, skip={"pipeline"})
     parser.add_argument("--out", type=Path, default=Path("samples"), help="the folder to write to")

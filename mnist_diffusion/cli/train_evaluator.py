@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
-from mnist_diffusion.cli.options import parse
+from mnist_diffusion.cli.options import Parser, parse
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Train the classifier, and save it."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog=prog, description="Train the classifier that evaluations use, on the training split of labelled images."
     )
     parser.add_class_arguments(ImagesConfig, "data")
@@ -34,7 +33,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     set_num_threads()
     data = load_images(values.data, seed=values.split_seed)
     print(data.describe())
-    model = evaluator.train_evaluator(data, steps=evaluator.STEPS, seed=values.seed)
+    model = evaluator.train_evaluator(data, seed=values.seed)
     evaluator.save_evaluator(model, values.out)
     share = evaluator.accuracy(model, data.test)
     print(f"{share:.2%} of {len(data.test)} held-out images classified correctly; in {values.out}")

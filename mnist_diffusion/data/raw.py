@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from mnist_diffusion.data.layout import in_order, listed
 from mnist_diffusion.data.pictures import DataError, Pictures
-
-MAX_NAME = 200
+from mnist_diffusion.files import MAX_NAME, is_plain
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,9 @@ def require_plain(name: str, where: str) -> None:
     Raises:
         DataError: it is not UTF-8, has control characters, or is too long.
     """
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
-        raise DataError(f"{where}: the name {name[:MAX_NAME]!a} is not UTF-8 or has control characters; rename it")
-    if len(name) > MAX_NAME:
-        raise DataError(f"{where}: the name {name[:40]!r}... has {len(name)} letters, more than {MAX_NAME}")
+    if not is_plain(name):
+        problem = f"has {len(name)} letters, more than {MAX_NAME}," if len(name) > MAX_NAME else "is not UTF-8"
+        raise DataError(f"{where}: the name {name[:40]!a} {problem} or has control characters; rename it")
 
 
 def plain_label(cell: Any, what: str) -> int | str | None:

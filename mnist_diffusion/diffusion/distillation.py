@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from mnist_diffusion.config import IMAGE_FIELDS, DataConfig, DistillationConfig, DistillConfig
+from mnist_diffusion.config import IMAGE_FIELDS, DistillationConfig, DistillConfig
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.diffusion.objective import Batch, Objective
 from mnist_diffusion.diffusion.pipeline import fingerprint, load_pipeline, require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.run_folder.read import images_of_run
+from mnist_diffusion.run_folder.read import images_beside
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline, TrajectoryOutput, predicted_original_sample
 
 
@@ -60,16 +59,12 @@ def prepare_teacher(config: DistillConfig, teacher: MNISTDiffusionPipeline, acce
 def with_teachers_images(config: DistillConfig) -> DistillConfig:
     """The configuration with the images of the teacher's run, if it says nothing of images itself.
 
-    A run leaves its configuration beside its pipeline folder.
-
     Raises:
-        UserError: what is there is not the configuration of a run.
+        UserError: what lies beside the teacher is not the configuration of a run.
     """
-    folder = Path(config.distillation.teacher)
-    beside, given, default = folder.resolve().parent / "config.yaml", asdict(config.data), asdict(DataConfig())
-    if not (folder.is_dir() and beside.is_file()) or any(given[name] != default[name] for name in IMAGE_FIELDS):
+    if (found := images_beside(config.distillation.teacher, config.data)) is None:
         return config
-    images, seed = images_of_run(beside)
+    images, seed = found
     data = replace(config.data, **{name: getattr(images, name) for name in IMAGE_FIELDS})
     return replace(config, data=data, distillation=replace(config.distillation, split_seed=seed))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from mnist_diffusion.evaluation.generated import ImageGenerator, Sample
 from mnist_diffusion.evaluation.inception import ImageNetDistance
 from mnist_diffusion.evaluation.protocol import Reference
 from mnist_diffusion.evaluation.report import misclassified_grid, nearest_grid, sample_grid, write_report
+from mnist_diffusion.files import pipeline_folder
 from mnist_diffusion.requests import EvaluationRequest
+from mnist_diffusion.run_folder.read import images_beside
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
 NUM_IMAGES = 10_000
@@ -43,6 +45,9 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     Raises:
         UserError: something that the user can put right.
     """
+    if (found := images_beside(request.sources[0], request.data)) is not None:
+        request = replace(request, data=found[0], split_seed=found[1])
+    print(f"Measuring {', '.join(request.sources)} against {request.data.source or 'MNIST'}", flush=True)
     device = _device(request.device)
     request.out.mkdir(parents=True, exist_ok=True)
     imagenet = ImageNetDistance(device) if request.imagenet_fid else None
@@ -100,7 +105,7 @@ def _device(name: str | None) -> torch.device:
 def _draws(request: EvaluationRequest, data: ImageData) -> Draws:
     """The sets of images to measure."""
     first = Path(request.sources[0])
-    if len(request.sources) == 1 and first.exists() and not (first / "model_index.json").is_file():
+    if len(request.sources) == 1 and first.exists() and not (pipeline_folder(first) / "model_index.json").is_file():
         asked = ("num_images", "scheduler", "num_inference_steps", "guidance_scale")
         if idle := [name for name in asked if getattr(request, name)]:
             raise UserError(f"{', '.join(idle)} can only be given for a pipeline, and {str(first)!r} holds images")

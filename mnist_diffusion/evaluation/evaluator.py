@@ -31,7 +31,7 @@ from mnist_diffusion.seeds import indices_of_step, mixed_seed, torch_generator
 from mnist_diffusion.sharing.reading import require_weights
 
 SHIPPED = Path(__file__).parent / "mnist"
-STEPS = 4000
+STEPS, MIN_STEPS, EPOCHS = 4000, 300, 40
 BATCH_SIZE = 128
 PEAK_LEARNING_RATE = 6e-3
 WEIGHT_DECAY = 1e-2
@@ -97,15 +97,23 @@ class ImageEvaluator(PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=(features,))
 
 
-def train_evaluator(data: ImageData, *, steps: int = STEPS, seed: int = 0, progress: bool = True) -> ImageEvaluator:
+def evaluator_steps(data: ImageData) -> int:
+    """Updates that an evaluator takes for a data set: for a small one as many as see each image 40 times."""
+    return min(STEPS, max(MIN_STEPS, math.ceil(EPOCHS * len(data.train) / BATCH_SIZE)))
+
+
+def train_evaluator(
+    data: ImageData, *, steps: int | None = None, seed: int = 0, progress: bool = True
+) -> ImageEvaluator:
     """Train an evaluator on the training split: AdamW, one-cycle learning rate, small random affine changes.
 
     Args:
         data: the images; the held-out split is not touched.
-        steps: updates of 128 images.
+        steps: updates of 128 images; as many as the data set needs if omitted.
         seed: of weights, order and augmentation.
         progress: show a bar.
     """
+    steps = evaluator_steps(data) if steps is None else steps
     labels = dict(enumerate(data.class_names))
     config = EvaluatorConfig(
         channels=data.channels,
@@ -235,7 +243,15 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
         return replace(load_evaluator(SHIPPED, data), origin="shipped with the package")
     shape = EvaluatorConfig()
     recipe = (
-        *(STEPS, BATCH_SIZE, PEAK_LEARNING_RATE, WEIGHT_DECAY, MAX_ROTATION_DEGREES, MAX_SHIFT, MAX_SCALE),
+        *(
+            evaluator_steps(data),
+            BATCH_SIZE,
+            PEAK_LEARNING_RATE,
+            WEIGHT_DECAY,
+            MAX_ROTATION_DEGREES,
+            MAX_SHIFT,
+            MAX_SCALE,
+        ),
         *(shape.widths, shape.kernel_sizes),
     )
     key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
@@ -245,7 +261,8 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent.with_suffix(".lock")):  # another evaluation may be training it
             if not weights.is_file():
-                save_evaluator(train_evaluator(data, steps=STEPS), folder)
+                print(f"Training an evaluator on these images first, once: {evaluator_steps(data)} steps", flush=True)
+                save_evaluator(train_evaluator(data), folder)
     return replace(load_evaluator(folder, data), origin="trained on the training split")
 
 

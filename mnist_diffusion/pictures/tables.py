@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+WIDTH = 140
+"""Of what is no terminal, in letters, so that tables are not cut in files and logs."""
+
+
+def console() -> Console:
+    """The screen."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH)
 
 
 def screen_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> Table:

@@ -336,6 +336,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 f"scheduler: {name} ignores the betas or the prediction type that the model was trained with; use one "
                 "that is made from them, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler"
             )
+        if "Inverse" in name or "timestep_back" in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(f"scheduler: {name} does not go from noise to images one step at a time")
         if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
             raise ValueError(
                 f"scheduler: {name} has rescale_betas_zero_snr=True with prediction_type='epsilon', but at zero SNR "

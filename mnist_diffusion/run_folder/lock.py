@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import uuid
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from mnist_diffusion.run_folder.checkpoint import newest_intact
 
 LOCK = ".lock"
 RUN_ID = "run_id"
+RESULTS = ("pipeline", "pipeline_best", "snapshots", "summary.json")
+"""What a run leaves that training again would overwrite."""
 
 
 def is_empty(path: Path) -> bool:
@@ -35,6 +38,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path, self.lock = path, FileLock(path / LOCK)
         self.run_id: str | None = None
+        self.new = self.marked = False
 
     def hold(self, *, resume: bool) -> None:
         """Make the folder, let no other run hold it, and mark it as this run's.
@@ -51,6 +55,7 @@ class RunFolder:
             self.lock.acquire(timeout=0)
             if not resume and not is_empty(path):
                 raise RunFolderError(f"another run has begun in {path}; name another output_dir")
+            self.new, self.marked = is_empty(path), (path / RUN_ID).is_file()
             self.run_id = self._run_id()
         except Timeout:
             raise RunFolderError(f"another run is writing to {path}; wait for it, or name another output_dir") from None
@@ -58,14 +63,35 @@ class RunFolder:
             reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '')})"
             raise RunFolderError(f"output_dir={str(path)!r} cannot be written to: {reason}") from error
 
+    def link_as_latest(self) -> None:
+        """Let `latest`, beside the folder, lead to it, unless something else is called so."""
+        latest = self.path.parent / "latest"
+        new = latest.with_name(f".latest-{self.run_id}")
+        if latest.is_symlink() or not latest.exists():
+            new.symlink_to(self.path.name, target_is_directory=True)
+            new.replace(latest)
+
     def _run_id(self) -> str:
         """The mark of the run that began this folder; if it was lost, that of its newest checkpoint."""
         file = self.path / RUN_ID
-        known = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-        if not known:
+        known = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+        if not re.fullmatch(r"\w+", known):
             known = str(newest_intact(self.path / "checkpoints")[1] or uuid.uuid4().hex)
             replace_text(file, known)
         return known
+
+    def require_nothing_to_lose(self) -> None:
+        """Make sure that a run may start at step 0 here: the folder was empty, or a run began in it and left no result.
+
+        Raises:
+            RunFolderError: it may not.
+        """
+        lost = [name for name in RESULTS if (self.path / name).exists()]
+        if not self.new and (lost or not self.marked):
+            if not self.marked:
+                (self.path / RUN_ID).unlink()
+            held = f"holds {', '.join(lost)}" if lost else "is not the folder of a run"
+            raise RunFolderError(f"{self.path} has no checkpoint to resume from, and {held}; name another output_dir")
 
     def release(self) -> None:
         """Let another run hold the folder."""

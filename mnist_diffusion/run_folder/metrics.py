@@ -25,8 +25,22 @@ def append_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without a last one that was cut off; none if there is no file."""
+    """The lines of a `metrics.jsonl`, without a last one that was cut off; none if there is no file.
+
+    Lines that are damaged are left out, with a warning: no run depends on them.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    found = [_line(line) for line in lines if line.endswith("\n")]
+    if damaged := found.count(None):
+        print(f"warning: {damaged} lines of {path} could not be read, and are left out")
+    return [line for line in found if line is not None]
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import read_yaml
+from mnist_diffusion.files import pipeline_folder, read_yaml
 from mnist_diffusion.run_folder.metrics import read_metrics
 
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
@@ -95,11 +95,35 @@ def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:
         raise UserError(f"{config_file} {missing}") from error
 
 
+def images_beside(pipeline: str, given: ImagesConfig) -> tuple[ImagesConfig, int] | None:
+    """The images, and their seed, of the run that a pipeline folder or run folder belongs to.
+
+    A run leaves its configuration beside its pipeline folder.
+
+    Args:
+        pipeline: the folder, or a Hub id.
+        given: if this already names images, they are meant.
+
+    Raises:
+        UserError: what is there is not the configuration of a run.
+    """
+    folder, default = pipeline_folder(Path(pipeline)), ImagesConfig()
+    beside = folder.resolve().parent / "config.yaml"
+    named = any(getattr(given, name) != getattr(default, name) for name in IMAGE_FIELDS)
+    return None if named or not (folder.is_dir() and beside.is_file()) else images_of_run(beside)
+
+
 def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:
     """The sample sheets of a run folder, oldest first."""
     paths = (folder / "samples").glob("step-*.png")
     found = {int(match[1]): path for path in paths if (match := SHEET_NAME.fullmatch(path.name))}
-    return [Sheet(f"epoch {step * epochs_per_step:.2f}", read_picture(path)) for step, path in sorted(found.items())]
+    sheets = []
+    for step, path in sorted(found.items()):
+        try:
+            sheets.append(Sheet(f"epoch {step * epochs_per_step:.2f}", read_picture(path)))
+        except (OSError, SyntaxError, ValueError) as error:
+            print(f"warning: {path} could not be read, and is left out: {error}")
+    return sheets
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -28,7 +28,6 @@ def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) ->
     """Render the model card; values that are None are left out of the text."""
     data = ModelCardData(
         library_name="diffusers",
-        license="mit",
         pipeline_tag=values.get("pipeline_tag", "unconditional-image-generation"),
         tags=values.get("tags", ["diffusion"]),
         datasets=values.get("datasets"),
@@ -67,7 +66,17 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     about = {**card.data.to_dict(), "model_name": folder.resolve().parent.name, "eval_results": measured}
     about.pop("model-index", None)
     card.data = ModelCardData(**about)
-    replace_text(path, str(card))
+    replace_text(path, str(ModelCard(str(card))))  # which has been read back, by a safe loader
+
+
+def without_places(text: str, config: Mapping[str, Any]) -> str:
+    """A text in which the folders and files of this machine that a run's configuration names are named without the way
+    to them."""
+    for section, name in (("data", "source"), ("distillation", "teacher"), ("train", "init_from")):
+        place = (config.get(section) or {}).get(name)
+        if isinstance(place, str) and (Path(place).is_absolute() or Path(place).exists()):
+            text = text.replace(place, Path(place).name)
+    return text
 
 
 def short_card(num_classes: int | None) -> str:

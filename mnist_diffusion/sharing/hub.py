@@ -11,16 +11,17 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CardData, HfApi, ModelCard, get_token, snapshot_download
 from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import file_within, read_json, replace_folder
+from mnist_diffusion.files import file_within, pipeline_folder, read_json, read_yaml, replace_folder
 from mnist_diffusion.run_folder.checkpoint import newest_intact
 from mnist_diffusion.run_folder.lock import RUN_ID, is_empty
 from mnist_diffusion.sharing import reading
-from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
+from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card, without_places
 from mnist_diffusion.sharing.commit import commit_files
 from mnist_diffusion.sharing.errors import LOG_IN, HubError, hub_errors
 from mnist_diffusion.sharing.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
@@ -43,13 +44,14 @@ def find_pipeline(source: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    for folder in (source, source / "pipeline"):
-        if (folder / "model_index.json").is_file():
-            return folder
+    if ((folder := pipeline_folder(source)) / "model_index.json").is_file():
+        return folder
     raise UserError(f"{source} is neither a pipeline folder nor a run folder with one")
 
 
-def files_to_push(folder: Path, repo_id: str, *, with_checkpoints: bool) -> dict[str, Path | bytes]:
+def files_to_push(
+    folder: Path, repo_id: str, *, with_checkpoints: bool, license: str | None = None
+) -> dict[str, Path | bytes]:
     """The files of a pipeline folder, and of the run that exported it, by their names in the repository.
 
     The pipeline is loaded, so that nothing is pushed that could not be pulled.
@@ -68,9 +70,14 @@ def files_to_push(folder: Path, repo_id: str, *, with_checkpoints: bool) -> dict
     found[CODE_FILE] = CODE
     index = {**read_json(file_within(folder, "model_index.json")), "_class_name": CODE_INDEX}
     found["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    config = read_yaml(Path(str(found["config.yaml"]))) if "config.yaml" in found else None
+    places = config if isinstance(config, dict) else {}
+    for name in RUN_FILES:
+        if isinstance(path := found.get(name), Path):
+            found[name] = without_places(path.read_text(encoding="utf-8"), places).encode()
     has_card = (folder / CARD).is_file()
     card = file_within(folder, CARD).read_text(encoding="utf-8") if has_card else short_card(num_classes)
-    found[CARD] = _named(card_for(card, repo_id), repo_id).encode()
+    found[CARD] = _named(without_places(card_for(card, repo_id), places), repo_id, license).encode()
     if with_checkpoints:
         newest = None if run is None else newest_intact(run / CHECKPOINTS)[0]
         if newest is None:
@@ -95,6 +102,7 @@ def push(
     revision: str | None = None,
     with_checkpoints: bool = False,
     message: str = "Upload pipeline",
+    license: str | None = None,
 ) -> str:
     """Push a run or a pipeline folder, as one commit.
 
@@ -106,6 +114,7 @@ def push(
         revision: the branch; created if it does not exist.
         with_checkpoints: also the newest checkpoint, to resume training from.
         message: title of the commit.
+        license: of the model, by the Hub's short name such as `mit`; the card keeps its own if omitted.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -117,10 +126,11 @@ def push(
     folder = find_pipeline(source)
     mirrored = {*PUSHED, f"{CHECKPOINTS}/"} if with_checkpoints else PUSHED
     try:
-        files_to_push(folder, repo_id, with_checkpoints=with_checkpoints)  # what is wrong is said before any change
+        chosen: dict[str, Any] = {"with_checkpoints": with_checkpoints, "license": license}
+        files_to_push(folder, repo_id, **chosen)  # what is wrong is said before any change
         repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
         with hub_errors(repo_id, f"cannot push to {repo_id}"):
-            files = files_to_push(folder, repo_id, with_checkpoints=with_checkpoints)
+            files = files_to_push(folder, repo_id, **chosen)
             return commit_files(HfApi(), repo_id, files, mirrored, message, create_pr=create_pr, revision=revision)
     except FileError as error:
         raise UserError(f"cannot push {source}: {error}") from error
@@ -147,8 +157,8 @@ def open_repository(repo_id: str, *, private: bool, revision: str | None, create
     return repo_id
 
 
-def _named(text: str, repo_id: str) -> str:
-    """A card whose measured results, if it has any, are named after a repository.
+def _named(text: str, repo_id: str, license: str | None) -> str:
+    """A card with a licence, if one is given, whose measured results, if it has any, are named after a repository.
 
     Raises:
         FileError: its metadata could not be read.
@@ -156,9 +166,12 @@ def _named(text: str, repo_id: str) -> str:
     try:
         card = ModelCard(text)
         values = card.data.to_dict()
-        if "model-index" not in values:
+        if "model-index" not in values and license is None:
             return text
-        values["model-index"][0]["name"] = repo_id.rsplit("/", 1)[-1]
+        if "model-index" in values:
+            values["model-index"][0]["name"] = repo_id.rsplit("/", 1)[-1]
+        if license is not None:
+            values["license"] = license
         card.data = CardData(**values)
         return str(card)
     except (YAMLError, ValueError, TypeError, KeyError, IndexError) as error:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import MAX_JSON_BYTES, PICKLES, file_within, read_json
+from mnist_diffusion.files import MAX_JSON_BYTES, MAX_NAME, PICKLES, file_within, is_plain, pipeline_folder, read_json
 
 MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
 MAX_LEVELS, MAX_LAYERS, MAX_NUMBER = 10, 16, 100_000
@@ -168,6 +168,9 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
         and all(re.fullmatch("[0-9]{1,6}", key) and isinstance(value, str) for key, value in names.items())
     ):
         raise FileError(f"{path}: id2label must name classes by their numbers, got {str(names)[:100]}")
+    for name in (names or {}).values():
+        if not is_plain(name):
+            raise FileError(f"{path}: id2label has {name[:MAX_NAME]!a}, which is no plain line of text, or too long")
     ranges = {"num_inference_steps": (1, MAX_NUMBER), "patch_size": (1, MAX_NUMBER)}
     for name, (low, high) in {**ranges, "guidance_scale": (0, math.inf), "eta": (0, 1)}.items():
         value = values.get(name, low)
@@ -194,16 +197,14 @@ def require_fit(folder: Path, values: Mapping[str, Any], unet: Any) -> None:
 
 
 def folder_or_none(source: str) -> Path | None:
-    """The folder that `source` names; None if it is a Hub id.
+    """The pipeline folder that `source` names, itself or as the folder of a run; None if it is a Hub id.
 
     Raises:
         FileError: it is a file, or a path that does not exist.
     """
     path = Path(source)
     if path.is_dir():
-        if not (path / "model_index.json").exists() and (path / "pipeline" / "model_index.json").exists():
-            raise FileError(f"{source} is the folder of a run; its pipeline is {path / 'pipeline'}")
-        return path
+        return pipeline_folder(path)
     if path.exists():
         why = "is a pickle, which can run code when it is read" if path.suffix in PICKLES else "is not a folder"
         raise FileError(f"{source} {why}; give a pipeline folder or a Hub id")

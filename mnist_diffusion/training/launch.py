@@ -125,10 +125,11 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     asked, launched = config.train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked is not None and launched not in ("no", asked):
         both = f"train.mixed_precision={asked!r}, but the launcher asks for {launched!r}"
-        raise LaunchError(f"{both}; leave one of them out")
+        raise LaunchError(f"{both}; launch with `accelerate launch --mixed_precision {asked}`")
     precision = asked or launched
     if precision == "fp16" and state.device.type == "cpu":
-        raise LaunchError("train.mixed_precision='fp16' needs a GPU; on a CPU use 'no' or 'bf16'")
+        by = "train.mixed_precision='fp16'" if asked else "the launcher's mixed precision, fp16,"
+        raise LaunchError(f"{by} needs a GPU; on a CPU use `accelerate launch --mixed_precision no`, or bf16")
     size, count, micro = config.data.batch_size, state.num_processes, config.train.gradient_accumulation_steps
     if size % (count * micro):
         parts = f"{count} processes x train.gradient_accumulation_steps={micro}"

@@ -6,6 +6,7 @@ its subclass. `training.trainer.Trainer` is the one for pipelines.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,8 +27,8 @@ from mnist_diffusion.config import HubConfig, RunConfig
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.diffusion.objective import Objective
 from mnist_diffusion.environment import package_versions, set_num_threads
-from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import replace_text
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import read_json, replace_text
 from mnist_diffusion.run_folder.checkpoint import save_checkpoint
 from mnist_diffusion.run_folder.lock import RunFolder
 from mnist_diffusion.run_folder.metrics import append_metrics, cut_metrics
@@ -121,6 +122,10 @@ class TrainingLoop:
         """Write the averaged weights, in place of what `folder` may hold, in a form that others load."""
         raise NotImplementedError
 
+    def is_whole(self, folder: Path) -> bool:
+        """Whether what was exported is there, and can be loaded."""
+        return folder.is_dir()
+
     def passes_at_the_end(self) -> int:
         """Network passes over one image, in drawing and measuring, that come when the last step is done."""
         return self.config.train.num_eval_images
@@ -163,6 +168,8 @@ class TrainingLoop:
             self.clock.passed()  # as the time of evaluations, that of getting ready for them is not counted
             if not resume:
                 self.processes.on_main(lambda: self.held.hold(resume=False))
+                if self.config.output_dir is None:
+                    self.processes.on_main(self.held.link_as_latest)
             return self._loop()
         finally:
             self.held.release()
@@ -404,9 +411,10 @@ class TrainingLoop:
 
     def _complete(self) -> None:
         """Say that the run is finished; write again what it was killed before writing."""
-        summary, exported = self.folder / "summary.json", self.folder / self.exported
-        written = json.loads(summary.read_text(encoding="utf-8"))["step"] if summary.is_file() else None
-        if written != self.step or not exported.is_dir():
+        exported, written = self.folder / self.exported, None
+        with contextlib.suppress(OSError, FileError):
+            written = read_json(self.folder / "summary.json").get("step")
+        if written != self.step or not self.is_whole(exported):
             self.export(exported)
             report.summarise(self, 0)
         print(f"Finished at step {self.step} already; nothing to do. The {self.exported} is in {exported}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import indent
@@ -122,9 +123,11 @@ def summarise(loop: TrainingLoop, signal_number: int) -> None:
     pictures = f"Pictures are in {shown}. " if shown else ""
     print(f"\n{pictures}Load and use the result with:\n\n{indent(loop.usage(), '    ')}\n")
     if signal_number:
-        print(f"Resume with: --config {folder / 'config.yaml'} --train.resume true --output_dir {folder}\n")
+        flags = ["--config", str(folder / "config.yaml"), "--train.resume", "--output_dir", str(folder)]
+        print(f"Resume with: {shlex.join(flags)}\n")
         if loop.config.hub.push:
-            later = f"push it as it is: mnist-diffusion push {folder} {loop.config.hub.repo_id or folder.name}"
+            command = ["mnist-diffusion", "push", str(folder), loop.config.hub.repo_id or folder.name]
+            later = f"push it as it is: {shlex.join(command)}"
             print(f"Not pushed, because it is not finished. Resume with --hub.push true, or {later}\n")
 
 

@@ -39,6 +39,7 @@ def load_newest(loop: TrainingLoop) -> Checkpoint | None:
         advice = f"move {loop.folder} away, or name another output_dir"
         raise CheckpointError(f"no checkpoint in {root} is valid, and {left}: {advice}")
     if step is None:
+        loop.processes.on_main(loop.held.require_nothing_to_lose)
         accelerator.print(f"No checkpoint in {root}: starting at step 0")
         return None
     checkpoint, problem = None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from mnist_diffusion.data.transforms import to_uint8
 from mnist_diffusion.diffusion.pipeline import require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import replace_picture
 from mnist_diffusion.pictures import pipelines, plots
 from mnist_diffusion.pictures.compare import frames_of_epochs, sheet_of_epochs
@@ -81,16 +83,24 @@ class Trainer(TrainingLoop):
 
     def export(self, folder: Path) -> None:
         """Write a pipeline folder with its card and the newest sample sheet."""
-        sheets = sorted((self.folder / "samples").glob("step-*.png"))
-        samples = read_picture(sheets[-1]) if sheets else None
+        sheets, samples = sorted((self.folder / "samples").glob("step-*.png")), None
+        with contextlib.suppress(OSError, IndexError):  # a card without a picture is better than no pipeline
+            samples = read_picture(sheets[-1])
         export_pipeline(self.pipeline(), folder, card=report.card_values(self, folder), samples=samples)
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether the pipeline loads."""
+        try:
+            return bool(MNISTDiffusionPipeline.from_pretrained(folder))
+        except (FileError, OSError):
+            return False
 
     def usage(self) -> str:
         """Load with plain diffusers, and draw one image."""
         return (
             "from diffusers import DiffusionPipeline\n"
             f'pipeline = DiffusionPipeline.from_pretrained("{self.folder / self.exported}", trust_remote_code=True)\n'
-            f'{self.example_call()}.images[0].save("sample.png")'
+            f'{self.example_call()}.images[0].resize((280, 280), 0).save("sample.png")'
         )
 
     def example_call(self) -> str:

@@ -82,6 +82,12 @@ def test_save_and_load(digits: ImageData, digits_evaluator: ImageEvaluator, tmp_
         load_evaluator(tmp_path / "evaluator", digits)
 
 
+def test_steps_follow_the_data(digits: ImageData) -> None:
+    assert module.evaluator_steps(digits) == 506
+    few = dataclasses.replace(digits, train=digits.train.select(torch.arange(20)))
+    assert module.evaluator_steps(few) == module.MIN_STEPS
+
+
 def test_one_class_has_no_evaluator(digits: ImageData) -> None:
     with pytest.raises(UserError, match=r"two classes or more, and data.source has 1"):
         evaluator_for(dataclasses.replace(digits, class_names=("0",)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from PIL import Image
 
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import main
-from mnist_diffusion.config import Config, ModelConfig, SamplingConfig
-from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.config import Config, DataConfig, ImagesConfig, ModelConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.pipeline import build_pipeline
@@ -96,6 +97,19 @@ def test_images_of_another_program(folders: tuple[Path, Path], tmp_path: Path) -
     assert result["accuracy"] is not None
 
 
+def test_a_run_is_measured_against_its_own_images(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folders[0].parent, tmp_path / "run")
+    config = Config(data=DataConfig(source="digits"), train=TrainConfig(seed=5))
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    flags = ["--evaluator", str(folders[1]), "--num_images", "60", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", str(tmp_path / "run"), *flags]) == 0
+    assert "run against digits" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["data"]["fingerprint"] == load_images(ImagesConfig(source="digits"), seed=5).fingerprint
+
+
 def test_same_command_gives_the_same_figures(folders: tuple[Path, Path], tmp_path: Path) -> None:
     def figures(out: Path) -> dict[str, Any]:
         [result] = json.loads((evaluate(*folders, out) / "report.json").read_text())["results"]
@@ -108,16 +122,16 @@ def test_card(folders: tuple[Path, Path], tmp_path: Path) -> None:
     pipeline, _ = folders
     assert "Not evaluated yet" in (pipeline / "README.md").read_text()
     for seed in (0, 1):
-        out = evaluate(*folders, tmp_path / str(seed), "--write_card", "--seed", seed)
+        out = evaluate(*folders, tmp_path / str(seed), "--write_card", "--seed", seed, "--num_inference_steps", 2)
     [result] = json.loads((out / "report.json").read_text())["results"]
     card = ModelCard.load(pipeline / "README.md")
+    assert "!!python" not in str(card)
     assert "Not evaluated yet" not in card.content
     assert card.content.count("held-out real images") == 1
     measured = {entry.metric_type: entry.metric_value for entry in card.data.eval_results or []}
     assert measured["accuracy"] == pytest.approx(result["accuracy"], abs=1e-4)
     assert measured["fid"] == pytest.approx(result["fid"], abs=1e-4)
     assert card.data.library_name == "diffusers"
-    assert card.data.license == "mit"
     MNISTDiffusionPipeline.from_pretrained(pipeline)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -141,6 +142,23 @@ class TestPush:
         push(tmp_path / "alone", NAME)
         assert set(hub.repositories[NAME].files()) == PUSHED - {"config.yaml", "samples.png", "summary.json"}
         assert b"pushed without a card" in hub.repositories[NAME].files()["README.md"]
+
+    def test_places_of_this_machine_stay_here_and_a_licence_is_chosen(
+        self, hub: HubServer, made_run: Path, tmp_path: Path
+    ) -> None:
+        place = tmp_path / "home of ann" / "pictures"
+        place.mkdir(parents=True)
+        config = made_run / "config.yaml"
+        config.write_text(tiny_config().to_yaml().replace("source: digits", f"source: {place}"))
+        card, summary = made_run / "pipeline" / "README.md", made_run / "summary.json"
+        card.write_text(card.read_text() + f"\ntrained on {place} (image folder)\n")
+        summary.write_text(json.dumps({"data_source": f"{place} (image folder)"}))
+        push(made_run, NAME, license="cc0-1.0")
+        files = hub.repositories[NAME].files()
+        assert not [name for name, content in files.items() if b"home of ann" in content]
+        assert b"source: pictures\n" in files["config.yaml"]
+        assert ModelCard(files["README.md"].decode()).data.to_dict()["license"] == "cc0-1.0"
+        assert str(place) in config.read_text()
 
     def test_what_lies_around_is_not_pushed(self, hub: HubServer, tmp_path: Path) -> None:
         """A configuration of something else above the folder, a link to a secret, code that somebody put there."""

@@ -166,6 +166,41 @@ class TestResume:
         assert "Finished at step 4 already" in capsys.readouterr().out
         assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
+    def test_damaged_logs_and_pictures_do_not_stop_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        whole = run(tiny_config(max_steps=4, sample_every="2 steps"), tmp_path / "whole")
+        short = run(tiny_config(max_steps=2, sample_every="2 steps"), tmp_path / "run")
+        log = short / "metrics.jsonl"
+        log.write_bytes(log.read_bytes() + b'\xff{"step": \n[1]\n')
+        (short / "summary.json").write_text("{")
+        for picture in (short / "samples").glob("*.png"):
+            picture.write_bytes(picture.read_bytes()[:60])
+        run(tiny_config(max_steps=4, sample_every="2 steps"), short, resume=True)
+        assert "2 lines of" in capsys.readouterr().out
+        for name, tensor in weights(whole).items():
+            assert torch.equal(weights(short)[name], tensor)
+        assert losses(short) == losses(whole)
+
+    def test_a_finished_run_checks_what_it_left(self, tmp_path: Path) -> None:
+        folder = run(tiny_config(max_steps=2), tmp_path / "run")
+        before = {name: tensor.clone() for name, tensor in weights(folder).items()}  # not of the file below
+        (folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+        run(tiny_config(max_steps=2), folder, resume=True)
+        assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in before.items())
+
+    @pytest.mark.parametrize("mine", [True, False])
+    def test_begins_only_where_nothing_is_lost(self, mine: bool, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        if mine:
+            shutil.rmtree(run(tiny_config(max_steps=2), folder) / "checkpoints")
+        else:
+            (folder / "pipeline").mkdir(parents=True)
+            (folder / "pipeline" / "precious").write_text("mine")
+        kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"has no checkpoint to resume from, and holds pipeline"):
+                run(tiny_config(max_steps=2), folder, resume=True)
+        assert {path: path.read_bytes() for path in kept} == kept
+
     def test_more_steps_go_on(self, tmp_path: Path) -> None:
         folder = run(tiny_config(), tmp_path / "run")
         run(tiny_config(), folder, resume=True, max_steps=6)
