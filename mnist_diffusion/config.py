@@ -369,7 +369,7 @@ class TrainConfig:
     trackers: tuple[TrackerName, ...] = ()
     """Experiment trackers to report to."""
     resume: bool = False
-    """Resume from the newest checkpoint in `output_dir`; without one, start at step 0."""
+    """Resume from the newest checkpoint in `output_dir`; without one, start at step 0 if nothing would be lost."""
 
     def __post_init__(self) -> None:
         counts = ("gradient_accumulation_steps", "log_every_steps", "keep_checkpoints", "samples_per_class")

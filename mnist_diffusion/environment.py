@@ -34,6 +34,8 @@ def machine_description(device: torch.device, processes: int) -> str:
     """The machine in a few words, without its name."""
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
+    if device.type == "mps":
+        return f"Apple GPU ({platform.machine()})"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} CPU cores ({platform.machine()})"
 

@@ -84,11 +84,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary.replace(path)
 
 
-def give_usual_mode(path: Path) -> None:
-    """Let those read a file who may read what this process writes; safetensors writes for its owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+def give_mode_of(other: Path, path: Path) -> None:
+    """Let those read a file who may read another; safetensors writes for its owner alone."""
+    path.chmod(other.stat().st_mode & 0o777)
 
 
 def replace_text(path: Path, text: str) -> None:

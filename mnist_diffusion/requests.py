@@ -73,8 +73,8 @@ class EvaluationRequest(DrawingRequest):
     """Denoising steps; the folder's default if omitted."""
     guidance_scale: tuple[float, ...] = ()
     """Guidance scales; the folder's default if omitted."""
-    split_seed: int = 0
-    """The run's train.seed, where data.source has no test split."""
+    split_seed: int | None = None
+    """The run's train.seed, where data.source has no test split; null takes that of the first source's run, or 0."""
     evaluator: Path | None = None
     """A folder that train_evaluator left, in place of the data set's own evaluator."""
     train_on_synthetic: bool = False

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_diffusion.cli.options import Parser
+from mnist_diffusion.cli.options import OF_IMAGES, Parser, spelled_out
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     parser.add_class_arguments(ImagesConfig, "data", skip=skip)
     about = "the folder for contact_sheet.png and data.json"
     parser.add_argument("--out", type=Path, default=Path("survey"), help=about)
-    values = parser.parse_args(list(argv))
+    values = parser.parse_args(spelled_out(argv, OF_IMAGES))
     _require_own(values.out, Path(values.source).expanduser())
     from mnist_diffusion.data.survey import survey
     from mnist_diffusion.pictures import tables
@@ -84,6 +84,8 @@ def _require_own(out: Path, source: Path) -> None:
     """
     if source.exists() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out={out} lies in the source {source}; name a folder of its own")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; name a folder")
     told, sheet = out / "data.json", out / "contact_sheet.png"
     with told.open("rb") if told.is_file() else io.BytesIO() as file:
         own = WRITTEN_BY.encode() in file.read(100)

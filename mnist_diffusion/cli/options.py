@@ -17,7 +17,7 @@ from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin, get_ty
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from mnist_diffusion.config import Config, DistillConfig, RunConfig
+from mnist_diffusion.config import Config, DistillConfig, ImagesConfig, RunConfig
 from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.files import read_yaml
 
@@ -150,8 +150,13 @@ def spelled_out(flags: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
         values = list(itertools.takewhile(lambda value: not value.startswith("--"), found[place + 1 :]))
         place += 1
         if items is not None and values and not values[0].startswith("[") and values != ["null"]:
-            found[place : place + len(values)] = [json.dumps(values) if items is str else f"[{', '.join(values)}]"]
+            written = json.dumps(values, ensure_ascii=False) if items is str else f"[{', '.join(values)}]"
+            found[place : place + len(values)] = [written]
     return found
+
+
+OF_IMAGES = _hints(ImagesConfig, "data.")
+"""The types of the options that say what images there are."""
 
 
 def _items(hint: Any) -> Any:
@@ -208,7 +213,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     Raises:
         ConfigError: a value cannot work.
     """
-    return parser.instantiate(parser.parse_args(list(argv)))
+    return parser.instantiate(parser.parse_args(spelled_out(argv, OF_IMAGES)))
 
 
 def refuse_tokens(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

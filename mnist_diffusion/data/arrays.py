@@ -19,7 +19,7 @@ from mnist_diffusion.data.layout import kind_in, listed
 from mnist_diffusion.data.pictures import DataError, explained, pixel_factor
 from mnist_diffusion.data.raw import RawSplit, plain_label
 
-MAX_ARRAY_BYTES = 8 * 2**30
+MAX_ARRAY_BYTES = 4 * 2**30
 MIN_PIXELS = 64
 LABEL_WORDS = {"label", "labels", "target", "targets", "y"}
 
@@ -33,6 +33,8 @@ def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
     Raises:
         DataError: a file holds something else, or it cannot be told what belongs together.
     """
+    if (size := sum(map(len, contents.values()))) > MAX_ARRAY_BYTES:
+        raise DataError(f"{where} holds {size} bytes of arrays, more than the limit of {MAX_ARRAY_BYTES}")
     found: dict[str, list[tuple[str, np.ndarray]]] = {}
     for file, content in contents.items():
         for key, array in _arrays(file, content, f"{where}/{file}"):
@@ -40,15 +42,19 @@ def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
     splits = {}
     for split, arrays in found.items():
         images = [array for name, array in arrays if _are_images(name, array)]
-        labels = [array for name, array in arrays if not _are_images(name, array)]
+        labels = [array for name, array in arrays if array.ndim > 0 and not _are_images(name, array)]
         if len(images) != 1 or len(labels) != 1 or len(images[0]) != len(labels[0]):
             shapes = listed(f"{name} {array.shape}" for name, array in arrays)
             raise DataError(
                 f"{where}: the split {split!r} needs one array of images and one of as many labels, got {shapes}"
             )
-        rows = labels[0].argmax(axis=1) if labels[0].ndim == 2 and labels[0].shape[1] > 1 else labels[0]
+        pixels = image_tensor(images[0], where)
+        several = labels[0].ndim == 2 and labels[0].shape[1] > 1
+        if several and (labels[0].dtype.kind not in "buif" or ((labels[0] != 0).sum(axis=1) != 1).any()):
+            raise DataError(f"{where}: labels of the shape {labels[0].shape} are not one class per image")
+        rows = labels[0].argmax(axis=1) if several else labels[0]
         named = [plain_label(cell, f"{where}: labels") for cell in rows.reshape(len(rows), -1)[:, 0]]
-        splits[split] = RawSplit(image_tensor(images[0], where), named)
+        splits[split] = RawSplit(pixels, named)
     return splits
 
 
@@ -99,7 +105,7 @@ def pixel_split(table: Any, config: ImagesConfig, where: str) -> RawSplit | None
     import pyarrow
 
     label = find_column(table, LABEL_COLUMNS, config.label_column, where)
-    if label is None and table.column_names[0] == "f0":  # no header
+    if label is None and table.column_names[:1] == ["f0"]:  # no header
         label = "f0"
     if label is None:
         return None

@@ -61,6 +61,8 @@ def find_column(table: Any, usual: Sequence[str], asked: str | None, where: str,
         DataError: there is no column of the name asked for.
     """
     names = list(table.column_names)
+    if len(set(names)) < len(names):
+        raise DataError(f"{where} has several columns of one name: {names[:20]}")
     if asked is not None:
         if asked not in names:
             raise DataError(f"{where} has no column {asked!r}; it has {names[:20]}")

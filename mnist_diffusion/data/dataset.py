@@ -166,11 +166,11 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
         DataError: the source could not be read, or its images do not fit together.
     """
     source = read_source(config)
+    if config.skip_unreadable:
+        source = _readable(source)
     named = source.names(config.class_names)
     position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
 
-    if config.skip_unreadable:
-        source = _readable(source)
     shape = _common_shape(source, config)
     bring = partial(_bring, shape=shape, config=config, description=source.description)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
@@ -209,6 +209,8 @@ def _readable(source: RawSource) -> RawSource:
                 kept.append(index)
             except DataError as error:
                 problems.append(str(error))
+        if not kept and count:
+            raise DataError(f"{source.description}: no picture of a split could be read, such as {problems[-1]}")
         return RawSplit(split.images.select(kept), [split.labels[index] for index in kept])
 
     train, test = readable(source.train), source.test and readable(source.test)

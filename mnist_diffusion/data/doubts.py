@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mnist_diffusion.data.layout import kind_of, listed
+from mnist_diffusion.data.layout import listed, split_kind
 from mnist_diffusion.data.raw import RawSplit, numbering
 from mnist_diffusion.data.transforms import background_of
 
@@ -20,7 +20,7 @@ DECODED = 200
 def doubts(images: Iterable[Tensor], labels: Iterable[int], names: Sequence[str]) -> list[str]:
     """Doubts about training images, uint8 `[C, H, W]` each, and their classes, one sentence each."""
     found = [] if (note := numbering(names)) is None else [note]
-    if words := [name for name in names if kind_of(name) is not None]:
+    if words := [name for name in names if split_kind(name) is not None]:
         found.append(f"WARNING: classes are called {listed(words)}, as splits are; see what was taken for a class")
     ranges: dict[int, list[tuple[int, int]]] = {}
     for image, label in zip(images, labels, strict=True):

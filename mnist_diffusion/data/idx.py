@@ -140,6 +140,8 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
             if magic != expected:
                 kind = f"unsigned bytes, {dimensions} dimension{'s' if dimensions > 1 else ''}"
                 raise IdxError(f"{path}: magic number 0x{magic:08x}, expected 0x{expected:08x} ({kind})")
+            if 0 in shape:
+                raise IdxError(f"{path}: holds no pixels, its shape is {shape}")
             size = math.prod(shape)
             if size > MAX_BYTES:
                 raise IdxError(f"{path}: declares {size} bytes of data ({shape}), more than the limit of {MAX_BYTES}")

@@ -33,6 +33,11 @@ def kind_in(name: str) -> str | None:
     return next(iter(kinds), None)
 
 
+def split_kind(name: str) -> str | None:
+    """The split that a folder's name is or holds a word for, as `seg_train` and `training_set` do."""
+    return kind_of(name) or kind_in(name)
+
+
 def listed(names: Iterable[object]) -> str:
     """A few names, and how many more there are."""
     shown = [str(name) for name in names]
@@ -66,7 +71,8 @@ def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tup
     """
 
     def look_for(option: str, name: str) -> str:
-        alike = [each for each in found if each == name] or [each for each in found if kind_of(each) == kind_of(name)]
+        kind = kind_of(name)
+        alike = [each for each in found if each == name] or [each for each in found if split_kind(each) == kind]
         if len(alike) != 1 or (alike[0] != name and kind_of(name) is None):
             raise DataError(f"data.{option}={name!r} is not a split of {where}, which has {listed(sorted(found))}")
         return alike[0]
@@ -76,7 +82,7 @@ def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tup
     if config.test_split is not None:
         test: str | None = look_for("test_split", config.test_split)
     else:
-        by_kind = {kind_of(name): name for name in reversed(others)}
+        by_kind = {split_kind(name): name for name in reversed(others)}
         test = by_kind.get("test", by_kind.get("validation"))
     unused = [name for name in others if name != test]
     notes = [f"split {listed(map(repr, unused))} left out"] if unused else []
@@ -152,6 +158,12 @@ def _splits(
         heads = list(dict.fromkeys(file.folders[0] for file in deep))
         if not deep:
             return {config.train_split: files}, chosen
+        kinds = {head: kind_of(head) for head in heads}
+        if None in kinds.values() and "train" in kinds.values() and len(set(kinds.values())) > 2:
+            strange = [head for head, kind in kinds.items() if kind is None]
+            notes.append(f"folders beside the splits left out: {listed(strange)}")
+            files = [file for file in files if not file.folders or kinds[file.folders[0]] is not None]
+            continue
         below = [_inside(file) for file in deep]
         if _are_splits(heads, config):
             found: dict[str, list[_File]] = {}
@@ -183,7 +195,7 @@ def _inside(file: _File) -> _File:
 def _are_splits(heads: Sequence[str], config: ImagesConfig) -> bool:
     """Whether all folders are called as splits are, and one is the one to train on."""
     named = {config.train_split, config.test_split}
-    kinds = [config.train_split if head in named else kind_of(head) for head in heads]
+    kinds = [config.train_split if head in named else split_kind(head) for head in heads]
     wanted = {config.train_split, kind_of(config.train_split) or config.train_split}
     return None not in kinds and bool(wanted & {*heads, *kinds})
 

@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from mnist_diffusion.data.pictures import CHUNK, Pictures
 
 MANY = 20_000
+AT_ONCE = 8
+"""Pictures that are in memory at their own size, which may be large."""
 
 
 class LazyImages:
@@ -50,8 +52,12 @@ class LazyImages:
         indices = self.chosen[wanted].tolist()
         if not indices:
             return torch.empty(0, *self._shape, dtype=torch.uint8)
-        decoded = self.pictures.decode(indices, grey=self._shape[0] == 1)
-        return torch.stack([self.bring(image) for image in decoded])
+        images = torch.empty(len(indices), *self._shape, dtype=torch.uint8)
+        for start in range(0, len(indices), AT_ONCE):
+            decoded = self.pictures.decode(indices[start : start + AT_ONCE], grey=self._shape[0] == 1)
+            for place, image in enumerate(decoded, start):
+                images[place] = self.bring(image)
+        return images
 
     def select(self, wanted: Tensor) -> LazyImages:
         """Some of the images, still encoded."""

@@ -122,7 +122,7 @@ def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
     if isinstance(encoded, np.ndarray):
         shape = from_array(encoded, where).shape
         return shape[0], shape[1], shape[2]
-    with _opened(encoded, where) as picture:
+    with _opened(encoded, where) as picture, explained(f"{where}: the picture could not be read"):
         width, height = picture.size
         # If its header has no such tag, Pillow would decode the whole PNG.
         if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):

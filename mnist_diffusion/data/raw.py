@@ -100,7 +100,7 @@ def plain_label(cell: Any, what: str) -> int | str | None:
         cell = cell[0]
     cell = cell.item() if isinstance(cell, np.generic) else cell
     if isinstance(cell, bytes):
-        cell = cell.decode("utf-8", "replace")
+        cell = cell.decode("utf-8", "backslashreplace")
     if isinstance(cell, float) and math.isfinite(cell) and cell == int(cell):
         cell = int(cell)
     if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
@@ -114,7 +114,7 @@ def plain_label(cell: Any, what: str) -> int | str | None:
 
 def numbering(names: Sequence[str]) -> str | None:
     """What to say of classes whose names are numbers other than their places."""
-    if all(name.isdigit() for name in names) and [int(name) for name in names] != list(range(len(names))):
+    if all(name.isdecimal() for name in names) and [int(name) for name in names] != list(range(len(names))):
         pairs = listed(f"{place} is {name!r}" for place, name in enumerate(names))
         return f"the names of the classes are numbers, but not their own: class {pairs}"
     return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,7 +88,8 @@ def _read(config: ImagesConfig) -> RawSource:
                 "Name a data set with --data.source to train on it."
             )
             return read_embedded_digits(notice=notice)
-    path = Path(config.source).expanduser()
+    with explained(f"data.source={config.source!r}", RuntimeError):
+        path = Path(config.source).expanduser()
     if config.source == "digits":
         found = read_embedded_digits()
         other = f"these are the embedded digits; write ./digits for {path.absolute()}"
@@ -229,6 +232,9 @@ def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
         if others:
             raise DataError(f"{folder} holds several saved data sets; name one of {listed(map(str, found))}")
         with explained(f"{(folder / name).parent} could not be read as a saved data set"):
+            files = [each["filename"] for each in json.loads(read_file(folder / name))["_data_files"]]
+            if any(Path(each).name != each for each in files):
+                raise DataError(f"{folder / name} names files elsewhere: {listed(files)}")
             tables[split] = load_from_disk(str((folder / name).parent))
     source = read_datasets(f"{folder} (datasets folder)", tables, config, folder)
     return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
@@ -236,7 +242,8 @@ def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
 
 def read_table_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
     """Read a folder of parquet or arrow files."""
-    below = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES]
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES and path.is_file())
+    below = [path.relative_to(folder) for path in found]
     tables = [path.as_posix() for path in below if not any(map(JUNK.fullmatch, path.parts))]
     return read_tables(folder, tables, config) if tables else None
 
@@ -261,12 +268,10 @@ def read_tables(place: Path, names: list[str], config: ImagesConfig) -> RawSourc
     if len(kinds) > 1:
         raise DataError(f"{folder} mixes parquet and arrow files; keep one kind")
     layout = arrange(names, config, str(place), tables=True)
-    files = {split: [str(folder / name) for name, _ in part] for split, part in layout.splits.items()}
-    # Names of splits may hold no other letters there.
-    keys = {f"split{index}": split for index, split in enumerate(files)}
-    with explained(f"{place} could not be read"):
-        loaded = load_dataset(kinds.pop(), data_files={key: files[split] for key, split in keys.items()})
-    tables = {split: loaded[key] for key, split in keys.items()}
+    files = {split: [glob.escape(str(folder / name)) for name, _ in part] for split, part in layout.splits.items()}
+    [kind] = kinds
+    with explained(f"{place} could not be read"):  # each by itself, as the first would decide on the others' types
+        tables = {split: load_dataset(kind, data_files={"train": each})["train"] for split, each in files.items()}
     source = read_datasets(f"{place} (tables)", tables, config, folder)
     return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
 
@@ -357,6 +362,11 @@ def read_datasets(description: str, tables: Any, config: ImagesConfig, folder: P
     if test_split is not None and label_column not in tables[test_split].features:
         notes.append(f"split {test_split!r} left out: it has no column {label_column!r}")
     elif test_split is not None:
+        other = tables[test_split].features
+        if image_column not in other:
+            raise DataError(f"{description}: the split {test_split!r} has no column {image_column!r}")
+        if getattr(other[label_column], "names", None) != getattr(features[label_column], "names", None):
+            raise DataError(f"{description}: the splits name the classes of {label_column!r} differently")
         test = raw(test_split)
         if all(label is None for label in test.labels):
             test, notes = None, [*notes, f"split {test_split!r} left out: it has no labels"]
@@ -401,11 +411,14 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
         rows = rows.cast_column(image_column, Image(decode=False))
     elif (largest := _largest(rows.data.column(image_column))) is not None:
         factor = pixel_factor(largest, f"{description}: data.image_column={image_column!r}")
-    labels = [plain_label(cell, f"{description}: data.label_column={label_column!r}") for cell in rows[label_column]]
+    rows = rows.with_format("arrow")  # so that nothing is decoded but here
+    cells = rows[label_column].to_pylist()
+    labels = [plain_label(cell, f"{description}: data.label_column={label_column!r}") for cell in cells]
     column = rows.select_columns([image_column])
 
     def read(indices: Sequence[int]) -> list[Encoded]:
-        return [_encoded(value, description, folder, factor) for value in column[list(indices)][image_column]]
+        values = column[list(indices)][image_column].to_pylist()
+        return [_encoded(value, description, folder, factor) for value in values]
 
     images = Pictures(len(labels), read, lambda index: f"{description} row {index}")
     return RawSplit(images, labels)
@@ -418,9 +431,8 @@ def _largest(column: Any) -> float | None:
 
     largest = []
     for chunk in column.chunks:
-        values = chunk
+        values = getattr(chunk, "storage", chunk)
         while hasattr(values, "flatten") and not pyarrow.types.is_struct(values.type):
-            values = getattr(values, "storage", values)
             if not pyarrow.types.is_nested(values.type):
                 break
             values = values.flatten()
@@ -441,10 +453,11 @@ def _encoded(value: Any, description: str, folder: Path | None, factor: int) -> 
         except ValueError as error:
             raise DataError(f"{description}: a picture's rows are of different lengths") from error
         return values if factor == 1 else from_array(values, description, factor=factor).permute(1, 2, 0).numpy()
-    if value.get("bytes") is not None:
+    if isinstance(value.get("bytes"), bytes):
         return bytes(value["bytes"])
     path = value.get("path")
-    inside = None if folder is None or path is None else (folder / path).resolve()
+    with explained(f"{description}: a picture is named {str(path)[:200]!r}"):
+        inside = None if folder is None or path is None else (folder / path).resolve()
     if folder is None or inside is None or not inside.is_relative_to(folder.resolve()):
         raise DataError(f"{description}: a picture is only named, {str(path)[:200]!r}, not a file in the same folder")
     return read_file(inside)

@@ -74,7 +74,7 @@ class Survey:
         side = min(MAX_SHOWN_SIDE, max(max(image.shape[-2:]) for image in images))
         channels = max(image.shape[0] for image in images)
         columns = max(len(shown[name]) for name in names)
-        rows = [[fit_to_size(to_channels(image, channels), side, "resize") for image in shown[name]] for name in names]
+        rows = [[fit_to_size(to_channels(image, channels), side, "contain") for image in shown[name]] for name in names]
         return filled_rows([torch.stack(row) / 255 for row in rows], columns), names, columns
 
 
@@ -122,7 +122,7 @@ def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: _Plac
         shown = found.shown.setdefault(class_name, [])
         if len(shown) < SHOWN_A_CLASS:
             too_large = max(image.shape[-2:]) > MAX_SHOWN_SIDE
-            shown.append(fit_to_size(image, MAX_SHOWN_SIDE, "resize") if too_large else image)
+            shown.append(fit_to_size(image, MAX_SHOWN_SIDE, "contain") if too_large else image)
         content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
         digest = hashlib.sha1(content, usedforsecurity=False).digest()
         places.setdefault(digest, []).append((name, class_name, where))

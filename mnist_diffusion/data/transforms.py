@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from mnist_diffusion.config import AugmentConfig, Background, Fit
 from mnist_diffusion.seeds import numpy_generator
 
+MOST_ALONG = 2**20
+"""Pixels along the longer side of an image that is enlarged to cover a square."""
+
 
 def to_channels(images: Tensor, channels: int) -> Tensor:
     """Bring uint8 `[..., C, H, W]` to 1 (ITU-R 601 luma) or 3 channels."""
@@ -39,6 +42,8 @@ def fit_to_size(images: Tensor, size: int, fit: Fit, background: Background = "b
     from torchvision.transforms.v2 import functional as transforms
 
     if fit == "resize":
+        if size * max(height, width) // min(height, width) > MOST_ALONG:
+            raise ValueError(f"an image of {width} x {height} pixels is too long and thin for data.fit='resize'")
         return transforms.center_crop(transforms.resize(images, [size], antialias=True), [size])
     longer = max(height, width)
     if fit == "contain":

@@ -17,7 +17,7 @@ from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.arrays import array_splits, pixel_split
 from mnist_diffusion.data.columns import FILE_COLUMNS, LABEL_COLUMNS, find_column, text_table
 from mnist_diffusion.data.layout import JUNK, Layout, arrange, choose_splits, kind_of, listed
-from mnist_diffusion.data.pictures import MAX_BYTES, DataError, Pictures, explained, read_file
+from mnist_diffusion.data.pictures import MAX_BYTES, DataError, Pictures, cause, explained, read_file
 from mnist_diffusion.data.raw import RawSource, RawSplit, plain_label, require_plain
 
 PICTURE_SUFFIX = re.compile(r"\.(avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)")
@@ -62,9 +62,13 @@ def tree_of_folder(folder: Path) -> Tree:
         DataError: a name is not UTF-8 or has control characters.
     """
     names, junk, empty, seen = [], [], [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_fail):
         real = os.path.realpath(place)
-        if real in seen:
+        # A link to what is seen anyway, or to a folder above, which holds all of it.
+        linked = Path(place).is_symlink() and place != str(folder)
+        around = linked and os.path.commonpath([root, real]) in (root, real)
+        if real in seen or around:
             folders.clear()
             continue
         seen.add(real)
@@ -75,6 +79,10 @@ def tree_of_folder(folder: Path) -> Tree:
         if not folders and not files:
             empty.append(below)
     return _tree(str(folder), names, lambda name: read_file(folder / name), junk, empty)
+
+
+def _fail(error: OSError) -> None:
+    raise DataError(f"{error.filename}: the folder could not be read: {cause(error)}") from error
 
 
 def tree_of_archive(path: Path) -> Tree:
@@ -112,6 +120,8 @@ def _tar_contents(path: Path) -> dict[str, bytes]:
     contents, left = {}, MAX_ARCHIVE_BYTES
     with tarfile.open(path) as tar:
         for member in tar:
+            if member.islnk():
+                raise DataError(f"{path}: {member.name} is a link within the archive; unpack it into a folder")
             if member.isfile() and (file := tar.extractfile(member)) is not None:
                 if (left := left - member.size) < 0:
                     raise DataError(f"{path} holds over {MAX_ARCHIVE_BYTES} bytes; unpack it into a folder")
@@ -120,9 +130,8 @@ def _tar_contents(path: Path) -> dict[str, bytes]:
 
 
 def _tree(where: str, names: list[str], read: Callable[[str], bytes], junk: list[str], empty: list[str]) -> Tree:
-    for name in names:
-        require_plain(name.rpartition("/")[2], where)
-        require_plain(name.rpartition("/")[0].rpartition("/")[2], where)
+    for part in {part for name in names for part in name.split("/")} | {*junk}:
+        require_plain(part, where)
     notes = [f"folders left out: {listed(dict.fromkeys(junk))}"] if junk else []
     return Tree(where, sorted(names), read, notes, empty)
 
@@ -193,25 +202,34 @@ def _found(pattern: re.Pattern[str], name: str, where: str) -> str:
 def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource | None:
     """Pictures that tables beside them list with their labels; None if no table does."""
     tables: dict[str, tuple[Any, str, str | None]] = {}
-    for name in tree.having(TEXT_SUFFIXES):
-        where = f"{tree.where}/{name}"
-        table = text_table(tree.read(name), where, as_words=True)
-        if (files := find_column(table, FILE_COLUMNS, config.image_column, where)) is None:
-            continue
-        rest = table.drop_columns([files])
-        label = find_column(rest, LABEL_COLUMNS, config.label_column, where, only=True)
-        tables[name] = (table, files, label)
-    if not any(label for _, _, label in tables.values()):
-        return None
-    layout = arrange([name for name, (_, _, label) in tables.items() if label], config, tree.where, tables=True)
-    if unlabelled := [name for name, (_, _, label) in tables.items() if not label]:
-        layout.notes.append(f"tables without labels left out: {listed(unlabelled)}")
+    known = set(names)
     by_end: dict[str, list[str]] = defaultdict(list)
     for each in names:
         path = PurePosixPath(each)
         for end in {each, path.name, path.stem}:
             by_end[end].append(each)
-    splits = {}
+    for name in [] if config.label_pattern else tree.having(TEXT_SUFFIXES):
+        where = f"{tree.where}/{name}"
+        try:
+            table = text_table(tree.read(name), where, as_words=True)
+            files = find_column(table, FILE_COLUMNS, config.image_column, where)
+        except DataError:  # no table, or without this column; the pictures may have class folders
+            continue
+        if files is None:
+            continue
+        beside, rows = PurePosixPath(name).parent, [PurePosixPath(str(file)) for file in table[files].to_pylist()]
+        if not any(str(beside / file) in known or len(by_end.get(file.name, ())) == 1 for file in rows):
+            continue
+        rest = table.drop_columns([files])
+        asked = config.label_column if config.label_column in rest.column_names else None
+        label = find_column(rest, LABEL_COLUMNS, asked, where, only=True)
+        tables[name] = (table, files, label if config.label_column in (None, label) else None)
+    if not any(label for _, _, label in tables.values()):
+        return None
+    layout = arrange([name for name, (_, _, label) in tables.items() if label], config, tree.where, tables=True)
+    if unlabelled := [name for name, (_, _, label) in tables.items() if not label]:
+        layout.notes.append(f"tables without labels left out: {listed(unlabelled)}")
+    splits, used_pictures = {}, set()
     for split, part in layout.splits.items():
         chosen, labels = [], []
         for name, _ in part:
@@ -219,10 +237,16 @@ def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawS
             for row, (file, cell) in enumerate(zip(table[files].to_pylist(), table[label].to_pylist(), strict=True)):
                 where = f"{tree.where}/{name} row {row}"
                 chosen.append(_picture_named(file, by_end, PurePosixPath(name), kind_of(split), where))
-                labels.append(plain_label(cell, f"{where}: data.label_column={label!r}"))
+                word = None if cell is None else re.sub(r"^(\d+)\.0+$", r"\1", str(cell).strip())
+                labels.append(plain_label(word, f"{where}: data.label_column={label!r}"))
+        if twice := [name for name, times in Counter(chosen).items() if times > 1]:
+            raise DataError(f"{tree.where}: {listed(n for n, _ in part)} list pictures more than once: {listed(twice)}")
+        used_pictures |= set(chosen)
         splits[split] = RawSplit(_pictures(tree, chosen), labels)
     used = ", ".join(name for part in layout.splits.values() for name, _ in part)
     layout.notes.append(f"labels from {used}")
+    if unlisted := len(known - used_pictures):
+        layout.notes.append(f"{unlisted} pictures that no table lists left out")
     return _source(tree, "pictures listed in tables", splits, config, layout)
 
 
@@ -232,9 +256,11 @@ def _picture_named(file: Any, by_end: dict[str, list[str]], table: PurePosixPath
     beside = str(table.parent / asked)
     if beside in by_end.get(beside, ()):
         return beside
-    found = by_end.get(str(asked)) or by_end.get(asked.name, [])
+    end = "/".join(asked.parts[-2:])
+    alike = [name for name in by_end.get(asked.name, []) if len(asked.parts) == 1 or f"/{name}".endswith(f"/{end}")]
+    found = by_end.get(str(asked)) or alike
     if len(found) > 1:
-        found = [name for name in found if kind_of(PurePosixPath(name).parts[0]) == split]
+        found = [name for name in found if any(kind_of(part) == split for part in PurePosixPath(name).parts[:-1])]
     if len(found) != 1:
         raise DataError(f"{where} names {str(file)!r}, and {len(found) or 'none'} of the pictures are called so")
     return found[0]
@@ -251,15 +277,19 @@ def _pixel_tables(tree: Tree, names: list[str], config: ImagesConfig) -> RawSour
     layout, splits = arrange(names, config, tree.where, tables=True), {}
     for split, part in layout.splits.items():
         found = [_pixel_table(tree, name, config) for name, _ in part]
-        if any(each is None for each in found):
-            layout.notes.append(f"no table of labels and pixels, left out: {listed(name for name, _ in part)}")
-        elif len(found) > 1:
+        usable = [each for each in found if each is not None]
+        if left_out := [name for (name, _), each in zip(part, found, strict=True) if each is None]:
+            layout.notes.append(f"no tables of labels and pixels, left out: {listed(left_out)}")
+        if len(usable) > 1:
             raise DataError(f"{tree.where}: {listed(n for n, _ in part)} could all be the split {split!r}; keep one")
-        elif found[0] is not None:
-            splits[split] = found[0]
+        if usable:
+            splits[split] = usable[0]
     return _source(tree, "table of pixels", splits, config, layout) if splits else None
 
 
 def _pixel_table(tree: Tree, name: str, config: ImagesConfig) -> RawSplit | None:
     where = f"{tree.where}/{name}"
-    return pixel_split(text_table(tree.read(name), where), config, where)
+    table = text_table(tree.read(name), where)
+    if config.label_column is not None and config.label_column not in table.column_names:
+        return None
+    return pixel_split(table, config, where)

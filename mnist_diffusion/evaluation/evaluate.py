@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from mnist_diffusion.config import IMAGE_FIELDS
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, package_versions
@@ -46,12 +47,17 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         UserError: something that the user can put right.
     """
     if (found := images_beside(request.sources[0], request.data)) is not None:
-        request = replace(request, data=found[0], split_seed=found[1])
+        named = replace(request.data, **{name: getattr(found[0], name) for name in IMAGE_FIELDS})
+        split_seed = found[1] if request.split_seed is None else request.split_seed
+        request = replace(request, data=named, split_seed=split_seed)
     print(f"Measuring {', '.join(request.sources)} against {request.data.source or 'MNIST'}", flush=True)
     device = _device(request.device)
     request.out.mkdir(parents=True, exist_ok=True)
-    imagenet = ImageNetDistance(device) if request.imagenet_fid else None
-    data = load_images(request.data, seed=request.split_seed).in_memory()
+    # Its sums are of float64, which Apple's GPUs do not know.
+    imagenet = (
+        ImageNetDistance(torch.device("cpu") if device.type == "mps" else device) if request.imagenet_fid else None
+    )
+    data = load_images(request.data, seed=request.split_seed or 0).in_memory()
     print(data.banner, end="")
     draws = _draws(request, data)
     evaluator = evaluator_for(data) if request.evaluator is None else load_evaluator(request.evaluator, data)

@@ -158,8 +158,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             )
         if guidance_distilled:
             unet.guidance_distilled_at = guidance_scale
-        # Not for another solver that is made from this one's configuration, which has kinds of its own.
-        scheduler.register_to_config(_use_default_values=["algorithm_type", "solver_type"])
         self.register_modules(unet=unet, scheduler=scheduler)
         names = None if id2label is None else {str(index): str(name) for index, name in id2label.items()}
         self.register_to_config(
@@ -172,6 +170,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             guidance_distilled=guidance_distilled,
         )
         self._interrupt = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler" and hasattr(value, "register_to_config"):
+            # Not for another solver that is made from this one's configuration, which has kinds of its own.
+            value.register_to_config(_use_default_values=["algorithm_type", "solver_type"])
+        super().__setattr__(name, value)
 
     @property
     def null_class(self) -> Any:
@@ -696,10 +700,11 @@ def _space_for_second_order(scheduler: Any) -> None:
 
 def _alpha_cumprod(scheduler: Any, step: int) -> float:
     """The share of signal, squared, in the network's input at a step: by the solver's own sigma if it has one."""
-    if (sigmas := getattr(scheduler, "sigmas", None)) is None:
-        return float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None or hasattr(scheduler, "mid_point_sigma"):
+        return float(scheduler.alphas_cumprod[round(float(scheduler.timesteps[step]))])
     if step % 2 and hasattr(scheduler, "sigmas_interpol"):  # KDPM2 looks between two levels at every other step
-        sigmas = scheduler.sigmas_interpol
+        sigmas, step = scheduler.sigmas_interpol, step - ("Ancestral" in type(scheduler).__name__)
     return 1 / (1 + float(sigmas[step]) ** 2)
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import give_usual_mode, read_json
+from mnist_diffusion.files import give_mode_of, read_json
 
 FORMAT = 3
 NAME = re.compile(r"step-(\d+)")
@@ -75,9 +75,10 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
-            save_file(contiguous, path := temporary / f"{name}.safetensors")
-            give_usual_mode(path)
+            save_file(contiguous, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        for path in temporary.glob("*.safetensors"):
+            give_mode_of(temporary / "state.json", path)
         files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()}
         manifest = {**(about or {}), "format": FORMAT, "step": step, "files": files}
         (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import uuid
@@ -67,9 +68,10 @@ class RunFolder:
         """Let `latest`, beside the folder, lead to it, unless something else is called so."""
         latest = self.path.parent / "latest"
         new = latest.with_name(f".latest-{self.run_id}")
-        if latest.is_symlink() or not latest.exists():
-            new.symlink_to(self.path.name, target_is_directory=True)
-            new.replace(latest)
+        with contextlib.suppress(OSError):  # some file systems have no links
+            if latest.is_symlink() or not latest.exists():
+                new.symlink_to(self.path.name, target_is_directory=True)
+                new.replace(latest)
 
     def _run_id(self) -> str:
         """The mark of the run that began this folder; if it was lost, that of its newest checkpoint."""
@@ -87,6 +89,7 @@ class RunFolder:
             RunFolderError: it may not.
         """
         lost = [name for name in RESULTS if (self.path / name).exists()]
+        lost += [f"checkpoints/{path.name}" for path in (self.path / "checkpoints").glob("*.broken*")]
         if not self.new and (lost or not self.marked):
             if not self.marked:
                 (self.path / RUN_ID).unlink()

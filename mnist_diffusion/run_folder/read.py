@@ -89,8 +89,9 @@ def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:
     run = read_yaml(config_file)
     try:
         images = {name: run["data"][name] for name in IMAGE_FIELDS if name in run["data"]}
-        return ImagesConfig(**images), int(run["train"]["seed"])
-    except (KeyError, TypeError, ValueError) as error:
+        chosen_by = run.get("distillation", {}).get("split_seed", run["train"]["seed"])  # a student's is its teacher's
+        return ImagesConfig(**images), int(chosen_by)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         missing = f"does not say what images the run was trained on ({error!r}); name them with --data.source"
         raise UserError(f"{config_file} {missing}") from error
 
@@ -108,9 +109,11 @@ def images_beside(pipeline: str, given: ImagesConfig) -> tuple[ImagesConfig, int
         UserError: what is there is not the configuration of a run.
     """
     folder, default = pipeline_folder(Path(pipeline)), ImagesConfig()
-    beside = folder.resolve().parent / "config.yaml"
+    place = folder.resolve()
+    beside = (place.parents[1] if place.parent.name == "snapshots" else place.parent) / "config.yaml"
     named = any(getattr(given, name) != getattr(default, name) for name in IMAGE_FIELDS)
-    return None if named or not (folder.is_dir() and beside.is_file()) else images_of_run(beside)
+    exported = (folder / "model_index.json").is_file() and beside.is_file()
+    return None if named or not exported else images_of_run(beside)
 
 
 def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:

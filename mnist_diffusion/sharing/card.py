@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,21 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     replace_text(path, str(ModelCard(str(card))))  # which has been read back, by a safe loader
 
 
-def without_places(text: str, config: Mapping[str, Any]) -> str:
-    """A text in which the folders and files of this machine that a run's configuration names are named without the way
-    to them."""
+def places_of(config: Any) -> list[str]:
+    """The ways to folders and files of this machine that a run's configuration names, as they may be written."""
+    found: set[str] = set()
     for section, name in (("data", "source"), ("distillation", "teacher"), ("train", "init_from")):
-        place = (config.get(section) or {}).get(name)
-        if isinstance(place, str) and (Path(place).is_absolute() or Path(place).exists()):
-            text = text.replace(place, Path(place).name)
+        values = config.get(section) if isinstance(config, dict) else None
+        place = values.get(name) if isinstance(values, dict) else None
+        if isinstance(place, str) and len((path := Path(place).expanduser()).parts) > 2 and path.is_absolute():
+            found |= {place, str(path), str(path.resolve())}
+    return sorted(found, key=len, reverse=True)
+
+
+def without_places(text: str, places: Sequence[str]) -> str:
+    """A text in which these places are named without the way to them."""
+    for place in places:
+        text = text.replace(place, Path(place).name)
     return text
 
 

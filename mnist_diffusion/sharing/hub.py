@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CardData, HfApi, ModelCard, get_token, snapshot_download
 from yaml import YAMLError
 
@@ -21,7 +22,7 @@ from mnist_diffusion.files import file_within, pipeline_folder, read_json, read_
 from mnist_diffusion.run_folder.checkpoint import newest_intact
 from mnist_diffusion.run_folder.lock import RUN_ID, is_empty
 from mnist_diffusion.sharing import reading
-from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card, without_places
+from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, places_of, short_card, without_places
 from mnist_diffusion.sharing.commit import commit_files
 from mnist_diffusion.sharing.errors import LOG_IN, HubError, hub_errors
 from mnist_diffusion.sharing.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
@@ -70,11 +71,15 @@ def files_to_push(
     found[CODE_FILE] = CODE
     index = {**read_json(file_within(folder, "model_index.json")), "_class_name": CODE_INDEX}
     found["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-    config = read_yaml(Path(str(found["config.yaml"]))) if "config.yaml" in found else None
-    places = config if isinstance(config, dict) else {}
-    for name in RUN_FILES:
-        if isinstance(path := found.get(name), Path):
-            found[name] = without_places(path.read_text(encoding="utf-8"), places).encode()
+    places: list[str] = []
+    if isinstance(path := found.get("config.yaml"), Path):
+        config = read_yaml(path)
+        places = places_of(config)
+        written = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6)
+        found["config.yaml"] = without_places(written, places).encode()
+    if isinstance(path := found.get("summary.json"), Path):
+        written = json.dumps(read_json(path), indent=1, ensure_ascii=False) + "\n"
+        found["summary.json"] = without_places(written, places).encode()
     has_card = (folder / CARD).is_file()
     card = file_within(folder, CARD).read_text(encoding="utf-8") if has_card else short_card(num_classes)
     found[CARD] = _named(without_places(card_for(card, repo_id), places), repo_id, license).encode()

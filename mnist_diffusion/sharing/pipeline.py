@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 from mnist_diffusion.environment import DEFAULT_DEVICE
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import file_within, give_usual_mode
+from mnist_diffusion.files import file_within, give_mode_of
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
 from mnist_diffusion.sharing import reading
 from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
@@ -105,8 +105,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained takes no argument {next(iter(kwargs))!r}")
         super().save_pretrained(save_directory, variant=variant)
-        for path in Path(save_directory).rglob("*.safetensors"):
-            give_usual_mode(path)
+        for path in Path(save_directory, "unet").glob("*.safetensors"):
+            give_mode_of(path.with_name("config.json"), path)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 

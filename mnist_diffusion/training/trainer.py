@@ -13,7 +13,6 @@ from PIL import Image
 from mnist_diffusion.data.transforms import to_uint8
 from mnist_diffusion.diffusion.pipeline import require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler
-from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import replace_picture
 from mnist_diffusion.pictures import pipelines, plots
 from mnist_diffusion.pictures.compare import frames_of_epochs, sheet_of_epochs
@@ -84,15 +83,15 @@ class Trainer(TrainingLoop):
     def export(self, folder: Path) -> None:
         """Write a pipeline folder with its card and the newest sample sheet."""
         sheets, samples = sorted((self.folder / "samples").glob("step-*.png")), None
-        with contextlib.suppress(OSError, IndexError):  # a card without a picture is better than no pipeline
+        with contextlib.suppress(OSError, IndexError, SyntaxError, ValueError):  # better no picture than no pipeline
             samples = read_picture(sheets[-1])
         export_pipeline(self.pipeline(), folder, card=report.card_values(self, folder), samples=samples)
 
     def is_whole(self, folder: Path) -> bool:
         """Whether the pipeline loads."""
         try:
-            return bool(MNISTDiffusionPipeline.from_pretrained(folder))
-        except (FileError, OSError):
+            return folder.is_dir() and bool(MNISTDiffusionPipeline.from_pretrained(folder))
+        except (OSError, ValueError):
             return False
 
     def usage(self) -> str:

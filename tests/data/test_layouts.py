@@ -80,6 +80,8 @@ class TestSplits:
             ("train", "VALID"),
             ("archive/train", "archive/validation"),
             ("archive/Training/images", "archive/Testing/images"),
+            ("seg_train/seg_train", "seg_test/seg_test"),
+            ("training_set", "test_set"),
         ],
     )
     def test_folders_by_other_names(self, train: str, test: str, tmp_path: Path) -> None:
@@ -105,6 +107,14 @@ class TestSplits:
         assert len(load(tmp_path, test_split="validation").test) == 6
         with pytest.raises(DataError, match=r"data\.test_split='other' is not a split of .*test, train, val"):
             load(tmp_path, test_split="other")
+
+    def test_folders_beside_the_splits(self, tmp_path: Path) -> None:
+        classes(tmp_path / "train", THREE)
+        classes(tmp_path / "test", THREE, 2)
+        put(tmp_path / "masks" / "0.png", digit(0))
+        data = load(tmp_path)
+        assert (len(data.train), len(data.test), data.class_names) == (12, 6, THREE)
+        assert "folders beside the splits left out: masks" in data.describe()
 
     def test_a_class_called_train_is_a_class(self, tmp_path: Path) -> None:
         data = load(classes(tmp_path, ("apple", "bus", "train", "whale")))
@@ -382,6 +392,44 @@ def test_formats(name: str, tmp_path: Path) -> None:
 
 
 class TestWrongArraysAndTables:
+    def test_several_classes_per_image(self, tmp_path: Path) -> None:
+        labels = np.zeros((4, 3), np.uint8)
+        labels[0, :2] = 1
+        np.savez(tmp_path / "x.npz", x=np.full((4, 8, 8), 99, np.uint8), labels=labels)
+        with pytest.raises(DataError, match=r"labels of the shape \(4, 3\) are not one class per image"):
+            load(tmp_path)
+
+    def test_a_row_does_not_take_a_picture_of_another_folder(self, tmp_path: Path) -> None:
+        table_beside_pictures(tmp_path)
+        with (tmp_path / "labels.csv").open("a") as file:
+            file.write("other/3.png,1\n")
+        with pytest.raises(DataError, match=r"row 12 names 'other/3\.png', and none"):
+            load(tmp_path)
+
+    def test_pictures_listed_twice_and_not_at_all(self, tmp_path: Path) -> None:
+        table_beside_pictures(tmp_path)
+        put(tmp_path / "images" / "more.png", digit(0))
+        assert "1 pictures that no table lists left out" in load(tmp_path).describe()
+        with (tmp_path / "labels.csv").open("a") as file:
+            file.write("3.png,1\n")
+        with pytest.raises(DataError, match=r"labels\.csv list pictures more than once: images/3\.png"):
+            load(tmp_path)
+
+    def test_tables_of_something_else_are_left_out(self, tmp_path: Path) -> None:
+        classes(tmp_path, THREE)
+        (tmp_path / "classes.csv").write_text("id,name\n0,first\n1,second\n")
+        (tmp_path / "notes.csv").write_bytes(b"\xff\xfe,a\n1,2,3\n")
+        assert load(tmp_path).class_names == THREE
+
+    def test_splits_that_name_classes_differently(self, tmp_path: Path) -> None:
+        for split, names in (("train", ["x", "y"]), ("test", ["y", "x"])):
+            kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+            rows = {"image": [Image.fromarray(digit(label)) for label in (0, 1)] * 3, "label": [0, 1] * 3}
+            table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+            table.to_parquet(tmp_path / f"{split}.parquet")
+        with pytest.raises(DataError, match="the splits name the classes of 'label' differently"):
+            load(tmp_path)
+
     def test_pickles_are_not_read(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "x.npz", x_train=np.array([{"a": 1}], dtype=object), y_train=np.zeros(1))
         with pytest.raises(DataError, match=r"x\.npz could not be read as NumPy arrays without pickles"):
@@ -519,6 +567,19 @@ class TestFiles:
         assert len(data.train) + len(data.test) == 12
         assert "1 pictures that could not be read are left out, such as" in data.describe()
 
+    def test_nothing_that_can_be_read(self, tmp_path: Path) -> None:
+        classes(tmp_path, THREE)
+        for path in tmp_path.rglob("*.png"):
+            path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(DataError, match=r"no picture of a split could be read, such as .* Git LFS pointer"):
+            load(tmp_path, skip_unreadable=True)
+
+    def test_too_long_and_thin(self, tmp_path: Path) -> None:
+        classes(tmp_path, THREE)
+        put(tmp_path / "a" / "thin.png", np.zeros((1, 400_000), np.uint8))
+        with pytest.raises(DataError, match="400000 x 1 pixels is too long and thin"):
+            load(tmp_path, image_size=16)
+
     def test_a_pipe_is_no_picture(self, tmp_path: Path) -> None:
         classes(tmp_path, THREE)
         os.mkfifo(tmp_path / "a" / "pipe.png")
@@ -540,7 +601,9 @@ class TestFiles:
         assert main(["data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
         assert "of other origin" in capsys.readouterr().err
         for _ in range(2):
-            assert main(["data", str(tmp_path / "data"), "--out", str(tmp_path / "new")]) == 0
+            flags = ["--data.class_names", "x", "y z", "猫", "--out", str(tmp_path / "new")]
+            assert main(["data", str(tmp_path / "data"), *flags]) == 0
+        assert "y z" in capsys.readouterr().out
 
     def test_many_classes_have_a_bounded_sheet(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "x.npz", x=np.arange(1500)[:, None, None] % 256 + np.zeros((1, 8, 8)), y=np.arange(1500))

@@ -321,6 +321,7 @@ def test_two_torchrun_nodes_on_loopback(tmp_path: Path) -> None:
         torch.testing.assert_close(first, whole, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_cards_lines_in_a_fresh_process_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
     """The three lines of a pushed card, pinned to the commit, where the project cannot be imported."""
     run = [sys.executable, SCRIPT, *SHORT, "--output_dir", "run", "--hub.push", "true", "--hub.repo_id", "owner/digits"]

@@ -146,7 +146,7 @@ class TestPush:
     def test_places_of_this_machine_stay_here_and_a_licence_is_chosen(
         self, hub: HubServer, made_run: Path, tmp_path: Path
     ) -> None:
-        place = tmp_path / "home of ann" / "pictures"
+        place = tmp_path / "home of ann" / "pictures for später, whose path YAML folds, as it is long" / "pictures"
         place.mkdir(parents=True)
         config = made_run / "config.yaml"
         config.write_text(tiny_config().to_yaml().replace("source: digits", f"source: {place}"))

@@ -33,6 +33,7 @@ from mnist_diffusion.diffusion.pipeline import generate
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
+    _alpha_cumprod,
     guided_prediction,
     predicted_original_sample,
     rescale_guidance,
@@ -591,6 +592,14 @@ class TestOtherCode:
         for ours, theirs in zip(found, own, strict=True):
             if theirs is not None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("name", [*ALL_SAMPLERS, "KDPM2AncestralDiscreteScheduler"])
+    def test_noise_levels_are_those_of_the_timesteps(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
+        pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+        scheduler = pipeline._prepared_scheduler(6, None, None)
+        for step, timestep in enumerate(scheduler.timesteps.tolist()):
+            expected = float(scheduler.alphas_cumprod[round(timestep)])
+            assert _alpha_cumprod(scheduler, step) == pytest.approx(expected, abs=5e-3)
 
     def test_official_callbacks_bring_their_tensors(self, pipeline: MNISTDiffusionPipeline) -> None:
         class Seen(PipelineCallback):
