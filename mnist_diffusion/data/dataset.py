@@ -260,9 +260,13 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
         rare = f"class {names[int(counts.argmin())]!r} has {int(counts.min())} image"
         raise DataError(f"{description}: {rare}, but a held-out split needs 2 per class")
     held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(images)))
+    labels = images.labels.numpy()
     kept, taken = train_test_split(
-        np.arange(len(images)), test_size=held_out, stratify=images.labels.numpy(), random_state=seed % 2**32
+        np.arange(len(images)), test_size=held_out, stratify=labels, random_state=seed % 2**32
     )
+    for label in {*range(len(names))} - {*labels[taken].tolist()}:  # a class too small for its share
+        one = kept[labels[kept] == label][:1]
+        kept, taken = np.setdiff1d(kept, one), np.append(taken, one)
     return images.select(torch.from_numpy(np.sort(kept))), images.select(torch.from_numpy(np.sort(taken)))
 
 

@@ -236,6 +236,14 @@ class TestFolders:
 
 
 class TestLabels:
+    def test_the_smallest_class_has_one_held_out(self, tmp_path: Path) -> None:
+        classes(tmp_path, ["many"], 80)
+        classes(tmp_path, ["few", "rare"], 2)
+        data = load(tmp_path)
+        held_out = torch.bincount(data.test.labels).tolist()
+        assert min(held_out) == 1
+        assert [kept + out for kept, out in zip(data.counts, held_out, strict=True)] == [2, 80, 2]
+
     def test_numbers_are_in_their_order(self, tmp_path: Path) -> None:
         data = load(classes(tmp_path, [str(number) for number in range(12)], 3))
         assert data.class_names == tuple(str(number) for number in range(12))
