@@ -41,7 +41,8 @@ def _letters(path: str) -> frozenset[int]:
 @lru_cache
 def _font_with(letters: frozenset[int]) -> str | None:
     """A font of this machine that has all these letters, DejaVu if it has; None if there is none."""
-    fonts = (entry.fname for entry in font_manager.fontManager.ttflist)
+    # The last resort has a box for each letter.
+    fonts = (each.fname for each in font_manager.fontManager.ttflist if "LastResort" not in each.fname)
     return next((path for path in (DEJAVU, *fonts) if letters <= _letters(path)), None)
 
 

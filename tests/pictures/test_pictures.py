@@ -20,7 +20,16 @@ from mnist_diffusion.cli.plot import PLOTS
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.pictures.grids import denoising_strip, evenly, forward_noising, image_grid, side_by_side, titled
+from mnist_diffusion.pictures.grids import (
+    LONGEST_LABEL,
+    denoising_strip,
+    drawable,
+    evenly,
+    forward_noising,
+    image_grid,
+    side_by_side,
+    titled,
+)
 from mnist_diffusion.pictures.plots import compared_curves, noise_schedules, pixel_histograms, training_curves
 from tests.conftest import make_image_folder
 
@@ -41,6 +50,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         flags = ["--train.max_steps", "8", "--train.sample_every", "4 steps", "--output_dir", str(root / name)]
         assert train_cfg.main(["--config", "tiny", "--data.source", str(root / "pictures"), *flags, *more]) == 0
     return root / "first", root / "second"
+
+
+def test_letters_that_no_font_has_are_drawn_by_their_code_points() -> None:
+    assert drawable("Käfer") == "Käfer"
+    assert drawable("\U000f0000") == "\\U000f0000"
+    assert len(drawable("x" * 200)) == LONGEST_LABEL + 1
 
 
 class TestSheets:
