@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from mnist_diffusion.config import IMAGE_FIELDS, DistillationConfig, DistillConfig
+from mnist_diffusion.config import DistillationConfig, DistillConfig
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.diffusion.objective import Batch, Objective
 from mnist_diffusion.diffusion.pipeline import fingerprint, load_pipeline, require_fit
@@ -65,7 +65,7 @@ def with_teachers_images(config: DistillConfig) -> DistillConfig:
     if (found := images_beside(config.distillation.teacher, config.data)) is None:
         return config
     images, seed = found
-    data = replace(config.data, **{name: getattr(images, name) for name in IMAGE_FIELDS})
+    data = replace(config.data, **images)
     return replace(config, data=data, distillation=replace(config.distillation, split_seed=seed))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from mnist_diffusion.config import IMAGE_FIELDS
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, package_versions
@@ -47,9 +46,8 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         UserError: something that the user can put right.
     """
     if (found := images_beside(request.sources[0], request.data)) is not None:
-        named = replace(request.data, **{name: getattr(found[0], name) for name in IMAGE_FIELDS})
         split_seed = found[1] if request.split_seed is None else request.split_seed
-        request = replace(request, data=named, split_seed=split_seed)
+        request = replace(request, data=replace(request.data, **found[0]), split_seed=split_seed)
     print(f"Measuring {', '.join(request.sources)} against {request.data.source or 'MNIST'}", flush=True)
     device = _device(request.device)
     request.out.mkdir(parents=True, exist_ok=True)

@@ -96,8 +96,8 @@ def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:
         raise UserError(f"{config_file} {missing}") from error
 
 
-def images_beside(pipeline: str, given: ImagesConfig) -> tuple[ImagesConfig, int] | None:
-    """The images, and their seed, of the run that a pipeline folder or run folder belongs to.
+def images_beside(pipeline: str, given: ImagesConfig) -> tuple[dict[str, Any], int] | None:
+    """What decides the images of the run that a pipeline folder or run folder belongs to, by field, and their seed.
 
     A run leaves its configuration beside its pipeline folder.
 
@@ -113,7 +113,10 @@ def images_beside(pipeline: str, given: ImagesConfig) -> tuple[ImagesConfig, int
     beside = (place.parents[1] if place.parent.name == "snapshots" else place.parent) / "config.yaml"
     named = any(getattr(given, name) != getattr(default, name) for name in IMAGE_FIELDS)
     exported = (folder / "model_index.json").is_file() and beside.is_file()
-    return None if named or not exported else images_of_run(beside)
+    if named or not exported:
+        return None
+    images, seed = images_of_run(beside)
+    return {name: getattr(images, name) for name in IMAGE_FIELDS}, seed
 
 
 def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:
