@@ -13,13 +13,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mnist_diffusion.cli.options import RunArguments, parse_train_arguments, reporting_errors
 from mnist_diffusion.config import Config
 
+if TYPE_CHECKING:
+    from mnist_diffusion.training.trainer import TrainedRun, Trainer
 
-def run(arguments: RunArguments[Config]) -> int:
-    """Assemble a training run from its configuration, and train."""
+
+def assemble(arguments: RunArguments[Config]) -> Trainer:
+    """Assemble a training run from its configuration."""
     from mnist_diffusion.diffusion import network, noise, objective, pipeline
     from mnist_diffusion.training import launch, trainer
 
@@ -45,8 +49,32 @@ def run(arguments: RunArguments[Config]) -> int:
         pipeline.build_pipeline, scheduler, config.sampling, images.class_names, patch_size=config.model.patch_size
     )
     # The loop: step, report, sample, evaluate, save.
-    training = trainer.Trainer(launched, config, images, unet, learned, make_pipeline=exported)
-    return training.run(dry_run=arguments.dry_run)
+    return trainer.Trainer(launched, config, images, unet, learned, make_pipeline=exported)
+
+
+def run(arguments: RunArguments[Config]) -> int:
+    """Train; the exit code."""
+    return assemble(arguments).run(dry_run=arguments.dry_run)
+
+
+def train(config: Config | None = None) -> TrainedRun:
+    """Train from Python, in this process: `mnist_diffusion.train(Config(train=TrainConfig(max_steps=100)))`.
+
+    Args:
+        config: the run; the default recipe if omitted.
+
+    Returns:
+        Its folder, its pipeline and its summary, which says whether a signal stopped it.
+
+    Raises:
+        UserError: it cannot be done as asked.
+    """
+    from mnist_diffusion.training.launch import forget_earlier_runs
+
+    forget_earlier_runs()
+    training = assemble(RunArguments(config or Config(), "python", dry_run=False))
+    training.run()
+    return training.result()
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> int:

@@ -57,7 +57,7 @@ def denoiser_objective(sigma: float) -> Objective:
         prediction = model(clean + sigma * batch.noise, 0, return_dict=False)[0]
         return (prediction.float() - clean).square().mean(dim=(1, 2, 3))
 
-    return Objective(loss, num_timesteps=1, fingerprint=f"denoiser at sigma {sigma}")
+    return Objective(loss, num_timesteps=1, fingerprint=f"sigma {sigma}", name="denoiser")
 
 
 @torch.no_grad()

@@ -40,9 +40,9 @@ def huber_objective(config: Config, scheduler: DDPMScheduler, *, null_class: int
         return pseudo_huber(errors, HUBER_C).mean(dim=(1, 2, 3))
 
     diffusion = config.diffusion
-    # The fingerprint keeps a run from being resumed with another loss.
-    fingerprint = f"pseudo-Huber {HUBER_C}"
-    return Objective(loss, diffusion.label_dropout, diffusion.num_train_timesteps, fingerprint)
+    # The fingerprint keeps a run from being resumed with another loss; configuration, card and summary say the name.
+    fingerprint, name = f"c = {HUBER_C}", "pseudo-Huber"
+    return Objective(loss, diffusion.label_dropout, diffusion.num_train_timesteps, fingerprint, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,20 @@
-"""Read files that others may have made, and write files whole or not at all."""
+"""The one door to files: what others may have made is read within limits, and files are written whole or not at all.
+
+Nothing else in the package opens a file by its name, but libraries that are handed one which was looked at here.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +25,15 @@ from PIL import Image
 from mnist_diffusion.errors import ConfigError, FileError
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**17, 10
+MAX_JSON_BYTES, MAX_TEXT_BYTES = 2**20, 2**23
 MAX_NAME = 200
+PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
+PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow would also open EPS, for which it starts another program."""
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Errors that say that there is no such file; others, as of a disk or a permission, may pass."""
+LEFT_BEHIND = re.compile(r"\.[0-9a-f]{8}\.partial|\.(?P<name>.+)\.[0-9a-f]{8}\.old")
+"""What a process that is killed while it writes leaves: a part, or the folder that was to be replaced."""
 
 
 def is_plain(name: str) -> bool:
@@ -24,17 +41,70 @@ def is_plain(name: str) -> bool:
     return len(name) <= MAX_NAME and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
 
 
+# Reading.
+
+
+def open_file(path: Path, limit: int | None = None) -> io.BufferedReader:
+    """Open a regular file for reading, without waiting for anyone, as a pipe would.
+
+    Args:
+        path: the file, or a link to it.
+        limit: the size in bytes that it may have.
+
+    Raises:
+        FileError: it is missing, not a regular file, too large, or could not be opened.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FileError(f"{path} is not a regular file")
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        size = os.fstat(file.fileno()).st_size if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else 2**63
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} could not be read: {getattr(error, 'strerror', None) or error}") from error
+    if limit is not None and size > limit:
+        file.close()
+        raise FileError(f"{path} is larger than the limit of {limit:,} bytes: it has {size:,}")
+    return file
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a file could not be read for a reason that may pass, so that it may still be whole."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in GONE
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        FileError: it is something else, or could not be read.
+    """
+    with open_file(path, limit) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise FileError(f"{path} could not be read: {error.strerror}") from error
+    if len(content) > limit:
+        raise FileError(f"{path} is larger than the limit of {limit:,} bytes")
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """The text of a file; bytes that are not UTF-8 are replaced."""
+    return read_bytes(path, limit).decode("utf-8", "replace")
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file that is a configuration's: small, flat, without anchors, which can grow when read.
 
     Raises:
         ConfigError: it is not.
+        FileError: it could not be read.
     """
-    with path.open("rb") as file:
-        content = file.read(MAX_YAML_BYTES + 1)
-    if len(content) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES:,} bytes")
-    depth = 0
+    content, depth = read_bytes(path, MAX_YAML_BYTES), 0
     try:
         for event in yaml.parse(content, Loader=yaml.SafeLoader):
             if getattr(event, "anchor", None) is not None:  # an alias has one too
@@ -42,65 +112,52 @@ def read_yaml(path: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH:
                 raise ConfigError(f"{path} is nested deeper than {MAX_YAML_DEPTH} levels")
-        return yaml.safe_load(content)
+        return yaml.load(content, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
-def pipeline_folder(folder: Path) -> Path:
-    """A pipeline folder, or the one in the run folder that it is."""
-    below = folder / "pipeline"
-    run = (below / "model_index.json").is_file() and not (folder / "model_index.json").is_file()
-    return below if run else folder
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which no key may occur twice; by itself the library lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, times in keys.items() if times > 1]:
+            raise yaml.YAMLError(f"the key {twice[0]!r:.100} occurs twice")
+        return super().construct_mapping(node, deep)
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, and put it in place of the one that may be there."""
-    temporary, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # killed between the two renames below
-        old.rename(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object of a JSON file, which has at most a mebibyte unless said otherwise.
 
-
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a new file, and put it in place of the one that may be there.
-
-    A reader sees the old content or the new, nothing between.
+    Raises:
+        FileError: it is larger, nested too deep, or not JSON with an object.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        values = json.loads(read_bytes(path, limit))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise FileError(f"{path} holds no JSON object but a {type(values).__name__}")
+    return values
 
 
-def give_mode_of(other: Path, path: Path) -> None:
-    """Let those read a file who may read another; safetensors writes for its owner alone."""
-    path.chmod(other.stat().st_mode & 0o777)
+def read_picture(path: Path) -> Image.Image:
+    """A picture that a run or a command drew.
 
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file as [`replace_file`] does."""
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
-def replace_picture(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Write a picture as [`replace_file`] does, in the format of its suffix."""
-    replace_file(path, lambda file: picture.save(file, path.suffix.removeprefix("."), **options))
-
-
-PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
-MAX_JSON_BYTES = 2**20
+    Raises:
+        FileError: it is none.
+    """
+    content = read_bytes(path, MAX_TEXT_BYTES)
+    try:
+        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as picture:
+            return picture.copy()
+    except Exception as error:  # whatever Pillow makes of it
+        raise FileError(f"{path} could not be read as a picture: {str(error)[:200]}") from error
 
 
 def file_within(folder: Path, name: str) -> Path:
@@ -127,20 +184,115 @@ def file_within(folder: Path, name: str) -> Path:
     return real
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file of at most a mebibyte.
+def pipeline_folder(folder: Path) -> Path:
+    """A pipeline folder, or the one in the run folder that it is."""
+    below = folder / "pipeline"
+    run = (below / "model_index.json").is_file() and not (folder / "model_index.json").is_file()
+    return below if run else folder
+
+
+# Writing.
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> None:
+    """Let `write` fill a new file, and put it in place of the one, or the link, that may be there.
+
+    A reader sees the old content or the new, nothing between; if it is `durable`, also after a power cut.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(4)}.partial")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+            error.filename = str(path)
+        raise
+    if durable:
+        flush(path.parent)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, and put it in place of the one that may be there."""
+    token = secrets.token_hex(4)
+    temporary, old = folder.with_name(f".{token}.partial"), folder.with_name(f".{folder.name}.{token}.old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            flush(path)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove what a killed process left in a folder, and put back what it was about to replace."""
+    for path, found in [(each, LEFT_BEHIND.fullmatch(each.name)) for each in folder.glob(".*")]:
+        if found is None:
+            continue
+        if found["name"] and not (target := path.with_name(found["name"])).exists():
+            path.rename(target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a file of the folder itself, never through a link; it is on the disk then.
 
     Raises:
-        FileError: it is larger, nested too deep, or not JSON with an object.
+        FileError: it is a link, or something else than a regular file.
     """
-    with path.open("rb") as file:
-        content = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise FileError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes")
     try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not JSON: {str(error)[:200]}") from error
-    if not isinstance(values, dict):
-        raise FileError(f"{path} holds no JSON object but a {type(values).__name__}")
-    return values
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise FileError(f"{path} is not a regular file") from error
+        raise
+    with os.fdopen(descriptor, "ab") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileError(f"{path} is not a regular file")
+        file.write(text.encode())
+        file.flush()
+        os.fsync(descriptor)
+
+
+def give_mode_of(other: Path, path: Path) -> None:
+    """Let those read a file who may read another; safetensors writes for its owner alone."""
+    path.chmod(other.stat().st_mode & 0o777)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as [`replace_file`] does."""
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def replace_picture(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture as [`replace_file`] does, in the format of its suffix, without waiting for the disk."""
+    replace_file(path, lambda file: picture.save(file, path.suffix.removeprefix("."), **options), durable=False)

@@ -12,12 +12,13 @@ from tests.support.survival import Nursery
 
 def test_only_typed_errors(tmp_path: Path) -> None:
     """The short tier; `python -m tests.support.fuzz --inputs 10000` is the long one."""
-    count = 16
+    count, refused = 12, 0
     out = tmp_path / "found.json"
     work = partial(fuzz_into, out=str(out))
     assert Nursery().finish(["0", str(count)], log=tmp_path / "log.txt", work=work) == [0]
     for target, found in json.loads(out.read_text()).items():
         assert found["wrong"] == [], target
         assert sum(found["ends"].values()) == count
-        assert sum(count for end, count in found["ends"].items() if end != "read") > count / 10
+        refused += sum(number for end, number in found["ends"].items() if end != "read")
         assert found["grown_bytes"] < 2**28
+    assert refused > 100

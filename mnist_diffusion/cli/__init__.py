@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mnist_diffusion.cli.options import refuse_tokens, reporting_errors
+from mnist_diffusion.files import read_text
 
 HERE = Path(__file__).parent
 COMMANDS = sorted(path.stem for path in HERE.glob("[a-z]*.py") if path.stem != "options")
@@ -24,7 +25,7 @@ VERBS = {"train": "train_cfg", "distill": "distill_cfg", **{name: f"cli.{name}" 
 
 def _about(module: str) -> str:
     """What a verb does, from the first line of its module, which is not imported for it."""
-    text = (HERE.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    text = read_text(HERE.parent / f"{module.replace('.', '/')}.py")
     about = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].rpartition("`: ")[2].removesuffix(".")
     return about[:1].lower() + about[1:]
 

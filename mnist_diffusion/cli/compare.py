@@ -39,14 +39,22 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     request = _request(runs, values) if values.num_images is not None else None
     table = compare.rows(runs)
     values.out.mkdir(parents=True, exist_ok=True)
-    curves = plots.compared_curves({name: run.lines for name, run in runs.items()})
-    replace_picture(plots.to_picture(curves), values.out / "curves.png")
+    groups = [{name: run.lines for name, run in group.items()} for group in compare.by_objective(runs)]
+    replace_picture(plots.to_picture(plots.compared_curves(groups)), values.out / "curves.png")
     lines = ["# Comparison", "", tables.markdown(compare.HEADINGS, table), "", "![Learning curves](curves.png)"]
+    apart = "Losses of different objectives do not compare, and are drawn apart."
+    lines += ["", apart] if len(groups) > 1 else []
+    if differences := compare.settings_that_differ(runs):
+        lines += ["", "## Settings that differ", "", tables.markdown(["setting", *runs], differences)]
     if (sheets := compare.compared_sheets(runs)) is not None:
         replace_picture(sheets, values.out / "sheets.png")
         lines += ["", "![Sample sheets, from the same seeds](sheets.png)"]
     console, page = tables.console(), values.out / "comparison.md"
     console.print(tables.screen_table(compare.HEADINGS, table))
+    if differences:
+        console.print(tables.screen_table(["setting", *runs], differences))
+    if len(groups) > 1:
+        console.print(apart)
     replace_text(page, "\n".join(lines) + "\n")
     if request is not None:
         measured = evaluate.evaluate(request)

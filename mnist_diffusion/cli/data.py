@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 from mnist_diffusion.cli.options import OF_IMAGES, Parser, spelled_out
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import open_file, replace_picture, replace_text
 
 SHOWN = 10
 WRITTEN_BY = "mnist-diffusion data"
@@ -57,8 +58,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     values.out.mkdir(parents=True, exist_ok=True)
     tiles, names, columns = found.contact_sheet()
     sheet = values.out / "contact_sheet.png"
-    image_grid(tiles, columns, row_labels=names, title="The first images of each class").save(sheet)
-    (values.out / "data.json").write_text(json.dumps(_plain(found), indent=1, ensure_ascii=False), encoding="utf-8")
+    replace_picture(image_grid(tiles, columns, row_labels=names, title="The first images of each class"), sheet)
+    replace_text(values.out / "data.json", json.dumps(_plain(found), indent=1, ensure_ascii=False))
     console.print(f"\nThe first images of each class are in {sheet}", markup=False, soft_wrap=True)
     return 1 if unreadable else 0
 
@@ -87,7 +88,8 @@ def _require_own(out: Path, source: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; name a folder")
     told, sheet = out / "data.json", out / "contact_sheet.png"
-    with told.open("rb") if told.is_file() else io.BytesIO() as file:
+    own = False
+    with contextlib.suppress(FileError), open_file(told) as file:
         own = WRITTEN_BY.encode() in file.read(100)
     if not own and (told.exists() or sheet.exists()):
         raise UserError(f"--out={out} holds a data.json or contact_sheet.png of other origin; name another folder")

@@ -7,6 +7,7 @@ import difflib
 import errno
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from mnist_diffusion.config import Config, DistillConfig, ImagesConfig, RunConfig
 from mnist_diffusion.errors import ConfigError, UserError
-from mnist_diffusion.files import read_yaml
+from mnist_diffusion.files import read_text, read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -33,6 +34,10 @@ TYPE_ERROR = re.compile(
     r'Parser key "(?P<name>.+?)"(?: element \d+)?:? (?P<why>.*Expected.*?)(?:Got|Given) value: (?P<value>.*)'
 )
 """How the parser says that a value is of another type."""
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of an epilog as they are."""
 
 
 class Parser(ArgumentParser):
@@ -74,7 +79,9 @@ def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "tra
         prog=prog,
         usage=f"{prog} [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
         description="Train a class-conditional diffusion model and leave a pipeline folder that diffusers loads.",
-        epilog="Example: %(prog)s --config tiny --data.source digits --train.max_steps 100",
+        epilog=f"recipes for --config, and what they cost:\n{_costs(RECIPES)}\n\n"
+        "example: %(prog)s --config tiny --data.source digits --train.max_steps 100",
+        formatter_class=HelpFormatter,
     )
     return _parse_run(parser, Config, list(sys.argv[1:] if argv is None else argv), recipes=RECIPES)
 
@@ -88,7 +95,9 @@ def parse_distill_arguments(argv: Sequence[str], *, prog: str) -> RunArguments[D
         prog=prog,
         usage=f"{prog} PIPELINE [--out FOLDER] [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
         description="Distil a trained pipeline (a folder, or a Hub id) into a student that draws in one pass or a few.",
-        epilog="PIPELINE, which comes first, is short for --distillation.teacher, and --out for --output_dir.",
+        epilog="PIPELINE, which comes first, is short for --distillation.teacher, and --out for --output_dir.\n\n"
+        f"recipes for --config, and what they cost:\n{_costs(RECIPES / 'distillation')}",
+        formatter_class=HelpFormatter,
     )
     short = argparse.ArgumentParser(prog=prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     short.add_argument("--out")
@@ -228,6 +237,16 @@ def reporting_errors(command: Callable[[], int]) -> int:
         return command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # as of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
@@ -248,6 +267,14 @@ def _require_no_nulls(schema: Any, values: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{each.name} must not be null")
         if is_dataclass(hint):
             _require_no_nulls(hint, value, f"{prefix}{each.name}.")
+
+
+def _costs(recipes: Path) -> str:
+    """One line for each recipe of a folder: its name, and what its file says of its cost."""
+    texts = {file.stem: read_text(file) for file in sorted(recipes.glob("*.yaml"))}
+    found = {name: re.search(r"^# Cost: (.+?(?:\.(?= |$)|$))", text, re.MULTILINE) for name, text in texts.items()}
+    lines = (f"  {name:24} {cost[1].removesuffix('.') if cost else ''}" for name, cost in found.items())
+    return "\n".join(lines).replace("%", "%%")
 
 
 def find_recipe(name_or_path: str, recipes: Path = RECIPES) -> Path:

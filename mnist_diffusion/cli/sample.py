@@ -26,6 +26,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     add_switch(parser, "--as_dataset", "a labelled data set instead of a grid")
     values = parse(parser, argv)
     request = from_options(SampleRequest, values)
+    from mnist_diffusion.files import replace_picture
     from mnist_diffusion.pictures.sampling import Samples
 
     out: Path = values.out
@@ -45,7 +46,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             pictures["interpolation"] = samples.interpolation(values.interpolation)
         out.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
-            picture.save(out / f"{name}.png")
+            replace_picture(picture, out / f"{name}.png")
         if values.files:
             samples.write_files(images, out)
         if values.gif:

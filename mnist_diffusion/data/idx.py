@@ -7,17 +7,21 @@ as a big-endian uint32, then the values. Format: http://yann.lecun.com/exdb/mnis
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mnist_diffusion.data.layout import kind_in
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import open_file
 
 UNSIGNED_BYTE = 0x08
 MAX_BYTES = 8 * 2**30
@@ -38,13 +42,7 @@ class IdxFamily:
     """Of EMNIST, whose images are stored with rows and columns exchanged."""
 
     def stems(self, split: str) -> tuple[str, str]:
-        """The names of the files with images and labels, without `.gz`.
-
-        Raises:
-            IdxError: there is no such split.
-        """
-        if split not in PREFIXES:
-            raise IdxError(f"IDX folders have the splits {sorted(PREFIXES)}, got {split!r}")
+        """The names of the files with images and labels, without `.gz`."""
         prefix = PREFIXES[split] if self.subset is None else f"emnist-{self.subset}-{split}"
         return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
 
@@ -127,10 +125,8 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
     Raises:
         IdxError: wrong magic, type or dimensions; fewer or more bytes than declared; a broken gzip stream.
     """
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
     try:
-        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
+        with _unzipped(path) as stream:
             header_size = 4 + 4 * dimensions
             header = stream.read(header_size)
             if len(header) < header_size:
@@ -150,6 +146,8 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
                 raise IdxError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
             if stream.read(1):
                 raise IdxError(f"{path}: holds more than the {size} values {shape} that it declares")
+    except FileError as error:
+        raise IdxError(str(error)) from error
     except (EOFError, OSError, zlib.error) as error:
         raise IdxError(f"{path}: could not be read: {error}") from error
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
@@ -210,9 +208,16 @@ def read_loose_idx(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _magic(path: Path) -> int | None:
     """The first four bytes of a file, which may be gzipped, as a number."""
     try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
+        with _unzipped(path) as stream:
             return int.from_bytes(stream.read(4), "big")
-    except (EOFError, OSError, zlib.error):
+    except (EOFError, OSError, zlib.error, FileError):
         return None
+
+
+@contextmanager
+def _unzipped(path: Path) -> Iterator[io.BufferedIOBase]:
+    """A file, or what is in it if its first bytes say that it is gzipped."""
+    with open_file(path) as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        yield gzip.GzipFile(fileobj=file) if zipped else file

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mnist_diffusion.config import Background
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import PICTURE_FORMATS, read_bytes
 
 MAX_PIXELS = 64 * 2**20
 CHUNK = 256
@@ -24,8 +25,6 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L")
 RANGELESS_MODES = ("I", "F")
 """32 bits per pixel, without a value that is white."""
 GREY_MODES = ("1", "L", "LA", *DEEP_MODES)
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""Pillow would also open EPS, for which it starts another program."""
 DEEP_LEAST = 4096
 """Of 16 bits, a largest value below this means that only 12 of them, or 8, are used."""
 LONGEST_CAUSE = 500
@@ -105,12 +104,10 @@ def read_file(path: Path) -> bytes:
     Raises:
         DataError: it could not be read, is no regular file, or is too large.
     """
-    with explained(f"{path}: the picture could not be read", OSError):
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise DataError(f"{path}: a file of {size} bytes, more than the limit of {MAX_BYTES}")
-        if not path.is_file():
-            raise DataError(f"{path} is not a regular file")
-        return path.read_bytes()
+    try:
+        return read_bytes(path, MAX_BYTES)
+    except FileError as error:
+        raise DataError(str(error)) from error
 
 
 def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
@@ -173,7 +170,7 @@ def _on_background(layer: Image.Image, background: Background) -> Image.Image:
 
 def _opened(encoded: bytes, where: str) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        picture = Image.open(io.BytesIO(encoded), formats=PICTURE_FORMATS)
         width, height = picture.size
     except Exception as error:
         problem = "is too large" if isinstance(error, Image.DecompressionBombError) else "could not be decoded"
@@ -222,6 +219,8 @@ def from_array(values: np.ndarray, where: str, *, factor: int = 1) -> Tensor:
         raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
     if values.dtype.kind == "f" and (values != np.floor(values)).any():
         raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")
+    if values.size > 3 * MAX_PIXELS:
+        raise DataError(f"{where}: a picture of {values.size} values, more than the limit of {3 * MAX_PIXELS}")
     image = torch.from_numpy(values.astype(np.uint8))
     image = image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
     if image.shape[0] not in (1, 3):

@@ -6,9 +6,11 @@ named, and MNIST could not be loaded, scikit-learn's embedded digits take its pl
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import dataclasses
 import glob
+import io
 import json
 import re
 import threading
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.data.idx import find_idx_family, find_idx_folder, read_idx_split, read_loose_idx
+from mnist_diffusion.data.idx import PREFIXES, find_idx_family, find_idx_folder, read_idx_split, read_loose_idx
 from mnist_diffusion.data.layout import JUNK, arrange, choose_splits, listed
 from mnist_diffusion.data.pictures import (
     DataError,
@@ -44,11 +46,15 @@ from mnist_diffusion.data.trees import (
     tree_of_archive,
     tree_of_folder,
 )
+from mnist_diffusion.files import file_within, open_file
 
 DEFAULT_HUB_ID = "ylecun/mnist"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
+MAX_ROWS = 10_000_000
+USPS_BYTES = 32 * 2**20
+"""Of text; the training split has 18 MB."""
 USPS_FILES = {"train": "usps.bz2", "test": "usps.t.bz2"}
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
@@ -146,28 +152,15 @@ def read_file_source(path: Path, config: ImagesConfig) -> RawSource:
     elif path.suffix.lower() in (*TEXT_SUFFIXES, *ARRAY_SUFFIXES):
         alone = Tree(str(path.parent), [path.name], lambda name: read_file(path), [], [])
         source = read_tree(alone, config)
+        if source is not None:
+            named = source.description.replace(alone.where, str(path), 1)
+            source = dataclasses.replace(source, description=named)
     else:
         kinds = ", ".join((*TABLE_SUFFIXES, *TEXT_SUFFIXES, *ARRAY_SUFFIXES, *ARCHIVES))
         raise DataError(f"data.source={config.source!r} is a file, but none of {kinds}")
     if source is None:
         raise DataError(f"data.source={config.source!r} holds no images with labels that could be recognised")
     return source
-
-
-def _splits(
-    config: ImagesConfig, description: str, read: Callable[[str], RawSplit | None]
-) -> tuple[RawSplit, RawSplit | None]:
-    """The training split, and the held-out one if there is one; a split that is named must exist.
-
-    Raises:
-        DataError: it does not.
-    """
-    train, test = read(config.train_split), read(config.test_split or "test")
-    for name, split, found in (("train", config.train_split, train), ("test", config.test_split, test)):
-        if split is not None and found is None:
-            raise DataError(f"{description} has no split {split!r} (data.{name}_split)")
-    assert train is not None
-    return train, test
 
 
 def read_idx_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
@@ -177,27 +170,26 @@ def read_idx_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
         return None
     family = find_idx_family(idx_folder, config.subset)
 
-    def read(split: str) -> RawSplit | None:
-        pair = read_idx_split(idx_folder, split, family)
-        return pair and RawSplit(torch.from_numpy(pair[0].copy()).unsqueeze(1), pair[1].tolist())
-
-    train, test = _splits(config, str(idx_folder), read)
-    description = f"{idx_folder} ({family.title})"
-    return RawSource(str(config.source), description, train, test, family.class_names(), has_subsets=True)
+    pairs = {split: read_idx_split(idx_folder, split, family) for split in PREFIXES}
+    found = _of_arrays({split: pair for split, pair in pairs.items() if pair}, f"{idx_folder} ({family.title})", config)
+    return dataclasses.replace(found, class_names=family.class_names(), has_subsets=True)
 
 
 def read_other_idx(folder: Path, config: ImagesConfig) -> RawSource | None:
     """Read a folder of IDX files by other names."""
     pairs = read_loose_idx(folder)
-    if not pairs:
-        return None
+    return _of_arrays(pairs, f"{folder} (IDX)", config) if pairs else None
+
+
+def _of_arrays(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], description: str, config: ImagesConfig) -> RawSource:
+    """The source whose splits are these grey images `[N, H, W]` and labels `[N]`."""
     splits = {
         split: RawSplit(torch.from_numpy(images.copy()).unsqueeze(1), labels.tolist())
         for split, (images, labels) in pairs.items()
     }
-    train, test, notes = choose_splits(list(splits), config, str(folder))
+    train, test, notes = choose_splits(list(splits), config, description)
     held_out = None if test is None else splits[test]
-    return RawSource(str(config.source), f"{folder} (IDX)", splits[train], held_out, notes=tuple(notes))
+    return RawSource(str(config.source), description, splits[train], held_out, notes=tuple(notes))
 
 
 def read_usps(folder: Path, config: ImagesConfig) -> RawSource | None:
@@ -206,16 +198,18 @@ def read_usps(folder: Path, config: ImagesConfig) -> RawSource | None:
         return None
     from sklearn.datasets import load_svmlight_file
 
-    def read(split: str) -> RawSplit | None:
-        path = folder / USPS_FILES.get(split, split)
-        if not path.is_file():
-            return None
-        with explained(f"{path} could not be read"):
-            values, labels = load_svmlight_file(str(path), n_features=256)
+    pairs = {}
+    for split, name in USPS_FILES.items():
+        if not (path := folder / name).is_file():
+            continue
+        with explained(f"{path} could not be read"), open_file(path) as file:
+            content = bz2.BZ2File(file).read(USPS_BYTES + 1)
+            if len(content) > USPS_BYTES:
+                raise DataError(f"{path} holds more than {USPS_BYTES:,} bytes")
+            values, labels = load_svmlight_file(io.BytesIO(content), n_features=256)
         pixels = ((values.toarray() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-        return RawSplit(torch.from_numpy(pixels).view(-1, 1, 16, 16), [int(label) - 1 for label in labels])
-
-    return RawSource(str(config.source), f"{folder} (USPS)", *_splits(config, str(folder), read))
+        pairs[split] = pixels.reshape(-1, 16, 16), labels.astype(np.int64) - 1
+    return _of_arrays(pairs, f"{folder} (USPS)", config)
 
 
 def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
@@ -235,6 +229,8 @@ def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
             files = [each["filename"] for each in json.loads(read_file(folder / name))["_data_files"]]
             if any(Path(each).name != each for each in files):
                 raise DataError(f"{folder / name} names files elsewhere: {listed(files)}")
+            for each in files:
+                file_within((folder / name).parent, each)
             tables[split] = load_from_disk(str((folder / name).parent))
     source = read_datasets(f"{folder} (datasets folder)", tables, config, folder)
     return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
@@ -268,12 +264,28 @@ def read_tables(place: Path, names: list[str], config: ImagesConfig) -> RawSourc
     if len(kinds) > 1:
         raise DataError(f"{folder} mixes parquet and arrow files; keep one kind")
     layout = arrange(names, config, str(place), tables=True)
+    for name in names:
+        _require_rows(folder / name)
     files = {split: [glob.escape(str(folder / name)) for name, _ in part] for split, part in layout.splits.items()}
     [kind] = kinds
     with explained(f"{place} could not be read"):  # each by itself, as the first would decide on the others' types
         tables = {split: load_dataset(kind, data_files={"train": each})["train"] for split, each in files.items()}
     source = read_datasets(f"{place} (tables)", tables, config, folder)
     return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
+
+
+def _require_rows(path: Path) -> None:
+    """Make sure that a table is a regular file, which does not claim more rows than can be meant.
+
+    Raises:
+        DataError: it is not.
+    """
+    from pyarrow import parquet
+
+    with explained(f"{path} could not be read"), open_file(path) as file:
+        rows = parquet.read_metadata(file).num_rows if path.suffix == ".parquet" else 0
+        if rows > MAX_ROWS:
+            raise DataError(f"{path} has {rows:,} rows, more than the limit of {MAX_ROWS:,}")
 
 
 def read_hub(name: str, config: ImagesConfig) -> RawSource:
@@ -407,6 +419,8 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
     from datasets import Image
 
     factor = 1
+    with explained(f"{description} is damaged"):
+        rows.data.table.validate(full=True)
     if type(rows.features[image_column]).__name__ == "Image":
         rows = rows.cast_column(image_column, Image(decode=False))
     elif (largest := _largest(rows.data.column(image_column))) is not None:

@@ -19,12 +19,15 @@ from mnist_diffusion.data.columns import FILE_COLUMNS, LABEL_COLUMNS, find_colum
 from mnist_diffusion.data.layout import JUNK, Layout, arrange, choose_splits, kind_of, listed
 from mnist_diffusion.data.pictures import MAX_BYTES, DataError, Pictures, cause, explained, read_file
 from mnist_diffusion.data.raw import RawSource, RawSplit, plain_label, require_plain
+from mnist_diffusion.files import open_file
 
 PICTURE_SUFFIX = re.compile(r"\.(avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)")
 TEXT_SUFFIXES, ARRAY_SUFFIXES = (".csv", ".tsv", ".jsonl"), (".npz", ".npy")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_ARCHIVE_BYTES = 2 * 10**9
 """Of the pictures in a tar archive, which are kept in memory."""
+HEADERS, MAX_HEADER_BYTES = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE), 2**20
+"""Entries of a tar archive that say something of the next one."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def tree_of_archive(path: Path) -> Tree:
 
 def _zip_reader(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
     """The names of the files in a zip archive, and what reads one of them."""
-    archive, lock = zipfile.ZipFile(path), threading.Lock()
+    with open_file(path):  # a regular file
+        archive, lock = zipfile.ZipFile(path), threading.Lock()
 
     def read(name: str) -> bytes:
         with lock, explained(f"{path}: {name} could not be read"), archive.open(name) as file:
@@ -118,15 +122,24 @@ def _zip_reader(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
 def _tar_contents(path: Path) -> dict[str, bytes]:
     """The files in a tar archive, which can only be read from its start."""
     contents, left = {}, MAX_ARCHIVE_BYTES
-    with tarfile.open(path) as tar:
+    with open_file(path) as file, tarfile.open(fileobj=file, tarinfo=_Member) as tar:
         for member in tar:
             if member.islnk():
                 raise DataError(f"{path}: {member.name} is a link within the archive; unpack it into a folder")
-            if member.isfile() and (file := tar.extractfile(member)) is not None:
+            if member.isfile() and (inside := tar.extractfile(member)) is not None:
                 if (left := left - member.size) < 0:
                     raise DataError(f"{path} holds over {MAX_ARCHIVE_BYTES} bytes; unpack it into a folder")
-                contents[member.name.removeprefix("./")] = file.read()
+                contents[member.name.removeprefix("./")] = inside.read()
     return contents
+
+
+class _Member(tarfile.TarInfo):
+    """An entry of a tar archive, whose long name and further headers are read whole only if they are small."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _tree(where: str, names: list[str], read: Callable[[str], bytes], junk: list[str], empty: list[str]) -> Tree:

@@ -158,9 +158,8 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         return pseudo_huber(errors, config.huber_c).mean(dim=(1, 2, 3)).view(len(chosen), count).mean(dim=0)
 
     label_dropout = config.label_dropout if null_class is not None else 0.0
-    return Objective(
-        loss, label_dropout, num_timesteps=max(1, config.num_teacher_steps - 1), fingerprint=fingerprint(teacher)
-    )
+    timesteps = max(1, config.num_teacher_steps - 1)
+    return Objective(loss, label_dropout, timesteps, fingerprint=fingerprint(teacher), name="distillation")
 
 
 def draw_trajectories(teacher: MNISTDiffusionPipeline, config: DistillationConfig, batch: Batch) -> TrajectoryOutput:

@@ -53,12 +53,18 @@ class Objective:
         num_timesteps: how many timesteps there are to draw from.
         fingerprint: stands for what the loss depends on beside configuration and images, such as a teacher's weights; a
             resumed run must find it the same.
+        name: what configuration, card and summary of a run call it; the function's own if it is left out.
     """
 
     loss: Callable[[nn.Module, Batch], Tensor]
     label_dropout: float = 0.0
     num_timesteps: int = 1000
     fingerprint: str = ""
+    name: str = ""
+
+    def __str__(self) -> str:
+        name = self.name or getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        return f"{name}, fingerprint {self.fingerprint[:16]}" if self.fingerprint else name
 
     def draw(
         self, shape: tuple[int, ...], *, seed: int, step: int, device: torch.device | str, held_out: bool = False
@@ -139,4 +145,4 @@ def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, nu
         errors = (prediction - diffusion_target(scheduler, batch)).square().mean(dim=(1, 2, 3))
         return errors if weights is None else errors * weights.to(errors.device)[batch.timesteps]
 
-    return Objective(loss, config.label_dropout, config.num_train_timesteps)
+    return Objective(loss, config.label_dropout, config.num_train_timesteps, name="denoising diffusion")

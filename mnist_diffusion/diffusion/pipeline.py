@@ -130,6 +130,12 @@ def generate(
     return torch.cat(list(generate_batches(pipeline, class_labels, seeds, **arguments)))
 
 
+def stop_after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """A callback that ends a call after its first step, for trying whether the call works."""
+    pipeline._interrupt = True
+    return values
+
+
 def load_pipeline(source: str, *, device: str | None, dtype: str = "float32") -> MNISTDiffusionPipeline:
     """Load a pipeline folder or Hub repository (`user/name`, `user/name@revision`), running no code from it.
 

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.transforms import to_model_range
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import file_within, read_json, replace_folder
+from mnist_diffusion.files import file_within, give_mode_of, open_file, read_json, replace_folder
 from mnist_diffusion.seeds import indices_of_step, mixed_seed, torch_generator
 from mnist_diffusion.sharing.reading import require_weights
 
@@ -210,7 +210,8 @@ def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
         raise FileError(f"{path} describes no evaluator: {type(error).__name__}: {str(error)[:200]}") from error
     require_weights(weights, model)
     model.load_state_dict(load_file(weights), assign=True)
-    return model, hashlib.sha256(weights.read_bytes()).hexdigest()
+    with open_file(weights) as file:
+        return model, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _evaluator_config(values: dict[str, Any]) -> EvaluatorConfig:
@@ -271,8 +272,6 @@ def save_evaluator(model: ImageEvaluator, folder: Path) -> None:
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
-        # The saved file is readable by its owner only, which will not do for one that is shipped.
-        (temporary / "model.safetensors").chmod(0o644)
+        give_mode_of(temporary / "config.json", temporary / "model.safetensors")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     replace_folder(folder, write)

@@ -17,15 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.diffusion.pipeline import fingerprint, generate, require_fit
+from mnist_diffusion.diffusion.pipeline import fingerprint, generate, require_fit, stop_after_step
 from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import replace_file
+from mnist_diffusion.files import open_file, replace_file
 from mnist_diffusion.seeds import mixed_seed
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
 IMAGES_PER_PART = 500
 MIN_IMAGES = 50
+MAX_PART_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,8 @@ class ImageGenerator:
         Raises:
             UserError: the settings cannot work.
         """
-
-        def stop(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            pipeline._interrupt = True
-            return values
-
         with self._sampler(settings):
-            self._generate(settings, range(1), callback_on_step_end=stop)
+            self._generate(settings, range(1), callback_on_step_end=stop_after_step)
 
     @contextmanager
     def _sampler(self, settings: SamplingSettings) -> Iterator[None]:
@@ -164,7 +160,7 @@ class ImageGenerator:
         path = None
         if self.folder is not None:
             path = self.folder / self._identity(settings) / f"{indices.start:06d}-{indices.stop:06d}.npz"
-            if (kept := _read_part(path, len(indices))) is not None:
+            if (kept := _read_part(path, (len(indices), *self.pipeline.image_shape))) is not None:
                 return kept
         passes = 0
 
@@ -202,14 +198,18 @@ class ImageGenerator:
         return f"{settings.scheduler}-{settings.num_inference_steps}{guided}-{digest[:12]}"
 
 
-def _read_part(path: Path, count: int) -> dict[str, np.ndarray] | None:
+def _read_part(path: Path, shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
     """A part that was drawn before; None if there is none, or if it is damaged and must be drawn again."""
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+        with open_file(path, MAX_PART_BYTES) as file, np.load(file, allow_pickle=False) as kept:
             part = {name: kept[name] for name in ("images", "passes", "seconds")}
+        if part["images"].shape != shape or not all(part[name].shape == () for name in ("passes", "seconds")):
+            raise ValueError(f"images of the shape {part['images'].shape}, not {shape}")
+        return {"images": part["images"].astype(np.uint8, casting="no")} | {
+            name: part[name].astype(float) for name in ("passes", "seconds")
+        }
     except Exception as error:  # whatever zip and NumPy make of bytes that are not theirs
         print(f"warning: {path} is damaged ({error}); its images are drawn again")
         return None
-    return part if len(part["images"]) == count else None

@@ -16,8 +16,9 @@ from torch import Tensor
 from mnist_diffusion.data.transforms import filled_rows
 from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.protocol import Measured
-from mnist_diffusion.files import replace_text
+from mnist_diffusion.files import replace_picture, replace_text
 from mnist_diffusion.pictures.grids import image_grid
+from mnist_diffusion.pictures.plots import figure_of_panels, log_scale, to_picture
 from mnist_diffusion.pictures.tables import markdown, screen_table
 
 IMAGES_PER_ROW = 10
@@ -91,14 +92,14 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
     lines += [f"- {text}" for text in _explanations(report)]
     for plot, (name, settings) in PLOTS.items():
         if (figure := plot_results(report["results"], name, settings)) is not None:
-            figure.savefig(folder / f"{plot}.png", dpi=100)
+            replace_picture(to_picture(figure), folder / f"{plot}.png")
             lines += ["", f"![{plot.replace('_', ' ')}]({plot}.png)"]
     for index, result in enumerate(report["results"]):
         lines += ["", f"## {result['name']}", ""]
         for kind, grids in pictures.items():
             if grids[index] is not None:
                 name = f"{kind}-{index}.png"
-                grids[index].save(folder / name)
+                replace_picture(grids[index], folder / name)
                 lines += [f"![{kind.replace('_', ' ')}]({name})", "", f"*{CAPTIONS[kind]}*", ""]
         if "class_accuracy" in result:
             lines += [_class_table(result)]
@@ -198,8 +199,8 @@ def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Ma
     for result in results:
         texts = [_spell(pattern, result.get(name)) for name, pattern in spelled.items()]
         lines.setdefault(", ".join(filter(None, texts)), []).append(result)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    label = across.replace("_", " ")
+    figure, (left, right) = figure_of_panels(1, 2, title=f"Quality by {label}", height=3.6)
     for name, chosen in lines.items():
         chosen.sort(key=lambda result: float(result[across]))
         xs, fid, errors = ([result[each] for result in chosen] for each in (across, "fid", "fid_standard_error"))
@@ -207,9 +208,12 @@ def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Ma
         if all(result["accuracy"] is not None for result in chosen):
             right.plot(xs, [100 * result["accuracy"] for result in chosen], marker="o", label=name)
     left.axhline(results[0]["fid_floor"], color="grey", linestyle=":", label="real images")
-    label, scale = across.replace("_", " "), "log" if across == "passes_per_image" else "linear"
-    left.set(xlabel=label, ylabel="FID (evaluator's features)", xscale=scale, yscale="log")
-    right.set(xlabel=label, ylabel="class accuracy, %", xscale=scale)
+    left.set(xlabel=label, ylabel="FID (evaluator's features)")
+    right.set(xlabel=label, ylabel="class accuracy, %")
+    log_scale(left)
+    if across == "passes_per_image":
+        log_scale(left, "x")
+        log_scale(right, "x")
     if results[0]["accuracy"] is not None:
         right.axhline(100 * results[0]["accuracy_floor"], color="grey", linestyle=":")
     left.legend(fontsize="small")

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mnist_diffusion.pictures.grids import evenly, side_by_side, titled
 from mnist_diffusion.run_folder.read import RunRecord, Sheet
 
 MAX_FRAMES = 60
+DECIDED = ("train.lr_lines", "train.num_threads")
+"""What a run writes into its configuration by itself, which nobody has set."""
 SHEETS_SIDE_BY_SIDE = 4
 HEADINGS = ("run", "steps", "epochs", "minutes", "images/s", "loss", "held-out loss", "FID", "class accuracy")
 
 
 def sheet_of_epochs(sheets: Sequence[Sheet]) -> Image.Image:
     """A few of the sample sheets beside each other, the first and the last among them."""
-    return side_by_side([sheets[index] for index in evenly(len(sheets), SHEETS_SIDE_BY_SIDE)])
+    last = sheets[-1].step
+    # Most is learned at the start: each chosen sheet is a multiple of the one before.
+    wanted = [max(1, sheets[0].step) ** (1 - share) * last**share for share in np.linspace(0, 1, SHEETS_SIDE_BY_SIDE)]
+    nearest = {min(sheets, key=lambda sheet: abs(math.log(max(1, sheet.step) / step))).step for step in wanted}
+    return side_by_side([(sheet.title, sheet.picture) for sheet in sheets if sheet.step in nearest])
 
 
 def frames_of_epochs(sheets: Sequence[Sheet]) -> list[Image.Image]:
@@ -32,16 +41,49 @@ def compared_sheets(runs: Mapping[str, RunRecord]) -> Image.Image | None:
     return side_by_side(last) if last else None
 
 
+def by_objective(runs: Mapping[str, RunRecord]) -> list[dict[str, RunRecord]]:
+    """The runs in groups whose losses compare."""
+    groups: list[dict[str, RunRecord]] = []
+    for name, run in runs.items():
+        fitting = (group for group in groups if _comparable(next(iter(group.values())), run))
+        group = next(fitting, None)
+        if group is None:
+            groups.append(group := {})
+        group[name] = run
+    return groups
+
+
+def _comparable(one: RunRecord, other: RunRecord) -> bool:
+    """Whether losses of two runs compare; a name that is not known, as of an older run's objective, tells nothing."""
+    unknown = {"name"} if "" in (one.learned, other.learned) else set()
+    first, second = ({key: each.objective[key] for key in each.objective.keys() - unknown} for each in (one, other))
+    return first == second
+
+
+def settings_that_differ(runs: Mapping[str, RunRecord]) -> list[list[str]]:
+    """One row for each setting, by its dotted name, in which the runs differ, with the value of each run."""
+    settings = [{"objective": run.learned, **_flat(run.config)} for run in runs.values()]
+    names = dict.fromkeys(name for each in settings for name in each if name not in DECIDED)
+    differing = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
+    return [[name, *(f"{each.get(name)!r:.60}" for each in settings)] for name in differing]
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    sections = ((section, values) for section, values in config.items() if isinstance(values, dict))
+    return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
+
+
 def rows(runs: Mapping[str, RunRecord]) -> list[list[str]]:
     """One row per run: how long it was, and what it measured last."""
     found = []
     for name, run in runs.items():
-        seconds = run.summary.get("train_seconds")
+        summary = {name: value for name, value in run.summary.items() if type(value) in (int, float)}
+        seconds = summary.get("train_seconds")
         values = (
             (run.lines[-1]["epoch"], "{:.2f}"),
             (None if seconds is None else seconds / 60, "{:.1f}"),
-            (run.summary.get("images_per_second"), "{:.0f}"),
-            (run.summary.get("loss"), "{:.4f}"),
+            (summary.get("images_per_second"), "{:.0f}"),
+            (summary.get("loss"), "{:.4f}"),
             (run.last("held_out_loss"), "{:.4f}"),
             (run.last("fid"), "{:.3f}"),
             (run.last("accuracy"), "{:.2%}"),

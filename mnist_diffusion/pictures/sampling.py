@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -16,7 +16,8 @@ from mnist_diffusion.data.transforms import filled_rows
 from mnist_diffusion.diffusion.pipeline import class_names, generate, generate_batches, load_pipeline
 from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.pictures.grids import file_names, image_grid, save_animation, to_pictures
+from mnist_diffusion.files import replace_file, replace_picture
+from mnist_diffusion.pictures.grids import drawable, file_names, image_grid, save_animation, to_pictures
 from mnist_diffusion.pictures.pipelines import predicted_frames
 from mnist_diffusion.requests import SampleRequest
 from mnist_diffusion.seeds import mixed_seed
@@ -94,11 +95,11 @@ class Samples:
         names = file_names(self.names)
         for index, picture in enumerate(to_pictures(images)):
             if self.image_labels is None:
-                picture.save(folder / f"image_{index:03d}.png")
+                replace_picture(picture, folder / f"image_{index:03d}.png")
                 continue
             label = self.image_labels[index]
             counts[label] = counts.get(label, -1) + 1
-            picture.save(folder / f"digit_{names[label]}_{counts[label]:03d}.png")
+            replace_picture(picture, folder / f"digit_{names[label]}_{counts[label]:03d}.png")
 
     def animation(self, path: Path) -> None:
         """Write a GIF of the predicted clean images, step by step."""
@@ -113,13 +114,19 @@ class Samples:
             self.pipeline.scheduler = build_sampler(sampler, kept.config)
             rows += [(f"{sampler} {steps}", self._row(num_inference_steps=steps)) for steps in SHEET_STEPS]
         self.pipeline.scheduler = kept
-        return _sheet(rows)
+        return _sheet(rows, "The same noise, by sampler and steps", self._columns())
 
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:
         """The same noise and classes at several guidance scales, one row each."""
         if self.labels is None:
             raise UserError("--guidance_sweep needs a class-conditional model")
-        return _sheet([(f"scale {scale:g}", self._row(guidance_scale=scale)) for scale in scales])
+        rows = [(f"scale {scale:g}", self._row(guidance_scale=scale)) for scale in scales]
+        return _sheet(rows, "The same noise, by guidance scale", self._columns())
+
+    def _columns(self) -> list[str] | None:
+        """The class of each image of a row."""
+        labels = self._first(max(10, len(self.names)))[0]
+        return None if labels is None else [drawable(self.names[label]) for label in labels]
 
     def _row(self, **changes: Any) -> Tensor:
         """The first images of the request, at most one of each class or ten."""
@@ -140,11 +147,13 @@ class Samples:
                 pair, num_frames, generator=generator, output_type="pt", **self.arguments
             )
             rows.append((" to ".join(self.names[label] for label in pair), frames.images.cpu()))
-        return _sheet(rows)
+        shares = [f"{100 * place / max(1, num_frames - 1):.0f} %" for place in range(num_frames)]
+        return _sheet(rows, "From one class to the next, the same noise", shares)
 
     def write_dataset(self, folder: Path) -> None:
         """Write a labelled data set as parquet, `train-00000.parquet`, while it is drawn; memory stays flat."""
         import datasets
+        import pyarrow
 
         kinds: dict[str, Any] = {"image": datasets.Image()}
         if self.image_labels is not None:
@@ -152,18 +161,21 @@ class Samples:
         features = datasets.Features(kinds)
         folder.mkdir(parents=True, exist_ok=True)
         labels = iter(self.image_labels or ())
-        with (
-            datasets.arrow_writer.ParquetWriter(features=features, path=str(folder / "train-00000.parquet")) as writer,
-            tqdm(total=self.request.num_images, unit="image") as bar,
-        ):
-            for batch in self.batches():
-                for picture in to_pictures(batch):
-                    row = {"image": picture} if self.image_labels is None else {"image": picture, "label": next(labels)}
-                    writer.write(features.encode_example(row))
-                bar.update(len(batch))
-            writer.finalize()
+
+        def write(file: BinaryIO) -> None:
+            writer = datasets.arrow_writer.ParquetWriter(features=features, stream=pyarrow.PythonFile(file, mode="w"))
+            with tqdm(total=self.request.num_images, unit="image") as bar:
+                for batch in self.batches():
+                    for picture in to_pictures(batch):
+                        label = {} if self.image_labels is None else {"label": next(labels)}
+                        writer.write(features.encode_example({"image": picture, **label}))
+                    bar.update(len(batch))
+            writer.finalize(close_stream=False)
+
+        replace_file(folder / "train-00000.parquet", write)
 
 
-def _sheet(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """A grid of named rows, each float `[N, C, H, W]` in [0, 1]."""
-    return image_grid(torch.cat([images for _, images in rows]), len(rows[0][1]), row_labels=[name for name, _ in rows])
+def _sheet(rows: Sequence[tuple[str, Tensor]], title: str, columns: Sequence[str] | None) -> Image.Image:
+    """A grid of named rows, each float `[N, C, H, W]` in [0, 1], and named columns."""
+    images, names = torch.cat([each for _, each in rows]), [name for name, _ in rows]
+    return image_grid(images, len(rows[0][1]), row_labels=names, column_labels=columns, title=title)

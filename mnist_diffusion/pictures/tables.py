@@ -22,7 +22,7 @@ def screen_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> Tab
     """A table for the screen, all columns but the first aligned to the right."""
     shown = Table()
     for index, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if index else "left")
+        shown.add_column(escape(heading), justify="right" if index else "left")
     for row in table:
         shown.add_row(*(escape(cell) for cell in row))
     return shown
@@ -31,4 +31,4 @@ def screen_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> Tab
 def markdown(headings: Sequence[str], table: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [headings, ["---"] * len(headings), *table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import give_mode_of, read_json
+from mnist_diffusion.files import flush, give_mode_of, may_pass, open_file, read_json, read_text, replace_text
 
 FORMAT = 3
 NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"
 INVALID = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 """What reading a checkpoint raises that is not what was written."""
+WRONG_CONTENT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What using a checkpoint raises that holds something else than a run's state."""
 
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read or does not belong to this run."""
+
+
+class StandingError(CheckpointError):
+    """A checkpoint may be whole, but is not for this run, this version or this moment; it stays where it is."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +80,20 @@ def save_checkpoint(
         for name, group in tensors.items():
             contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
             save_file(contiguous, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1), encoding="utf-8")
+        replace_text(temporary / "state.json", json.dumps({**state, "step": step}, indent=1))
         for path in temporary.glob("*.safetensors"):
             give_mode_of(temporary / "state.json", path)
         files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()}
         manifest = {**(about or {}), "format": FORMAT, "step": step, "files": files}
-        (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+        replace_text(temporary / MANIFEST, _manifest_text(manifest))
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         _verify(temporary, step)
         if target.exists():  # it was invalid when the run resumed, or the run would have resumed from there
             _set_aside(target)
         temporary.rename(target)
-        _flush(root)
-    except (OSError, SafetensorError, CheckpointError) as error:
+        flush(root)
+    except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         others = [path.name for _, path in _folders(root)]
         intact = f"{', '.join(others)} in {root} are as they were" if others else "there is no earlier one"
@@ -103,19 +107,25 @@ def save_checkpoint(
 def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | None, list[str]]:
     """The step of the newest valid checkpoint, and what is wrong with newer ones.
 
-    One that is invalid, or is another run's, is set aside under the name `step-N.broken`, never removed.
+    One that is invalid is set aside under the name `step-N.broken`, never removed.
 
     Args:
         root: the folder of checkpoints.
         run_id: what its manifest must say; None takes any.
+
+    Raises:
+        StandingError: one is another run's, of a newer format, or could not be read now.
     """
     problems: list[str] = []
     for step, path in _folders(root):
         try:
-            manifest = _verify(path, step)
-            if run_id is not None and manifest.get("run_id") != run_id:
-                raise CheckpointError(f"it belongs to another run, {manifest.get('run_id')!r}")
+            _verify(path, step, run_id)
+        except StandingError as error:
+            raise StandingError("; ".join([str(error), *problems])) from error
         except INVALID as error:
+            if may_pass(error):
+                whole = f"{path} could not be read, and may still be whole: {error}; try again, or move it away"
+                raise StandingError("; ".join([whole, *problems])) from error
             problems.append(f"{path} is invalid ({error}); set aside as {_set_aside(path).name}")
         else:
             return step, problems
@@ -123,10 +133,19 @@ def newest_verified(root: Path, *, run_id: str | None = None) -> tuple[int | Non
 
 
 def newest_intact(root: Path) -> tuple[Path | None, str | None]:
-    """The folder of the newest valid checkpoint and the run it belongs to, changing nothing; None if there is none."""
+    """The folder of the newest valid checkpoint and the run it belongs to, changing nothing; None if there is none.
+
+    Raises:
+        StandingError: one is of another format, or could not be read now.
+    """
     for step, path in _folders(root):
-        with suppress(*INVALID):
+        try:
             return path, _verify(path, step).get("run_id")
+        except StandingError:
+            raise
+        except INVALID as error:
+            if may_pass(error):
+                raise StandingError(f"{path} could not be read, and may still be whole: {error}") from error
     return None, None
 
 
@@ -147,15 +166,20 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
     return Checkpoint(step, path, tensors, state)
 
 
-def _verify(path: Path, step: int) -> dict[str, Any]:
+def _verify(path: Path, step: int, run_id: str | None = None) -> dict[str, Any]:
     """The manifest of a checkpoint, every file of which is the one that was written."""
     manifest = read_json(path / MANIFEST)
-    text = (path / MANIFEST).read_text(encoding="utf-8")
+    text = read_text(path / MANIFEST)
     del manifest["sha256"]
     if _manifest_text(manifest) != text:
         raise CheckpointError(f"{MANIFEST} is not the file that was written")
-    if manifest["format"] != FORMAT or manifest["step"] != step:
-        raise CheckpointError(f"manifest is of format {manifest['format']} for step {manifest['step']}")
+    if manifest["format"] != FORMAT:
+        written = f"format {manifest['format']!r:.20}, not {FORMAT}"
+        raise StandingError(f"{path} was written by another version of mnist-diffusion ({written}); install that one")
+    if run_id is not None and manifest.get("run_id") != run_id:
+        raise StandingError(f"{path} belongs to another run, {manifest.get('run_id')!r:.100}; move it away")
+    if manifest["step"] != step:
+        raise CheckpointError(f"it is of step {manifest['step']!r:.20}")
     expected = manifest["files"]
     if found := {file.name for file in path.iterdir()} - set(expected) - {MANIFEST}:
         raise CheckpointError(f"{sorted(found)} are not in the manifest")
@@ -193,16 +217,8 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

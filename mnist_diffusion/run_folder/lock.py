@@ -10,14 +10,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import replace_text
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import may_pass, read_text, remove_left_behind, replace_text
 from mnist_diffusion.run_folder.checkpoint import newest_intact
 
 LOCK = ".lock"
 RUN_ID = "run_id"
 RESULTS = ("pipeline", "pipeline_best", "snapshots", "summary.json")
 """What a run leaves that training again would overwrite."""
+PLACES = ("samples", "pictures", "snapshots", "evaluation")
+"""Folders in a run folder into which files are written."""
 
 
 def is_empty(path: Path) -> bool:
@@ -39,7 +41,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path, self.lock = path, FileLock(path / LOCK)
         self.run_id: str | None = None
-        self.new = self.marked = False
+        self.new = self.marked = self.made = False
 
     def hold(self, *, resume: bool) -> None:
         """Make the folder, let no other run hold it, and mark it as this run's.
@@ -52,11 +54,14 @@ class RunFolder:
         """
         path = self.path
         try:
+            self.made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
             if not resume and not is_empty(path):
                 raise RunFolderError(f"another run has begun in {path}; name another output_dir")
             self.new, self.marked = is_empty(path), (path / RUN_ID).is_file()
+            for place in (path, *(path / name for name in PLACES)) if self.marked else ():
+                remove_left_behind(place)
             self.run_id = self._run_id()
         except Timeout:
             raise RunFolderError(f"another run is writing to {path}; wait for it, or name another output_dir") from None
@@ -75,8 +80,12 @@ class RunFolder:
 
     def _run_id(self) -> str:
         """The mark of the run that began this folder; if it was lost, that of its newest checkpoint."""
-        file = self.path / RUN_ID
-        known = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+        file, known = self.path / RUN_ID, ""
+        try:
+            known = read_text(file, 100).strip()
+        except FileError as error:
+            if may_pass(error):
+                raise
         if not re.fullmatch(r"\w+", known):
             known = str(newest_intact(self.path / "checkpoints")[1] or uuid.uuid4().hex)
             replace_text(file, known)
@@ -97,5 +106,14 @@ class RunFolder:
             raise RunFolderError(f"{self.path} has no checkpoint to resume from, and {held}; name another output_dir")
 
     def release(self) -> None:
-        """Let another run hold the folder."""
-        self.lock.release()
+        """Let another run hold the folder; one that the run made, and left nothing in, is removed."""
+        left = (RUN_ID, "config.yaml", "metrics.jsonl")
+        try:
+            with contextlib.suppress(OSError):
+                there = {file.name for file in self.path.iterdir() if file.name != left[-1] or file.stat().st_size}
+                if self.made and there <= {LOCK, *left[:-1]}:
+                    for name in (*left, LOCK):
+                        (self.path / name).unlink(missing_ok=True)
+                    self.path.rmdir()
+        finally:
+            self.lock.release()

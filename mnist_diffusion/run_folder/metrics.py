@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from mnist_diffusion.files import replace_text
+from mnist_diffusion.files import append_text, read_text, replace_text
+
+MAX_LOG_BYTES = 2**31
+NOISE_LEVELS = 10
+"""Tenths of the timesteps, for each of which `loss_by_noise` has a mean."""
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -18,10 +21,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 def append_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
     """Add lines, on the disk before a checkpoint may count on them."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
+    append_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -29,9 +29,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Lines that are damaged are left out, with a warning: no run depends on them.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    lines = read_text(path, MAX_LOG_BYTES).splitlines(keepends=True)
     found = [_line(line) for line in lines if line.endswith("\n")]
     if damaged := found.count(None):
         print(f"warning: {damaged} lines of {path} could not be read, and are left out")
@@ -40,7 +40,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _line(text: str) -> dict[str, Any] | None:
     try:
-        line = json.loads(text)
+        line: Any = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 1:
+        return None
+    levels = [None] * NOISE_LEVELS if line.get("loss_by_noise") is None else line["loss_by_noise"]
+    if not isinstance(levels, list) or len(levels) != NOISE_LEVELS:
+        return None
+    values = [*levels, *(value for name, value in line.items() if name != "loss_by_noise")]
+    return line if all(value is None or type(value) in (int, float) for value in values) else None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +11,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig
-from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import pipeline_folder, read_yaml
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import pipeline_folder, read_json, read_picture, read_text, read_yaml
 from mnist_diffusion.run_folder.metrics import read_metrics
 
+NOT_IN_LOSS = ("diffusion.label_dropout", "diffusion.clip_sample", "distillation.teacher", "distillation.split_seed")
+OBJECTIVE = "# objective: "
+"""How the configuration of a run begins."""
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
 
 
@@ -24,6 +26,7 @@ class Sheet(NamedTuple):
 
     title: str
     picture: Image.Image
+    step: int
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,26 @@ class RunRecord:
 
     Args:
         folder: the run folder.
+        config: its `config.yaml`.
+        learned: the name of its objective; empty if it is not known.
         lines: of its `metrics.jsonl`.
         summary: its `summary.json`; empty until the run ends.
         sheets: its sample sheets, oldest first.
     """
 
     folder: Path
+    config: Mapping[str, Any]
+    learned: str
     lines: list[dict[str, Any]]
     summary: Mapping[str, Any]
     sheets: Sequence[Sheet]
+
+    @property
+    def objective(self) -> Mapping[str, Any]:
+        """What its loss depends on beside images and network; where it differs, losses do not compare."""
+        sections = {name: self.config.get(name) for name in ("diffusion", "distillation")}
+        asked = {f"{section}.{name}": each for section, values in sections.items() for name, each in _items(values)}
+        return {name: value for name, value in asked.items() if name not in NOT_IN_LOSS} | {"name": self.learned}
 
     @property
     def name(self) -> str:
@@ -59,6 +73,10 @@ class RunRecord:
         return {path.name: path for path in paths if (path / "model_index.json").is_file()}
 
 
+def _items(section: Any) -> Iterable[tuple[str, Any]]:
+    return section.items() if isinstance(section, dict) else ()
+
+
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
@@ -70,11 +88,14 @@ def read_run(folder: Path) -> RunRecord:
     if not config.is_file() or not lines:
         raise UserError(f"{str(folder)!r} is not a run folder: it needs config.yaml and metrics.jsonl with a line")
     try:
-        summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+        summary = read_json(summary_file) if summary_file.is_file() else {}
+        settings, first = dict(read_yaml(config)), read_text(config).partition("\n")[0]
         epochs_per_step = lines[-1]["epoch"] / lines[-1]["step"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(folder)!r}: the run folder could not be read: {error!r}") from error
-    return RunRecord(folder, lines, summary, sample_sheets(folder, epochs_per_step=epochs_per_step))
+    learned = first.removeprefix(OBJECTIVE) if first.startswith(OBJECTIVE) else ""
+    numbers = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
+    return RunRecord(folder, settings, learned, lines, numbers, sample_sheets(folder, epochs_per_step=epochs_per_step))
 
 
 def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:
@@ -126,13 +147,7 @@ def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:
     sheets = []
     for step, path in sorted(found.items()):
         try:
-            sheets.append(Sheet(f"epoch {step * epochs_per_step:.2f}", read_picture(path)))
-        except (OSError, SyntaxError, ValueError) as error:
-            print(f"warning: {path} could not be read, and is left out: {error}")
+            sheets.append(Sheet(f"epoch {step * epochs_per_step:.2f}", read_picture(path), step))
+        except FileError as error:
+            print(f"warning: a sample sheet is left out: {error}")
     return sheets
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture, its file closed again."""
-    with Image.open(path) as picture:
-        return picture.copy()

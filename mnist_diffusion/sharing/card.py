@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
-from mnist_diffusion.files import replace_text
+from mnist_diffusion.errors import FileError
+from mnist_diffusion.files import file_within, read_text, replace_text
 
 CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository"
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
@@ -35,6 +37,19 @@ def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) ->
     return ModelCard.from_template(data, template_path=str(template), **values)
 
 
+def parse_card(text: str) -> ModelCard:
+    """A card and its metadata.
+
+    Raises:
+        FileError: its metadata could not be read.
+    """
+    try:
+        return ModelCard(text)
+    except (YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileError(f"the metadata at the top of {CARD} could not be read: {reason}") from error
+
+
 def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) -> None:
     """Write measured values into the card of a pipeline folder, as metadata and as text, replacing earlier ones.
 
@@ -42,12 +57,14 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
         folder: the pipeline folder.
         report: of an evaluation.
         text: Markdown for the card's section on evaluation.
+
+    Raises:
+        FileError: the card could not be read.
     """
-    path = folder / CARD
-    content = path.read_text(encoding="utf-8")
+    path, content = folder / CARD, read_text(file_within(folder, CARD))
     if not EVALUATION_SECTION.search(content):
         content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"
-    card = ModelCard(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))
+    card = parse_card(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))
     settings = ("scheduler", "num_inference_steps", "guidance_scale", "num_images")
     measured = [
         EvalResult(
@@ -66,7 +83,7 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     about = {**card.data.to_dict(), "model_name": folder.resolve().parent.name, "eval_results": measured}
     about.pop("model-index", None)
     card.data = ModelCardData(**about)
-    replace_text(path, str(ModelCard(str(card))))  # which has been read back, by a safe loader
+    replace_text(path, str(parse_card(str(card))))  # which has been read back, by a safe loader
 
 
 def places_of(config: Any) -> list[str]:
@@ -90,7 +107,7 @@ def without_places(text: str, places: Sequence[str]) -> str:
 def short_card(num_classes: int | None) -> str:
     """The card of a pipeline that has none."""
     call = "pipeline()" if num_classes is None else "pipeline(class_labels=[0])"
-    return SHORT_CARD.read_text(encoding="utf-8").format(anywhere=ANYWHERE, call=call)
+    return read_text(SHORT_CARD).format(anywhere=ANYWHERE, call=call)
 
 
 def card_for(text: str, repo_id: str) -> str:

@@ -10,7 +10,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.sharing.reading import CODE_FILE
+from mnist_diffusion.files import open_file, read_bytes
+from mnist_diffusion.run_folder.metrics import MAX_LOG_BYTES
+from mnist_diffusion.sharing.reading import CODE_FILE, MAX_HEADER_BYTES
 
 CHANGED_MEANWHILE = 412  # HTTP: the head is not the parent any more
 
@@ -45,8 +47,8 @@ def commit_files(
         OSError: the Hub refused, or could not be reached; nothing has changed there.
     """
     token = (api.token if isinstance(api.token, str) else get_token() or "").encode()
-    for name, content in files.items():
-        read = b"" if name.endswith(".safetensors") else content if isinstance(content, bytes) else content.read_bytes()
+    for name, content in {**files, "the message": message.encode()}.items():
+        read = content if isinstance(content, bytes) else _text_of(content)
         if token and token in read:
             raise FileError(f"{name} holds the Hub token that is used; take it out before it is pushed")
     for attempt in range(2):
@@ -66,3 +68,11 @@ def commit_files(
             if error.response.status_code != CHANGED_MEANWHILE or attempt == 1:
                 raise
     raise AssertionError("unreachable")
+
+
+def _text_of(path: Path) -> bytes:
+    """What a file says in words: all of it, or the header of safetensors."""
+    if path.suffix != ".safetensors":
+        return read_bytes(path, MAX_LOG_BYTES)
+    with open_file(path) as file:
+        return file.read(min(MAX_HEADER_BYTES, int.from_bytes(file.read(8), "little")))

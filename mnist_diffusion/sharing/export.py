@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
-from mnist_diffusion.files import replace_folder
+from mnist_diffusion.errors import FileError
+from mnist_diffusion.files import replace_folder, replace_picture, replace_text
 from mnist_diffusion.sharing.card import CARD, PICTURE, render_card
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.sharing.reading import index_arguments
@@ -26,6 +28,9 @@ def export_pipeline(
         folder: where to; a reader sees the old folder or the new one, or none for a moment, but never a part of one.
         card: the values of the card's template.
         samples: the picture on the card.
+
+    Raises:
+        FileError: the weights could not be written.
     """
 
     def write(temporary: Path) -> None:
@@ -34,7 +39,10 @@ def export_pipeline(
         values = {name: pipeline.config[name] for name in index_arguments(type(pipeline)) if name in pipeline.config}
         type(pipeline)(**{**values, **pipeline.components, "unet": unet}).save_pretrained(temporary)
         if samples is not None:
-            samples.save(temporary / PICTURE)
-        render_card({**card, "samples": PICTURE if samples is not None else None}).save(temporary / CARD)
+            replace_picture(samples, temporary / PICTURE)
+        replace_text(temporary / CARD, str(render_card({**card, "samples": PICTURE if samples is not None else None})))
 
-    replace_folder(folder, write)
+    try:
+        replace_folder(folder, write)
+    except SafetensorError as error:  # as of a full disk
+        raise FileError(f"{folder} could not be written: {error}") from error

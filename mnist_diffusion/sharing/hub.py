@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CardData, HfApi, ModelCard, get_token, snapshot_download
-from yaml import YAMLError
+from huggingface_hub import CardData, HfApi, get_token, snapshot_download
 
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import file_within, pipeline_folder, read_json, read_yaml, replace_folder
+from mnist_diffusion.files import file_within, pipeline_folder, read_json, read_text, read_yaml, replace_folder
 from mnist_diffusion.run_folder.checkpoint import newest_intact
 from mnist_diffusion.run_folder.lock import RUN_ID, is_empty
 from mnist_diffusion.sharing import reading
-from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, places_of, short_card, without_places
+from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, parse_card, places_of, short_card, without_places
 from mnist_diffusion.sharing.commit import commit_files
 from mnist_diffusion.sharing.errors import LOG_IN, HubError, hub_errors
 from mnist_diffusion.sharing.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
@@ -81,7 +80,7 @@ def files_to_push(
         written = json.dumps(read_json(path), indent=1, ensure_ascii=False) + "\n"
         found["summary.json"] = without_places(written, places).encode()
     has_card = (folder / CARD).is_file()
-    card = file_within(folder, CARD).read_text(encoding="utf-8") if has_card else short_card(num_classes)
+    card = read_text(file_within(folder, CARD)) if has_card else short_card(num_classes)
     found[CARD] = _named(without_places(card_for(card, repo_id), places), repo_id, license).encode()
     if with_checkpoints:
         newest = None if run is None else newest_intact(run / CHECKPOINTS)[0]
@@ -93,7 +92,7 @@ def files_to_push(
 
 def _run_of(folder: Path) -> Path | None:
     """The run that exported a pipeline folder; None if it stands alone."""
-    above = folder.parent if folder.name in EXPORTS else folder.parents[1]
+    above = folder.parent if folder.name in EXPORTS else folder.parent.parent
     exported = folder.name in EXPORTS or folder.parent.name == "snapshots"
     return above if exported and any((above / name).exists() for name in (RUN_ID, CHECKPOINTS)) else None
 
@@ -168,20 +167,19 @@ def _named(text: str, repo_id: str, license: str | None) -> str:
     Raises:
         FileError: its metadata could not be read.
     """
+    card = parse_card(text)
+    values = card.data.to_dict()
+    if "model-index" not in values and license is None:
+        return text
     try:
-        card = ModelCard(text)
-        values = card.data.to_dict()
-        if "model-index" not in values and license is None:
-            return text
         if "model-index" in values:
             values["model-index"][0]["name"] = repo_id.rsplit("/", 1)[-1]
-        if license is not None:
-            values["license"] = license
-        card.data = CardData(**values)
-        return str(card)
-    except (YAMLError, ValueError, TypeError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FileError(f"the metadata at the top of {CARD} could not be read: {reason}") from error
+    except (TypeError, KeyError, IndexError) as error:
+        raise FileError(f"the metadata at the top of {CARD} has no model-index as it should be") from error
+    if license is not None:
+        values["license"] = license
+    card.data = CardData(**values)
+    return str(card)
 
 
 def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoints: bool = False) -> Path:

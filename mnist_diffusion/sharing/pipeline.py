@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from huggingface_hub import HfApi
 
 from mnist_diffusion.environment import DEFAULT_DEVICE
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import file_within, give_mode_of
+from mnist_diffusion.files import file_within, give_mode_of, read_text
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
 from mnist_diffusion.sharing import reading
 from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
@@ -79,7 +80,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             values["unet"] = reading.read_unet(folder, variant=variant, dtype=dtype or torch.float32)
         if "scheduler" not in values:
             values["scheduler"] = reading.read_scheduler(folder, scheduler)
-        reading.require_fit(folder, values, values["unet"])
+        reading.require_fit(folder, values, values["unet"], values["scheduler"])
         pipeline = cls(**values)
         pipeline.register_to_config(_name_or_path=source)
         pipeline._origin = (folder, hub.get("cache_dir"))
@@ -96,7 +97,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             kwargs: `variant`; with `push_to_hub` also `repo_id` and the other arguments of [`push_to_hub`].
 
         Raises:
-            ValueError: pickles are asked for.
+            ValueError: pickles are asked for, or the scheduler is not diffusers' own.
             TypeError: an argument is not one of these.
         """
         if not kwargs.pop("safe_serialization", True):
@@ -104,6 +105,9 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         variant = kwargs.pop("variant", None)
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained takes no argument {next(iter(kwargs))!r}")
+        kind = type(self.scheduler)
+        if getattr(diffusers, kind.__name__, None) is not kind:
+            raise ValueError(f"scheduler must be one of diffusers' own to be saved and loaded again, got {kind}")
         super().save_pretrained(save_directory, variant=variant)
         for path in Path(save_directory, "unet").glob("*.safetensors"):
             give_mode_of(path.with_name("config.json"), path)
@@ -147,7 +151,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             paths = [path for path in Path(temporary).rglob("*") if path.is_file()]
             files: dict[str, Path | bytes] = {path.relative_to(temporary).as_posix(): path for path in paths}
             loaded = self._beside(CARD, token)
-            card = short_card(self.num_classes) if loaded is None else loaded.read_text(encoding="utf-8")
+            card = short_card(self.num_classes) if loaded is None else read_text(loaded)
             files[CARD] = card_for(card, repo_id).encode()
             if (picture := self._beside(PICTURE, token)) is not None:
                 files[PICTURE] = picture

@@ -19,10 +19,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import MAX_JSON_BYTES, MAX_NAME, PICKLES, file_within, is_plain, pipeline_folder, read_json
+from mnist_diffusion.files import (
+    MAX_JSON_BYTES,
+    MAX_NAME,
+    PICKLES,
+    file_within,
+    is_plain,
+    open_file,
+    pipeline_folder,
+    read_json,
+)
 
 MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
-MAX_LEVELS, MAX_LAYERS, MAX_NUMBER = 10, 16, 100_000
+MAX_LEVELS, MAX_LAYERS, MAX_SIDE, MAX_NUMBER = 10, 16, 4096, 100_000
 FLOATS = ("BF16", "F16", "F32", "F64")
 PIPELINE_CLASS, CODE_STEM = "MNISTDiffusionPipeline", "pipeline_mnist_diffusion"
 CODE_FILE = re.compile(rf"{CODE_STEM}(_[0-9a-f]{{12}})?\.py")
@@ -70,6 +79,8 @@ def _empty_unet(folder: Path) -> UNet2DModel:
             unet = UNet2DModel.from_config(values)
             size = unet.config.sample_size
             height, width = (size, size) if isinstance(size, int) else size
+            if max(height, width) > MAX_SIDE:
+                raise ValueError(f"sample_size must be at most {MAX_SIDE}")
             image = torch.empty(1, unet.config.in_channels, height, width)
             labels = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
             shape = unet.eval()(image, torch.zeros(1), class_labels=labels).sample.shape
@@ -86,9 +97,8 @@ def require_weights(path: Path, model: torch.nn.Module) -> None:
     Raises:
         FileError: names, shapes or types differ, or the header is not one.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
+    with open_file(path) as file:
+        size, start = path.stat().st_size, file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
     if length is None or length > min(MAX_HEADER_BYTES, size - 8):
         claim = "has no header" if length is None else f"claims a header of {length:,} bytes in {size:,}"
@@ -134,6 +144,9 @@ def _read_config(folder: Path, name: str, class_name: str, *, why: str = "") -> 
         for item in items:
             if isinstance(item, int) and abs(item) > MAX_NUMBER:
                 raise FileError(f"{path}: {key[:100]} must be within ±{MAX_NUMBER:,}, got {str(item)[:100]}")
+    for key in ("solver_order", "predictor_order", "corrector_order"):
+        if key in values and values[key] not in (1, 2, 3, 4):
+            raise FileError(f"{path}: {key} must be from 1 to 4, got {str(values[key])[:100]}")
     if (found := values.get("_class_name")) != class_name:
         raise FileError(f"{path}: _class_name must be {class_name!r:.100}{why}, got {found!r:.100}")
     return path, values
@@ -186,8 +199,13 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
         raise FileError(f"{path}: guidance_distilled must be true or false")
 
 
-def require_fit(folder: Path, values: Mapping[str, Any], unet: Any) -> None:
-    """Make sure that the names in an index are those of classes that the network has, and its patches of pixels too."""
+def require_fit(folder: Path, values: Mapping[str, Any], unet: Any, scheduler: Any) -> None:
+    """Make sure that names and patches in an index are those of the network, and its steps within the scheduler's."""
+    steps, available = values.get("num_inference_steps"), getattr(scheduler.config, "num_train_timesteps", None)
+    if not isinstance(available, int):
+        raise FileError(f"{folder}: {type(scheduler).__name__} has no num_train_timesteps")
+    if steps is not None and steps > available:
+        raise FileError(f"{folder}: num_inference_steps={steps} exceeds the scheduler's {available} timesteps")
     embeddings, names, patch = unet.config.num_class_embeds, values.get("id2label"), values.get("patch_size", 1)
     if unet.config.in_channels % patch**2:
         raise FileError(f"{folder}: patch_size={patch} does not fit a network of {unet.config.in_channels} channels")

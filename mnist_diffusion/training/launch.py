@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator, DistributedType, PartialState, utils
+from accelerate.state import AcceleratorState
 
 from mnist_diffusion.config import ImagesConfig, RunConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import is_plain
 from mnist_diffusion.run_folder.lock import is_empty
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -97,6 +99,14 @@ def start_processes(config: RunConfig) -> PartialState:
     return state
 
 
+def forget_earlier_runs() -> None:
+    """Let this process launch another run, of another precision than the one before.
+
+    An `Accelerator` of the caller's own must not be used any more.
+    """
+    AcceleratorState._reset_state()
+
+
 def choose_output_dir(config: RunConfig, recipe: str) -> Path:
     """The run folder, the same for every process; it is not made yet.
 
@@ -106,6 +116,8 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
     name = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     [folder] = utils.broadcast_object_list([config.output_dir or name])
     path = Path(folder)
+    if not all(map(is_plain, path.absolute().parts)):
+        raise LaunchError(f"output_dir={folder!a} is not UTF-8, has control characters, or a name in it is too long")
     if path.exists() and not path.is_dir():
         raise LaunchError(f"output_dir={folder!r} is a file")
     if not config.train.resume and not is_empty(path):
@@ -140,4 +152,9 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     if missing := set(trackers) - {str(tracker) for tracker in accelerator.log_with}:
         extras = "pip install 'mnist-diffusion[wandb]' or 'mnist-diffusion[tensorboard]'"
         raise LaunchError(f"train.trackers: {', '.join(sorted(missing))} is not installed; {extras}")
+    if "wandb" in trackers:
+        import wandb
+
+        if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+            raise LaunchError("train.trackers: wandb has no key; run `wandb login`, or set WANDB_MODE=offline")
     return accelerator

@@ -11,10 +11,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -29,9 +30,10 @@ from mnist_diffusion.diffusion.objective import Objective
 from mnist_diffusion.environment import package_versions, set_num_threads
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import read_json, replace_text
-from mnist_diffusion.run_folder.checkpoint import save_checkpoint
+from mnist_diffusion.run_folder.checkpoint import WRONG_CONTENT, CheckpointError, save_checkpoint
 from mnist_diffusion.run_folder.lock import RunFolder
 from mnist_diffusion.run_folder.metrics import append_metrics, cut_metrics
+from mnist_diffusion.run_folder.read import OBJECTIVE
 from mnist_diffusion.training import length, report
 from mnist_diffusion.training.launch import Launch
 from mnist_diffusion.training.probe import choose_threads, expected_cost
@@ -46,6 +48,15 @@ SECONDS_TO_WRITE = 2.0
 """For checkpoint, export and plots at the end of a run."""
 PASSES_PER_UPDATE = 3
 """Network passes that an update of one image is worth: forward, and backward to inputs and to weights."""
+
+
+@contextlib.contextmanager
+def warned_of(work: str) -> Iterator[None]:
+    """Let a run go on when work fails that it does not depend on; a warning says what is missing, and why."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {work} failed, and the run goes on without: {error!r:.300}", file=sys.stderr)
 
 
 class NonFiniteError(UserError):
@@ -168,19 +179,21 @@ class TrainingLoop:
             self.clock.passed()  # as the time of evaluations, that of getting ready for them is not counted
             if not resume:
                 self.processes.on_main(lambda: self.held.hold(resume=False))
-                if self.config.output_dir is None:
-                    self.processes.on_main(self.held.link_as_latest)
             return self._loop()
         finally:
             self.held.release()
 
     def _loop(self) -> int:
         """Step, report, save, until done; the exit code."""
-        self.processes.on_main(self._write_config)
+        self.processes.on_main(self.write_config)
         self.processes.on_main(lambda: cut_metrics(self.log, self.step))
         report.start_trackers(self)
         if self.step == 0:
-            self.processes.on_main(self.draw_before)
+            self.processes.on_main(self._draw_first)
+        elif self._passes("sample_every"):  # it may have been killed between save and pictures
+            self.processes.on_main(self._draw)
+        if self.config.output_dir is None:
+            self.processes.on_main(self.held.link_as_latest)
         pending: list[dict[str, Tensor]] = []
         since, signal_number = time.perf_counter(), 0
         with stop_signals() as stop, self._progress_bar() as bar:
@@ -198,18 +211,17 @@ class TrainingLoop:
                     lines = self._collect(pending)
                     speed = len(lines) * self.config.data.batch_size / (time.perf_counter() - since)
                     lines[-1]["images_per_second"] = round(speed, 1)
-                    self._do(due, sample=self._sample)
+                    self._do(due, sample=self._measure)
                     self.clock.now()
-                    self._do(due, evaluate=self.evaluate)
+                    self._do(due, evaluate=self._evaluate)
                     self.clock.passed()  # an evaluation's time comes on top
                     self._log(lines)
-                    self._do(due, sample=self.draw_curves)
                     bar.total = self.progress.planned_steps or None
                     bar.set_postfix(loss=f"{self.progress.loss:.4f}", img_s=f"{speed:.0f}")
+                    if "checkpoint" in due:
+                        self.processes.on_main(self._checkpoint, saving=True)
+                    self._do(due, draw=self._draw, animation=self._animate, snapshot=self._snapshot)
                     pending, since = [], time.perf_counter()
-                if "checkpoint" in due:
-                    self.processes.on_main(self._checkpoint, saving=True)
-                self._do(due, animation=self.draw_animation, snapshot=self._snapshot)
                 if over:
                     break
             self.processes.on_main(lambda: self._finish(signal_number))
@@ -249,7 +261,7 @@ class TrainingLoop:
         """Change the configuration, and write it down before anything depends on it."""
         self.config = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, **train))
         self.progress.planned_steps = length.planned_steps(self.config, len(self.data.train))
-        self.processes.on_main(self._write_config)
+        self.processes.on_main(self.write_config)
 
     def _due(self, *, over: bool, interrupted: bool) -> set[str]:
         """What comes after this step."""
@@ -259,8 +271,10 @@ class TrainingLoop:
             due.add("animation")
         if over:
             due |= {"checkpoint", "sample"} | ({"evaluate"} if train.evaluate_every is not None else set())
+        if "sample" in due or self._is_early():
+            due.add("draw")
         if interrupted:  # who sends a signal does not want to wait for pictures
-            due -= {"sample", "evaluate", "animation"}
+            due -= {"sample", "evaluate", "draw", "animation"}
         return due | ({"report"} if self.step % train.log_every_steps == 0 else set())
 
     def _passes(self, option: str) -> bool:
@@ -270,6 +284,14 @@ class TrainingLoop:
         count, unit = parse_interval(interval, f"train.{option}")
         before, now = (place if unit == "steps" else self._epochs(place) for place in (self.step - 1, self.step))
         return math.floor(before / count) < math.floor(now / count)
+
+    def _is_early(self) -> bool:
+        """Whether this step is half, a quarter or an eighth of the first interval of samples: most is learned then."""
+        if self.config.train.sample_every is None or not self.config.train.pictures:
+            return False
+        count, unit = parse_interval(self.config.train.sample_every, "train.sample_every")
+        before, now = (place if unit == "steps" else self._epochs(place) for place in (self.step - 1, self.step))
+        return any(before < count / part <= now for part in (2, 4, 8))
 
     def _epochs(self, step: int) -> float:
         return step * self.config.data.batch_size / len(self.data.train)
@@ -310,8 +332,10 @@ class TrainingLoop:
         data = dataclasses.replace(self.config.data, source=self.config.data.source or self.data.source_id)
         return dataclasses.replace(self.config, train=train, data=data)
 
-    def _write_config(self) -> None:
-        replace_text(self.folder / "config.yaml", self.reproducible_config().to_yaml())
+    def write_config(self, path: Path | None = None) -> None:
+        """Write down the configuration, under the name of what is learned."""
+        config = f"{OBJECTIVE}{self.state.objective}\n{self.reproducible_config().to_yaml()}"
+        replace_text(path or self.folder / "config.yaml", config)
 
     def _collect(self, pending: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
         """The lines of the steps since the last report, losses averaged over processes, in one exchange.
@@ -353,10 +377,26 @@ class TrainingLoop:
         self.accelerator.log({name: value for name, value in tracked.items() if value is not None}, step=self.step)
         self.processes.on_main(lambda: append_metrics(self.log, lines))
 
-    def _sample(self) -> None:
+    def _draw_first(self) -> None:
+        with warned_of("drawing"):
+            self.draw_before()
+
+    def _measure(self) -> None:
         if self.config.train.num_eval_images > 0:
             self.progress.held_out_loss = self.measured["held_out_loss"] = self.state.held_out_loss()
-        self.draw_samples()
+
+    def _evaluate(self) -> None:
+        with warned_of("evaluating"):
+            self.evaluate()
+
+    def _draw(self) -> None:
+        with warned_of("drawing"):
+            self.draw_samples()
+            self.draw_curves()
+
+    def _animate(self) -> None:
+        with warned_of("drawing"):
+            self.draw_animation()
 
     def _snapshot(self) -> None:
         folder = self.folder / "snapshots" / f"step-{self.step}"
@@ -386,9 +426,14 @@ class TrainingLoop:
         """Take up the newest valid checkpoint of the run folder, if there is one."""
         if (checkpoint := load_newest(self)) is None:
             return
-        self.state.restore(checkpoint)
+        try:
+            self.state.restore(checkpoint)
+            self.progress = Progress(**{name: checkpoint.state[name] for name in get_type_hints(Progress)})
+        except torch.OutOfMemoryError:
+            raise
+        except WRONG_CONTENT as error:
+            raise CheckpointError(f"{checkpoint.path} is no checkpoint of such a run: {error!r:.300}") from error
         self.step = checkpoint.step
-        self.progress = Progress(**{each.name: checkpoint.state[each.name] for each in dataclasses.fields(Progress)})
         self.clock = length.Clock(self.progress.seconds)
         if self.timed:  # no other length is asked for: as it was, with what has been decided
             train, then = self.config.train, checkpoint.state["config"]["train"]
@@ -403,7 +448,8 @@ class TrainingLoop:
     def _finish(self, signal_number: int) -> None:
         self.export(self.folder / self.exported)
         if not signal_number:
-            self.draw_at_the_end()
+            with warned_of("drawing"):
+                self.draw_at_the_end()
         report.summarise(self, signal_number)
         # All wait for the trackers: a launcher ends the others as soon as one has ended with a signal's code.
         for tracker in self.accelerator.trackers:
@@ -411,10 +457,11 @@ class TrainingLoop:
 
     def _complete(self) -> None:
         """Say that the run is finished; write again what it was killed before writing."""
-        exported, written = self.folder / self.exported, None
-        with contextlib.suppress(OSError, FileError):
-            written = read_json(self.folder / "summary.json").get("step")
-        if written != self.step or not self.is_whole(exported):
-            self.export(exported)
-            report.summarise(self, 0)
-        print(f"Finished at step {self.step} already; nothing to do. The {self.exported} is in {exported}")
+        exported, summary = self.folder / self.exported, {}
+        with contextlib.suppress(FileError):
+            summary = read_json(self.folder / "summary.json")
+        if summary.get("step") != self.step or summary.get("stopped_by_signal") or not self.is_whole(exported):
+            self._draw()
+            self._finish(0)
+        else:
+            print(f"Finished at step {self.step} already; nothing to do. The {self.exported} is in {exported}")

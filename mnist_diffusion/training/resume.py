@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list, gather_object
 
 from mnist_diffusion.config import IMAGE_FIELDS
-from mnist_diffusion.run_folder.checkpoint import Checkpoint, CheckpointError, load_checkpoint, newest_verified
+from mnist_diffusion.run_folder.checkpoint import (
+    WRONG_CONTENT,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    newest_verified,
+)
 
 if TYPE_CHECKING:
     from mnist_diffusion.training.loop import TrainingLoop
@@ -30,10 +36,11 @@ def load_newest(loop: TrainingLoop) -> Checkpoint | None:
         CheckpointError: it is of another configuration or other images, or not every process can read it.
     """
     accelerator, root = loop.accelerator, loop.folder / "checkpoints"
-    decision = newest_verified(root, run_id=loop.held.run_id) if accelerator.is_main_process else (None, [])
-    step, problems = broadcast_object_list(list(decision))
+    step, problems, standing = broadcast_object_list(_decision(loop) if accelerator.is_main_process else [None] * 3)
     for problem in problems:
         accelerator.print(f"warning: {problem}")
+    if standing is not None:
+        raise CheckpointError(standing)
     if step is None and problems:
         left = "starting again would overwrite what the run has left"
         advice = f"move {loop.folder} away, or name another output_dir"
@@ -48,10 +55,20 @@ def load_newest(loop: TrainingLoop) -> Checkpoint | None:
         _require_same_run(loop, checkpoint)
     except CheckpointError as error:
         problem = str(error)
+    except WRONG_CONTENT as error:
+        problem = f"{root / f'step-{step}'} is no checkpoint of such a run: {error!r:.300}"
     # If one process cannot resume, none does.
     if found := [each for each in gather_object([problem]) if each is not None]:
         raise CheckpointError(found[0])
     return checkpoint
+
+
+def _decision(loop: TrainingLoop) -> list[Any]:
+    """The step of the newest valid checkpoint, warnings, and what stands in the way of resuming, if anything does."""
+    try:
+        return [*newest_verified(loop.folder / "checkpoints", run_id=loop.held.run_id), None]
+    except CheckpointError as error:
+        return [None, [], str(error)]
 
 
 def _require_same_run(loop: TrainingLoop, checkpoint: Checkpoint) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # torchrun hands the terminal's INT on to workers that had it from the terminal already.
 REPEATED_BY_LAUNCHER_SECONDS = 1.0
 
@@ -35,22 +36,33 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Collect INT, TERM and USR1 while the block runs.
+    """Collect INT, TERM, USR1 and HUP while the block runs.
 
     Python runs its signal handlers between two operations only, which may be a long step apart. The interpreter's
     wake-up descriptor is written to at once, so a thread of its own reads it and can end the process in mid-step.
+
+    In another thread than the main one, no signal arrives. In a notebook a second INT interrupts the cell.
     """
-    request = StopRequest()
+    request, notebook = StopRequest(), "ipykernel" in sys.modules
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     reading, writing = socket.socketpair()
     writing.setblocking(False)
 
     def watch() -> None:
         while received := reading.recv(1):
-            if received[0] in STOPPING and request.receive(received[0]):
+            if received[0] in STOPPING and not notebook and request.receive(received[0]):
                 os._exit(128 + received[0])
 
+    def receive(number: int, frame: object) -> None:
+        if notebook and request.receive(number):
+            raise KeyboardInterrupt
+
     watcher = threading.Thread(target=watch, name="stop signals", daemon=True)
-    before = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
+    # What is ignored, as HUP under `nohup`, stays so.
+    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in heard}
     previous = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     watcher.start()
     try:

@@ -20,10 +20,9 @@ from mnist_diffusion.data.transforms import to_model_range
 from mnist_diffusion.diffusion.network import PatchedUNet, patch_size_of
 from mnist_diffusion.diffusion.objective import Batch, Objective
 from mnist_diffusion.run_folder.checkpoint import Checkpoint, optimizer_state, restore_optimizer
+from mnist_diffusion.run_folder.metrics import NOISE_LEVELS
 from mnist_diffusion.seeds import mixed_seed
 from mnist_diffusion.training.optimizer import build_optimizer
-
-NOISE_LEVELS = 10
 
 
 class TrainState:

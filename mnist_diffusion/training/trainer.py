@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
 from mnist_diffusion.data.transforms import to_uint8
-from mnist_diffusion.diffusion.pipeline import require_fit
+from mnist_diffusion.diffusion.pipeline import generate, require_fit, stop_after_step
 from mnist_diffusion.diffusion.samplers import build_sampler
-from mnist_diffusion.files import replace_picture
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import read_json, read_picture, read_yaml, replace_picture
 from mnist_diffusion.pictures import pipelines, plots
 from mnist_diffusion.pictures.compare import frames_of_epochs, sheet_of_epochs
-from mnist_diffusion.pictures.grids import save_animation
+from mnist_diffusion.pictures.grids import image_grid, save_animation
 from mnist_diffusion.run_folder.metrics import read_metrics
-from mnist_diffusion.run_folder.read import read_picture, sample_sheets
+from mnist_diffusion.run_folder.read import sample_sheets
 from mnist_diffusion.sharing.export import export_pipeline
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training import report
-from mnist_diffusion.training.loop import TrainingLoop
+from mnist_diffusion.training.loop import TrainingLoop, warned_of
 
 ANIMATED_PER_CLASS = 2
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run left: its folder, its pipeline with the averaged weights, and what its `summary.json` says."""
+
+    folder: Path
+    pipeline: MNISTDiffusionPipeline
+    summary: Mapping[str, Any]
 
 
 class Trainer(TrainingLoop):
@@ -49,7 +62,7 @@ class Trainer(TrainingLoop):
         self.average = make_pipeline(self.state.averaged_unet)
         require_fit(self.average, self.data)
         self.average.set_progress_bar_config(disable=True)
-        self.card = card or {}
+        self.card, self.drawn_at = card or {}, -1
         self.measure: Callable[[], dict[str, float]] = dict  # nothing, until `prepare`
 
     def passes_at_the_end(self) -> int:
@@ -64,12 +77,39 @@ class Trainer(TrainingLoop):
         return self.average
 
     def prepare(self) -> None:
-        """Get the evaluator and its reference ready, if images are to be measured."""
+        """Rehearse the end of the run, and get the evaluator ready if images are to be measured."""
+        try:
+            self._rehearse()
+        except UserError:
+            raise
+        except Exception as error:  # whatever the libraries make of it
+            raise UserError(f"what comes at the end of the run cannot work: {type(error).__name__}: {error}") from error
         train = self.config.train
         if train.evaluate_every is not None:
             from mnist_diffusion.evaluation.evaluate import monitor  # takes seconds to import
 
             self.measure = monitor(self.average, self.data, num_images=train.num_evaluation_images, seed=train.seed)
+
+    def _rehearse(self) -> None:
+        """Do in small, in a temporary folder, what comes at the end: draw, write, load. What fails there fails here."""
+        pipeline, names, seed = self.pipeline(), self.data.class_names, self.config.train.seed
+        labels, seeds, rows = pipelines.sheet_rows(pipeline, names, 1, seed)
+        try:
+            generate(pipeline, labels and labels[:1], seeds[:1], callback_on_step_end=stop_after_step)
+        except ValueError as error:  # the pipeline's own, which name argument and value
+            raise UserError(f"sampling, as it is configured, cannot work: {error}") from error
+        image_grid(torch.zeros(len(seeds), *pipeline.image_shape), 1, row_labels=rows)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, config = Path(temporary, self.folder.resolve().name, self.exported), Path(temporary, "config.yaml")
+            self.export(folder)
+            MNISTDiffusionPipeline.from_pretrained(folder)
+            self.write_config(config)
+            try:
+                read_yaml(config)
+            except UserError as error:
+                raise UserError(
+                    f"the run's configuration could not be read again, to resume from it: {error}"
+                ) from error
 
     def evaluate(self) -> None:
         """Measure images, and keep the pipeline if none was better."""
@@ -77,15 +117,22 @@ class Trainer(TrainingLoop):
         self.measured |= (found := self.measure())
         metric, best = self.config.train.best_metric, self.progress.best
         if best is None or (found[metric] < best if metric == "fid" else found[metric] > best):
-            self.progress.best = found[metric]
+            with warned_of("drawing"):
+                self.draw_samples()
             self.export(self.folder / "pipeline_best")
+            self.progress.best = found[metric]
 
     def export(self, folder: Path) -> None:
-        """Write a pipeline folder with its card and the newest sample sheet."""
-        sheets, samples = sorted((self.folder / "samples").glob("step-*.png")), None
-        with contextlib.suppress(OSError, IndexError, SyntaxError, ValueError):  # better no picture than no pipeline
-            samples = read_picture(sheets[-1])
+        """Write a pipeline folder with its card and the sample sheet of this step, if it has been drawn."""
+        samples = None
+        with contextlib.suppress(FileError):  # better no picture than no pipeline
+            samples = read_picture(self._sheet(".png"))
         export_pipeline(self.pipeline(), folder, card=report.card_values(self, folder), samples=samples)
+
+    def result(self) -> TrainedRun:
+        """What the run left, read from its folder."""
+        pipeline = MNISTDiffusionPipeline.from_pretrained(self.folder / self.exported)
+        return TrainedRun(self.folder, pipeline, read_json(self.folder / "summary.json"))
 
     def is_whole(self, folder: Path) -> bool:
         """Whether the pipeline loads."""
@@ -120,13 +167,16 @@ class Trainer(TrainingLoop):
 
     def draw_samples(self) -> None:
         """The sample sheet of this step; how images form, and pixel values of real and generated images."""
+        if self.drawn_at == self.step:
+            return
         pipeline, names, train = self.pipeline(), self.data.class_names, self.config.train
         sheet, images = pipelines.sample_sheet(pipeline, names, columns=train.samples_per_class, seed=train.seed)
-        self._show("samples", sheet, self.folder / "samples" / f"step-{self.step:06d}.png")
+        self._show("samples", sheet, self._sheet(".png"))
         if train.pictures:
             self._show("denoising", pipelines.denoised(pipeline, names, seed=train.seed))
             real = self.data.train.spread(len(images))[0]
             self._show("pixel_histograms", plots.to_picture(plots.pixel_histograms(real, to_uint8(2 * images - 1))))
+        self.drawn_at = self.step
 
     def draw_curves(self) -> None:
         """What has been logged so far."""
@@ -136,7 +186,7 @@ class Trainer(TrainingLoop):
 
     def draw_animation(self) -> None:
         """How the sample sheet of this step forms."""
-        self._save_frames(self.folder / "samples" / f"step-{self.step:06d}.gif", self.config.train.samples_per_class)
+        self._save_frames(self._sheet(".gif"), self.config.train.samples_per_class)
 
     def draw_at_the_end(self) -> None:
         """The same seeds over the epochs, as a sheet and an animation, and how a few images form."""
@@ -148,6 +198,9 @@ class Trainer(TrainingLoop):
             save_animation(frames_of_epochs(sheets), self.folder / "pictures" / "epochs.gif", milliseconds=400)
         columns = min(ANIMATED_PER_CLASS, self.config.train.samples_per_class)
         self._save_frames(self.folder / "pictures" / "denoising.gif", columns)
+
+    def _sheet(self, suffix: str) -> Path:
+        return self.folder / "samples" / f"step-{self.step:06d}{suffix}"
 
     def _save_frames(self, path: Path, columns: int) -> None:
         rows = pipelines.sheet_rows(self.pipeline(), self.data.class_names, columns, self.config.train.seed)

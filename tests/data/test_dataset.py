@@ -110,7 +110,7 @@ class TestIdx:
             load(tmp_path)
 
     def test_unknown_split(self, tmp_path: Path) -> None:
-        with pytest.raises(IdxError, match="'letters'"):
+        with pytest.raises(DataError, match=r"data.train_split='letters' is not a split"):
             load(write_idx(tmp_path), train_split="letters")
 
     def test_real_mnist(self, mnist_folder: Path) -> None:

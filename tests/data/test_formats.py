@@ -18,6 +18,7 @@ from PIL import Image
 
 from mnist_diffusion.data.pictures import DataError, decode_picture
 from mnist_diffusion.data.transforms import fit_to_size
+from tests.conftest import REPOSITORY
 from tests.data.test_dataset import idx_bytes, load
 from tests.data.test_layouts import SIDE, THREE, classes, digit, place_of_bar, put, table
 
@@ -137,8 +138,35 @@ def test_formats(name: str, tmp_path: Path) -> None:
     assert (len(data.train), len(data.test), data.class_names) == (train, test, ("0", "1", "2"))
     assert data.train.tensor.shape[1:] == (1, SIDE, SIDE)
     assert [place_of_bar(image) for image in data.train.tensor] == data.train.labels.tolist()
+    assert data.source.startswith(str(tmp_path / source))
     lazy = load(tmp_path / source, in_memory=False)
     assert lazy.fingerprint == data.fingerprint
+
+
+DOCUMENTED = {
+    "nothing": "test_no_source_falls_back_loudly",
+    "`digits`": "test_digits_and_errors",
+    "a folder with one folder per class": "test_junk_is_no_class",
+    "a folder of pictures and a table": "a table beside pictures",
+    "a folder of pictures alone": "test_flat_and_patterns",
+    "`.zip`, `.tar.gz` and other archives": "zip",
+    "`.csv`, or a folder of them": "CSV of pixels",
+    "`.npz`, `.npy`, or a folder of them": "Keras .npz",
+    "parquet or arrow files, or a folder of them": "flat lists in parquet",
+    "a folder that `datasets` saved": "test_saved_data_sets_side_by_side",
+    "a folder of IDX files": "IDX by other names",
+    "a folder with `usps.bz2`": "test_usps",
+    "a Hub id": "test_cached_copy_without_the_network",
+}
+"""Each row of the table in docs/data.md, with what reads such a source: one of the formats above, or another test."""
+
+
+def test_each_row_of_the_documented_table_is_read() -> None:
+    table = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8").partition("| --- | --- |\n")[2]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.partition("\n\n")[0].splitlines()]
+    assert rows == list(DOCUMENTED)
+    tests = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert [name for name in DOCUMENTED.values() if name not in FORMATS and f"def {name}(" not in tests] == []
 
 
 class TestWrongArraysAndTables:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import os
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -312,6 +315,40 @@ class TestFiles:
         os.mkfifo(tmp_path / "a" / "pipe.png")
         with pytest.raises(DataError, match=r"pipe\.png is not a regular file"):
             load(tmp_path)
+
+    def test_a_header_of_a_tar_archive_out_of_all_proportion(self, tmp_path: Path) -> None:
+        """A name of four gigabytes, in an archive of four megabytes."""
+        member = tarfile.TarInfo("x")
+        member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2**32
+        with gzip.open(tmp_path / "x.tar.gz", "wb", compresslevel=1) as file:
+            file.write(member.tobuf(tarfile.GNU_FORMAT) + bytes(2**20))
+        with pytest.raises(DataError, match=r"the archive could not be read: .*a header of 4,294,967,296 bytes"):
+            load(tmp_path / "x.tar.gz")
+
+    def test_usps_that_unpacks_to_gigabytes(self, tmp_path: Path) -> None:
+        (tmp_path / "usps.bz2").write_bytes(bz2.compress(bytes(34 * 2**20)))
+        with pytest.raises(DataError, match="holds more than 33,554,432 bytes"):
+            load(tmp_path)
+
+    def test_a_saved_data_set_with_a_wrong_offset(self, tmp_path: Path) -> None:
+        """Which would read, or write, beside the array."""
+        picture = io.BytesIO()
+        Image.new("L", (8, 8), 200).save(picture, "PNG")
+        cells = [{"bytes": picture.getvalue(), "path": None}] * 9
+        datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 2] * 3}).save_to_disk(str(tmp_path / "saved"))
+        [file] = (tmp_path / "saved").glob("*.arrow")
+        content, offsets = file.read_bytes(), np.arange(10, dtype=np.int32) * len(picture.getvalue())
+        assert content.count(offsets.tobytes()) == 1
+        file.write_bytes(content.replace(offsets.tobytes(), np.append(offsets[:-1], 2**30).astype(np.int32).tobytes()))
+        with pytest.raises(DataError, match="saved"):
+            load(tmp_path / "saved")
+
+    def test_a_table_of_more_rows_than_can_be_meant(self, tmp_path: Path) -> None:
+        rows = 10_000_001
+        table = pa.table({"image": pa.nulls(rows, pa.binary()), "label": pa.nulls(rows)})
+        parquet.write_table(table, tmp_path / "x.parquet")
+        with pytest.raises(DataError, match="has 10,000,001 rows, more than the limit of 10,000,000"):
+            load(tmp_path / "x.parquet")
 
     def test_a_broken_archive(self, tmp_path: Path) -> None:
         for name in ("x.zip", "x.tar.gz"):

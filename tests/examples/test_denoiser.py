@@ -25,6 +25,7 @@ TRAIN = [
     *("--sigma", "0.5", "--data.source", "digits", "--data.batch_size", "16", "--train.max_minutes", "null"),
     *("--model.block_out_channels", "[8,16]", "--train.max_steps", "150", "--train.warmup_steps", "10"),
     *("--train.ema_decay", "0.9", "--train.num_eval_images", "32", "--train.sample_every", "100 steps"),
+    *("--train.pictures", "false"),
 ]
 
 

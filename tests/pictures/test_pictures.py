@@ -20,6 +20,7 @@ from mnist_diffusion.cli.plot import PLOTS
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.evaluation import evaluator
+from mnist_diffusion.pictures.compare import sheet_of_epochs
 from mnist_diffusion.pictures.grids import (
     LONGEST_LABEL,
     denoising_strip,
@@ -31,6 +32,7 @@ from mnist_diffusion.pictures.grids import (
     titled,
 )
 from mnist_diffusion.pictures.plots import compared_curves, noise_schedules, pixel_histograms, training_curves
+from mnist_diffusion.run_folder.read import Sheet
 from tests.conftest import make_image_folder
 
 
@@ -45,7 +47,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("runs")
     make_image_folder(root / "pictures" / "train", images_per_class=40)
     make_image_folder(root / "pictures" / "test", images_per_class=20)
-    for name, more in (("first", ["--train.snapshot_every", "4 steps"]), ("second", ["--train.seed", "1"])):
+    for name, more in (
+        ("first", ["--train.snapshot_every", "4 steps"]),
+        ("second", ["--train.seed", "1", "--train.pictures", "false"]),
+    ):
         AcceleratorState._reset_state(reset_partial_state=True)
         flags = ["--train.max_steps", "8", "--train.sample_every", "4 steps", "--output_dir", str(root / name)]
         assert train_cfg.main(["--config", "tiny", "--data.source", str(root / "pictures"), *flags, *more]) == 0
@@ -154,9 +159,14 @@ class TestFigures:
         assert training_curves(lines).axes[1].get_ylabel() == "norm of the gradient"
 
     def test_compared_curves(self) -> None:
-        figure = compared_curves({"a": LINES, "b": LINES[:10]})
+        figure = compared_curves([{"a": LINES, "b": LINES[:10]}, {"of another objective": LINES}])
         assert [line.get_label() for line in figure.axes[0].lines] == ["a", "b"]
-        assert len(figure.axes) == 2
+        assert [line.get_label() for line in figure.axes[2].lines] == ["of another objective"]
+        assert len(figure.axes) == 4
+        figure.draw_without_rendering()
+        ticks = [tick.get_text() for panel in figure.axes for tick in panel.get_yticklabels(which="both")]
+        assert not any("\\times" in tick or "^" in tick for tick in ticks)
+        assert "0.2" in ticks
 
     def test_noise_schedule_against_its_definition(self) -> None:
         scheduler = build_noise_scheduler(DiffusionConfig(num_train_timesteps=50, beta_schedule="linear"))
@@ -167,6 +177,10 @@ class TestFigures:
         alpha_bar = np.cumprod(1 - expected)
         np.testing.assert_allclose(drawn(left, 0)[1], alpha_bar, rtol=1e-5)
         np.testing.assert_allclose(drawn(ratio, 0)[1], 10 * np.log10(alpha_bar / (1 - alpha_bar)), rtol=1e-3)
+        longer = build_noise_scheduler(DiffusionConfig(num_train_timesteps=200, beta_schedule="linear"))
+        for panel in noise_schedules({"x": scheduler, "longer": longer}).axes:
+            assert panel.get_xlabel() == "timestep, % of all"
+            assert [round(drawn(panel, line)[0][-1], 1) for line in (0, 1)] == [98.0, 99.5]
 
     def test_pixel_histograms_are_shares(self) -> None:
         real = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
@@ -244,7 +258,9 @@ class TestCompare:
         text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
         assert "| first | 8 |" in text
         assert "| second | 8 |" in text
-        assert "first" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "first" in shown
+        assert "drawn apart" not in shown
         for name in ("curves.png", "sheets.png"):
             with Image.open(tmp_path / name) as picture:
                 assert picture.width > 200
@@ -281,6 +297,27 @@ class TestCompare:
         assert main(["compare", str(copy), str(runs[1]), *asked]) == 2
         assert "the runs saw different images" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+    def test_runs_of_different_objectives_are_drawn_apart_and_what_differs_is_listed(
+        self, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        copy = shutil.copytree(runs[0], tmp_path / "copy")
+        config = (copy / "config.yaml").read_text(encoding="utf-8")
+        (copy / "config.yaml").write_text(config.replace("v_prediction", "epsilon").replace("seed: 0", "seed: 5"))
+        # What somebody's program left in a summary is no reason to end.
+        summary = json.loads((copy / "summary.json").read_text())
+        (copy / "summary.json").write_text(json.dumps({**summary, "train_seconds": "long", "loss": [1]}))
+        assert main(["compare", str(runs[0]), str(copy), "--out", str(tmp_path / "out")]) == 0
+        assert "Losses of different objectives do not compare" in capsys.readouterr().out
+        text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+        assert "| diffusion.prediction_type | 'v_prediction' | 'epsilon' |" in text
+        assert "| train.seed | 0 | 5 |" in text
+        assert "train.batch_size" not in text
+
+    def test_the_chosen_sheets_are_multiples_of_each_other(self) -> None:
+        sheets = [Sheet(str(step), Image.new("L", (20, 20)), step) for step in (60, 125, 250, *range(500, 8001, 500))]
+        wide = sheet_of_epochs(sheets).width
+        assert wide == side_by_side([(str(step), Image.new("L", (20, 20))) for step in (60, 250, 1500, 8000)]).width
 
     def test_errors(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["compare", str(tmp_path)]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -18,6 +19,7 @@ import torch
 from mnist_diffusion.run_folder import checkpoint as checkpoint_module
 from mnist_diffusion.run_folder.checkpoint import (
     Checkpoint,
+    CheckpointError,
     load_checkpoint,
     newest_verified,
     optimizer_state,
@@ -197,11 +199,30 @@ class TestCorruption:
         for step in (1, 2, 3):
             save_checkpoint(tmp_path, step, TENSORS, {}, keep=3, about={"run_id": "mine" if step < 3 else "theirs"})
         (tmp_path / "step-2").rename(tmp_path / "step-9")
-        newest, problems = newest_verified(tmp_path, run_id="mine")
-        assert newest == 1
-        assert len(problems) == 2
-        assert "belongs to another run, 'theirs'" in problems[1]
-        assert {path.name for path in tmp_path.iterdir()} == {"step-1", "step-9.broken", "step-3.broken"}
+        with pytest.raises(CheckpointError, match="step-3 belongs to another run, 'theirs'; move it away"):
+            newest_verified(tmp_path, run_id="mine")
+        assert {path.name for path in tmp_path.iterdir()} == {"step-1", "step-9.broken", "step-3"}
+        shutil.rmtree(tmp_path / "step-3")
+        assert newest_verified(tmp_path, run_id="mine") == (1, [])
+
+    def test_one_of_a_newer_version_or_that_cannot_be_read_now_stays_where_it_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(checkpoint_module, "FORMAT", checkpoint_module.FORMAT + 1)
+        save(tmp_path, 1)
+        monkeypatch.undo()
+        with pytest.raises(CheckpointError, match="written by another version"):
+            newest_verified(tmp_path)
+        shutil.rmtree(tmp_path / "step-1")
+        save(tmp_path, 2)
+
+        def failing(*_: Any) -> Any:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr("hashlib.file_digest", failing)
+        with pytest.raises(CheckpointError, match=r"could not be read, and may still be whole: .*Input/output error"):
+            newest_verified(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
 
     def test_file_that_was_not_written(self, tmp_path: Path) -> None:
         (save(tmp_path, 1) / "more.safetensors").write_bytes(b"")
@@ -240,9 +261,9 @@ def test_a_verified_checkpoint_remains_whatever_the_crashes(
         return call
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what a crash of the process does not need
-    for owner, name in ((checkpoint_module, "save_file"), (checkpoint_module, "_flush"), (shutil, "rmtree")):
+    for owner, name in ((checkpoint_module, "save_file"), (checkpoint_module, "flush"), (shutil, "rmtree")):
         monkeypatch.setattr(owner, name, crashing(getattr(owner, name)))
-    for name in ("write_text", "mkdir", "rename"):
+    for name in ("replace", "mkdir", "rename"):
         monkeypatch.setattr(Path, name, crashing(getattr(Path, name)))
     memory = Path("/dev/shm")
     base = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else tmp_path))
@@ -272,3 +293,72 @@ def test_a_verified_checkpoint_remains_whatever_the_crashes(
         real_rmtree(base)
     assert crashes > 0.5 * sequences
     assert saves > sequences
+
+
+class PowerCut:
+    """Loses, from one operation on, what has not been flushed: contents of files, and names in folders.
+
+    Args:
+        root: the folder of checkpoints.
+        last: the operation, a flush or a rename, that does not happen any more.
+    """
+
+    def __init__(self, root: Path, last: int):
+        self.root, self.left = root, last
+        self.safe = {path.stat().st_ino for path in root.rglob("*") if path.is_file()}
+        self.renamed: list[tuple[Path, Path]] = []
+        self.operations = {name: getattr(Path, name) for name in ("rename", "replace")}
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Crash
+
+    def fsync(self, descriptor: int) -> None:
+        self.step()
+        place = Path(f"/proc/self/fd/{descriptor}").readlink()
+        self.safe.add(os.fstat(descriptor).st_ino)
+        self.renamed = [(old, new) for old, new in self.renamed if new.parent != place]
+
+    def move(self, name: str) -> Any:
+        def call(old: Path, new: Path) -> Path:
+            self.step()
+            self.renamed.append((old, new))
+            return self.operations[name](old, new)
+
+        return call
+
+    def strike(self) -> None:
+        for old, new in reversed(self.renamed):
+            self.operations["rename"](new, old)
+        for path in self.root.rglob("*"):
+            if path.is_file() and path.stat().st_ino not in self.safe:
+                path.write_bytes(b"")
+
+
+def test_a_power_cut_at_any_operation_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = []
+    for last in range(100):
+        root = tmp_path / str(last)
+        save(root, 1)
+        cut = PowerCut(root, last)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", cut.fsync)
+            for name in cut.operations:
+                patched.setattr(Path, name, cut.move(name))
+            try:
+                save(root, 2)
+                finished = True
+            except Crash:
+                finished = False
+        cut.strike()
+        step, problems = newest_verified(root)
+        assert not problems
+        reached.append(step)
+        if finished:
+            break
+    assert set(reached) == {1, 2}
+    assert finished
+    assert reached[-1] == 2

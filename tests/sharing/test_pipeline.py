@@ -623,6 +623,20 @@ class TestOtherCode:
             MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
 
 
+class MyScheduler(DDIMScheduler):
+    """A scheduler of a user's own."""
+
+
+def test_a_scheduler_that_could_not_be_loaded_again_is_not_saved(
+    pipeline: MNISTDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.scheduler = MyScheduler.from_config(pipeline.scheduler.config)
+    assert len(pipeline(["a"], num_inference_steps=2).images) == 1
+    with pytest.raises(ValueError, match=r"scheduler must be one of diffusers' own .* got .*MyScheduler"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 class Mine(MNISTDiffusionPipeline):
     """A subclass of a user's, in a file of theirs."""
 

@@ -224,6 +224,9 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "unknown blocks": (edited(UNET, down_block_types=["Evil", "Evil"]), "describes no network"),
     "endless noise schedule": (edited(SCHEDULER, num_train_timesteps=10**12), "num_train_timesteps must be within"),
     "endless solver": (edited(SCHEDULER, solver_order=10**10), "solver_order must be within"),
+    "solver of no order": (edited(SCHEDULER, solver_order=0), "solver_order must be from 1 to 4"),
+    "image of 40 GB": (edited(UNET, sample_size=100_000), "sample_size must be at most 4096"),
+    "more steps than timesteps": (edited(INDEX, num_inference_steps=1001), "exceeds the scheduler's 1000 timesteps"),
     "schedule of nothing": (edited(SCHEDULER, beta_schedule="__import__('os')"), "describes no DPMSolverMultistep"),
     # Links and things that are no files.
     "index elsewhere": (linked(INDEX, f"OUTSIDE/{INDEX}"), "is a link that leads out of its folder"),
@@ -252,7 +255,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a tensor more": (other_weights(replaced("evil", torch.zeros(1))), "has a tensor 'evil'"),
     "a tensor less": (other_weights(replaced("conv_in.bias", None)), "lacks tensor 'conv_in.bias'"),
     # JSON that is too much.
-    "huge JSON": (written(INDEX, '{"a": "' + "x" * 2**21 + '"}'), "is larger than 1,048,576 bytes"),
+    "huge JSON": (written(INDEX, '{"a": "' + "x" * 2**21 + '"}'), "is larger than the limit of 1,048,576 bytes"),
     "nested JSON": (written(INDEX, "[" * 500_000), "is not JSON"),
     "nested object": (written(UNET, '{"a":' * 100_000 + "1" + "}" * 100_000), "is not JSON"),
     "long number": (written(UNET, '{"sample_size": ' + "9" * 100_000 + "}"), "is not JSON"),
@@ -262,11 +265,19 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline folder, to be copied."""
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("case", FOLDERS)
-def test_folders(case: str, tmp_path: Path) -> None:
+def test_folders(case: str, saved: Path, tmp_path: Path) -> None:
     change, message = FOLDERS[case]
     folder, canary = tmp_path / "folder", tmp_path / "canary"
-    make_pipeline().save_pretrained(folder)
+    shutil.copytree(saved, folder)
     (folder / CODE).write_text(code(canary))
     change(folder, canary)
     with pytest.raises(FileError, match=message) as caught:
@@ -291,12 +302,12 @@ def _load_all(arguments: list[str], *, out: str) -> int:
     return 0
 
 
-def test_memory(tmp_path: Path) -> None:
+def test_memory(saved: Path, tmp_path: Path) -> None:
     """All of them in one process of their own, libraries included: less than a gibibyte."""
     folders = []
     for number, (change, _) in enumerate(FOLDERS.values()):
         folder = tmp_path / str(number) / "folder"
-        make_pipeline().save_pretrained(folder)
+        shutil.copytree(saved, folder)
         change(folder, tmp_path / "canary")
         folders.append(str(folder))
     out = tmp_path / "out.json"

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 EXTREMES = (
@@ -248,6 +249,104 @@ def _pipeline(folder: Path, name: str) -> Callable[[random.Random], Callable[[],
     return make
 
 
+def _saved_data_set(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
+    import datasets
+
+    from mnist_diffusion.config import DataConfig
+    from mnist_diffusion.data.dataset import load_images
+
+    datasets.Dataset.from_parquet(str(_written(folder.with_name("table.parquet"), _parquet()))).save_to_disk(
+        str(folder)
+    )
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def make(source: random.Random) -> Callable[[], object]:
+        chosen = source.choice(list(files))
+        for path, content in files.items():
+            _written(path, mutated(content, source) if path == chosen else content)
+        return lambda: load_images(DataConfig(source=str(folder)), seed=0)
+
+    return make
+
+
+def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callable[[], object]]:
+    """A file of a run folder, which a function of the package reads."""
+    from mnist_diffusion.pictures import compare, plots
+    from mnist_diffusion.run_folder.read import RunRecord, read_run
+    from mnist_diffusion.sharing.card import write_results_to_card
+    from mnist_diffusion.sharing.hub import files_to_push
+    from tests.conftest import run_folder
+
+    def shown(run: RunRecord) -> None:
+        compare.rows({"a": run})
+        compare.settings_that_differ({"a": run, "b": run})
+        plots.training_curves(run.lines)
+
+    run_folder(folder)
+    about = {"source": "x", "hub_id": None, "fingerprint": "0"}
+    report = {"data": about, "results": [{"accuracy": 0.5, **dict.fromkeys(SETTINGS)}]}
+    readers: dict[str, Callable[[], object]] = {
+        "run": lambda: shown(read_run(folder)),
+        "push": lambda: files_to_push(folder / "pipeline", "user/name", with_checkpoints=True),
+        "card": lambda: write_results_to_card(folder / "pipeline", report, "x"),
+    }
+    lines = [{"step": step, "epoch": step / 10, "loss": 1.0, "loss_by_noise": [0.1] * 10} for step in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = (folder / name).read_bytes()
+
+    def make(source: random.Random) -> Callable[[], object]:
+        _written(folder / name, mutated(content, source))
+        return readers[read]
+
+    return make
+
+
+SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "num_images")
+
+
+def _checkpoint(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
+    """A checkpoint whose state says something else, under hashes that are right: what a resumed run makes of it."""
+    from mnist_diffusion.run_folder.checkpoint import load_checkpoint, save_checkpoint
+    from mnist_diffusion.training.resume import differences
+
+    state = json.dumps({"loss": 0.5, "seconds": 3.0, "config": {"train": {"seed": 0}}, "optimizer_groups": [{"lr": 1}]})
+
+    def make(source: random.Random) -> Callable[[], object]:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(ValueError, RecursionError):
+            changed = json.loads(mutated(state.encode(), source))
+            if isinstance(changed, dict):
+                save_checkpoint(folder, 1, {"w": {"w": torch.zeros(2)}}, changed, keep=1)
+        if not folder.exists():
+            save_checkpoint(folder, 1, {"w": {"w": torch.zeros(2)}}, {}, keep=1)
+            path = source.choice([folder / "step-1" / name for name in ("manifest.json", "state.json")])
+            _written(path, mutated(path.read_bytes(), source))
+        return lambda: differences(load_checkpoint(folder, 1).state.get("config"), json.loads(state)["config"])
+
+    return make
+
+
+def _part(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
+    from mnist_diffusion.evaluation.generated import _read_part
+
+    folder.mkdir()
+    file = io.BytesIO()
+    images = np.arange(5 * 64, dtype=np.uint8).reshape(5, 1, 8, 8)
+    np.savez(file, images=images, passes=np.array(10), seconds=np.array(0.5))
+
+    def make(source: random.Random) -> Callable[[], object]:
+        path = _written(folder / "part.npz", mutated(file.getvalue(), source))
+        return lambda: _read_part(path, (5, 1, 8, 8))
+
+    return make
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
 TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], object]]]] = {
     "IDX files": _idx,
     "folders of pictures": _pictures,
@@ -257,6 +356,14 @@ TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], objec
     "tar archives": partial(_one_file, name="x.tar.gz", content=partial(_archive, "tar")),
     "parquet tables": partial(_one_file, name="x.parquet", content=_parquet),
     "tables of labels": _label_table,
+    "saved data sets": _saved_data_set,
+    "metrics.jsonl": partial(_run, name="metrics.jsonl", read="run"),
+    "summary.json": partial(_run, name="summary.json", read="push"),
+    "config.yaml of a run": partial(_run, name="config.yaml", read="run"),
+    "model cards": partial(_run, name="pipeline/README.md", read="card"),
+    "model cards to push": partial(_run, name="pipeline/README.md", read="push"),
+    "checkpoints": _checkpoint,
+    "parts of an evaluation": _part,
     "YAML configurations": _yaml,
     "model_index.json": partial(_pipeline, name="model_index.json"),
     "unet/config.json": partial(_pipeline, name="unet/config.json"),
@@ -267,6 +374,8 @@ TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], objec
 
 def fuzz(target: str, count: int, *, first: int = 0, seed: int = 0) -> Findings:
     """Read `count` mutated inputs; only the package's own errors may come of it, and none may take long."""
+    import datasets  # noqa: F401  (takes seconds, which are none of an input's)
+
     from mnist_diffusion.errors import UserError
 
     found, start = Findings(), _peak_bytes()

@@ -38,9 +38,9 @@ FLAGS = [
 ]
 FILE_OPERATIONS = (
     ("mnist_diffusion.run_folder.checkpoint", "save_file"),
-    ("mnist_diffusion.run_folder.checkpoint", "_flush"),
+    ("mnist_diffusion.run_folder.checkpoint", "flush"),
     ("mnist_diffusion.run_folder.checkpoint.shutil", "rmtree"),
-    ("pathlib.Path", "write_text"),
+    ("pathlib.Path", "replace"),
     ("pathlib.Path", "mkdir"),
     ("pathlib.Path", "rename"),
 )

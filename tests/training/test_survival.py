@@ -21,7 +21,17 @@ import yaml
 
 from mnist_diffusion.run_folder.checkpoint import load_checkpoint, newest_verified
 from mnist_diffusion.run_folder.metrics import read_metrics
-from tests.support.survival import FLAGS, Death, Nursery, chain_of_kills, elastic_runs, every_operation, join
+from mnist_diffusion.training.state import TrainState
+from tests.support.survival import (
+    FLAGS,
+    Death,
+    Nursery,
+    chain_of_kills,
+    elastic_runs,
+    every_operation,
+    final_state,
+    join,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +95,7 @@ class TestSignals:
             (signal.SIGTERM, 2, 2),
             (signal.SIGINT, 2, 1),
             (signal.SIGUSR1, 2, 1),
+            (signal.SIGHUP, 1, 1),
         ],
         ids=str,
     )
@@ -250,6 +261,11 @@ class TestBadTimes:
         flags = [*FLAGS, "--train.max_steps", "9", "--output_dir", str(tmp_path / "run")]
         assert nursery.finish(flags, log=log, ranks=2, work=with_small_files, seconds=60) == [2, 2], log.read_text()
 
+    def test_processes_must_read_the_same_images(self, nursery: Nursery, tmp_path: Path) -> None:
+        log = tmp_path / "log.txt"
+        assert nursery.finish([*FLAGS], log=log, ranks=2, work=with_other_images) == [2, 2], log.read_text()
+        assert "error: the processes read different images: fingerprints" in log.read_text()
+
     def test_folder_that_cannot_be_written_to(self, nursery: Nursery, tmp_path: Path) -> None:
         log = tmp_path / "log.txt"
         flags = [*FLAGS, "--train.max_steps", "2", "--output_dir", "/proc/nowhere/run"]
@@ -319,6 +335,22 @@ class TestBadTimes:
         assert (folder / "pipeline" / "model_index.json").is_file()
         assert json.loads((folder / "summary.json").read_text())["step"] == 6
 
+    def test_killed_between_a_save_and_its_pictures(self, nursery: Nursery, tmp_path: Path) -> None:
+        """What a kill left undrawn is drawn when the run resumes; all else is as if there had been none."""
+        log, drawn = tmp_path / "log.txt", ["--train.sample_every", "3 steps", "--train.max_steps", "6"]
+        flags = [*FLAGS, *drawn, "--train.resume", "true", "--output_dir"]
+        assert nursery.finish([*flags, str(tmp_path / "whole")], log=log) == [0]
+        for step in (3, 6):
+            work = partial(killed_before_drawing, step=step)
+            assert nursery.finish([*flags, str(tmp_path / "cut")], log=log, work=work) == [-signal.SIGKILL]
+            assert newest_step(tmp_path / "cut") == step
+            assert not (tmp_path / "cut" / "samples" / f"step-{step:06d}.png").exists()
+        assert nursery.finish([*flags, str(tmp_path / "cut")], log=log) == [0], log.read_text()
+        whole, cut = (final_state(tmp_path / name) for name in ("whole", "cut"))
+        assert [name for name in whole if whole[name] != cut[name]] == []
+        for name in ("samples/step-000003.png", "samples/step-000006.png", "pipeline/samples.png"):
+            assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
     def test_nothing_verifies(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"
         flags = [*FLAGS, "--train.max_steps", "2", "--output_dir", str(folder)]
@@ -357,8 +389,22 @@ def with_small_files(arguments: list[str]) -> int:
     """A run that cannot write files as large as its weights: what a full disk does, without filling one."""
     import train_cfg
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    state: Any = TrainState
+    update = state.update
+
+    def limited(*arguments: Any) -> Any:  # from the first step on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return update(*arguments)
+
+    state.update = limited
     return train_cfg.main(arguments)
+
+
+def with_other_images(arguments: list[str]) -> int:
+    """A run whose processes find different images."""
+    import train_cfg
+
+    return train_cfg.main([*arguments, "--train.seed", os.environ["RANK"]])  # which chooses those held out
 
 
 def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
@@ -391,7 +437,33 @@ def killed_before_the_pipeline(arguments: list[str]) -> int:
     from mnist_diffusion.training import trainer as module
 
     trainer: Any = module
-    trainer.export_pipeline = lambda pipeline, folder, **more: os.kill(os.getpid(), signal.SIGKILL)
+    export, calls = trainer.export_pipeline, 0
+
+    def killed(*parts: Any, **more: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first is the rehearsal
+            os.kill(os.getpid(), signal.SIGKILL)
+        export(*parts, **more)
+
+    trainer.export_pipeline = killed
+    return train_cfg.main(arguments)
+
+
+def killed_before_drawing(arguments: list[str], *, step: int) -> int:
+    """A run killed when it is about to draw the samples of a step."""
+    import train_cfg
+    from mnist_diffusion.training.trainer import Trainer
+
+    trainer: Any = Trainer
+    draw = trainer.draw_samples
+
+    def killed(self: Any) -> None:
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        draw(self)
+
+    trainer.draw_samples = killed
     return train_cfg.main(arguments)
 
 

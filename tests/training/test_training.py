@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+import mnist_diffusion
 import train_cfg
 from mnist_diffusion.cli.options import RunArguments, parse_train_arguments
-from mnist_diffusion.config import AugmentConfig, Config, TrainConfig
+from mnist_diffusion.config import AugmentConfig, Config, DiffusionConfig, SamplingConfig, TrainConfig
 from mnist_diffusion.data.dataset import draw_batch, load_images
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.objective import diffusion_objective
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator
+from mnist_diffusion.run_folder.checkpoint import load_checkpoint, save_checkpoint
 from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.launch import build_accelerator
 from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.training.trainer import TrainedRun, Trainer
 from tests.conftest import tiny_config
 
 
@@ -179,6 +185,31 @@ class TestResume:
         for name, tensor in weights(whole).items():
             assert torch.equal(weights(short)[name], tensor)
         assert losses(short) == losses(whole)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda tensors, state: tensors.pop("ema"),
+            lambda tensors, state: tensors["optimizer"].update({"9999.step": torch.zeros(1)}),
+            lambda tensors, state: state.pop("planned_steps"),
+            lambda tensors, state: state.update(optimizer_groups=3),
+            lambda tensors, state: state.pop("config"),
+        ],
+    )
+    def test_a_whole_checkpoint_of_something_else(self, change: Any, folder: Path, tmp_path: Path) -> None:
+        """Its hashes are right, its content is not."""
+        copy = shutil.copytree(folder, tmp_path / "run")
+        found = load_checkpoint(copy / "checkpoints", 5)
+        tensors = {name: {**group} for name, group in found.tensors.items()}
+        state = {**found.state}
+        change(tensors, state)
+        about = {"run_id": (copy / "run_id").read_text()}
+        shutil.rmtree(copy / "checkpoints")
+        save_checkpoint(copy / "checkpoints", 5, tensors, state, keep=1, about=about)
+        before = (copy / "metrics.jsonl").read_bytes()
+        with pytest.raises(UserError, match="step-5 is no checkpoint of such a run"):
+            run(tiny_config(), copy, resume=True, max_steps=6)
+        assert (copy / "metrics.jsonl").read_bytes() == before
 
     def test_a_finished_run_checks_what_it_left(self, tmp_path: Path) -> None:
         folder = run(tiny_config(max_steps=2), tmp_path / "run")
@@ -505,3 +536,88 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
     with pytest.raises(UserError, match=r"images \(C, H, W\): \(4, 14, 14\) for the pipeline, but \(1, 28, 28\)"):
         run(tiny_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "folder", "message"),
+    [
+        ({"sampling": SamplingConfig(scheduler="lcm", num_inference_steps=60)}, "run", "sampling, as it is configured"),
+        (
+            {"diffusion": DiffusionConfig(trained_betas=(0.012345678901234567,) * 8000, num_train_timesteps=8000)},
+            "run",
+            "could not be read again, .* larger than the limit of 131,072 bytes",
+        ),
+        ({}, "a\nb", "has control characters"),
+        ({}, "a\udce9", "is not UTF-8"),
+        ({"train": TrainConfig(trackers=("wandb",))}, "run", "wandb has no key; run `wandb login`"),
+    ],
+    ids=["more LCM steps than it takes", "too many betas", "newline", "not UTF-8", "wandb without a key"],
+)
+def test_what_would_fail_at_the_end_fails_before_the_first_step(
+    changes: dict[str, Any], folder: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
+    wandb.teardown()
+    config = dataclasses.replace(tiny_config(), **changes)
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / folder)
+    assert not list(tmp_path.glob("*run*"))
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(TrainState, "update", fail)
+    with pytest.raises(MemoryError):
+        run(tiny_config(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_and_evaluations_that_fail_are_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever fails, the weights are those of a run in which nothing does."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    asked = {"sample_every": "2 steps", "evaluate_every": "2 steps", "pictures": True, "num_evaluation_images": 50}
+    whole = run(tiny_config(sample_every="2 steps"), tmp_path / "whole")
+    monkeypatch.setattr(Trainer, "_show", fail)
+    monkeypatch.setattr(Trainer, "_save_frames", fail)
+    monkeypatch.setattr(Trainer, "prepare", lambda self: None)
+    monkeypatch.setattr(Trainer, "evaluate", fail)
+    folder = run(tiny_config(**asked), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "warning: drawing failed, and the run goes on without: OSError(28, 'No space left on device')" in said
+    assert "warning: evaluating failed" in said
+    assert losses(folder) == losses(whole)
+    assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in weights(whole).items())
+
+
+def test_several_runs_from_python_also_from_a_thread_and_of_other_precision(tmp_path: Path) -> None:
+    """As in a notebook, whose process lives on; the pipeline of each draws."""
+    done: list[TrainedRun] = []
+    for index, precision in enumerate(("no", "bf16", "no")):
+        asked = dataclasses.replace(tiny_config(mixed_precision=precision), output_dir=str(tmp_path / str(index)))
+        if index == 1:
+            thread = threading.Thread(target=lambda config: done.append(mnist_diffusion.train(config)), args=(asked,))
+            thread.start()
+            thread.join()
+        else:
+            done.append(mnist_diffusion.train(asked))
+    assert [each.summary["mixed_precision"] for each in done] == ["no", "bf16", "no"]
+    assert all(each.summary["finished"] and each.folder.is_dir() for each in done)
+    assert len(done[1].pipeline([3, 4]).images) == 2
+    first, _, third = (each.pipeline.unet.state_dict() for each in done)
+    assert all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_the_objective_is_named_in_configuration_card_and_summary(folder: Path) -> None:
+    assert (folder / "config.yaml").read_text().startswith("# objective: denoising diffusion\n")
+    assert "| objective | denoising diffusion |" in (folder / "pipeline" / "README.md").read_text()
+    assert json.loads((folder / "summary.json").read_text())["objective"] == "denoising diffusion"
