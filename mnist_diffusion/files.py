@@ -221,6 +221,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, IsADirectoryError):
+            raise FileError(f"{path} is a folder, where a file is to be written") from error
         if isinstance(error, OSError) and error.filename is None:  # as of a full disk
             error.filename = str(path)
         raise

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import pytest
 
 from mnist_diffusion import files
+from mnist_diffusion.cli.options import reporting_errors
 from mnist_diffusion.errors import ConfigError, FileError, UserError
 from mnist_diffusion.run_folder.lock import RunFolder
 from tests.conftest import REPOSITORY
@@ -148,3 +149,24 @@ class TestWriting:
             thread.join()
         assert (tmp_path / "x").read_text() in texts
         assert [each.name for each in tmp_path.iterdir()] == ["x"]
+
+
+class TestCommands:
+    def test_an_interrupt_is_no_traceback(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def work() -> int:
+            raise KeyboardInterrupt
+
+        assert reporting_errors(work) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+
+    def test_a_closed_pipe_is_no_traceback(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+
+        def work() -> int:
+            print("x" * 100_000, flush=True)
+            return 0
+
+        with os.fdopen(writing, "w") as closed:
+            monkeypatch.setattr("sys.stdout", closed)
+            assert reporting_errors(work) == 141

@@ -52,7 +52,7 @@ DEFAULT_HUB_ID = "ylecun/mnist"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
-MAX_ROWS = 10_000_000
+MAX_ROWS, MAX_NUMBERS = 10_000_000, 2**24
 USPS_BYTES = 32 * 2**20
 """Of text; the training split has 18 MB."""
 USPS_FILES = {"train": "usps.bz2", "test": "usps.t.bz2"}
@@ -431,11 +431,25 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
     column = rows.select_columns([image_column])
 
     def read(indices: Sequence[int]) -> list[Encoded]:
-        values = column[list(indices)][image_column].to_pylist()
-        return [_encoded(value, description, folder, factor) for value in values]
+        cells = column[list(indices)][image_column]
+        for index, cell in zip(indices, cells, strict=True):
+            if (count := _numbers_in(cell)) > MAX_NUMBERS:
+                wrong = f"a picture of {count:,} numbers, more than the limit of {MAX_NUMBERS:,}"
+                raise DataError(f"{description} row {index}: {wrong}; encode it")
+        return [_encoded(value, description, folder, factor) for value in cells.to_pylist()]
 
     images = Pictures(len(labels), read, lambda index: f"{description} row {index}")
     return RawSplit(images, labels)
+
+
+def _numbers_in(cell: Any) -> int:
+    """How many numbers there are in a cell of nested lists."""
+    if not hasattr(cell.type, "value_type") or cell.values is None:
+        return 0
+    values = cell.values
+    while hasattr(values.type, "value_type"):
+        values = values.flatten()
+    return len(values)
 
 
 def _largest(column: Any) -> float | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 LINE_STYLES = ("-", "--", ":", "-.")
 HISTOGRAM_BINS = 32
-DPI = 100
+DPI, MANY_TICKS = 100, 500
 
 Lines = Sequence[Mapping[str, Any]]
 """The lines of a run's `metrics.jsonl`."""
@@ -47,10 +47,11 @@ def to_picture(figure: Figure) -> Image.Image:
 
 
 def log_scale(panel: Axes, axis: str = "y") -> None:
-    """Make an axis logarithmic, with numbers at its ticks that can be read: 0.03, not 3 x 10^-2."""
+    """Make an axis logarithmic once its lines are drawn, with ticks that can be read: 0.03, not 3 x 10^-2."""
     (panel.set_xscale if axis == "x" else panel.set_yscale)("log")
     ticks = panel.xaxis if axis == "x" else panel.yaxis
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ticks.get_view_interval()
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if high < MANY_TICKS * low else (1,)))
     ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
     ticks.set_minor_formatter(NullFormatter())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import may_pass, read_text, remove_left_behind, replace_text
+from mnist_diffusion.files import file_within, may_pass, read_text, remove_left_behind, replace_text
 from mnist_diffusion.run_folder.checkpoint import newest_intact
 
 LOCK = ".lock"
@@ -82,7 +82,7 @@ class RunFolder:
         """The mark of the run that began this folder; if it was lost, that of its newest checkpoint."""
         file, known = self.path / RUN_ID, ""
         try:
-            known = read_text(file, 100).strip()
+            known = read_text(file_within(self.path, RUN_ID), 100).strip()
         except FileError as error:
             if may_pass(error):
                 raise

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mnist_diffusion.files import append_text, read_text, replace_text
+from mnist_diffusion.errors import FileError
+from mnist_diffusion.files import append_text, may_pass, read_text, replace_text
 
 MAX_LOG_BYTES = 2**31
 NOISE_LEVELS = 10
@@ -14,8 +15,14 @@ NOISE_LEVELS = 10
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of later steps, which belong to work that is done again."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    """Drop the lines of later steps, which belong to work that is done again; what is no log is replaced by one."""
+    kept: list[dict[str, Any]] = []
+    try:
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+    except FileError as error:
+        if may_pass(error):
+            raise
+        print(f"warning: the log begins anew: {error}")
     replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -374,7 +374,8 @@ class TrainingLoop:
         self.progress.loss = sum(finite) / len(finite) if finite else math.nan
         tracked = {**lines[-1], "loss": self.progress.loss}
         tracked |= {f"loss_by_noise/{level}": value for level, value in enumerate(tracked.pop("loss_by_noise", []))}
-        self.accelerator.log({name: value for name, value in tracked.items() if value is not None}, step=self.step)
+        with warned_of("tracking"):
+            self.accelerator.log({name: value for name, value in tracked.items() if value is not None}, step=self.step)
         self.processes.on_main(lambda: append_metrics(self.log, lines))
 
     def _draw_first(self) -> None:

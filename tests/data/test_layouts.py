@@ -343,6 +343,29 @@ class TestFiles:
         with pytest.raises(DataError, match="saved"):
             load(tmp_path / "saved")
 
+    def test_a_table_whose_picture_is_out_of_all_proportion(self, tmp_path: Path) -> None:
+        """81 million numbers in a few kilobytes."""
+        row = pa.array(np.zeros(9000 * 9000, np.uint8))
+        rows = pa.ListArray.from_arrays(pa.array(np.arange(0, 9000 * 9000 + 1, 9000, dtype=np.int32)), row)
+        cell = pa.ListArray.from_arrays(pa.array([0, 9000], pa.int32()), rows)
+        parquet.write_table(pa.table({"image": cell, "label": [0]}), tmp_path / "x.parquet")
+        with pytest.raises(DataError, match="row 0: a picture of 81,000,000 numbers, more than the limit"):
+            load(tmp_path / "x.parquet")
+
+    def test_a_picture_that_would_start_another_program(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PostScript under the name of a picture, for which Pillow starts Ghostscript."""
+        canary, program = tmp_path / "canary", tmp_path / "bin" / "gs"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\ntouch {canary}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+        classes(tmp_path / "data", ("0", "1", "2"))
+        text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 moveto\n"
+        (tmp_path / "data" / "0" / "x.png").write_bytes(text)
+        with pytest.raises(DataError, match=r"x\.png: the picture could not be decoded"):
+            load(tmp_path / "data")
+        assert not canary.exists()
+
     def test_a_table_of_more_rows_than_can_be_meant(self, tmp_path: Path) -> None:
         rows = 10_000_001
         table = pa.table({"image": pa.nulls(rows, pa.binary()), "label": pa.nulls(rows)})

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
+from mnist_diffusion.pictures.sampling import Samples
 from tests.conftest import make_pipeline
 
 
@@ -82,6 +84,18 @@ def test_labelled_data_set_comes_back(folder: str, tmp_path: Path) -> None:
     data = load_images(DataConfig(source=str(out)), seed=0)
     assert len(data.train) + len(data.test) == 23
     assert data.class_names == tuple("abcdefghij")
+
+
+def test_a_labelled_data_set_is_whole_or_not_there(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Samples) -> Any:
+        yield torch.zeros(2, 1, 8, 8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Samples, "batches", interrupted)
+    sample(folder, tmp_path, "--as_dataset", "--num_images", 4, code=130)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unconditional(tmp_path: Path) -> None:

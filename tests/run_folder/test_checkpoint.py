@@ -239,7 +239,7 @@ class Crash(BaseException):
     """Stands for the end of the process: nothing in the code under test may catch it."""
 
 
-@pytest.mark.parametrize("sequences", [500, pytest.param(3_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sequences", [300, pytest.param(3_000, marks=pytest.mark.slow)])
 def test_a_verified_checkpoint_remains_whatever_the_crashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequences: int
 ) -> None:

@@ -68,11 +68,13 @@ class TestKills:
     @pytest.mark.parametrize(
         "flags",
         [
-            ["--train.gradient_accumulation_steps", "2", "--train.checkpoint_every", "2 steps"],
             ["--train.mixed_precision", "bf16", "--data.augment.shift", "0.1", "--model.dropout", "0.2"],
-            ["--train.channels_last", "true", "--train.keep_checkpoints", "1"],
+            [
+                *("--train.gradient_accumulation_steps", "2", "--train.checkpoint_every", "2 steps"),
+                *("--train.channels_last", "true", "--train.keep_checkpoints", "1"),
+            ],
         ],
-        ids=["accumulation", "bf16, dropout, augmentation", "channels last, one checkpoint kept"],
+        ids=["bf16, dropout, augmentation", "accumulation, channels last, one checkpoint kept"],
     )
     def test_other_settings(self, nursery: Nursery, tmp_path: Path, flags: list[str]) -> None:
         deaths: list[Death | None] = [Death(1, 5, after=True), Death(1, 12, after=False), None]
@@ -80,9 +82,9 @@ class TestKills:
         assert (result["kills"], result["different"]) == (3, [])
 
     def test_two_processes_and_the_other_leaves_by_itself(self, nursery: Nursery, tmp_path: Path) -> None:
-        deaths: list[Death | None] = [Death(1, 3, after=False), Death(0, 12, after=True), None]
+        deaths: list[Death | None] = [Death(1, 3, after=False), Death(0, 12, after=True)]
         result = chain_of_kills(nursery, tmp_path, deaths, ranks=2)
-        assert (result["kills"], result["different"]) == (3, [])
+        assert (result["kills"], result["different"]) == (2, [])
 
 
 class TestSignals:
@@ -91,7 +93,6 @@ class TestSignals:
         [
             (signal.SIGTERM, 1, 3),
             (signal.SIGINT, 1, 2),
-            (signal.SIGUSR1, 1, 1),
             (signal.SIGTERM, 2, 2),
             (signal.SIGINT, 2, 1),
             (signal.SIGUSR1, 2, 1),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -185,6 +188,26 @@ class TestResume:
         for name, tensor in weights(whole).items():
             assert torch.equal(weights(short)[name], tensor)
         assert losses(short) == losses(whole)
+
+    @pytest.mark.parametrize("kind", ["pipe", "device", "secret"])
+    def test_what_is_no_file_in_a_run_folder(self, kind: str, folder: Path, tmp_path: Path) -> None:
+        """Nothing waits for it, and nothing is written through it."""
+        copy, secret = shutil.copytree(folder, tmp_path / "run"), tmp_path / "secret"
+        secret.write_text("secret")
+        for name in ("metrics.jsonl", "summary.json", "run_id", "config.yaml", "samples/step-000003.png"):
+            (copy / name).unlink()
+            if kind == "pipe":
+                os.mkfifo(copy / name)
+            else:
+                (copy / name).symlink_to("/dev/zero" if kind == "device" else secret)
+        if kind == "secret":
+            (copy / "pipeline" / "README.md").unlink()
+            (copy / "pipeline" / "README.md").symlink_to(secret)
+        run(tiny_config(sample_every="3 steps", snapshot_every="2 steps"), copy, resume=True, max_steps=6)
+        assert secret.read_text() == "secret"
+        assert [line[0] for line in losses(copy)] == [6]
+        assert json.loads((copy / "summary.json").read_text())["step"] == 6
+        assert "secret" not in (copy / "pipeline" / "README.md").read_text()
 
     @pytest.mark.parametrize(
         "change",
@@ -621,3 +644,22 @@ def test_the_objective_is_named_in_configuration_card_and_summary(folder: Path) 
     assert (folder / "config.yaml").read_text().startswith("# objective: denoising diffusion\n")
     assert "| objective | denoising diffusion |" in (folder / "pipeline" / "README.md").read_text()
     assert json.loads((folder / "summary.json").read_text())["objective"] == "denoising diffusion"
+
+
+def test_a_second_interrupt_in_a_notebook_ends_the_cell_not_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TrainState.update
+
+    def update(self: TrainState, step: int, learning_rate: float) -> dict[str, torch.Tensor]:
+        for _ in range(2 if step == 3 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return original(self, step, learning_rate)
+
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setattr(TrainState, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_config(max_steps=50), tmp_path / "run")
+    monkeypatch.undo()
+    run(tiny_config(max_steps=5), tmp_path / "run", resume=True)
+    assert [line[0] for line in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
