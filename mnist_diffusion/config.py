@@ -227,7 +227,7 @@ class SamplerConfig:
     """The sampler of a pipeline folder, used where a call names none."""
 
     scheduler: str = "dpmpp"
-    """The sampler: a short name such as `ddim` or `dpmpp`, or a diffusers scheduler class by name."""
+    """The sampler: a short name such as `ddim` or `dpmpp`, or the name of a scheduler class of diffusers with betas."""
     num_inference_steps: int = 10
     """Denoising steps."""
     eta: float = 0.0

@@ -25,7 +25,7 @@ from PIL import Image
 from mnist_diffusion.errors import ConfigError, FileError
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**17, 10
-MAX_JSON_BYTES, MAX_TEXT_BYTES = 2**20, 2**23
+MAX_JSON_BYTES, MAX_TEXT_BYTES, MAX_PICTURE_BYTES = 2**20, 2**23, 2**27
 MAX_NAME = 200
 PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -58,15 +58,17 @@ def open_file(path: Path, limit: int | None = None) -> io.BufferedReader:
         if not stat.S_ISREG(path.stat().st_mode):
             raise FileError(f"{path} is not a regular file")
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-        size = os.fstat(file.fileno()).st_size if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else 2**63
+        status = os.fstat(file.fileno())
     except (OSError, ValueError) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path} could not be read: {getattr(error, 'strerror', None) or error}") from error
-    if limit is not None and size > limit:
-        file.close()
-        raise FileError(f"{path} is larger than the limit of {limit:,} bytes: it has {size:,}")
-    return file
+    if stat.S_ISREG(status.st_mode) and (limit is None or status.st_size <= limit):
+        return file
+    file.close()
+    if not stat.S_ISREG(status.st_mode):  # it was one a moment ago
+        raise FileError(f"{path} is not a regular file")
+    raise FileError(f"{path} is larger than the limit of {limit:,} bytes: it has {status.st_size:,}")
 
 
 def may_pass(error: BaseException) -> bool:
@@ -152,7 +154,7 @@ def read_picture(path: Path) -> Image.Image:
     Raises:
         FileError: it is none.
     """
-    content = read_bytes(path, MAX_TEXT_BYTES)
+    content = read_bytes(path, MAX_PICTURE_BYTES)
     try:
         with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as picture:
             return picture.copy()
@@ -175,8 +177,9 @@ def file_within(folder: Path, name: str) -> Path:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError):  # not there, or links that go round in a circle
         pickles = [each.name for each in sorted(path.parent.glob("*")) if each.suffix in PICKLES]
-        there = f" but {pickles[0]}, which is a pickle and can run code when it is read" if pickles else ""
-        raise FileError(f"there is no {path}{there}; only JSON and whole safetensors files are read") from None
+        only = "can run code when it is read; only JSON and whole safetensors files are read"
+        there = f" but {pickles[0]}, which is a pickle and {only}" if pickles else ""
+        raise FileError(f"there is no {path}{there}") from None
     if not any(real.is_relative_to(home) for home in homes):
         raise FileError(f"{path} is a link that leads out of its folder, to {real}")
     if not real.is_file():
@@ -223,7 +226,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
         temporary.unlink(missing_ok=True)
         if isinstance(error, IsADirectoryError):
             raise FileError(f"{path} is a folder, where a file is to be written") from error
-        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as of a full disk
             error.filename = str(path)
         raise
     if durable:
@@ -240,7 +243,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         for path in (*temporary.rglob("*"), temporary):
             flush(path)
-        if folder.exists():
+        if os.path.lexists(folder):
             folder.rename(old)
         temporary.rename(folder)
     except BaseException:
@@ -249,7 +252,15 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
             old.rename(folder)
         raise
     flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_left_behind(folder: Path) -> None:
@@ -259,10 +270,8 @@ def remove_left_behind(folder: Path) -> None:
             continue
         if found["name"] and not (target := path.with_name(found["name"])).exists():
             path.rename(target)
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def append_text(path: Path, text: str) -> None:

@@ -154,7 +154,7 @@ def run_folder(folder: Path) -> Path:
         save_checkpoint(folder / "checkpoints", step, tensors, {"n": step}, keep=2, about={"run_id": "r"})
     (folder / "config.yaml").write_text(tiny_config().to_yaml(), encoding="utf-8")
     (folder / "summary.json").write_text('{"step": 2}', encoding="utf-8")
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1}\n{"step": 2, "epoch": 0.2}\n', encoding="utf-8")
     (folder / "run_id").write_text("r", encoding="utf-8")
     (folder / "logs").mkdir()
     (folder / "logs" / "events").write_text("private", encoding="utf-8")

@@ -140,6 +140,17 @@ class TestWriting:
         held.release()
         assert sorted(path for path in tmp_path.rglob("*") if path.name != ".lock") == before
 
+    def test_who_does_not_get_a_run_folder_leaves_it_to_who_has_it(self, tmp_path: Path) -> None:
+        first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+        second.made = True  # as if it had seen no folder, a moment before the first made it
+        first.hold(resume=False)
+        with pytest.raises(UserError, match="another run is writing to"):
+            second.hold(resume=False)
+        second.release()
+        assert (tmp_path / "run" / "run_id").is_file()
+        first.release()
+        assert not (tmp_path / "run").exists()
+
     def test_two_writers_of_one_file_do_not_meet(self, tmp_path: Path) -> None:
         texts = [letter * 100_000 for letter in "abcd"]
         threads = [threading.Thread(target=files.replace_text, args=(tmp_path / "x", text)) for text in texts]
@@ -158,6 +169,18 @@ class TestCommands:
 
         assert reporting_errors(work) == 130
         assert capsys.readouterr().err == "interrupted\n"
+
+    def test_a_file_where_a_folder_is_to_be_is_no_traceback(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "x").touch()
+
+        def work() -> int:
+            (tmp_path / "x").mkdir(exist_ok=True)
+            return 0
+
+        assert reporting_errors(work) == 2
+        assert str(tmp_path / "x") in capsys.readouterr().err
 
     def test_a_closed_pipe_is_no_traceback(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reading, writing = os.pipe()

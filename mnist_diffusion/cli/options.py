@@ -232,6 +232,13 @@ def refuse_tokens(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         parser.error("a token is never an argument, which others can see; log in with `hf auth login`, or set HF_TOKEN")
 
 
+USERS_TO_MEND = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+"""Errors of files that are about places which the user has named."""
+
+
 def reporting_errors(command: Callable[[], int]) -> int:
     """Run a command; an error that the user can put right is a message and exit code 2, not a traceback."""
     try:
@@ -249,7 +256,7 @@ def reporting_errors(command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody listens any more, as after `| head`
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in USERS_TO_MEND:
             raise
         print(f"error: {error}", file=sys.stderr)
     return 2

@@ -444,7 +444,8 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
 
 def _numbers_in(cell: Any) -> int:
     """How many numbers there are in a cell of nested lists."""
-    if not hasattr(cell.type, "value_type") or cell.values is None:
+    cell = cell.value if hasattr(cell.type, "storage_type") else cell  # of datasets' own types of arrays
+    if cell is None or not hasattr(cell.type, "value_type") or cell.values is None:
         return 0
     values = cell.values
     while hasattr(values.type, "value_type"):

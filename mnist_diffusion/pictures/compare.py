@@ -45,7 +45,7 @@ def by_objective(runs: Mapping[str, RunRecord]) -> list[dict[str, RunRecord]]:
     """The runs in groups whose losses compare."""
     groups: list[dict[str, RunRecord]] = []
     for name, run in runs.items():
-        fitting = (group for group in groups if _comparable(next(iter(group.values())), run))
+        fitting = (group for group in groups if all(_comparable(each, run) for each in group.values()))
         group = next(fitting, None)
         if group is None:
             groups.append(group := {})

@@ -99,9 +99,10 @@ def image_grid(
     for row, (label, font) in enumerate(zip(row_labels, fonts, strict=True)):
         middle = top + MARGIN + row * cell_height + cell_height // 2
         draw.text((2 * MARGIN, middle), label, fill=INK, font=font, anchor="lm")
+    heading_fonts = [_font(heading_size, _font_of(label) or DEJAVU) for label in column_labels or ()]
     for column, label in enumerate(column_labels or ()):
         middle = left + MARGIN + column * cell_width + cell_width // 2
-        draw.text((middle, top // 2), label, fill=INK, font=_font(heading_size), anchor="mm", align="center")
+        draw.text((middle, top // 2), label, fill=INK, font=heading_fonts[column], anchor="mm", align="center")
     return sheet if title is None else titled(sheet, title)
 
 

@@ -126,7 +126,7 @@ class Samples:
     def _columns(self) -> list[str] | None:
         """The class of each image of a row."""
         labels = self._first(max(10, len(self.names)))[0]
-        return None if labels is None else [drawable(self.names[label]) for label in labels]
+        return None if labels is None else ["\n".join(drawable(self.names[label]).split()[:2]) for label in labels]
 
     def _row(self, **changes: Any) -> Tensor:
         """The first images of the request, at most one of each class or ten."""

@@ -18,8 +18,8 @@ LOCK = ".lock"
 RUN_ID = "run_id"
 RESULTS = ("pipeline", "pipeline_best", "snapshots", "summary.json")
 """What a run leaves that training again would overwrite."""
-PLACES = ("samples", "pictures", "snapshots", "evaluation")
-"""Folders in a run folder into which files are written."""
+PLACES = ("samples", "pictures", "snapshots")
+"""Folders in a run folder into which the run writes."""
 
 
 def is_empty(path: Path) -> bool:
@@ -54,8 +54,9 @@ class RunFolder:
         """
         path = self.path
         try:
-            self.made = not path.exists()
-            path.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                self.made = True
             self.lock.acquire(timeout=0)
             if not resume and not is_empty(path):
                 raise RunFolderError(f"another run has begun in {path}; name another output_dir")
@@ -111,7 +112,7 @@ class RunFolder:
         try:
             with contextlib.suppress(OSError):
                 there = {file.name for file in self.path.iterdir() if file.name != left[-1] or file.stat().st_size}
-                if self.made and there <= {LOCK, *left[:-1]}:
+                if self.made and self.lock.is_locked and there <= {LOCK, *left[:-1]}:
                     for name in (*left, LOCK):
                         (self.path / name).unlink(missing_ok=True)
                     self.path.rmdir()

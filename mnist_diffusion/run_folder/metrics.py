@@ -52,6 +52,8 @@ def _line(text: str) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 1:
         return None
+    if type(line.get("epoch")) not in (int, float):
+        return None
     levels = [None] * NOISE_LEVELS if line.get("loss_by_noise") is None else line["loss_by_noise"]
     if not isinstance(levels, list) or len(levels) != NOISE_LEVELS:
         return None

@@ -13,6 +13,7 @@ from PIL import Image
 from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import pipeline_folder, read_json, read_picture, read_text, read_yaml
+from mnist_diffusion.run_folder.checkpoint import NAME
 from mnist_diffusion.run_folder.metrics import read_metrics
 
 NOT_IN_LOSS = ("diffusion.label_dropout", "diffusion.clip_sample", "distillation.teacher", "distillation.split_seed")
@@ -67,8 +68,8 @@ class RunRecord:
 
     def pipelines(self) -> dict[str, Path]:
         """Its pipeline folders by name, snapshots first."""
-        snapshots = (self.folder / "snapshots").glob("step-*")
-        paths = sorted(snapshots, key=lambda path: int(path.name.removeprefix("step-")))
+        found = ((NAME.fullmatch(path.name), path) for path in (self.folder / "snapshots").glob("step-*"))
+        paths = [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
         paths += [self.folder / "pipeline_best", self.folder / "pipeline"]
         return {path.name: path for path in paths if (path / "model_index.json").is_file()}
 
@@ -89,10 +90,10 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{str(folder)!r} is not a run folder: it needs config.yaml and metrics.jsonl with a line")
     try:
         summary = read_json(summary_file) if summary_file.is_file() else {}
-        settings, first = dict(read_yaml(config)), read_text(config).partition("\n")[0]
+        settings, first = dict(read_yaml(config)), read_text(config).partition("\n")[0].strip()
         epochs_per_step = lines[-1]["epoch"] / lines[-1]["step"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(folder)!r}: the run folder could not be read: {error!r}") from error
+        raise UserError(f"{str(folder)!r}: the run folder could not be read: {error}") from error
     learned = first.removeprefix(OBJECTIVE) if first.startswith(OBJECTIVE) else ""
     numbers = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
     return RunRecord(folder, settings, learned, lines, numbers, sample_sheets(folder, epochs_per_step=epochs_per_step))

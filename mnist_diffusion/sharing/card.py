@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import file_within, read_text, replace_text
+from mnist_diffusion.files import MAX_TEXT_BYTES, file_within, read_bytes, read_text, replace_text
 
 CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository"
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
@@ -61,7 +61,11 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     Raises:
         FileError: the card could not be read.
     """
-    path, content = folder / CARD, read_text(file_within(folder, CARD))
+    path = folder / CARD
+    try:
+        content = read_bytes(file_within(folder, CARD), MAX_TEXT_BYTES).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8") from error
     if not EVALUATION_SECTION.search(content):
         content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"
     card = parse_card(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))

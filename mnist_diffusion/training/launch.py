@@ -153,8 +153,14 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
         extras = "pip install 'mnist-diffusion[wandb]' or 'mnist-diffusion[tensorboard]'"
         raise LaunchError(f"train.trackers: {', '.join(sorted(missing))} is not installed; {extras}")
     if "wandb" in trackers:
-        import wandb
-
-        if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+        [ready] = utils.broadcast_object_list([_wandb_is_ready() if state.is_main_process else True])
+        if not ready:
             raise LaunchError("train.trackers: wandb has no key; run `wandb login`, or set WANDB_MODE=offline")
     return accelerator
+
+
+def _wandb_is_ready() -> bool:
+    """Whether wandb has a key, or needs none."""
+    import wandb
+
+    return wandb.setup().settings.mode not in ("online", "shared") or wandb.login(prompt=False, verify=False)

@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -30,7 +32,7 @@ from mnist_diffusion.diffusion.objective import Objective
 from mnist_diffusion.environment import package_versions, set_num_threads
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import read_json, replace_text
-from mnist_diffusion.run_folder.checkpoint import WRONG_CONTENT, CheckpointError, save_checkpoint
+from mnist_diffusion.run_folder.checkpoint import WRONG_CONTENT, Checkpoint, CheckpointError, save_checkpoint
 from mnist_diffusion.run_folder.lock import RunFolder
 from mnist_diffusion.run_folder.metrics import append_metrics, cut_metrics
 from mnist_diffusion.run_folder.read import OBJECTIVE
@@ -40,7 +42,7 @@ from mnist_diffusion.training.probe import choose_threads, expected_cost
 from mnist_diffusion.training.processes import Processes
 from mnist_diffusion.training.publish import Publisher
 from mnist_diffusion.training.resume import load_newest
-from mnist_diffusion.training.signals import StopRequest, stop_signals
+from mnist_diffusion.training.signals import StopRequest, leave_terminal, stop_signals
 from mnist_diffusion.training.state import TrainState
 
 NEVER = 2**62
@@ -220,7 +222,7 @@ class TrainingLoop:
                     bar.set_postfix(loss=f"{self.progress.loss:.4f}", img_s=f"{speed:.0f}")
                     if "checkpoint" in due:
                         self.processes.on_main(self._checkpoint, saving=True)
-                    self._do(due, draw=self._draw, animation=self._animate, snapshot=self._snapshot)
+                    self.processes.on_main(partial(self._after_save, due))
                     pending, since = [], time.perf_counter()
                 if over:
                     break
@@ -378,6 +380,13 @@ class TrainingLoop:
             self.accelerator.log({name: value for name, value in tracked.items() if value is not None}, step=self.step)
         self.processes.on_main(lambda: append_metrics(self.log, lines))
 
+    def _after_save(self, due: set[str] | None = None) -> None:
+        """What comes after a checkpoint: the pictures and the snapshot of this step, if they are due."""
+        due = self._due(over=False, interrupted=False) if due is None else due
+        for name, work in (("draw", self._draw), ("animation", self._animate), ("snapshot", self._snapshot)):
+            if name in due:
+                work()
+
     def _draw_first(self) -> None:
         with warned_of("drawing"):
             self.draw_before()
@@ -429,14 +438,19 @@ class TrainingLoop:
             return
         try:
             self.state.restore(checkpoint)
-            self.progress = Progress(**{name: checkpoint.state[name] for name in get_type_hints(Progress)})
+            self._take_up(checkpoint)
         except torch.OutOfMemoryError:
             raise
         except WRONG_CONTENT as error:
             raise CheckpointError(f"{checkpoint.path} is no checkpoint of such a run: {error!r:.300}") from error
+        self.accelerator.print(f"Resuming from {checkpoint.path}")
+
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        """Stand where the checkpoint stood, with what had been decided by then."""
         self.step = checkpoint.step
+        self.progress = Progress(**{name: checkpoint.state[name] for name in get_type_hints(Progress)})
         self.clock = length.Clock(self.progress.seconds)
-        if self.timed:  # no other length is asked for: as it was, with what has been decided
+        if self.timed:  # no other length is asked for: as it was
             train, then = self.config.train, checkpoint.state["config"]["train"]
             kept = {name: then[name] for name in ("max_steps", "max_epochs")}
             kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "num_threads", "lr_lines")}
@@ -444,17 +458,19 @@ class TrainingLoop:
             self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **kept))
             set_num_threads(kept["num_threads"])
         self.progress.planned_steps = length.planned_steps(self.config, len(self.data.train))
-        self.accelerator.print(f"Resuming from {checkpoint.path}")
 
     def _finish(self, signal_number: int) -> None:
         self.export(self.folder / self.exported)
         if not signal_number:
             with warned_of("drawing"):
                 self.draw_at_the_end()
-        report.summarise(self, signal_number)
         # All wait for the trackers: a launcher ends the others as soon as one has ended with a signal's code.
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            with warned_of("tracking"):
+                tracker.finish()
+        if signal_number == signal.SIGHUP:
+            leave_terminal()
+        report.summarise(self, signal_number)
 
     def _complete(self) -> None:
         """Say that the run is finished; write again what it was killed before writing."""
@@ -462,7 +478,7 @@ class TrainingLoop:
         with contextlib.suppress(FileError):
             summary = read_json(self.folder / "summary.json")
         if summary.get("step") != self.step or summary.get("stopped_by_signal") or not self.is_whole(exported):
-            self._draw()
+            self._after_save({"draw", *self._due(over=False, interrupted=False)})
             self._finish(0)
         else:
             print(f"Finished at step {self.step} already; nothing to do. The {self.exported} is in {exported}")

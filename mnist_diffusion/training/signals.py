@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -15,6 +16,13 @@ from dataclasses import dataclass
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # torchrun hands the terminal's INT on to workers that had it from the terminal already.
 REPEATED_BY_LAUNCHER_SECONDS = 1.0
+
+
+def leave_terminal() -> None:
+    """Print into the void from here on, where it would go to a terminal that is closed."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @dataclass

@@ -214,4 +214,5 @@ class Trainer(TrainingLoop):
         path = path or self.folder / "pictures" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         replace_picture(picture, path)
-        report.track_picture(self.accelerator, name, picture, self.step)
+        with warned_of("tracking"):
+            report.track_picture(self.accelerator, name, picture, self.step)

@@ -352,6 +352,13 @@ class TestFiles:
         with pytest.raises(DataError, match="row 0: a picture of 81,000,000 numbers, more than the limit"):
             load(tmp_path / "x.parquet")
 
+    def test_arrays_of_the_datasets_librarys_own_type(self, tmp_path: Path) -> None:
+        kinds = datasets.Features({"image": datasets.Array2D((SIDE, SIDE), "uint8"), "label": datasets.Value("int64")})
+        rows = {"image": [digit(index % 3, index) for index in range(12)], "label": [index % 3 for index in range(12)]}
+        datasets.Dataset.from_dict(rows, kinds).to_parquet(str(tmp_path / "x.parquet"))
+        data = load(tmp_path / "x.parquet")
+        assert [place_of_bar(image) for image in data.train.tensor] == data.train.labels.tolist()
+
     def test_a_picture_that_would_start_another_program(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """PostScript under the name of a picture, for which Pillow starts Ghostscript."""
         canary, program = tmp_path / "canary", tmp_path / "bin" / "gs"

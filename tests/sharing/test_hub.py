@@ -292,7 +292,11 @@ class TestFromAPipeline:
 class TestPull:
     def test_round_trip(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
         push(made_run, NAME)
+        neighbours = [tmp_path / name for name in (".pulled.partial", ".pulled.old", ".x.partial")]
+        for neighbour in neighbours:
+            neighbour.mkdir()
         out = pull(NAME, tmp_path / "pulled")
+        assert all(neighbour.is_dir() for neighbour in neighbours)
         expected = content(made_run / "pipeline") | {"config.yaml": (made_run / "config.yaml").read_bytes()}
         pulled = content(out)
         for name in PUSHED - {".gitattributes", "README.md", "summary.json"}:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 import mnist_diffusion
 import train_cfg
 from mnist_diffusion.cli.options import RunArguments, parse_train_arguments
-from mnist_diffusion.config import AugmentConfig, Config, DiffusionConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.config import AugmentConfig, Config, DataConfig, DiffusionConfig, SamplingConfig, TrainConfig
 from mnist_diffusion.data.dataset import draw_batch, load_images
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
@@ -663,3 +663,16 @@ def test_a_second_interrupt_in_a_notebook_ends_the_cell_not_the_process(
     monkeypatch.undo()
     run(tiny_config(max_steps=5), tmp_path / "run", resume=True)
     assert [line[0] for line in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_more_names_than_a_pipeline_folder_may_hold_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """60,000 classes, one image each: their index would be larger than its reader takes."""
+    count = 60_000
+    images = np.zeros((count, 8, 8), np.uint8)
+    images[:, 1] = 255
+    images[:, 0, :3] = np.arange(count)[:, None] // np.array([1, 256, 65536]) % 256
+    np.savez(tmp_path / "x.npz", x_train=images, y_train=np.arange(count), x_test=images[:20], y_test=np.arange(20))
+    config = dataclasses.replace(tiny_config(), data=DataConfig(source=str(tmp_path / "x.npz"), batch_size=8))
+    with pytest.raises(UserError, match=r"model_index\.json is larger than the limit of 1,048,576 bytes"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
