@@ -20,6 +20,7 @@ from mnist_diffusion.files import replace_picture, replace_text
 from mnist_diffusion.pictures.grids import image_grid
 from mnist_diffusion.pictures.plots import figure_of_panels, log_scale, to_picture
 from mnist_diffusion.pictures.tables import markdown, screen_table
+from mnist_diffusion.sharing.card import as_markdown
 
 IMAGES_PER_ROW = 10
 COLUMNS: Mapping[str, tuple[str, str]] = {
@@ -88,14 +89,14 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
         folder: where to; it must exist.
     """
     replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    lines = [f"# {report['source']}", "", markdown(*cells(report)), ""]
+    lines = [f"# {as_markdown(report['source'])}", "", markdown(*cells(report)), ""]
     lines += [f"- {text}" for text in _explanations(report)]
     for plot, (name, settings) in PLOTS.items():
         if (figure := plot_results(report["results"], name, settings)) is not None:
             replace_picture(to_picture(figure), folder / f"{plot}.png")
             lines += ["", f"![{plot.replace('_', ' ')}]({plot}.png)"]
     for index, result in enumerate(report["results"]):
-        lines += ["", f"## {result['name']}", ""]
+        lines += ["", f"## {as_markdown(result['name'])}", ""]
         for kind, grids in pictures.items():
             if grids[index] is not None:
                 name = f"{kind}-{index}.png"

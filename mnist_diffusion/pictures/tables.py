@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mnist_diffusion.sharing.card import as_markdown
+
 WIDTH = 140
 """Of what is no terminal, in letters, so that tables are not cut in files and logs."""
 
@@ -31,4 +33,4 @@ def screen_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> Tab
 def markdown(headings: Sequence[str], table: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [headings, ["---"] * len(headings), *table]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(as_markdown(cell) for cell in line) + " |" for line in lines)

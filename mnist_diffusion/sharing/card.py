@@ -26,6 +26,11 @@ CARD_METRICS = {
 }
 
 
+def as_markdown(text: str) -> str:
+    """Words as they stand in Markdown, without what would begin a link, a picture, HTML or the next cell of a table."""
+    return re.sub(r"([\\`<>\[\]|])", r"\\\1", text)
+
+
 def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) -> ModelCard:
     """Render the model card; values that are None are left out of the text."""
     data = ModelCardData(

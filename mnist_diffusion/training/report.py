@@ -15,7 +15,7 @@ from PIL import Image
 
 from mnist_diffusion.environment import machine_description, package_versions
 from mnist_diffusion.files import replace_text
-from mnist_diffusion.sharing.card import ANYWHERE
+from mnist_diffusion.sharing.card import ANYWHERE, as_markdown
 from mnist_diffusion.training.length import describe_length
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def card_values(trainer: Trainer, folder: Path) -> dict[str, Any]:
         "location": ANYWHERE,
         "tags": ["diffusion", *conditional],
         "datasets": [data.hub_id] if data.hub_id is not None else None,
-        "class_names": ", ".join(data.class_names),
+        "class_names": ", ".join(map(as_markdown, data.class_names)),
         "num_classes": pipeline.num_classes,
         "parameters": _parameters(trainer),
         "example_call": trainer.example_call(),

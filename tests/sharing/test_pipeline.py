@@ -623,6 +623,17 @@ class TestOtherCode:
             MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
 
 
+def test_hooks_of_an_offloaded_network_are_freed_after_each_call(
+    pipeline: MNISTDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[str] = []
+    monkeypatch.setattr(type(pipeline), "maybe_free_model_hooks", lambda self: freed.append("freed"))
+    pipeline([1], num_inference_steps=2)
+    pipeline.interpolate([1, 2], 3, num_inference_steps=2)
+    pipeline.sample_trajectory([1], num_inference_steps=2)
+    assert len(freed) == 3
+
+
 class MyScheduler(DDIMScheduler):
     """A scheduler of a user's own."""
 

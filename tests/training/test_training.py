@@ -640,6 +640,18 @@ def test_several_runs_from_python_also_from_a_thread_and_of_other_precision(tmp_
     assert all(torch.equal(first[name], third[name]) for name in first)
 
 
+def test_names_are_words_on_the_card_whatever_they_look_like(tmp_path: Path) -> None:
+    names = ("<img src=x onerror=y>", "[a](http://b)", "a | b", "`c`", *"efghij")
+    config = tiny_config(max_steps=1)
+    folder = run(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names)), tmp_path / "run"
+    )
+    card = (folder / "pipeline" / "README.md").read_text(encoding="utf-8")
+    said = next(line for line in card.splitlines() if line.startswith("The classes are"))
+    assert said == r"The classes are \<img src=x onerror=y\>, \[a\](http://b), a \| b, \`c\`, e, f, g, h, i, j."
+    assert MNISTDiffusionPipeline.from_pretrained(folder).config.id2label["1"] == "[a](http://b)"
+
+
 def test_the_objective_is_named_in_configuration_card_and_summary(folder: Path) -> None:
     assert (folder / "config.yaml").read_text().startswith("# objective: denoising diffusion\n")
     assert "| objective | denoising diffusion |" in (folder / "pipeline" / "README.md").read_text()
