@@ -375,6 +375,7 @@ class TestRuns:
         unlearned = student(**common).images
         assert (learned - goal).square().mean() < 0.5 * (unlearned - goal).square().mean()
 
+    @pytest.mark.slow
     def test_resumed_run_gives_the_same_bits(self, teacher_folder: Path, tmp_path: Path) -> None:
         whole = run(student_config(teacher_folder, tmp_path / "whole", max_steps=6, num_threads=1))
         cut = student_config(teacher_folder, tmp_path / "cut", max_steps=6, num_threads=1)
@@ -389,6 +390,7 @@ class TestRuns:
         assert [name for name in first if first[name] != second[name]] == []
         assert len(read_metrics(whole / "metrics.jsonl")) == 6
 
+    @pytest.mark.slow
     def test_two_processes_learn_what_one_does(self, teacher_folder: Path, tmp_path: Path) -> None:
         nursery, log, weights = Nursery(), tmp_path / "log.txt", []
         for ranks in (1, 2):

@@ -117,7 +117,7 @@ def draw(pipeline: MNISTDiffusionPipeline, steps: int, **arguments: Any) -> tupl
     return seen["latents"].double(), start, noises
 
 
-@pytest.mark.parametrize(("steps", "eta", "clip"), itertools.product([10, 30], [0.0, 1.0], [True, False]))
+@pytest.mark.parametrize(("steps", "eta", "clip"), [*itertools.product([10, 30], [0.0, 1.0], [True, False])])
 def test_ddim(steps: int, eta: float, clip: bool) -> None:
     """Also where the steps do not divide the training steps, and with the noise that belongs to the clipped image."""
     pipeline = make_pipeline(sampling=SamplingConfig(scheduler="ddim"), diffusion=DiffusionConfig(clip_sample=clip))

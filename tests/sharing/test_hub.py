@@ -478,6 +478,7 @@ def nursery() -> Nursery:
     return Nursery()
 
 
+@pytest.mark.slow
 def test_a_push_killed_anywhere(hub: HubServer, made_run: Path, tmp_path: Path, nursery: Nursery) -> None:
     """Before, within and after each of its requests: the remote always loads, and the next push is whole."""
     push(made_run, NAME)

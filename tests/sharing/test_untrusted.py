@@ -302,6 +302,7 @@ def _load_all(arguments: list[str], *, out: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_memory(saved: Path, tmp_path: Path) -> None:
     """All of them in one process of their own, libraries included: less than a gibibyte."""
     folders = []

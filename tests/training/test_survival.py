@@ -81,6 +81,7 @@ class TestKills:
         result = chain_of_kills(nursery, tmp_path, deaths, flags)
         assert (result["kills"], result["different"]) == (3, [])
 
+    @pytest.mark.slow
     def test_two_processes_and_the_other_leaves_by_itself(self, nursery: Nursery, tmp_path: Path) -> None:
         deaths: list[Death | None] = [Death(1, 3, after=False), Death(0, 12, after=True)]
         result = chain_of_kills(nursery, tmp_path, deaths, ranks=2)
