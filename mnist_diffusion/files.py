@@ -131,14 +131,14 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object of a JSON file, which has at most a mebibyte unless said otherwise.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file of at most a mebibyte.
 
     Raises:
         FileError: it is larger, nested too deep, or not JSON with an object.
     """
     try:
-        values = json.loads(read_bytes(path, limit))
+        values = json.loads(read_bytes(path, MAX_JSON_BYTES))
     except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise

@@ -45,7 +45,7 @@ def test_nothing_else_in_the_package_opens_a_file_by_its_name() -> None:
 
 
 class TestReading:
-    @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "device", "circle", "socket name", "large"])
+    @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "device", "circle", "long name", "large"])
     def test_only_regular_files_of_a_size_are_opened_and_nothing_waits(self, tmp_path: Path, kind: str) -> None:
         path = tmp_path / "x"
         if kind == "folder":
@@ -59,7 +59,7 @@ class TestReading:
         elif kind == "large":
             with path.open("wb") as file:
                 file.truncate(2**40)
-        elif kind == "socket name":
+        elif kind == "long name":
             path = tmp_path / ("x" * 300)
         with pytest.raises(FileError, match="x") as error:
             files.read_bytes(path, 1000)

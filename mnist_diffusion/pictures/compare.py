@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -62,15 +61,10 @@ def _comparable(one: RunRecord, other: RunRecord) -> bool:
 
 def settings_that_differ(runs: Mapping[str, RunRecord]) -> list[list[str]]:
     """One row for each setting, by its dotted name, in which the runs differ, with the value of each run."""
-    settings = [{"objective": run.learned, **_flat(run.config)} for run in runs.values()]
+    settings = [{"objective": run.learned, **run.settings} for run in runs.values()]
     names = dict.fromkeys(name for each in settings for name in each if name not in DECIDED)
     differing = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
     return [[name, *(f"{each.get(name)!r:.60}" for each in settings)] for name in differing]
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    sections = ((section, values) for section, values in config.items() if isinstance(values, dict))
-    return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
 
 
 def rows(runs: Mapping[str, RunRecord]) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from mnist_diffusion.files import pipeline_folder, read_json, read_picture, read
 from mnist_diffusion.run_folder.checkpoint import NAME
 from mnist_diffusion.run_folder.metrics import read_metrics
 
+IN_LOSS = ("diffusion.", "distillation.")
 NOT_IN_LOSS = ("diffusion.label_dropout", "diffusion.clip_sample", "distillation.teacher", "distillation.split_seed")
 OBJECTIVE = "# objective: "
 """How the configuration of a run begins."""
@@ -51,11 +52,16 @@ class RunRecord:
     sheets: Sequence[Sheet]
 
     @property
-    def objective(self) -> Mapping[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Its configuration by dotted names."""
+        sections = ((section, values) for section, values in self.config.items() if isinstance(values, dict))
+        return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
+
+    @property
+    def objective(self) -> dict[str, Any]:
         """What its loss depends on beside images and network; where it differs, losses do not compare."""
-        sections = {name: self.config.get(name) for name in ("diffusion", "distillation")}
-        asked = {f"{section}.{name}": each for section, values in sections.items() for name, each in _items(values)}
-        return {name: value for name, value in asked.items() if name not in NOT_IN_LOSS} | {"name": self.learned}
+        in_loss = {name: value for name, value in self.settings.items() if name.startswith(IN_LOSS)}
+        return {name: value for name, value in in_loss.items() if name not in NOT_IN_LOSS} | {"name": self.learned}
 
     @property
     def name(self) -> str:
@@ -74,10 +80,6 @@ class RunRecord:
         return {path.name: path for path in paths if (path / "model_index.json").is_file()}
 
 
-def _items(section: Any) -> Iterable[tuple[str, Any]]:
-    return section.items() if isinstance(section, dict) else ()
-
-
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
@@ -90,13 +92,13 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{str(folder)!r} is not a run folder: it needs config.yaml and metrics.jsonl with a line")
     try:
         summary = read_json(summary_file) if summary_file.is_file() else {}
-        settings, first = dict(read_yaml(config)), read_text(config).partition("\n")[0].strip()
+        values, first = dict(read_yaml(config)), read_text(config).partition("\n")[0].strip()
         epochs_per_step = lines[-1]["epoch"] / lines[-1]["step"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(folder)!r}: the run folder could not be read: {error}") from error
     learned = first.removeprefix(OBJECTIVE) if first.startswith(OBJECTIVE) else ""
-    numbers = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
-    return RunRecord(folder, settings, learned, lines, numbers, sample_sheets(folder, epochs_per_step=epochs_per_step))
+    plain = {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
+    return RunRecord(folder, values, learned, lines, plain, sample_sheets(folder, epochs_per_step=epochs_per_step))
 
 
 def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:

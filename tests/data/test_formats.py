@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -177,11 +178,12 @@ class TestWrongArraysAndTables:
         with pytest.raises(DataError, match=r"labels of the shape \(4, 3\) are not one class per image"):
             load(tmp_path)
 
-    def test_a_row_does_not_take_a_picture_of_another_folder(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("file", ["other/3.png", "../../etc/passwd.png"])
+    def test_a_row_takes_no_picture_from_elsewhere(self, file: str, tmp_path: Path) -> None:
         table_beside_pictures(tmp_path)
-        with (tmp_path / "labels.csv").open("a") as file:
-            file.write("other/3.png,1\n")
-        with pytest.raises(DataError, match=r"row 12 names 'other/3\.png', and none"):
+        with (tmp_path / "labels.csv").open("a") as table:
+            table.write(f"{file},1\n")
+        with pytest.raises(DataError, match=rf"labels\.csv row 12 names '{re.escape(file)}', and none"):
             load(tmp_path)
 
     def test_pictures_listed_twice_and_not_at_all(self, tmp_path: Path) -> None:
@@ -218,13 +220,6 @@ class TestWrongArraysAndTables:
         with pytest.raises(
             DataError, match=r"'train' needs one array of images and one of as many labels, got x_train"
         ):
-            load(tmp_path)
-
-    def test_a_picture_that_is_not_there(self, tmp_path: Path) -> None:
-        table_beside_pictures(tmp_path)
-        with (tmp_path / "labels.csv").open("a") as file:
-            file.write("../../etc/passwd.png,1\n")
-        with pytest.raises(DataError, match=r"labels\.csv row 12 names '\.\./\.\./etc/passwd\.png', and none"):
             load(tmp_path)
 
     def test_a_path_out_of_the_table(self, tmp_path: Path) -> None:
