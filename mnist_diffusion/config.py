@@ -333,6 +333,8 @@ class TrainConfig:
     """Precision of the forward pass; null takes the launcher's."""
     channels_last: bool = False
     """Keep convolution weights in channels-last memory order, which is faster on tensor cores and some CPUs."""
+    compile: bool = False
+    """Compile the network, which takes a minute at the first step; a GPU then gets each pass as one CUDA graph."""
     num_threads: int | None = None
     """CPU threads of each process; null divides the cores among the processes of this machine, or takes one thread if
     `max_minutes` alone ends the run and one is faster here."""

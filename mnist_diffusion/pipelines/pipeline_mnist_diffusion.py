@@ -205,6 +205,13 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """Denoising steps of the last call."""
         return self._num_timesteps
 
+    def compile(self, **options: Any) -> None:
+        """Compile the network in place with `torch.compile` and its options, for calls of few different batch sizes.
+
+        The first calls then take up to a minute each. What is saved is not changed.
+        """
+        self.unet.compile(**options)
+
     # Saving.
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -18,7 +18,8 @@ ITERATIONS = 5
 
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """The optimizer that the configuration asks for, over all parameters of `network`."""
-    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "foreach": True}
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    options["fused" if next(network.parameters()).is_cuda else "foreach"] = True
     if config.optimizer == "adamw":
         return torch.optim.AdamW(network.parameters(), **options)
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}

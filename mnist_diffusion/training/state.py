@@ -47,7 +47,10 @@ class TrainState:
         self.ema = EMAModel(unet.parameters(), decay=config.train.ema_decay, foreach=True)
         self.unet, patches = unet, patch_size_of(unet, channels=data.channels)
         optimizer = build_optimizer(unet, config.train)
-        self.model, self.optimizer = accelerator.prepare(PatchedUNet(unet, patches), optimizer)
+        model = PatchedUNet(unet, patches)
+        if config.train.compile:
+            model.compile(**({"mode": "reduce-overhead"} if accelerator.device.type == "cuda" else {}))
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.averaged_model = PatchedUNet(self.averaged_unet, patches).eval()
         # The first step whose loss or gradient was not finite, -1 for none: read when the run reports or saves.
         self.first_bad_step = torch.tensor(-1, device=accelerator.device)

@@ -498,6 +498,21 @@ class TestOtherCode:
             MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
 
 
+def test_a_compiled_network_draws_and_saves_the_same(pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+    plain = draw(pipeline, 3, 7)
+    seen: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.append(len(inputs))
+        return graph.forward
+
+    pipeline.compile(backend=backend)
+    assert torch.equal(draw(pipeline, 3, 7), plain)
+    assert seen
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(MNISTDiffusionPipeline.from_pretrained(tmp_path), 3, 7), plain)
+
+
 def test_hooks_of_an_offloaded_network_are_freed_after_each_call(
     pipeline: MNISTDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -35,6 +36,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mnist_diffusion.errors import UserError
+
 EXTREMES = (
     b"0",
     b"-1",
@@ -49,8 +52,8 @@ EXTREMES = (
     b'""',
 )
 LARGEST_WAIT = 2.0
-WARM_UP = 10
-"""Inputs of each target before memory is looked at, for what is imported at first use."""
+LARGEST_PEAK = 10**9
+"""Bytes of memory that a process may take that reads the inputs of one target, with all that it imports."""
 
 
 def mutated(content: bytes, source: random.Random, *, within: int | None = None) -> bytes:
@@ -85,7 +88,7 @@ class Findings:
     ends: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     slowest: float = 0.0
-    grown_bytes: int = 0
+    peak_bytes: int = 0
 
 
 def _idx(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
@@ -374,43 +377,41 @@ TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], objec
 
 def fuzz(target: str, count: int, *, first: int = 0, seed: int = 0) -> Findings:
     """Read `count` mutated inputs; only the package's own errors may come of it, and none may take long."""
-    import datasets  # noqa: F401  (takes seconds, which are none of an input's)
-
-    from mnist_diffusion.errors import UserError
-
-    found, start = Findings(), _peak_bytes()
+    found = Findings()
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         make = TARGETS[target](Path(temporary) / "x")
         for number in range(first, first + count):
             read = make(random.Random(f"{seed} {target} {number}"))
-            before = time.perf_counter()
-            try:
-                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                    read()
-                end = "read"
-            except UserError as error:
-                end = type(error).__name__
-            except SystemExit as error:
-                end = f"exit {error.code}"
-                if error.code != 2:
-                    found.wrong.append(f"{target} {number}: {end}")
-            except BaseException as error:
-                end = type(error).__name__
-                found.wrong.append(f"{target} {number}: {''.join(traceback.format_exception(error))[-1500:]}")
-            seconds = time.perf_counter() - before
+            end, wrong, seconds = _end(read)
+            if seconds > LARGEST_WAIT:  # with what is imported at first use, which is none of an input's time
+                end, wrong, seconds = _end(read)
             found.ends[end] += 1
             found.slowest = max(found.slowest, seconds)
+            if wrong:
+                found.wrong.append(f"{target} {number}: {wrong}")
             if seconds > LARGEST_WAIT:
                 found.wrong.append(f"{target} {number}: took {seconds:.1f} s")
-            if number == first + WARM_UP:
-                start = _peak_bytes()
-    found.grown_bytes = _peak_bytes() - start
+    found.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return found
 
 
-def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _end(read: Callable[[], object]) -> tuple[str, str, float]:
+    """How reading ended, what was wrong with that, if anything, and after how many seconds."""
+    before, wrong = time.perf_counter(), ""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            read()
+        end = "read"
+    except UserError as error:
+        end = type(error).__name__
+    except SystemExit as error:
+        end = f"exit {error.code}"
+        wrong = end if error.code != 2 else ""
+    except BaseException as error:
+        end = type(error).__name__
+        wrong = "".join(traceback.format_exception(error))[-1500:]
+    return end, wrong, time.perf_counter() - before
 
 
 def fuzz_into(arguments: list[str], *, out: str) -> int:
@@ -430,11 +431,14 @@ def main() -> None:
     asked = parser.parse_args()
     chosen = asked.target or list(TARGETS)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    print("| input | inputs | ends | slowest | memory grew by |\n| --- | ---: | --- | ---: | ---: |")
+    print("| input | inputs | ends | slowest | most memory |\n| --- | ---: | --- | ---: | ---: |")
     for target in chosen:
-        found = fuzz(target, -(-asked.inputs // len(chosen)), first=asked.first)
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # so that its memory is that of this target
+            found = fresh.apply(fuzz, (target, -(-asked.inputs // len(chosen))), {"first": asked.first})
+        if found.peak_bytes > LARGEST_PEAK:
+            found.wrong.append(f"{target}: took {found.peak_bytes} bytes")
         ends = ", ".join(f"{end} {count}" for end, count in found.ends.most_common())
-        row = (target, str(found.ends.total()), ends, f"{found.slowest:.2f} s", f"{found.grown_bytes / 2**20:.0f} MiB")
+        row = (target, str(found.ends.total()), ends, f"{found.slowest:.2f} s", f"{found.peak_bytes / 1e6:.0f} MB")
         print(f"| {' | '.join(row)} |", *found.wrong, sep="\n", flush=True)
 
 
