@@ -86,7 +86,7 @@ def main(
     quality = {name: ["", "", ""] for name in draw} if data is None else _quality(draw, data, num_images)
     if compiled:
         faster = load_pipeline(pipeline, device=device, dtype=dtype)
-        faster.compile(dynamic=False)
+        faster.compile(mode="reduce-overhead", dynamic=False)
         draw["default call, compiled"] = lambda labels: faster(labels, output_type="pt").images
     seconds: dict[tuple[str, int], list[float]] = {(name, size): [] for name in draw for size in (1, batch_size)}
     for repeat in range(repeats + 2):  # the first two are not counted
