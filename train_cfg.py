@@ -35,7 +35,8 @@ def assemble(arguments: RunArguments[Config]) -> Trainer:
     # A UNet that takes a noisy image, a timestep and a class; one more class, the null class, stands for "any".
     shape = {"image_size": images.image_size, "channels": images.channels, "num_classes": images.num_classes}
     unet = network.build_unet(config.model, **shape, seed=config.train.seed)
-    # Its first weights: random, or those of another pipeline.
+    # Its first weights: random before a last layer of zeros, or those of another pipeline.
+    network.silence(unet)
     if config.train.init_from is not None and not launched.resumes:
         predicts = config.diffusion.prediction_type
         first = partial(network.initialise, class_names=images.class_names, prediction_type=predicts)

@@ -130,7 +130,7 @@ class DataConfig(ImagesConfig):
 class ModelConfig:
     """The shape of the `UNet2DModel`."""
 
-    block_out_channels: tuple[int, ...] = (32, 64)
+    block_out_channels: tuple[int, ...] = (24, 48)
     """Width of each resolution level, finest first."""
     patch_size: int = 2
     """Side of the square patches whose pixels the network takes as channels, at a fraction of the cost; 1 takes single
@@ -243,7 +243,7 @@ class SamplerConfig:
 class SamplingConfig(SamplerConfig):
     """What the pipeline folder does when it is called without further arguments."""
 
-    guidance_scale: float = 2.2
+    guidance_scale: float = 1.9
     """Strength of classifier-free guidance: 1 is conditional, 0 unconditional, above 1 sharpens the class."""
     guidance_interval: tuple[float, float] = (0.2, 0.8)
     """Noise levels, from 0 (clean) to 1, between which scales above 1 act; outside, the prediction is conditional."""
@@ -261,7 +261,7 @@ class DistillationConfig:
 
     teacher: str
     """The teacher: a pipeline folder, or a Hub id such as `user/name`."""
-    guidance_scale: float = 2.2
+    guidance_scale: float = 1.9
     """The guidance of the teacher, within its own interval, that the student draws with in one pass per step."""
     scheduler: TrajectorySampler = "dpmpp"
     """The sampler that draws the teacher's trajectories: one that adds no noise of its own on the way."""

@@ -58,6 +58,15 @@ def build_unet(config: ModelConfig, *, image_size: int, channels: int, num_class
         )
 
 
+def silence(unet: UNet2DModel) -> None:
+    """Set the last convolution to zero, in place, so that training begins with a prediction of nothing.
+
+    So does the code of Ho et al. (2020), https://arxiv.org/abs/2006.11239.
+    """
+    for parameter in unet.conv_out.parameters():
+        nn.init.zeros_(parameter)
+
+
 def patch_size_of(unet: UNet2DModel, *, channels: int) -> int:
     """The side of the patches of which `unet` takes the pixels of images with `channels`."""
     return math.isqrt(unet.config.in_channels // channels)
