@@ -32,14 +32,15 @@ def run(arguments: RunArguments[DistillConfig]) -> int:
     images = launched.load_images(config.data, seed=config.distillation.split_seed)
     distillation.require_possible(config, teacher, images)
     # The student, which begins as a copy of the teacher, and predicts the velocity of the same noising process.
-    student, scheduler = distillation.student_of(teacher), distillation.student_scheduler(teacher)
+    scales = config.distillation.guidance_scales
+    student, scheduler = distillation.student_of(teacher, len(scales)), distillation.student_scheduler(teacher)
     distillation.prepare_teacher(config, teacher, launched.accelerator)
     # What it learns: from points of a trajectory, the image at its end.
     learned = distillation.distillation_objective(config.distillation, teacher)
     launched.require_same("teachers", learned.fingerprint)
     # What is exported: a pipeline whose guidance is in the weights.
-    sampling = SamplingConfig(**vars(config.sampling), guidance_scale=config.distillation.guidance_scale)
-    kind: dict[str, Any] = {"patch_size": teacher.config.patch_size, "guidance_distilled": True}
+    sampling = SamplingConfig(**vars(config.sampling), guidance_scale=scales[0])
+    kind: dict[str, Any] = {"patch_size": teacher.config.patch_size, "guidance_distilled": scales}
     exported = partial(pipeline.build_pipeline, scheduler, sampling, images.class_names, **kind)
     card = distillation.card_values(config.distillation, learned)
     # The loop: the same as in training.

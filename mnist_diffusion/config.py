@@ -25,6 +25,7 @@ TrackerName = Literal["tensorboard", "wandb"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 MOST, MOST_PIXELS, MOST_CHANNELS = 100_000, 4096, 16_384
 """Bounds out of all proportion, beyond which a number is a slip."""
+MOST_SCALES = 100
 Background = Literal["black", "white", "edge"]
 Fit = Literal["contain", "pad", "resize"]
 
@@ -139,7 +140,7 @@ class ModelConfig:
     """Residual blocks per level."""
     attention_levels: tuple[int, ...] = ()
     """Levels (0 is the finest) with self-attention; any makes the middle block attend too."""
-    attention_head_dim: int = 32
+    attention_head_dim: int = 8
     """Channels of each attention head."""
     norm_num_groups: int = 8
     """Groups of each group normalisation; must divide every width."""
@@ -261,8 +262,9 @@ class DistillationConfig:
 
     teacher: str
     """The teacher: a pipeline folder, or a Hub id such as `user/name`."""
-    guidance_scale: float = 1.9
-    """The guidance of the teacher, within its own interval, that the student draws with in one pass per step."""
+    guidance_scales: tuple[float, ...] = (1.9, 1.0, 1.4, 2.8)
+    """Guidance scales of the teacher, within its own interval, with which the student learns to draw in one pass per
+    step; a call that names none takes the first."""
     scheduler: TrajectorySampler = "dpmpp"
     """The sampler that draws the teacher's trajectories: one that adds no noise of its own on the way."""
     num_teacher_steps: int = 8
@@ -282,7 +284,10 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         require(self.teacher != "", "distillation.teacher", "", "a pipeline folder or a Hub id")
-        require_at_least(0, "distillation", self, "guidance_scale")
+        scales = self.guidance_scales
+        possible = 0 < len(scales) <= MOST_SCALES and all(0 <= scale < math.inf for scale in scales)
+        rule = f"one to {MOST_SCALES} distinct scales of at least 0"
+        require(possible and len(set(scales)) == len(scales), "distillation.guidance_scales", list(scales), rule)
         require_at_least(1, "distillation", self, "num_teacher_steps")
         require_between(1, self.num_teacher_steps, "distillation", self, "points_per_trajectory")
         require_at_least(0, "distillation", self, "split_seed")

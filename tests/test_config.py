@@ -153,8 +153,8 @@ def test_default_student_is_the_schema() -> None:
     [
         ([], "distillation.teacher"),
         (["a/b", "--config", "nowhere"], "recipes default, tiny, got 'nowhere'"),
-        (["a/b", "--distillation.guidance_scale", "-1"], "distillation.guidance_scale must be at least 0, got -1"),
-        (["a/b", "--distillation.guidance_scale", "nan"], "distillation.guidance_scale"),
+        (["a/b", "--distillation.guidance_scales", "[-1]"], "distillation.guidance_scales must be one to 100 distinct"),
+        (["a/b", "--distillation.guidance_scales", "[.nan]"], "distillation.guidance_scales"),
         (["a/b", "--distillation.num_teacher_steps", "0"], "distillation.num_teacher_steps must be at least 1, got 0"),
         (["a/b", "--distillation.points_per_trajectory", "9"], "points_per_trajectory must be between 1 and 8, got 9"),
         (["a/b", "--distillation.clean_within", "0.6"], "distillation.clean_within must be between 0 and 0.5"),

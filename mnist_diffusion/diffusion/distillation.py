@@ -84,16 +84,23 @@ def require_possible(config: DistillConfig, teacher: MNISTDiffusionPipeline, dat
     ):
         if steps > available:
             raise TeacherError(f"{name}={steps} must not exceed the teacher's {available} timesteps")
-    if teacher.null_class is None and config.distillation.guidance_scale != 1:
-        scale = config.distillation.guidance_scale
-        raise TeacherError(f"distillation.guidance_scale={scale} needs a class-conditional teacher; set it to 1")
+    if teacher.null_class is None and (scales := config.distillation.guidance_scales) != (1,):
+        raise TeacherError(
+            f"distillation.guidance_scales={list(scales)} needs a class-conditional teacher; set it to [1]"
+        )
     if teacher.null_class is None and config.train.best_metric == "accuracy":
         raise TeacherError("train.best_metric='accuracy' needs a class-conditional teacher; set it to fid")
 
 
-def student_of(teacher: MNISTDiffusionPipeline) -> UNet2DModel:
-    """A network of the teacher's shape that starts with the teacher's weights."""
-    return copy.deepcopy(teacher.unet).train().requires_grad_(True)
+def student_of(teacher: MNISTDiffusionPipeline, num_scales: int = 1) -> UNet2DModel:
+    """A network of the teacher's shape and weights, with the embeddings of its classes once for each guidance scale."""
+    student = copy.deepcopy(teacher.unet).train().requires_grad_(True)
+    if teacher.null_class is not None:
+        table = student.class_embedding.weight.detach()
+        table = torch.cat([table[:-1].repeat(num_scales, 1), table[-1:]])
+        student.class_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+        student.register_to_config(num_class_embeds=len(table))
+    return student
 
 
 def student_scheduler(teacher: MNISTDiffusionPipeline) -> DDPMScheduler:
@@ -140,6 +147,7 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         teacher: draws the trajectories; not trained.
     """
     alphas_cumprod, null_class = teacher.scheduler.alphas_cumprod, teacher.null_class
+    num_scales = len(config.guidance_scales)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         count, device = len(batch.noise), batch.noise.device
@@ -148,8 +156,12 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         points = torch.cat([batch.noise[None], trajectory.latents[:-1].to(device)])
         points = points[chosen, torch.arange(count, device=device)].flatten(0, 1)
         timesteps = trajectory.timesteps.to(device, torch.int64)[chosen].flatten()
-        labels = batch.conditions(null_class)
-        labels = None if labels is None else labels.repeat(len(chosen))
+        labels = None
+        if null_class is not None:
+            labels = torch.where(
+                batch.dropped, num_scales * null_class, batch.labels + null_class * scale_indices(batch, num_scales)
+            )
+            labels = labels.repeat(len(chosen))
         prediction = model(points, timesteps, class_labels=labels, return_dict=False)[0].float()
         alpha = alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
         images = predicted_original_sample(prediction, points, alpha, "v_prediction")
@@ -167,11 +179,17 @@ def draw_trajectories(teacher: MNISTDiffusionPipeline, config: DistillationConfi
     dropped."""
     asked: dict[str, Any] = {"num_images_per_label": len(batch.labels)}
     if teacher.null_class is not None:
-        scales = torch.where(batch.dropped, 0.0, config.guidance_scale).tolist()
-        asked = {"class_labels": batch.labels.tolist(), "guidance_scale": scales}
+        scales = batch.noise.new_tensor(config.guidance_scales)[scale_indices(batch, len(config.guidance_scales))]
+        scales = torch.where(batch.dropped, 0.0, scales)
+        asked = {"class_labels": batch.labels.tolist(), "guidance_scale": scales.tolist()}
     return teacher.sample_trajectory(
         **asked, latents=batch.noise, num_inference_steps=config.num_teacher_steps, eta=0.0, output_type="pt"
     )
+
+
+def scale_indices(batch: Batch, num_scales: int) -> Tensor:
+    """Which guidance scale each image of a batch is for, int64 `[B]`: all equally often, whatever class and point."""
+    return (torch.arange(len(batch.labels), device=batch.labels.device) + batch.labels + batch.timesteps) % num_scales
 
 
 def chosen_points(config: DistillationConfig, draws: Tensor) -> Tensor:
@@ -200,6 +218,6 @@ def card_values(config: DistillationConfig, objective: Objective) -> dict[str, A
         "seed": config.split_seed,
         "method": (
             f"regression on the ends of the teacher's trajectories, {config.num_teacher_steps} steps of "
-            f"{config.scheduler} at guidance scale {config.guidance_scale:g}"
+            f"{config.scheduler} at guidance {', '.join(f'{scale:g}' for scale in config.guidance_scales)}"
         ),
     }

@@ -117,9 +117,11 @@ def initialise(unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], 
     if different:
         raise ConfigError(f"train.init_from={source!r} has another kind of network: {'; '.join(different)}")
     before, now = pipeline.unet.state_dict(), unet.state_dict()
-    fresh = CLASS_EMBEDDING in now and pipeline_class_names(pipeline) != class_names
+    fresh = CLASS_EMBEDDING in now and (
+        pipeline_class_names(pipeline) != class_names or before[CLASS_EMBEDDING].shape != now[CLASS_EMBEDDING].shape
+    )
     unet.load_state_dict({name: now[name] if name == CLASS_EMBEDDING and fresh else before[name] for name in now})
-    text = "; the class embeddings start afresh, because the classes are others" if fresh else ""
+    text = "; the class embeddings start afresh, because there they are for others" if fresh else ""
     return f"weights      of {source}{text}"
 
 

@@ -29,11 +29,11 @@ def build_pipeline(
     unet: UNet2DModel,
     *,
     patch_size: int = 1,
-    guidance_distilled: bool = False,
+    guidance_distilled: Sequence[float] = (),
 ) -> MNISTDiffusionPipeline:
     """A pipeline around `unet` (not a copy), for patches of a size, with a fresh sampler and configured defaults.
 
-    With `guidance_distilled` the network has learned to draw as if guided at the configured scale.
+    `guidance_distilled` are the scales at which the network has learned to draw as if guided, if any.
     """
     conditional = unet.config.num_class_embeds is not None
     return MNISTDiffusionPipeline(

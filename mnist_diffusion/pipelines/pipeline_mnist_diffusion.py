@@ -15,7 +15,7 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -131,8 +131,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         guidance_interval: noise levels at which guidance acts, if a call names none.
         eta: noise of the schedulers that take an eta, if a call names none.
         patch_size: side of the square patches whose pixels are the channels of the network's input and output.
-        guidance_distilled: whether the network has learned to draw as if guided at `guidance_scale`, in one pass per
-            step. Other scales cannot be asked for then.
+        guidance_distilled: scales at which the network has learned to draw as if guided, in one pass per step. Others
+            cannot be asked for then. It has embeddings for all classes at each of them, one scale after the other, and
+            then the null class. `True` stands for `guidance_scale` alone.
     """
 
     model_cpu_offload_seq = "unet"
@@ -148,16 +149,19 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         guidance_interval: Sequence[float] = (0.0, 1.0),
         eta: float = 0.0,
         patch_size: int = 1,
-        guidance_distilled: bool = False,
+        guidance_distilled: bool | Sequence[float] = (),
     ):
         super().__init__()
-        if (scale := getattr(unet, "guidance_distilled_at", None)) is not None and not guidance_distilled:
+        scales = [guidance_scale] if guidance_distilled is True else list(guidance_distilled or ())
+        if scales != (learned := getattr(unet, "guidance_distilled", scales)):
             raise ValueError(
-                f"guidance_distilled must be True, and guidance_scale {scale}, for this network, into which guidance "
-                "at that scale was distilled; from_pipe passes them on"
+                f"guidance_distilled must be {learned} for this network, into which guidance at these scales was "
+                f"distilled, got {scales}; from_pipe passes it on"
             )
-        if guidance_distilled:
-            unet.guidance_distilled_at = guidance_scale
+        if scales:
+            if guidance_scale not in scales:
+                raise ValueError(f"guidance_scale must be one of guidance_distilled={scales}, got {guidance_scale!r}")
+            unet.guidance_distilled = scales
         self.register_modules(unet=unet, scheduler=scheduler)
         names = None if id2label is None else {str(index): str(name) for index, name in id2label.items()}
         self.register_to_config(
@@ -167,7 +171,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             guidance_interval=list(guidance_interval),
             eta=eta,
             patch_size=patch_size,
-            guidance_distilled=guidance_distilled,
+            guidance_distilled=scales,
         )
         self._interrupt = False
 
@@ -186,7 +190,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     @property
     def num_classes(self) -> Any:
         """How many classes there are, the null class not counted; None for an unconditional model."""
-        return self.null_class
+        return None if self.null_class is None else self.null_class // max(1, len(self.config.guidance_distilled))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -295,7 +299,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return Conditions(torch.arange(len(labels)), labels, torch.ones(len(labels))), len(labels)
 
     def _guidance_scales(self, guidance_scale: Any, batch_size: int) -> torch.Tensor:
-        """One scale per image, float32 `[B]` on the CPU, for [`_predict`]: 1 if guidance is in the weights."""
+        """One scale per image, float32 `[B]` on the CPU."""
         scales = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if getattr(scales, "ndim", 0) > 1:
             raise ValueError(f"guidance_scale must be a number or one per image, got shape {tuple(scales.shape)}")
@@ -305,16 +309,24 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale must be one number or {batch_size} (one per image), got {len(scales)}")
         for scale in scales:
             _check_number("guidance_scale", scale, low=0)
-        own = self.config.guidance_scale
-        if not self.config.guidance_distilled:
-            return torch.tensor([float(scale) for scale in scales], dtype=torch.float32)
-        if others := [scale for scale in scales if float(scale) != own]:
+        return torch.tensor([float(scale) for scale in scales], dtype=torch.float32)
+
+    def _learned(self, conditions: Conditions | None, scales: torch.Tensor) -> tuple[Conditions | None, torch.Tensor]:
+        """Conditions and scales for [`_predict`]: of labels for these scales, at scale 1, if guidance was distilled."""
+        if not (learned := self.config.guidance_distilled):
+            return conditions, scales
+        apart = (scales[:, None].double() - torch.tensor(learned, dtype=torch.float64)).abs()
+        if (apart.amin(dim=1) > 1e-5).any():
+            other = float(scales[apart.amin(dim=1).argmax()])
             raise ValueError(
-                f"guidance_scale must be left out for this model, got {others[0]!r}: guidance at scale {own} was "
+                f"guidance_scale must be one of {learned} for this model, got {other:g}: guidance at these scales was "
                 "distilled into its weights, which draw with it in one pass per step; for another scale distil the "
                 "teacher again"
             )
-        return torch.ones(batch_size)
+        if conditions is not None:
+            labels = conditions.labels + self.num_classes * apart.argmin(dim=1)[conditions.rows]
+            conditions = replace(conditions, labels=labels)
+        return conditions, torch.ones_like(scales)
 
     def _check_guidance(self, guidance_interval: Any, guidance_rescale: Any) -> None:
         if guidance_interval is not None:
@@ -405,7 +417,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             num_images_per_label: images for each label, next to each other in the result.
             guidance_scale: one number or one per image. 1 is conditional and 0 unconditional, with one network pass
                 per step; anything else takes two. See [`guided_prediction`] for how other papers' `w` maps to it.
-                Omitted for a model whose guidance is distilled.
+                For a model with distilled guidance, one of the scales that it has learned.
             guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: scales above 1 act inside only;
                 outside, the prediction is conditional. Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
             guidance_rescale: phi of [`rescale_guidance`], from 0 (off) to 1.
@@ -431,7 +443,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         conditions, batch_size = self._conditions(class_labels, num_images_per_label)
         if conditions is None and guidance_scale is not None:
             raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
-        scales = self._guidance_scales(guidance_scale, batch_size)
+        conditions, scales = self._learned(conditions, self._guidance_scales(guidance_scale, batch_size))
         self._check_scheduler()
         self._check_guidance(guidance_interval, guidance_rescale)
         self._check_steps(num_inference_steps, timesteps, sigmas)

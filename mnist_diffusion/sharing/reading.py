@@ -31,7 +31,7 @@ from mnist_diffusion.files import (
 )
 
 MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
-MAX_LEVELS, MAX_LAYERS, MAX_SIDE, MAX_NUMBER = 10, 16, 4096, 100_000
+MAX_LEVELS, MAX_LAYERS, MAX_SIDE, MAX_NUMBER, MAX_SCALES = 10, 16, 4096, 100_000, 100
 FLOATS = ("BF16", "F16", "F32", "F64")
 PIPELINE_CLASS, CODE_STEM = "MNISTDiffusionPipeline", "pipeline_mnist_diffusion"
 CODE_FILE = re.compile(rf"{CODE_STEM}(_[0-9a-f]{{12}})?\.py")
@@ -195,8 +195,17 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
     pair = isinstance(interval, list) and len(interval) == 2 and all(type(end) in (int, float) for end in interval)
     if not pair or not 0 <= interval[0] <= interval[1] <= 1:
         raise FileError(f"{path}: guidance_interval must be a rising pair from 0 to 1, got {str(interval)[:100]}")
-    if not isinstance(values.get("guidance_distilled", False), bool):
-        raise FileError(f"{path}: guidance_distilled must be true or false")
+    scales = values.get("guidance_distilled", False)
+    if not isinstance(scales, bool) and not (
+        isinstance(scales, list)
+        and len(scales) <= MAX_SCALES
+        and all(type(each) in (int, float) and 0 <= each < math.inf for each in scales)
+    ):
+        raise FileError(
+            f"{path}: guidance_distilled must be a list of at most {MAX_SCALES} scales, got {str(scales)[:100]}"
+        )
+    if isinstance(scales, list) and scales and values.get("guidance_scale") not in scales:
+        raise FileError(f"{path}: guidance_scale must be one of guidance_distilled={str(scales)[:100]}")
 
 
 def require_fit(folder: Path, values: Mapping[str, Any], unet: Any, scheduler: Any) -> None:
@@ -207,6 +216,11 @@ def require_fit(folder: Path, values: Mapping[str, Any], unet: Any, scheduler: A
     if steps is not None and steps > available:
         raise FileError(f"{folder}: num_inference_steps={steps} exceeds the scheduler's {available} timesteps")
     embeddings, names, patch = unet.config.num_class_embeds, values.get("id2label"), values.get("patch_size", 1)
+    if isinstance(scales := values.get("guidance_distilled"), list) and scales and embeddings is not None:
+        if (embeddings - 1) % len(scales):
+            shared = f"{len(scales)} scales cannot share {embeddings - 1} class embeddings"
+            raise FileError(f"{folder}: guidance_distilled={str(scales)[:100]}: {shared}")
+        embeddings = (embeddings - 1) // len(scales) + 1
     if unet.config.in_channels % patch**2:
         raise FileError(f"{folder}: patch_size={patch} does not fit a network of {unet.config.in_channels} channels")
     for number in names or {}:

@@ -38,6 +38,7 @@ from mnist_diffusion.diffusion.distillation import (
     load_teacher,
     pseudo_huber,
     require_possible,
+    scale_indices,
     student_of,
     student_scheduler,
     with_teachers_images,
@@ -159,7 +160,7 @@ class TestLoss:
         expected = ((errors**2 + 0.25).sqrt() - 0.5).mean()
         assert float(loss) == pytest.approx(float(expected), abs=2e-4)
         assert student.timestep.tolist() == [t for t in (999, 749, 499, 249) for _ in range(3)]
-        assert student.labels.tolist() == [0, 10, 2] * 4
+        assert student.labels.tolist() == [0, 40, 2] * 4
         torch.testing.assert_close(student.sample[:3], batch.noise)
         torch.testing.assert_close(student.sample[3:], trajectory.latents[:-1].flatten(0, 1))
 
@@ -173,11 +174,12 @@ class TestLoss:
         assert set(chosen.flatten().tolist()) == (set(range(steps)) if points > 1 else {0})
 
     def test_trajectories_are_the_teachers_own_pictures(self, teacher_folder: Path) -> None:
-        teacher, config = make_pipeline(), distillation(teacher_folder, guidance_scale=3.0)
+        teacher, config = make_pipeline(), distillation(teacher_folder, guidance_scales=(3.0, 1.5, 2.0))
         batch = make_batch(3, dropped=[1])
         ends = draw_trajectories(teacher, config, batch).latents[-1]
         common: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
-        guided = teacher([0, 2], guidance_scale=3.0, latents=batch.noise[[0, 2]], **common).images
+        assert scale_indices(batch, 3).tolist() == [0, 2, 1]  # place and class are 0, 1, 2, and the points all 0
+        guided = teacher([0, 2], guidance_scale=[3.0, 1.5], latents=batch.noise[[0, 2]], **common).images
         free = teacher(None, latents=batch.noise[1:2], **common).images
         torch.testing.assert_close(ends[[0, 2]].clamp(-1, 1) / 2 + 0.5, guided, atol=1e-5, rtol=0)
         torch.testing.assert_close(ends[1:2].clamp(-1, 1) / 2 + 0.5, free, atol=1e-5, rtol=0)
@@ -228,7 +230,7 @@ class TestStudentsScheduler:
 class TestTeachers:
     def test_a_student_is_no_teacher(self, tmp_path: Path, teacher_folder: Path) -> None:
         pipeline = MNISTDiffusionPipeline.from_pretrained(teacher_folder)
-        pipeline.register_to_config(guidance_distilled=True)
+        pipeline.register_to_config(guidance_distilled=[pipeline.config.guidance_scale])
         pipeline.save_pretrained(tmp_path)
         with pytest.raises(TeacherError, match="is itself a student"):
             loaded(tmp_path)
@@ -236,9 +238,9 @@ class TestTeachers:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({}, r"guidance_scale=2\.2 needs a class-conditional teacher"),
+            ({}, r"guidance_scales=\[1\.9, 1\.0, .*\] needs a class-conditional teacher"),
             (
-                {"distillation": {"guidance_scale": 1.0}, "best_metric": "accuracy"},
+                {"distillation": {"guidance_scales": (1.0,)}, "best_metric": "accuracy"},
                 "train.best_metric='accuracy' needs",
             ),
             ({"distillation": {"num_teacher_steps": 1001}}, "num_teacher_steps=1001 must not exceed .* 1000 timesteps"),
@@ -323,18 +325,27 @@ class TestRuns:
             assert passes == [2]
         assert all(torch.equal(picture, pictures[0]) for picture in pictures)
         card = (folder / "README.md").read_text()
-        for part in ("It is a student", str(teacher_folder), "4 steps of dpmpp at guidance scale 2.2", "1 step of lcm"):
+        method = "4 steps of dpmpp at guidance 1.9, 1, 1.4, 2.8"
+        for part in ("It is a student", str(teacher_folder), method, "1 step of lcm"):
             assert part in card
         assert "guidance_scale=5" not in card
+        assert "other scales that a call may name:\n1.0, 1.4, 2.8. Others are refused." in card
 
     def test_guidance_scale_is_explained(self, teacher_folder: Path, tmp_path: Path) -> None:
         folder = run(student_config(teacher_folder, tmp_path / "run", max_steps=1)) / "pipeline"
         student = MNISTDiffusionPipeline.from_pretrained(folder)
         student.set_progress_bar_config(disable=True)
-        assert len(student([1, 2], guidance_scale=2.2).images) == 2
-        for scale in (5, 1, 0, [2.2, 2.0]):
-            with pytest.raises(ValueError, match=r"guidance at scale 2\.2 was distilled into its weights"):
+        for scale in (5, 1.5, 0, [1.9, 2.0]):
+            with pytest.raises(ValueError, match=r"guidance_scale must be one of \[1\.9, 1\.0, 1\.4, 2\.8\] for this"):
                 student([1, 2], guidance_scale=scale)
+        labels: list[list[int]] = []
+        student.unet.register_forward_pre_hook(
+            lambda module, inputs, named: labels.append(named["class_labels"].tolist()), with_kwargs=True
+        )
+        student([1, 2])
+        student([1, 2], guidance_scale=[1.0, torch.tensor(2.8)])
+        student()
+        assert labels == [[1, 2], [11, 32], [40]]
         for other in ({"guidance_interval": (0.2, 0.8)}, {"guidance_rescale": 0.5}):
             with pytest.raises(ValueError, match="have no effect on this model"):
                 student([1, 2], **other)
@@ -356,7 +367,7 @@ class TestRuns:
         teacher = save_teacher(tmp_path / "teacher", seed=0, **changes)
         config = student_config(teacher, tmp_path / "run")
         if not conditional:
-            config = dataclasses.replace(config, distillation=distillation(teacher, guidance_scale=1.0))
+            config = dataclasses.replace(config, distillation=distillation(teacher, guidance_scales=(1.0,)))
         student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
         assert student.scheduler.config.prediction_type == "v_prediction"
         assert student(3 if conditional else None, output_type="pt").images.isfinite().all()
@@ -364,16 +375,19 @@ class TestRuns:
     def test_the_student_comes_nearer_to_the_teachers_pictures(self, teacher_folder: Path, tmp_path: Path) -> None:
         teacher = loaded(teacher_folder)
         config = student_config(teacher_folder, tmp_path / "run", max_steps=40, learning_rate=5e-3, ema_decay=0.9)
+        config = dataclasses.replace(config, distillation=distillation(teacher_folder, guidance_scales=(1.0, 2.8)))
         student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
         for pipeline in (teacher, student):
             pipeline.set_progress_bar_config(disable=True)
         noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(1))
         common: dict[str, Any] = {"class_labels": range(10), "latents": noise, "output_type": "pt"}
-        goal = teacher(**common, num_inference_steps=4, guidance_scale=2.2).images
-        learned = student(**common).images
-        student.unet = student_of(teacher).eval()
-        unlearned = student(**common).images
-        assert (learned - goal).square().mean() < 0.5 * (unlearned - goal).square().mean()
+        goals = {scale: teacher(**common, num_inference_steps=4, guidance_scale=scale).images for scale in (1.0, 2.8)}
+        learned = {scale: student(**common, guidance_scale=scale).images for scale in goals}
+        student.unet = student_of(teacher, 2).eval()
+        for scale, goal in goals.items():
+            unlearned = student(**common, guidance_scale=scale).images
+            assert (learned[scale] - goal).square().mean() < 0.5 * (unlearned - goal).square().mean()
+        assert (learned[1.0] - goals[1.0]).square().mean() < (learned[2.8] - goals[1.0]).square().mean()
 
     @pytest.mark.slow
     def test_resumed_run_gives_the_same_bits(self, teacher_folder: Path, tmp_path: Path) -> None:
@@ -411,8 +425,8 @@ class TestRuns:
         changed = dataclasses.replace(config, distillation=distillation(other))
         with pytest.raises(UserError, match="the teacher's fingerprint was"):
             run(changed, resume=True)
-        stronger = dataclasses.replace(config, distillation=distillation(teacher_folder, guidance_scale=3.0))
-        with pytest.raises(UserError, match=r"distillation\.guidance_scale was 2\.2, now 3\.0"):
+        stronger = dataclasses.replace(config, distillation=distillation(teacher_folder, guidance_scales=(3.0,)))
+        with pytest.raises(UserError, match=r"distillation\.guidance_scales was \[1\.9, .*\], now \[3\.0\]"):
             run(stronger, resume=True)
         moved = save_teacher(tmp_path / "moved", seed=0)
         run(dataclasses.replace(config, distillation=distillation(moved)), resume=True)

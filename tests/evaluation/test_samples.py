@@ -51,18 +51,18 @@ class TestDrawing:
     def test_a_student_takes_one_pass_a_step_at_its_own_scale_alone(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
     ) -> None:
-        pipeline.register_to_config(guidance_distilled=True, guidance_scale=1.5)
+        pipeline.register_to_config(guidance_distilled=[1.5], guidance_scale=1.5)
         pipeline.scheduler = build_sampler("lcm", pipeline.scheduler.config)
         student = generator(pipeline, letters)
         settings = student.settings(None, 2, None)
         assert settings == SamplingSettings("lcm", 2, 1.5)
         student.check(settings)
         assert student.draw(settings).passes_per_image == 2
-        with pytest.raises(UserError, match=r"guidance at scale 1\.5 was distilled into its weights"):
+        with pytest.raises(UserError, match=r"guidance_scale must be one of \[1\.5\] for this model"):
             student.check(student.settings(None, 2, 5.0))
 
     def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        assert generator(pipeline, letters).settings() == SamplingSettings("dpmpp", 10, 2.2)
+        assert generator(pipeline, letters).settings() == SamplingSettings("dpmpp", 10, 1.9)
         assert generator(pipeline, letters).settings("ddim", 4, 0.0) == SamplingSettings("ddim", 4, 0.0)
 
     def test_the_sampler_is_put_back(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:

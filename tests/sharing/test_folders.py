@@ -191,7 +191,7 @@ class TestSubclasses:
     def test_from_pipe_shares_the_network_both_ways(
         self, pipeline: MNISTDiffusionPipeline, tmp_path: Path, kind: type[MNISTDiffusionPipeline]
     ) -> None:
-        pipeline.register_to_config(guidance_distilled=True, guidance_scale=1.5)
+        pipeline.register_to_config(guidance_distilled=[1.5], guidance_scale=1.5)
         pipeline.save_pretrained(tmp_path)
         plain = load_plainly(tmp_path)
         for source, target in ((pipeline, kind), (plain, kind), (pipeline, type(plain))):

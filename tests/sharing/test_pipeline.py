@@ -491,10 +491,14 @@ class TestOtherCode:
 
     def test_components_of_a_student_keep_its_promise(self) -> None:
         teacher = make_pipeline()
-        student = MNISTDiffusionPipeline(**teacher.components, guidance_scale=1.5, guidance_distilled=True)
-        with pytest.raises(ValueError, match=r"guidance_distilled must be True, and guidance_scale 1\.5"):
-            MNISTDiffusionPipeline(**student.components)
-        with pytest.raises(ValueError, match="guidance_scale must be left out"):
+        student = MNISTDiffusionPipeline(**teacher.components, guidance_scale=1.5, guidance_distilled=[1.5])
+        others: list[dict[str, Any]] = [{}, {"guidance_distilled": [2.0], "guidance_scale": 2.0}]
+        for other in others:
+            with pytest.raises(ValueError, match=r"guidance_distilled must be \[1\.5\] for this network"):
+                MNISTDiffusionPipeline(**student.components, **other)
+        with pytest.raises(ValueError, match=r"guidance_scale must be one of guidance_distilled=\[1\.5\], got 3"):
+            MNISTDiffusionPipeline(**teacher.components, guidance_scale=3, guidance_distilled=[1.5])
+        with pytest.raises(ValueError, match=r"guidance_scale must be one of \[1\.5\] for this model, got 3"):
             MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
 
 

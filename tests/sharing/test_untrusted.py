@@ -207,6 +207,11 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "labels of no class": (edited(INDEX, id2label={"999999": "y"}), "which the network does not have"),
     "nested labels": (edited(INDEX, id2label={"0": {"a": {}}}), "id2label must name classes by their numbers"),
     "endless steps": (edited(INDEX, num_inference_steps=10**12), "num_inference_steps must be"),
+    "scales that are none": (edited(INDEX, guidance_distilled=[1, "2"]), "guidance_distilled must be a list"),
+    "scales without the default": (
+        edited(INDEX, guidance_distilled=[0.5]),
+        "guidance_scale must be one of guidance_distilled",
+    ),
     "infinite guidance": (edited(INDEX, guidance_scale=1e999), "guidance_scale must be finite"),
     "guidance at noise of no kind": (edited(INDEX, guidance_interval=[0, "1"]), "guidance_interval must be"),
     "guidance backwards": (edited(INDEX, guidance_interval=[0.9, 0.1]), "guidance_interval must be"),
