@@ -1,4 +1,5 @@
-"""How fast digits are drawn: this pipeline, its student, and a plain loop of diffusers with DDIM in 50 guided steps.
+"""How fast digits are drawn: this pipeline, its student, its student in ONNX Runtime, and a plain loop of diffusers
+with DDIM in 50 guided steps.
 
     python benchmarks/sampling.py runs/<run>/pipeline --student runs/<student>/pipeline --data path/to/mnist
 
@@ -8,9 +9,13 @@ All are timed in turns, so that the ratios say something on any machine. With `-
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
@@ -20,6 +25,7 @@ from torch import Tensor
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.data.transforms import to_uint8
+from mnist_diffusion.diffusion.onnx import export_onnx
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, set_num_threads
 from mnist_diffusion.evaluation.evaluator import evaluator_for
@@ -27,7 +33,7 @@ from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.protocol import Reference
 from mnist_diffusion.pictures.tables import markdown
 from mnist_diffusion.requests import Precision
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline, predicted_original_sample
 
 STOCK_STEPS, STOCK_SCALE = 50, 2.0
 
@@ -47,6 +53,25 @@ def stock(pipeline: MNISTDiffusionPipeline, labels: list[int]) -> Tensor:
         guided = unconditional + STOCK_SCALE * (conditional - unconditional)
         sample = scheduler.step(guided, timestep, sample).prev_sample
     return (sample / 2 + 0.5).clamp(0, 1)
+
+
+def in_onnx_runtime(student: MNISTDiffusionPipeline, folder: Path) -> Callable[[list[int]], Tensor]:
+    """One pass of a student by its exported network."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(export_onnx(student, folder), options, ["CPUExecutionProvider"])
+    timestep = student.scheduler.config.num_train_timesteps - 1
+    alpha = student.scheduler.alphas_cumprod[timestep]
+
+    def draw(labels: list[int]) -> Tensor:
+        noise = torch.randn(len(labels), *student.image_shape)
+        levels = np.full(len(labels), timestep, dtype=np.float32)
+        inputs = {"sample": noise.numpy(), "timestep": levels, "class_labels": np.array(labels)}
+        [velocity] = session.run(None, inputs)
+        images = predicted_original_sample(torch.from_numpy(velocity), noise, alpha, "v_prediction")
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    return draw
 
 
 def main(
@@ -83,6 +108,9 @@ def main(
     if student is not None:
         learned = load_pipeline(student, device=device, dtype=dtype)
         draw["student, one pass"] = lambda labels: learned(labels, num_inference_steps=1, output_type="pt").images
+        if learned.device.type == "cpu" and dtype == "float32":
+            with tempfile.TemporaryDirectory() as folder:
+                draw["student, one pass, ONNX Runtime"] = in_onnx_runtime(learned, Path(folder))
     quality = {name: ["", "", ""] for name in draw} if data is None else _quality(draw, data, num_images)
     if compiled:
         faster = load_pipeline(pipeline, device=device, dtype=dtype)

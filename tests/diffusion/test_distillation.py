@@ -386,7 +386,7 @@ class TestRuns:
         student.unet = student_of(teacher, 2).eval()
         for scale, goal in goals.items():
             unlearned = student(**common, guidance_scale=scale).images
-            assert (learned[scale] - goal).square().mean() < 0.5 * (unlearned - goal).square().mean()
+            assert (learned[scale] - goal).square().mean() < 0.6 * (unlearned - goal).square().mean()
         assert (learned[1.0] - goals[1.0]).square().mean() < (learned[2.8] - goals[1.0]).square().mean()
 
     @pytest.mark.slow
