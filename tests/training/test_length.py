@@ -136,9 +136,13 @@ class TestLength:
         assert sum(rate == 1.0 for rate in rates) > len(rates) / 4
 
     def test_killed_at_any_moment_and_run_again_give_the_same_bits(self, tmp_path: Path, clock: FakeClock) -> None:
-        """Before, in and after the decision on the decay; and from the configuration that the run left."""
+        """Before, in and after the decision on the decay; and from the configuration that the run left.
+
+        With what is not the default, beside what is, where it changes how numbers are rounded.
+        """
         clock.step_seconds = lambda step, now: 1.0 if now < 40 else 1.4
-        config = timed_config(max_minutes=1, warmup_steps=5, checkpoint_every="7 steps")
+        rounding = {"mixed_precision": "bf16", "channels_last": True, "max_grad_norm": 0.1}
+        config = timed_config(max_minutes=1, warmup_steps=5, checkpoint_every="7 steps", **rounding)
         folder = tmp_path / "run"
 
         class KilledError(Exception):
