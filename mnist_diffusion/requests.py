@@ -19,8 +19,8 @@ class DrawingRequest:
 
     seed: int = 0
     """The same seed draws the same images, whatever the batch size."""
-    batch_size: int = 128
-    """Images drawn together."""
+    batch_size: int | None = None
+    """Images drawn together; null takes as many as suit their size and the device."""
     device: str | None = None
     """Such as cpu or cuda:0; null takes a GPU if there is one."""
     dtype: Precision = "float32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from mnist_diffusion.environment import DEFAULT_DEVICE
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.sharing.errors import HubError, hub_errors
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+
+PIXELS_TOGETHER = (100_000, 800_000)
+"""How many values of images are drawn together on a CPU, whose caches they should fit into, and on a GPU."""
 
 
 def build_pipeline(
@@ -100,7 +104,7 @@ def generate_batches(
     class_labels: Sequence[int] | None,
     seeds: Sequence[int],
     *,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     **call_arguments: Any,
 ) -> Iterator[Tensor]:
     """Draw one image for each seed, in batches; an image depends on its seed and label, not on the batch.
@@ -109,7 +113,7 @@ def generate_batches(
         pipeline: draws them.
         class_labels: one label per seed, or None to draw unconditionally.
         seeds: one seed per image.
-        batch_size: images drawn together.
+        batch_size: images drawn together; as many as suit their size and the device if omitted.
         call_arguments: further arguments of the pipeline's call.
 
     Yields:
@@ -117,6 +121,7 @@ def generate_batches(
     """
     if class_labels is not None and len(class_labels) != len(seeds):
         raise ValueError(f"class_labels must be one for each of the {len(seeds)} seeds, got {len(class_labels)}")
+    batch_size = batch_size or max(1, PIXELS_TOGETHER[pipeline.device.type != "cpu"] // math.prod(pipeline.image_shape))
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
         labels = None if class_labels is None else class_labels[part]

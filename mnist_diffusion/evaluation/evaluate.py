@@ -161,7 +161,7 @@ def monitor(
         UserError: `num_images` is not the same number for each class.
     """
     data = data.in_memory()
-    generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed, batch_size=128)
+    generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed)
     reference = Reference(data, evaluator_for(data).model, seed=seed)
     reference.floor(num_images)
 

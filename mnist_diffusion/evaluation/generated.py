@@ -66,7 +66,7 @@ class ImageGenerator:
         data: the images that the pipeline is measured against.
         num_images: how many; a multiple of the number of classes.
         seed: of all of them.
-        batch_size: images drawn together.
+        batch_size: images drawn together; as many as suit their size and the device if omitted.
         folder: where finished parts are kept, to be used again.
 
     Raises:
@@ -80,7 +80,7 @@ class ImageGenerator:
         *,
         num_images: int,
         seed: int,
-        batch_size: int,
+        batch_size: int | None = None,
         folder: Path | None = None,
     ):
         self.pipeline, self.num_images, self.seed = pipeline, num_images, seed

@@ -82,7 +82,12 @@ class Samples:
 
     def grid(self) -> tuple[Image.Image, Tensor]:
         """A grid with one row per class (or a square one), and its images in the order they were drawn."""
-        images = torch.cat(list(tqdm(self.batches(), total=-(-self.request.num_images // self.request.batch_size))))
+        parts = []
+        with tqdm(total=self.request.num_images, unit="image") as bar:
+            for part in self.batches():
+                parts.append(part)
+                bar.update(len(part))
+        images = torch.cat(parts)
         if self.labels is None:
             return image_grid(images, max(1, round(len(images) ** 0.5))), images
         rows = [images[start :: len(self.labels)] for start in range(len(self.labels))]
