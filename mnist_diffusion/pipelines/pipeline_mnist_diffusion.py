@@ -8,13 +8,14 @@
 This file ships inside every pipeline folder, so it must not import anything of the package it comes from.
 """
 
+import contextlib
 import copy
 import hashlib
 import inspect
 import json
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -107,6 +108,31 @@ class TrajectoryOutput(BaseOutput):
     latents: torch.Tensor
     pred_original_samples: torch.Tensor
     timesteps: torch.Tensor
+
+
+@dataclass
+class DenoisingStep:
+    """What there is after a step of drawing `B` images.
+
+    Args:
+        step: its number, 0 for the first.
+        timestep: where it began.
+        latents: the samples after it, float32 `[B, C, H, W]` on the device.
+        model_output: the guided prediction, float32 `[B, C, H, W]`.
+        pred_original_sample: the clean image that it implies, float32 `[B, C, H, W]`.
+        passes: network passes so far, summed over the images.
+    """
+
+    step: int
+    timestep: torch.Tensor
+    latents: torch.Tensor
+    model_output: torch.Tensor
+    pred_original_sample: torch.Tensor
+    passes: int
+
+    def images(self, output_type: str = "pil") -> Any:
+        """The samples as images, as a call with this `output_type` gives them."""
+        return VaeImageProcessor().postprocess(self.latents, output_type)
 
 
 @dataclass(frozen=True)
@@ -311,8 +337,14 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             _check_number("guidance_scale", scale, low=0)
         return torch.tensor([float(scale) for scale in scales], dtype=torch.float32)
 
-    def _learned(self, conditions: Conditions | None, scales: torch.Tensor) -> tuple[Conditions | None, torch.Tensor]:
+    def _conditioned(
+        self, class_labels: Any, num_images_per_label: int, guidance_scale: Any
+    ) -> tuple[Conditions | None, torch.Tensor]:
         """Conditions and scales for [`_predict`]: of labels for these scales, at scale 1, if guidance was distilled."""
+        conditions, batch_size = self._conditions(class_labels, num_images_per_label)
+        if conditions is None and guidance_scale is not None:
+            raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
+        scales = self._guidance_scales(guidance_scale, batch_size)
         if not (learned := self.config.guidance_distilled):
             return conditions, scales
         apart = (scales[:, None].double() - torch.tensor(learned, dtype=torch.float64)).abs()
@@ -440,51 +472,111 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: an argument cannot work; nothing has been computed yet.
         """
-        conditions, batch_size = self._conditions(class_labels, num_images_per_label)
-        if conditions is None and guidance_scale is not None:
-            raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
-        conditions, scales = self._learned(conditions, self._guidance_scales(guidance_scale, batch_size))
-        self._check_scheduler()
-        self._check_guidance(guidance_interval, guidance_rescale)
-        self._check_steps(num_inference_steps, timesteps, sigmas)
-        generator = _checked_generators(generator, batch_size)
-        step_kwargs = self._step_kwargs(eta, generator)
-        shape = (batch_size, *self.image_shape)
-        if latents is not None:
-            _check_images("latents", latents, shape)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        stream = self.stream(
+            class_labels,
+            num_images_per_label,
+            guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            num_inference_steps,
+            timesteps,
+            sigmas,
+            eta,
+            generator,
+            latents,
+        )
+        changes = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                done = stream.send(changes)
+                if callback_on_step_end is not None:
+                    chosen = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
+                    changes = callback_on_step_end(self, done.step, done.timestep, chosen) or {}
+                    changes = {"latents": changes["latents"]} if "latents" in changes else None
+                    done.latents = done.latents if changes is None else changes["latents"]
+        images = done.images(output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def stream(
+        self,
+        class_labels: Any = None,
+        num_images_per_label: int = 1,
+        guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        num_inference_steps: Any = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
+        """Draw as a call with these arguments does, and give a [`DenoisingStep`] after each step.
+
+            for done in pipeline.stream([3], guidance_scale=5):
+                done.images()[0].save(f"{done.step}.png")
+
+        What is sent to the generator changes what follows: `stream.send({"class_labels": [8], "guidance_scale": 2})`
+        gives the next step under another class and scale; `latents` replaces the samples. It may be left at any step.
+
+        Raises:
+            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
+        """
+        conditions, scales = self._conditioned(class_labels, num_images_per_label, guidance_scale)
+        self._check_scheduler()
+        self._check_guidance(guidance_interval, guidance_rescale)
+        self._check_steps(num_inference_steps, timesteps, sigmas)
+        generator = _checked_generators(generator, len(scales))
+        step_kwargs = self._step_kwargs(eta, generator)
+        shape = (len(scales), *self.image_shape)
+        if latents is not None:
+            _check_images("latents", latents, shape)
         scheduler, device = self._prepared_scheduler(num_inference_steps, timesteps, sigmas), self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
         self._interrupt = False
-        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
-            for step, timestep in enumerate(scheduler.timesteps):
-                if self._interrupt:
-                    continue
-                model_input = scheduler.scale_model_input(latents, timestep)
-                now = self._scales_at(timestep, scales, guidance_interval)
-                model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
-                _set_ddim_stride(scheduler, step)
-                latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "model_output": model_output}
-                    if "pred_original_sample" in callback_on_step_end_tensor_inputs:
-                        alpha, kind = _alpha_cumprod(scheduler, step), scheduler.config.prediction_type
-                        tensors["pred_original_sample"] = predicted_original_sample(
-                            model_output, model_input, alpha, kind
+        asked = {"class_labels": class_labels, "repeats": num_images_per_label, "guidance_scale": guidance_scale}
+
+        @torch.no_grad()
+        def denoise(
+            latents: torch.Tensor, conditions: Conditions | None, scales: torch.Tensor
+        ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
+            passes = 0
+            with contextlib.ExitStack() as stack:
+                stack.callback(self.maybe_free_model_hooks)
+                progress_bar = stack.enter_context(self.progress_bar(total=len(scheduler.timesteps)))
+                for step, timestep in enumerate(scheduler.timesteps):
+                    if self._interrupt:
+                        break
+                    model_input = scheduler.scale_model_input(latents, timestep)
+                    now = self._scales_at(timestep, scales, guidance_interval)
+                    model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
+                    passes += _count_passes(conditions, now)
+                    _set_ddim_stride(scheduler, step)
+                    latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
+                    alpha, kind = _alpha_cumprod(scheduler, step), scheduler.config.prediction_type
+                    clean = predicted_original_sample(model_output, model_input, alpha, kind)
+                    progress_bar.update()
+                    changes = yield DenoisingStep(step, timestep, latents, model_output, clean, passes)
+                    if not changes:
+                        continue
+                    if unknown := changes.keys() - {"latents", "class_labels", "guidance_scale"}:
+                        raise ValueError(
+                            f"a stream takes latents, class_labels and guidance_scale, got {sorted(unknown)}"
                         )
-                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, step, timestep, chosen) or {}).get("latents", latents)
-                progress_bar.update()
-        images = VaeImageProcessor().postprocess(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+                    latents = changes.get("latents", latents)
+                    asked.update({name: changes[name] for name in asked if name in changes})
+                    conditions, scales = self._conditioned(*asked.values())
+                    if len(scales) != len(latents):
+                        raise ValueError(f"class_labels must be for {len(latents)} images, got {changes!r:.200}")
+
+        return denoise(latents, conditions, scales)
 
     def sample_trajectory(
         self, class_labels: Any = None, *, output_type: str = "pil", **arguments: Any
@@ -494,27 +586,17 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         Args:
             class_labels: as in a call.
             output_type: as in a call.
-            arguments: further arguments of a call, the callback's excepted.
-
-        Raises:
-            TypeError, ValueError: as a call does.
+            arguments: further arguments of [`stream`].
         """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         latents, predicted, timesteps = [], [], []
-
-        def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            timesteps.append(timestep)
-            latents.append(tensors["latents"])
-            predicted.append(tensors["pred_original_sample"])
-            return {}
-
-        images = self(
-            class_labels,
-            output_type=output_type,
-            callback_on_step_end=keep,
-            callback_on_step_end_tensor_inputs=("latents", "pred_original_sample"),
-            **arguments,
-        ).images
-        return TrajectoryOutput(images, *(torch.stack(each).cpu() for each in (latents, predicted, timesteps)))
+        for done in self.stream(class_labels, **arguments):
+            timesteps.append(done.timestep)
+            latents.append(done.latents)
+            predicted.append(done.pred_original_sample)
+        kept = (torch.stack(each).cpu() for each in (latents, predicted, timesteps))
+        return TrajectoryOutput(done.images(output_type), *kept)
 
     @torch.no_grad()
     def interpolate(
@@ -560,68 +642,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         weights[:, labels[0]] += 1 - along
         weights[:, labels[-1]] += along
         return self(weights, latents=frames, **arguments)
-
-    @torch.no_grad()
-    def invert(
-        self,
-        images: torch.Tensor,
-        class_labels: Any = None,
-        *,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        num_iterations: int = 5,
-    ) -> torch.Tensor:
-        """Find the noise from which DDIM (eta 0) draws given images.
-
-        DDIM's step is a rotation, `x_s = cos(d) x_t - sin(d) v(x_t)`, by the angle `d` between the two noise levels.
-        Each is undone by solving `x_t = (x_s + sin(d) v(x_t)) / cos(d)` by fixed-point iteration. Song et al. (2020),
-        https://arxiv.org/abs/2010.02502, section 4.3; Pan et al. (2023), https://arxiv.org/abs/2309.04907.
-
-        Args:
-            images: float `[B, C, H, W]` in [0, 1].
-            class_labels: one label per image, or None.
-            num_inference_steps: steps; draw with as many to come back.
-            guidance_scale: the scale at which the images will be drawn again.
-            num_iterations: fixed-point iterations per step, each with one network pass per image (two if guided).
-
-        Returns:
-            float32 latents `[B, C, H, W]` for a call with a `DDIMScheduler` made from this scheduler's configuration.
-
-        Raises:
-            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
-        """
-        if self.config.guidance_distilled:
-            raise ValueError(
-                "images cannot be inverted with a distilled model, which has not learned the velocity; use its teacher"
-            )
-        labels = self.label_ids(class_labels)
-        _check_images("images", images, (len(images) if isinstance(images, torch.Tensor) else 0, *self.image_shape))
-        if images.min() < 0 or images.max() > 1:
-            raise ValueError(f"images must be from 0 to 1, got {float(images.min())} to {float(images.max())}")
-        if labels is not None and len(labels) != len(images):
-            raise ValueError(f"class_labels must be one for each of the {len(images)} images, got {len(labels)}")
-        _check_count("num_iterations", num_iterations)
-        scales = self._guidance_scales(guidance_scale, len(images))
-        self._check_scheduler()
-        self._check_steps(num_inference_steps, None, None)
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(int(num_inference_steps))
-        conditions, _ = self._conditions(labels, 1)
-        sample = images.to(self._execution_device, torch.float32) * 2 - 1
-        before = torch.tensor(1.0)
-        for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
-            alpha = scheduler.alphas_cumprod[timestep]
-            angle = torch.arccos(alpha.sqrt()) - torch.arccos(before.sqrt())
-            target, sample, now = sample, sample / angle.cos(), self._scales_at(timestep, scales, None)
-            for _ in range(int(num_iterations)):
-                output = self._predict(sample, timestep, conditions, now, 0.0)
-                clean = predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)
-                if scheduler.config.clip_sample:
-                    clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-                velocity = (alpha.sqrt() * sample - clean) / (1 - alpha).sqrt()
-                sample = (target + angle.sin() * velocity) / angle.cos()
-            before = alpha
-        return sample
 
     # Denoising.
 
@@ -701,6 +721,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         kind = torch.float32 if timestep.is_floating_point() else torch.int64  # float64 is not known on every device
         predicted = self.unet(patches, timestep.to(patches.device, kind), class_labels=labels, return_dict=False)[0]
         return F.pixel_shuffle(predicted, self.config.patch_size).float()
+
+
+def _count_passes(conditions: Conditions | None, scales: torch.Tensor) -> int:
+    """Network passes of [`_predict`], over all images."""
+    return len(scales) if conditions is None else int((scales != 0)[conditions.rows].sum() + (scales != 1).sum())
 
 
 def _space_for_second_order(scheduler: Any) -> None:

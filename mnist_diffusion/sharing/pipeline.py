@@ -1,4 +1,4 @@
-"""The installed pipeline class: it draws as the shipped one does, and loads, saves and pushes safely."""
+"""The installed pipeline class: it draws as the shipped one does, inverts, and loads, saves and pushes safely."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import DDIMScheduler
 from huggingface_hub import HfApi
 
 from mnist_diffusion.environment import DEFAULT_DEVICE
@@ -87,6 +88,70 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         if device_map is not None:  # one network is on one device
             pipeline.to(DEFAULT_DEVICE if device_map == "balanced" else device_map)
         return pipeline
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: torch.Tensor,
+        class_labels: Any = None,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        num_iterations: int = 5,
+    ) -> torch.Tensor:
+        """Find the noise from which DDIM (eta 0) draws given images.
+
+        DDIM's step is a rotation, `x_s = cos(d) x_t - sin(d) v(x_t)`, by the angle `d` between the two noise levels.
+        Each is undone by solving `x_t = (x_s + sin(d) v(x_t)) / cos(d)` by fixed-point iteration. Song et al. (2020),
+        https://arxiv.org/abs/2010.02502, section 4.3; Pan et al. (2023), https://arxiv.org/abs/2309.04907.
+
+        Args:
+            images: float `[B, C, H, W]` in [0, 1].
+            class_labels: one label per image, or None.
+            num_inference_steps: steps; draw with as many to come back.
+            guidance_scale: the scale at which the images will be drawn again.
+            num_iterations: fixed-point iterations per step, each with one network pass per image (two if guided).
+
+        Returns:
+            float32 latents `[B, C, H, W]` for a call with a `DDIMScheduler` made from this scheduler's configuration.
+
+        Raises:
+            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
+        """
+        if self.config.guidance_distilled:
+            raise ValueError(
+                "images cannot be inverted with a distilled model, which has not learned the velocity; use its teacher"
+            )
+        labels = self.label_ids(class_labels)
+        shipped._check_images(
+            "images", images, (len(images) if isinstance(images, torch.Tensor) else 0, *self.image_shape)
+        )
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError(f"images must be from 0 to 1, got {float(images.min())} to {float(images.max())}")
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"class_labels must be one for each of the {len(images)} images, got {len(labels)}")
+        shipped._check_count("num_iterations", num_iterations)
+        scales = self._guidance_scales(guidance_scale, len(images))
+        self._check_scheduler()
+        self._check_steps(num_inference_steps, None, None)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(int(num_inference_steps))
+        conditions, _ = self._conditions(labels, 1)
+        sample = images.to(self._execution_device, torch.float32) * 2 - 1
+        before = torch.tensor(1.0)
+        for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
+            alpha = scheduler.alphas_cumprod[timestep]
+            angle = torch.arccos(alpha.sqrt()) - torch.arccos(before.sqrt())
+            target, sample, now = sample, sample / angle.cos(), self._scales_at(timestep, scales, None)
+            for _ in range(int(num_iterations)):
+                output = self._predict(sample, timestep, conditions, now, 0.0)
+                clean = shipped.predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)
+                if scheduler.config.clip_sample:
+                    clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
+                velocity = (alpha.sqrt() * sample - clean) / (1 - alpha).sqrt()
+                sample = (target + angle.sin() * velocity) / angle.cos()
+            before = alpha
+        return sample
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write a folder that this class and plain diffusers load; push it too, if asked.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_diffusion.checks import require_sampler
+from mnist_diffusion.checks import SAMPLERS, require_sampler
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
 from mnist_diffusion.diffusion.pipeline import generate
 from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
@@ -201,6 +201,23 @@ def test_a_class_does_not_inherit_the_algorithm_of_another(name: str) -> None:
     config = make_pipeline().scheduler.config
     made = [build_sampler(name, build_sampler(before, config).config) for before in ("ddpm", "dpmpp-sde", "unipc")]
     assert len({each.config.algorithm_type for each in made}) == 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_stream_gives_the_bits_of_a_call(name: str, pipeline: MNISTDiffusionPipeline) -> None:
+    pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+    asked: dict[str, Any] = {"guidance_scale": SCALE, "num_inference_steps": 4}
+
+    def noise() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    trajectory = pipeline.sample_trajectory([3, 7], **asked, generator=noise(), output_type="pt")
+    steps = list(pipeline.stream([3, 7], **asked, generator=noise()))
+    called = pipeline([3, 7], **asked, generator=noise(), output_type="pt").images
+    assert torch.equal(steps[-1].images("pt"), called)
+    assert torch.equal(trajectory.images, called)
+    assert torch.equal(torch.stack([done.latents for done in steps]), trajectory.latents)
+    assert torch.equal(torch.stack([done.pred_original_sample for done in steps]), trajectory.pred_original_samples)
 
 
 def test_labels_and_seeds_must_match() -> None:
