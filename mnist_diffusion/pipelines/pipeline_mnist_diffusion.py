@@ -566,10 +566,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     changes = yield DenoisingStep(step, timestep, latents, model_output, clean, passes)
                     if not changes:
                         continue
-                    if unknown := changes.keys() - {"latents", "class_labels", "guidance_scale"}:
-                        raise ValueError(
-                            f"a stream takes latents, class_labels and guidance_scale, got {sorted(unknown)}"
-                        )
+                    known = {"class_labels", "guidance_scale", "latents"}
+                    if unknown := changes.keys() - known:
+                        raise ValueError(f"a stream takes {sorted(known)}, got {sorted(unknown)}")
                     latents = changes.get("latents", latents)
                     asked.update({name: changes[name] for name in asked if name in changes})
                     conditions, scales = self._conditioned(*asked.values())

@@ -536,7 +536,7 @@ class TestStream:
             ({"class_labels": [1, 2]}, "class_labels must be for 1 images"),
             ({"class_labels": [10]}, "class_labels must be from 0 to 9, got 10"),
             ({"guidance_scale": NAN}, "guidance_scale must be at least 0"),
-            ({"eta": 1}, r"a stream takes latents, class_labels and guidance_scale, got \['eta'\]"),
+            ({"eta": 1}, r"a stream takes \['class_labels', .*\], got \['eta'\]"),
         ],
         ids=str,
     )
