@@ -1,0 +1,216 @@
+"""The page in a real browser: it draws what the pipeline draws, each control works, and nothing leaves the machine."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_diffusion.cli import main
+from mnist_diffusion.config import SamplingConfig
+from mnist_diffusion.diffusion.distillation import student_of, student_scheduler
+from mnist_diffusion.diffusion.pipeline import build_pipeline
+from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.studio.build import StudioError, write_studio
+from mnist_diffusion.studio.plans import PlanError, sampler_plan
+from tests.conftest import make_pipeline
+
+SCALES = (1.9, 1.0, 2.8)
+CHROMIUM = shutil.which("chromium")
+LAUNCH = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+def make_student(teacher: MNISTDiffusionPipeline) -> MNISTDiffusionPipeline:
+    sampling = SamplingConfig(scheduler="lcm", num_inference_steps=1, guidance_scale=SCALES[0])
+    unet, names = student_of(teacher, len(SCALES)).eval(), tuple("abcdefghij")
+    with torch.no_grad():  # so that the scales draw different images
+        unet.class_embedding.weight.add_(torch.randn_like(unet.class_embedding.weight))
+    student = build_pipeline(student_scheduler(teacher), sampling, names, unet, guidance_distilled=SCALES)
+    student.set_progress_bar_config(disable=True)
+    return student
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> dict[str, MNISTDiffusionPipeline]:
+    teacher = make_pipeline(guidance_interval=(0.2, 0.8))
+    return {"In few passes": make_student(teacher), "Step by step": teacher}
+
+
+@pytest.fixture(scope="module")
+def address(pipelines: dict[str, MNISTDiffusionPipeline], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page, served from loopback."""
+    if CHROMIUM is None or shutil.which("npm") is None:
+        pytest.skip("needs Debian's chromium, and npm, which fetches ONNX Runtime for the web")
+    folder = tmp_path_factory.mktemp("studio")
+    write_studio(pipelines, folder, title="Ten <b>letters</b>")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16e6
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser(address: str) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(LAUNCH))
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that was opened, what it said on the console, and where it sent requests."""
+
+    def __init__(self, browser: Any, address: str, **options: Any):
+        self.page = browser.new_page(**options)
+        self.said: list[str] = []
+        self.hosts: set[str | None] = set()
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.hosts.add(urlparse(request.url).hostname))
+        self.page.goto(address)
+        self.page.wait_for_selector("#status", state="hidden")
+
+    def after(self, act: Any) -> str:
+        """The picture once it has been drawn again because of an act."""
+        before = self.page.evaluate("document.documentElement.dataset.drawn")
+        act()
+        self.page.wait_for_function("before => document.documentElement.dataset.drawn !== before", arg=before)
+        return self.picture()
+
+    def picture(self) -> str:
+        return str(self.page.evaluate("document.getElementById('picture').toDataURL()"))
+
+    def close(self) -> None:
+        self.page.close()
+        assert self.said == []
+        assert self.hosts <= {"127.0.0.1", None}
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[Visit]:
+    visit = Visit(browser, address)
+    yield visit
+    visit.close()
+
+
+@pytest.mark.parametrize(("name", "scale", "steps"), [("Step by step", 2.5, 8), ("Step by step", 0.0, 3),
+                                                      ("In few passes", 2.8, 1)])  # fmt: skip
+def test_the_same_noise_gives_the_pixels_of_the_pipeline(
+    visit: Visit, pipelines: dict[str, MNISTDiffusionPipeline], name: str, scale: float, steps: int
+) -> None:
+    file = f"{list(pipelines).index(name)}.onnx"
+    for label in (3, 7):
+        noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(label))
+        drawn = visit.page.evaluate(
+            "([file, noise, label, scale, steps]) => window.studio.draw(file, noise, label, scale, steps)",
+            [file, noise.flatten().tolist(), label, scale, steps],
+        )
+        wanted = pipelines[name](
+            [label], latents=noise, guidance_scale=scale, num_inference_steps=steps, output_type="np"
+        ).images
+        apart = np.abs(np.array(drawn) - np.round(255 * wanted.flatten()))
+        assert (apart <= 1).mean() >= 0.999
+
+
+def test_every_control(visit: Visit) -> None:
+    page = visit.page
+    assert page.title() == "Ten <b>letters</b>"
+    first = visit.picture()
+    assert visit.after(lambda: page.get_by_role("button", name="Draw again").click()) == first
+    pictures = [first]
+
+    def changes(act: Any) -> None:
+        pictures.append(visit.after(act))
+        assert pictures[-1] != pictures[-2]
+
+    changes(lambda: page.get_by_role("button", name="d", exact=True).click())
+    changes(lambda: page.get_by_role("button", name="Next").click())
+    changes(lambda: page.locator("#seed").fill("77"))
+    changes(lambda: page.locator("#scale").press("ArrowRight"))  # by the keyboard
+    changes(lambda: page.locator("#walk").fill("0.5"))
+    changes(lambda: page.locator("#mix").fill("0.5"))
+    changes(lambda: page.locator("#other").select_option("5"))
+    changes(lambda: page.locator("#count").press("ArrowRight"))
+    changes(lambda: page.get_by_role("button", name="Step by step").click())
+    assert page.locator("#steps canvas").count() == 10
+    page.get_by_role("button", name="After step 3").click()
+    assert visit.picture() != pictures[-1]
+    page.wait_for_function("document.querySelectorAll('#all canvas').length === 10")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save as PNG").click()
+    assert download.value.suggested_filename == "d-77.png"
+
+
+def test_a_slow_drawing_is_steered(visit: Visit) -> None:
+    page = visit.page
+    alone = visit.after(lambda: page.get_by_role("button", name="Step by step").click())
+    page.locator("#slow").check()
+    page.locator("#count").fill("2")  # four steps, half a second apart
+    page.wait_for_timeout(600)
+    steered = visit.after(lambda: page.get_by_role("button", name="h", exact=True).click())
+    other = visit.after(lambda: page.get_by_role("button", name="Draw again").click())
+    assert len({alone, steered, other}) == 3
+
+
+def test_narrow_dark_and_without_motion(browser: Any, address: str) -> None:
+    options = {"color_scheme": "dark", "reduced_motion": "reduce", "viewport": {"width": 360, "height": 800}}
+    visit = Visit(browser, address, **options)
+    page = visit.page
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(255, 255, 255)"
+    page.get_by_role("button", name="Step by step").click()
+    page.locator("#slow").check()
+    before = visit.picture()
+    page.get_by_role("button", name="Draw again").click()
+    page.wait_for_timeout(700)
+    assert visit.picture() == before  # only the end is shown
+    visit.close()
+
+
+def test_an_error_is_said(browser: Any, address: str) -> None:
+    page = browser.new_page()
+    page.route("**/0.onnx", lambda route: route.fulfill(status=404))
+    page.goto(address)
+    page.wait_for_function("document.getElementById('status').textContent.startsWith('Something went wrong')")
+    page.close()
+
+
+@pytest.mark.parametrize("name", ["unipc", "euler"])
+def test_samplers_that_are_no_sums_are_refused(name: str) -> None:
+    pipeline = make_pipeline()
+    pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+    with pytest.raises(PlanError, match="is no sum of the last two predictions"):
+        sampler_plan(pipeline, 4)
+
+
+def test_what_cannot_be_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StudioError, match="alone is unconditional"):
+        write_studio({"alone": make_pipeline(conditional=False)}, tmp_path / "out", title="")
+    other = make_pipeline()
+    other.register_to_config(id2label={"0": "zero"})
+    with pytest.raises(StudioError, match="two draws other images or classes than one"):
+        write_studio({"one": make_pipeline(), "two": other}, tmp_path / "out", title="")
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    asked = ["studio", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out"), "--runtime", str(tmp_path)]
+    assert main(asked) == 2
+    assert "has no ort.wasm.min.mjs, " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
