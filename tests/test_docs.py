@@ -24,6 +24,7 @@ from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import VERBS, main
 from mnist_diffusion.cli.options import RECIPES, parse_train_arguments
 from mnist_diffusion.evaluation import evaluator
+from mnist_diffusion.studio.build import RUNTIME_FILES
 from tests.conftest import REPOSITORY, make_image_folder
 from tests.data.test_dataset import idx_bytes
 from tests.support.hub_server import HubServer
@@ -53,6 +54,7 @@ SHORT = {
     "distill": [*SMALL, "--train.mixed_precision", "no", "--distillation.num_teacher_steps", "2"],
     "sample": ["--num_images", "4", "--num_inference_steps", "1"],
     "evaluate": ["--num_images", "50", "--num_inference_steps", "1", "2"],
+    "studio": ["--runtime", "runtime"],
 }
 """Flags that are added to a command, where they win."""
 NOT_RUN = {
@@ -78,6 +80,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (mnist / f"{name}-labels-idx1-ubyte").write_bytes(idx_bytes(digits.target[part].astype(np.uint8)))
     make_image_folder(root / "path" / "to" / "pictures")
     (root / "images").mkdir()
+    (root / "runtime").mkdir()
+    for name in RUNTIME_FILES:  # which are copied, and not run
+        (root / "runtime" / name).write_text("")
     for number in range(100):
         label = int(digits.target[number])
         Image.fromarray(pixels[number]).save(root / "images" / f"digit_{label}_{number:03d}.png")
@@ -102,7 +107,7 @@ def in_workspace(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(evaluator, "STEPS", 20)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     yield
-    outputs = [Path(name) for name in ("samples", "evaluation", "comparison", "pictures", "data", "digits", "run")]
+    outputs = [Path(name) for name in ("samples", "evaluation", "comparison", "pictures", "data", "digits", "run", "onnx", "studio")]
     for output in [*outputs, *Path("runs").glob("document-*")]:
         shutil.rmtree(output, ignore_errors=True)
 
