@@ -71,12 +71,9 @@ def main(
     of_student = dataclasses.replace(
         asked, sources=(student,), num_inference_steps=STUDENT_STEPS, guidance_scale=(), out=images / "student"
     )
-    of_scales = dataclasses.replace(
-        of_student, num_inference_steps=(1,), guidance_scale=tuple(learned.config.guidance_distilled)
-    )
-    for each in (of_student, of_scales):
-        report["results"] += [found for found in evaluate(each)["results"] if found not in report["results"]]
-    results = report["results"]
+    others = tuple(scale for scale in learned.config.guidance_distilled if scale != learned.config.guidance_scale)
+    of_scales = dataclasses.replace(of_student, num_inference_steps=(1,), guidance_scale=others)
+    results = report["results"] + evaluate(of_student)["results"] + (evaluate(of_scales)["results"] if others else [])
     lines = [
         f"`python benchmarks/distillation.py TEACHER STUDENT path/to/mnist --num_images {num_images} --dtype {dtype} "
         f"--teacher_steps '{list(teacher_steps)}' --teacher_scales '{list(asked.guidance_scale)}'`, on "
