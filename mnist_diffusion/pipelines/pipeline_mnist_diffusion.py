@@ -197,7 +197,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             guidance_interval=list(guidance_interval),
             eta=eta,
             patch_size=patch_size,
-            guidance_distilled=scales,
+            guidance_distilled=scales or False,  # not an empty list, which diffusers takes for a component's
         )
         self._interrupt = False
 
@@ -216,7 +216,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     @property
     def num_classes(self) -> Any:
         """How many classes there are, the null class not counted; None for an unconditional model."""
-        return None if self.null_class is None else self.null_class // max(1, len(self.config.guidance_distilled))
+        return None if self.null_class is None else self.null_class // max(1, len(self.config.guidance_distilled or ()))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -80,7 +80,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _model(pipeline: MNISTDiffusionPipeline, name: str, file: str) -> dict[str, Any]:
     """What the page has to know of a network."""
-    config, scales = pipeline.config, list(pipeline.config.guidance_distilled)
+    config, scales = pipeline.config, list(pipeline.config.guidance_distilled or ())
     plans = possible_plans(pipeline, STUDENT_STEPS if scales else TEACHER_STEPS)
     return {
         "name": name,
