@@ -72,7 +72,7 @@ def main(
         asked, sources=(student,), num_inference_steps=STUDENT_STEPS, guidance_scale=(), out=images / "student"
     )
     others = tuple(scale for scale in learned.config.guidance_distilled if scale != learned.config.guidance_scale)
-    of_scales = dataclasses.replace(of_student, num_inference_steps=(1,), guidance_scale=others)
+    of_scales = dataclasses.replace(of_student, num_inference_steps=(1,), guidance_scale=others, out=images / "scales")
     results = report["results"] + evaluate(of_student)["results"] + (evaluate(of_scales)["results"] if others else [])
     lines = [
         f"`python benchmarks/distillation.py TEACHER STUDENT path/to/mnist --num_images {num_images} --dtype {dtype} "

@@ -20,5 +20,5 @@ def test_only_typed_errors(tmp_path: Path) -> None:
         assert found["wrong"] == [], target
         assert sum(found["ends"].values()) == count
         refused += sum(number for end, number in found["ends"].items() if end != "read")
-        assert found["peak_bytes"] < 2 * LARGEST_PEAK  # here one process reads the inputs of all targets
+        assert found["peak_bytes"] < 1.4 * LARGEST_PEAK  # here one process reads the inputs of all targets
     assert refused > 100

@@ -23,6 +23,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from mnist_diffusion.run_folder.read import read_run
 
     page = run_page(read_run(values.run))
+    values.out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(values.out, page)
     print(f"{values.out} ({len(page) / 1e6:.1f} MB) shows the run; open it in a browser")
     return 0

@@ -170,8 +170,8 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         return pseudo_huber(errors, config.huber_c).mean(dim=(1, 2, 3)).view(len(chosen), count).mean(dim=0)
 
     label_dropout = config.label_dropout if null_class is not None else 0.0
-    timesteps = max(1, config.num_teacher_steps - 1)
-    return Objective(loss, label_dropout, timesteps, fingerprint=fingerprint(teacher), name="distillation")
+    draws = max(1, config.num_teacher_steps - 1) * num_scales
+    return Objective(loss, label_dropout, draws, fingerprint=fingerprint(teacher), name="distillation")
 
 
 def draw_trajectories(teacher: MNISTDiffusionPipeline, config: DistillationConfig, batch: Batch) -> TrajectoryOutput:
@@ -188,8 +188,11 @@ def draw_trajectories(teacher: MNISTDiffusionPipeline, config: DistillationConfi
 
 
 def scale_indices(batch: Batch, num_scales: int) -> Tensor:
-    """Which guidance scale each image of a batch is for, int64 `[B]`: all equally often, whatever class and point."""
-    return (torch.arange(len(batch.labels), device=batch.labels.device) + batch.labels + batch.timesteps) % num_scales
+    """Which guidance scale each image of a batch is for, int64 `[B]`, whatever process or micro-batch it falls to.
+
+    A draw is for a point of the trajectory, of which [`chosen_points`] counts the noisiest last, and a scale.
+    """
+    return batch.timesteps % num_scales
 
 
 def chosen_points(config: DistillationConfig, draws: Tensor) -> Tensor:
@@ -200,7 +203,8 @@ def chosen_points(config: DistillationConfig, draws: Tensor) -> Tensor:
     """
     others, count = config.num_teacher_steps - 1, config.points_per_trajectory - 1
     spread = torch.arange(count, device=draws.device) * others // max(1, count)
-    rest = 1 + (draws[None] + spread[:, None]) % max(1, others)
+    first = others - 1 - draws // len(config.guidance_scales)
+    rest = 1 + (first[None] + spread[:, None]) % max(1, others)
     return torch.cat([torch.zeros_like(draws)[None], rest])
 
 

@@ -94,7 +94,7 @@ class PatchedUNet(nn.Module):
 def initialise(unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], prediction_type: str) -> str:
     """Give `unet` the weights of a pipeline, in place, and say what was done.
 
-    Class embeddings start afresh if the pipeline has other classes, or none.
+    Class embeddings start afresh if the pipeline has other classes, or is a student with several guidance scales.
 
     Args:
         unet: the network.
@@ -121,7 +121,7 @@ def initialise(unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], 
         pipeline_class_names(pipeline) != class_names or before[CLASS_EMBEDDING].shape != now[CLASS_EMBEDDING].shape
     )
     unet.load_state_dict({name: now[name] if name == CLASS_EMBEDDING and fresh else before[name] for name in now})
-    text = "; the class embeddings start afresh, because there they are for others" if fresh else ""
+    text = "; the class embeddings start afresh, because its own are for other classes or scales" if fresh else ""
     return f"weights      of {source}{text}"
 
 

@@ -48,7 +48,7 @@ def run_page(run: RunRecord) -> str:
         "name": run.name,
         "state": f"A run of mnist-diffusion, {'finished' if finished else 'not finished'}.",
         "samples": _embedded(run.sheets[-1].picture) if run.sheets else None,
-        "usage": _usage(pipelines.get("pipeline", run.folder / "pipeline")),
+        "usage": _usage(run) if "pipeline" in pipelines else None,
         "measured": _measured(pipelines["pipeline"]) if "pipeline" in pipelines else [],
         "facts": [
             (words, _short(run.summary[key])) for key, words in FACTS.items() if run.summary.get(key) is not None
@@ -69,10 +69,10 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _usage(pipeline: Path) -> str:
+def _usage(run: RunRecord) -> str:
     return (
         "from diffusers import DiffusionPipeline\n\n"
-        f"pipeline = DiffusionPipeline.from_pretrained({str(pipeline.resolve())!r}, trust_remote_code=True)\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({f'{run.name}/pipeline'!r}, trust_remote_code=True)\n"
         'pipeline().images[0].save("sample.png")'
     )
 

@@ -490,15 +490,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             generator,
             latents,
         )
-        changes = None
-        with contextlib.suppress(StopIteration):
-            while True:
-                done = stream.send(changes)
+        with contextlib.closing(stream):
+            for done in stream:
                 if callback_on_step_end is not None:
                     chosen = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
-                    changes = callback_on_step_end(self, done.step, done.timestep, chosen) or {}
-                    changes = {"latents": changes["latents"]} if "latents" in changes else None
-                    done.latents = done.latents if changes is None else changes["latents"]
+                    found = callback_on_step_end(self, done.step, done.timestep, chosen) or {}
+                    done.latents = found.get("latents", done.latents)
         images = done.images(output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -522,7 +519,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 done.images()[0].save(f"{done.step}.png")
 
         What is sent to the generator changes what follows: `stream.send({"class_labels": [8], "guidance_scale": 2})`
-        gives the next step under another class and scale; `latents` replaces the samples. It may be left at any step.
+        gives the next step under another class and scale. What is assigned to the `latents` of a step replaces them.
 
         Raises:
             TypeError, ValueError: an argument cannot work; nothing has been computed yet.
@@ -552,8 +549,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 stack.callback(self.maybe_free_model_hooks)
                 progress_bar = stack.enter_context(self.progress_bar(total=len(scheduler.timesteps)))
                 for step, timestep in enumerate(scheduler.timesteps):
-                    if self._interrupt:
-                        break
                     model_input = scheduler.scale_model_input(latents, timestep)
                     now = self._scales_at(timestep, scales, guidance_interval)
                     model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
@@ -563,14 +558,16 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     alpha, kind = _alpha_cumprod(scheduler, step), scheduler.config.prediction_type
                     clean = predicted_original_sample(model_output, model_input, alpha, kind)
                     progress_bar.update()
-                    changes = yield DenoisingStep(step, timestep, latents, model_output, clean, passes)
+                    done = DenoisingStep(step, timestep, latents, model_output, clean, passes)
+                    changes = yield done
+                    latents = done.latents
+                    if self._interrupt:
+                        break
                     if not changes:
                         continue
-                    known = {"class_labels", "guidance_scale", "latents"}
-                    if unknown := changes.keys() - known:
-                        raise ValueError(f"a stream takes {sorted(known)}, got {sorted(unknown)}")
-                    latents = changes.get("latents", latents)
-                    asked.update({name: changes[name] for name in asked if name in changes})
+                    if unknown := changes.keys() - {"class_labels", "guidance_scale"}:
+                        raise ValueError(f"a stream takes class_labels and guidance_scale, got {sorted(unknown)}")
+                    asked.update(changes)
                     conditions, scales = self._conditioned(*asked.values())
                     if len(scales) != len(latents):
                         raise ValueError(f"class_labels must be for {len(latents)} images, got {changes!r:.200}")

@@ -24,7 +24,7 @@ PAGE = ("index.html", "studio.css", "studio.js")
 RUNTIME = "onnxruntime-web@1.22.0"
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 """What the page loads of it: the build for CPUs, which runs everywhere."""
-MAX_RUNTIME_BYTES, MAX_PACKAGE_BYTES = 2**26, 2**28
+MAX_RUNTIME_BYTES, MAX_PACKAGE_BYTES, MAX_NETWORK_BYTES = 2**26, 2**28, 2**31
 TEACHER_STEPS, STUDENT_STEPS = [2, 3, 4, 5, 6, 8, 10, 15, 20], [1, 2, 4, 8]
 
 
@@ -57,7 +57,7 @@ def write_studio(
     files = _runtime_files(runtime)
     for model, pipeline in zip(models, pipelines.values(), strict=True):
         with tempfile.TemporaryDirectory() as temporary:
-            content = read_bytes(export_onnx(pipeline, Path(temporary)), MAX_RUNTIME_BYTES)
+            content = read_bytes(export_onnx(pipeline, Path(temporary)), MAX_NETWORK_BYTES)
         files[model["file"]] = content
     settings = {
         "title": title,
@@ -81,7 +81,8 @@ def _write(path: Path, content: bytes) -> None:
 def _model(pipeline: MNISTDiffusionPipeline, name: str, file: str) -> dict[str, Any]:
     """What the page has to know of a network."""
     config, scales = pipeline.config, list(pipeline.config.guidance_distilled or ())
-    plans = possible_plans(pipeline, STUDENT_STEPS if scales else TEACHER_STEPS)
+    own, usual = config.num_inference_steps, STUDENT_STEPS if scales else TEACHER_STEPS
+    plans = possible_plans(pipeline, sorted({*usual, own}))
     return {
         "name": name,
         "file": file,
@@ -89,7 +90,7 @@ def _model(pipeline: MNISTDiffusionPipeline, name: str, file: str) -> dict[str, 
         "scale": config.guidance_scale,
         "scales": scales or None,
         "interval": list(config.guidance_interval),
-        "steps": config.num_inference_steps if config.num_inference_steps in plans else max(plans),
+        "steps": own,
         "plans": plans,
     }
 
@@ -120,4 +121,4 @@ def _member(package: tarfile.TarFile, name: str) -> bytes:
         file = None
     if file is None:
         raise StudioError(f"{RUNTIME} has no {name}")
-    return file.read(MAX_RUNTIME_BYTES)
+    return file.read()

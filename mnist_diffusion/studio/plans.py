@@ -26,7 +26,7 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         x = a x + b D + c D' + d e
 
     Args:
-        pipeline: draws a few images, of whose steps the numbers are the least-squares fit.
+        pipeline: class-conditional; draws a few images, of whose steps the numbers are the least-squares fit.
         num_inference_steps: steps.
 
     Returns:
@@ -36,16 +36,14 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         PlanError: the steps are not such sums, or the samples are not of unit variance.
     """
     name = type(pipeline.scheduler).__name__
+    if pipeline.scheduler.init_noise_sigma != 1:
+        raise PlanError(f"{name} works on samples that are not of unit variance; use dpmpp, ddim, ddpm or lcm")
     generators = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
     again = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
     before, last = torch.randn(IMAGES, *pipeline.image_shape, generator=torch.Generator().manual_seed(SEED)), None
-    labels: dict[str, Any] = {"num_images_per_label": IMAGES}
-    if pipeline.num_classes is not None:
-        labels = {"class_labels": [index % pipeline.num_classes for index in range(IMAGES)]}
+    labels = [index % pipeline.num_classes for index in range(IMAGES)]
     plan = []
-    for done in pipeline.stream(
-        **labels, num_inference_steps=num_inference_steps, generator=generators, latents=before
-    ):
+    for done in pipeline.stream(labels, num_inference_steps=num_inference_steps, generator=generators, latents=before):
         noise = torch.stack([torch.randn(pipeline.image_shape, generator=each) for each in again])
         parts = [before, done.model_output]
         (p, q), error = _fit(done.pred_original_sample, parts)
@@ -57,7 +55,9 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         clip = sums[True][1] < sums[False][1]
         (a, b, c, d), wrong, _ = sums[clip]
         if max(error, wrong) > TOLERANCE:
-            raise PlanError(f"{name} in {num_inference_steps} steps is no sum of the last two predictions; use dpmpp")
+            raise PlanError(
+                f"{name} in {num_inference_steps} steps is no sum of the last two predictions; use dpmpp, say"
+            )
         if abs(d) < TOLERANCE:
             d = 0.0
         numbers = {"p": p, "q": q, "a": a, "b": b, "c": c, "d": d}

@@ -9,7 +9,7 @@ const pixels = channels * height * width;
 const sessions = new Map();
 
 // Standard normal noise from a number: mulberry32 and Box-Muller.
-export function noiseOf(seed) {
+function noiseOf(seed) {
   let state = seed >>> 0;
   const uniform = () => {
     state = (state + 0x6d2b79f5) >>> 0;
@@ -22,7 +22,7 @@ export function noiseOf(seed) {
 }
 
 // Spherical interpolation between two noises, which keeps their norm.
-export function slerp(start, end, share) {
+function slerp(start, end, share) {
   let dot = 0, first = 0, second = 0;
   for (let i = 0; i < start.length; i++) {
     dot += start[i] * end[i]; first += start[i] ** 2; second += end[i] ** 2;
@@ -75,7 +75,7 @@ async function predict(model, items, scale, timestep) {
 }
 
 // Denoise samples together; `now` gives classes and scale, which may change between steps. Yields after each step.
-export async function* denoise(model, noises, count, now, fresh) {
+async function* denoise(model, noises, count, now, fresh) {
   let samples = noises, before = noises.map(() => new Float32Array(pixels));
   for (const [index, step] of model.plans[count].entries()) {
     const { shares, scale } = now();
@@ -84,11 +84,9 @@ export async function* denoise(model, noises, count, now, fresh) {
       const value = step.p * x + step.q * outputs[i][j];
       return step.clip ? Math.min(1, Math.max(-1, value)) : value;
     }));
-    samples = samples.map((sample, i) => {
-      const noise = step.d ? fresh() : null;
-      return sample.map((x, j) =>
-        step.a * x + step.b * clean[i][j] + step.c * before[i][j] + (noise ? step.d * noise[j] : 0));
-    });
+    const noise = step.d ? fresh() : null; // the same for all, as the noise that they begin with
+    samples = samples.map((sample, i) => sample.map((x, j) =>
+      step.a * x + step.b * clean[i][j] + step.c * before[i][j] + (noise ? step.d * noise[j] : 0)));
     before = clean;
     yield { index, samples, clean };
   }
@@ -139,20 +137,24 @@ function choices(place, names, chosen, act) {
 function setModel(model) {
   state.model = model;
   const scale = element("scale"), count = element("count"), counts = Object.keys(model.plans).map(Number);
-  Object.assign(scale, model.scales ? { min: 0, max: model.scales.length - 1, step: 1 } : { min: 0, max: 6, step: 0.1 });
-  scale.value = model.scales ? model.scales.indexOf(model.scale) : model.scale;
+  const last = model.scales ? model.scales.length - 1 : Math.max(6, model.scale);
+  Object.assign(scale, { min: 0, max: last, step: model.scales ? 1 : 0.05 });
+  scale.value = model.scales ? rising(model).indexOf(model.scale) : model.scale;
   Object.assign(count, { min: 0, max: counts.length - 1, step: 1 });
   count.value = counts.indexOf(model.steps);
 }
 
-const scaleNow = () => (state.model.scales ? state.model.scales[number("scale")] : number("scale"));
+const rising = (model) => [...model.scales].sort((a, b) => a - b);
+const scaleNow = () => (state.model.scales ? rising(state.model)[number("scale")] : number("scale"));
 const countNow = () => Object.keys(state.model.plans).map(Number).sort((a, b) => a - b)[number("count")];
 
 function say() {
-  element("scale-value").textContent = scaleNow().toFixed(1);
-  element("count-value").textContent = countNow();
-  element("mix-value").textContent = `${Math.round(100 * number("mix"))}%`;
-  element("walk-value").textContent = `${Math.round(100 * number("walk"))}%`;
+  const words = { scale: scaleNow().toFixed(2), count: countNow(), mix: `${Math.round(100 * number("mix"))}%` };
+  words.walk = `${Math.round(100 * number("walk"))}%`;
+  for (const [id, text] of Object.entries(words)) {
+    element(`${id}-value`).textContent = text;
+    element(id).setAttribute("aria-valuetext", text);
+  }
 }
 
 function now() {
@@ -160,6 +162,9 @@ function now() {
   const shares = mix > 0 && other !== state.label ? [[state.label, 1 - mix], [other, mix]] : [[state.label, 1]];
   return { shares: [shares], scale: scaleNow() };
 }
+
+// Lets the browser show what there is, and hear the visitor: a pass does not.
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 async function draw() {
   const run = ++state.run, slow = element("slow").checked, still = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -174,12 +179,12 @@ async function draw() {
     const last = index === count - 1;
     kept.push(last ? samples[0] : clean[0]);
     if (!still || last) paint(element("picture"), kept.at(-1));
-    if (slow && !last) await new Promise((done) => setTimeout(done, 500));
+    await pause(slow && !last ? 500 : 0);
     if (run !== state.run) return;
   }
   const seconds = (performance.now() - start) / 1000;
   element("caption").textContent =
-    `${shown(state.label)}, ${count} step${count > 1 ? "s" : ""}, guidance ${scaleNow().toFixed(1)}, in ${seconds.toFixed(2)} s`;
+    `${shown(state.label)}, ${count} step${count > 1 ? "s" : ""}, guidance ${scaleNow().toFixed(2)}, in ${seconds.toFixed(2)} s`;
   element("picture").setAttribute("aria-label", `A picture of ${shown(state.label)}`);
   strip.replaceChildren(...kept.map((image, i) => {
     const button = document.createElement("button"), canvas = document.createElement("canvas");
@@ -194,12 +199,13 @@ async function draw() {
   await drawAll(run, model, count, noise, seed);
 }
 
-// Every class from the same noise, without what is mixed in.
+// The first ten classes from the same noise, without what is mixed in.
 async function drawAll(run, model, count, noise, seed) {
   const labels = settings.names.slice(0, 10).map((_, label) => label);
   const classes = () => ({ shares: labels.map((label) => [[label, 1]]), scale: scaleNow() });
   let last;
   for await (last of denoise(model, labels.map(() => noise), count, classes, noiseOf(seed + 7919))) {
+    await pause(0);
     if (run !== state.run) return;
   }
   element("all").replaceChildren(...labels.map((label) => {

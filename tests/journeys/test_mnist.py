@@ -24,10 +24,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, mnist_folder: Path) -> Path:
-    """A shortened default run, with a snapshot at a quarter of it."""
+    """A shortened default run, with a snapshot at a third of it."""
     folder = tmp_path_factory.mktemp("mnist") / "run"
     flags = ["--data.source", str(mnist_folder.resolve()), "--output_dir", str(folder), "--train.max_steps", "240"]
-    flags += ["--train.snapshot_every", "60 steps", "--train.sample_every", "null"]
+    flags += ["--train.snapshot_every", "80 steps", "--train.sample_every", "null"]
     command(ACCELERATE, "launch", SCRIPT, *flags, cwd=folder.parent, timeout=900)
     return folder
 
@@ -72,7 +72,7 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
     levels = {
         "real": Sample(real, labels),
         "trained": drawn(run / "pipeline"),
-        "half-trained": drawn(run / "snapshots" / "step-60"),
+        "half-trained": drawn(run / "snapshots" / "step-80"),
         "blurred": Sample(gaussian_blur(real, 15, 3.0), labels),
         "noise": Sample(noise, labels),
     }

@@ -61,7 +61,7 @@ def test_one_page_shows_a_run(tmp_path: Path) -> None:
     assert "script" not in {tag for tag, _ in page.elements}
     assert f"Distance {SCRIPT}" in page.words
     assert f"# {SCRIPT}" in page.words
-    for words in (folder.name, "num images 50", "0.25", "block_out_channels", str(folder / "pipeline")):
+    for words in (folder.name, "num images 50", "0.25", "block_out_channels", f"{folder.name}/pipeline"):
         assert words in page.words
     sources = [attributes["src"] or "" for tag, attributes in page.elements if tag == "img"]
     assert [re.match(r"data:image/(\w+);base64,", source)[1] for source in sources] == ["png", "png", "gif", "png"]  # type: ignore[index]
@@ -72,8 +72,9 @@ def test_one_without_pictures_or_pipeline(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     shutil.rmtree(folder / "pipeline")
     (folder / "summary.json").unlink()
-    page = page_of(folder, tmp_path / "report.html")
+    page = page_of(folder, tmp_path / "new" / "report.html")
     assert "not finished" in page.words
+    assert "from_pretrained" not in page.words
     assert [tag for tag, _ in page.elements].count("img") == 1  # the curves
 
 

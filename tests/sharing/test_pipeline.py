@@ -526,9 +526,8 @@ class TestStream:
         pipeline.scheduler = build_sampler("ddim", pipeline.scheduler.config)
         one = pipeline.stream([3], num_inference_steps=3, generator=generators(1))
         other = pipeline.stream([3], num_inference_steps=3, generator=generators(2))
-        next(one)
-        follows = one.send({"latents": next(other).latents})
-        assert torch.equal(follows.latents, next(other).latents)
+        next(one).latents = next(other).latents
+        assert torch.equal(next(one).latents, next(other).latents)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -536,7 +535,7 @@ class TestStream:
             ({"class_labels": [1, 2]}, "class_labels must be for 1 images"),
             ({"class_labels": [10]}, "class_labels must be from 0 to 9, got 10"),
             ({"guidance_scale": NAN}, "guidance_scale must be at least 0"),
-            ({"eta": 1}, r"a stream takes \['class_labels', .*\], got \['eta'\]"),
+            ({"eta": 1}, r"a stream takes class_labels and guidance_scale, got \['eta'\]"),
         ],
         ids=str,
     )
@@ -554,6 +553,16 @@ class TestStream:
         stream = pipeline.stream([3], num_inference_steps=3)
         next(stream)
         stream.close()
+        assert freed == ["freed"]
+
+    def test_a_callback_that_fails_ends_the_call_and_frees_its_hooks(
+        self, pipeline: MNISTDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        freed: list[str] = []
+        monkeypatch.setattr(type(pipeline), "maybe_free_model_hooks", lambda self: freed.append("freed"))
+        with pytest.raises(StopIteration) as kept:
+            pipeline([3], num_inference_steps=3, callback_on_step_end=lambda *_: next(iter(())))
+        assert kept.tb is not None
         assert freed == ["freed"]
 
     def test_bad_arguments_are_refused_before_the_first_step(self, pipeline: MNISTDiffusionPipeline) -> None:
