@@ -93,3 +93,24 @@ class EvaluationRequest(DrawingRequest):
             require(steps >= 1, "num_inference_steps", steps, "at least 1")
         for scale in self.guidance_scale:
             require(0 <= scale < math.inf, "guidance_scale", scale, "finite and at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppRequest:
+    """What `mnist-diffusion app` serves, and where."""
+
+    pipelines: tuple[str, ...] = ()
+    """Pipeline folders or Hub ids, the first of which is shown first."""
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    """The images to train on and to measure against."""
+    runs: Path = Path("runs")
+    """Where training runs and evaluations are written."""
+    only_draw: bool = False
+    """Leave out what takes minutes of this machine: training and evaluation."""
+    host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """The port to listen at."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.port < 2**16, "port", self.port, f"from 1 to {2**16 - 1}")

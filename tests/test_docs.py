@@ -61,6 +61,9 @@ NOT_RUN = {
     "python3 -m venv": "installs; the second of the two is what runs these tests",
     "accelerate launch --multi_gpu": "needs GPUs",
     "mnist-diffusion studio runs": "as in docs/studio.md, and takes half a minute",
+    "mnist-diffusion app": "serves until it is interrupted, tried in tests/app",
+    "pip install": "installs",
+    "mnist-diffusion space runs/first/pipeline owner/digits --student": "tried in docs/studio.md and tests/app",
     "ACCELERATE_USE_CPU=true torchrun": "several processes, tried in tests/journeys",
     "torchrun": "several machines, tried in tests/journeys",
 }
@@ -108,10 +111,8 @@ def in_workspace(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(evaluator, "STEPS", 20)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     yield
-    outputs = [
-        Path(name)
-        for name in ("samples", "evaluation", "comparison", "pictures", "data", "digits", "run", "onnx", "studio")
-    ]
+    written = "samples evaluation comparison pictures data digits run onnx studio space-app"
+    outputs = [Path(name) for name in written.split()]
     for output in [*outputs, *Path("runs").glob("document-*")]:
         shutil.rmtree(output, ignore_errors=True)
 

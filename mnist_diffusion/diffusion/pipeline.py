@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -51,6 +52,17 @@ def build_pipeline(
         patch_size=patch_size,
         guidance_distilled=guidance_distilled,
     )
+
+
+def with_sampler(pipeline: MNISTDiffusionPipeline, name: str) -> MNISTDiffusionPipeline:
+    """The same pipeline, network included, with another sampler; the one that is given does not change.
+
+    Raises:
+        ConfigError: there is no such sampler.
+    """
+    other = copy.copy(pipeline)
+    other.scheduler = build_sampler(name, pipeline.scheduler.config)
+    return other
 
 
 def class_names(pipeline: MNISTDiffusionPipeline) -> tuple[str, ...]:

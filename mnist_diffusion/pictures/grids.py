@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -206,5 +207,10 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 150) -> None:
     """Write frames as a looping GIF that rests on its last frame, the old one or the new, nothing between."""
+    replace_picture(frames[0], path, **animation(frames, milliseconds=milliseconds))
+
+
+def animation(frames: Sequence[Image.Image], *, milliseconds: int = 150) -> dict[str, Any]:
+    """Arguments with which the first of the frames is saved as a looping GIF that rests on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [8 * milliseconds]
-    replace_picture(frames[0], path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+    return {"save_all": True, "append_images": list(frames[1:]), "duration": durations, "loop": 0}

@@ -47,13 +47,13 @@ def run_page(run: RunRecord) -> str:
     values = {
         "name": run.name,
         "state": f"A run of mnist-diffusion, {'finished' if finished else 'not finished'}.",
-        "samples": _embedded(run.sheets[-1].picture) if run.sheets else None,
+        "samples": embedded(run.sheets[-1].picture) if run.sheets else None,
         "usage": _usage(run) if "pipeline" in pipelines else None,
         "measured": _measured(pipelines["pipeline"]) if "pipeline" in pipelines else [],
         "facts": [
             (words, _short(run.summary[key])) for key, words in FACTS.items() if run.summary.get(key) is not None
         ],
-        "curves": _embedded(plots.to_picture(plots.training_curves(run.lines, title="Training"))),
+        "curves": embedded(plots.to_picture(plots.training_curves(run.lines, title="Training"))),
         "pictures": [(title, picture) for title, picture in shown if picture is not None],
         "config": read_text(run.folder / "config.yaml"),
     }
@@ -93,10 +93,17 @@ def _settings(arguments: Any) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
 
 
-def _embedded(picture: Image.Image) -> str:
+def embedded(picture: Image.Image, format: str = "PNG", **options: Any) -> str:
+    """A picture as an address (`data:`) that holds it.
+
+    Args:
+        picture: mode L or RGB.
+        format: PNG or GIF.
+        options: of Pillow's `save`.
+    """
     file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    picture.save(file, format, **options)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _embedded_file(path: Path) -> str | None:

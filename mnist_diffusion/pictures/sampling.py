@@ -13,8 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.data.transforms import filled_rows
-from mnist_diffusion.diffusion.pipeline import class_names, generate, generate_batches, load_pipeline
-from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.diffusion.pipeline import class_names, generate, generate_batches, load_pipeline, with_sampler
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import replace_file, replace_picture
 from mnist_diffusion.pictures.grids import drawable, file_names, image_grid, save_animation, to_pictures
@@ -40,7 +39,7 @@ class Samples:
         self.request = request
         self.pipeline = load_pipeline(request.pipeline, device=request.device, dtype=request.dtype)
         if request.scheduler is not None:
-            self.pipeline.scheduler = build_sampler(request.scheduler, self.pipeline.scheduler.config)
+            self.pipeline = with_sampler(self.pipeline, request.scheduler)
         chosen = {name: getattr(request, name) for name in ("guidance_scale", "num_inference_steps", "eta")}
         self.arguments = {name: value for name, value in chosen.items() if value is not None}
         self.names = class_names(self.pipeline)
@@ -114,11 +113,11 @@ class Samples:
 
     def compare_schedulers(self) -> Image.Image:
         """DDPM against DDIM from the same noise: one row per sampler and number of steps."""
-        rows, kept = [], self.pipeline.scheduler
+        rows, kept = [], self.pipeline
         for sampler in ("ddpm", "ddim"):
-            self.pipeline.scheduler = build_sampler(sampler, kept.config)
+            self.pipeline = with_sampler(kept, sampler)
             rows += [(f"{sampler} {steps}", self._row(num_inference_steps=steps)) for steps in SHEET_STEPS]
-        self.pipeline.scheduler = kept
+        self.pipeline = kept
         return _sheet(rows, "The same noise, by sampler and steps", self._columns())
 
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:

@@ -26,6 +26,7 @@ def commit_files(
     *,
     create_pr: bool = False,
     revision: str | None = None,
+    repo_type: str = "model",
 ) -> str:
     """Put files into a repository as one commit on top of what is there, and remove what is left over.
 
@@ -38,6 +39,7 @@ def commit_files(
         message: title of the commit.
         create_pr: propose the commit instead.
         revision: the branch.
+        repo_type: `model` or `space`.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -52,17 +54,15 @@ def commit_files(
         if token and token in read:
             raise FileError(f"{name} holds the Hub token that is used; take it out before it is pushed")
     for attempt in range(2):
-        head = api.model_info(repo_id, revision=revision).sha
-        there = api.list_repo_files(repo_id, revision=head)
+        head = api.repo_info(repo_id, revision=revision, repo_type=repo_type).sha
+        there = api.list_repo_files(repo_id, revision=head, repo_type=repo_type)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         stale = [name for name in there if name in mirrored or name.partition("/")[0] + "/" in mirrored]
         stale += [name for name in there if CODE_FILE.fullmatch(name)]
         operations += [CommitOperationDelete(name) for name in stale if name not in files]
         try:
-            base = None if create_pr else head
-            commit = api.create_commit(
-                repo_id, operations, commit_message=message, create_pr=create_pr, revision=revision, parent_commit=base
-            )
+            how = {"create_pr": create_pr, "revision": revision, "parent_commit": None if create_pr else head}
+            commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, **how)
             return str(commit.pr_url or commit.commit_url)
         except HfHubHTTPError as error:
             if error.response.status_code != CHANGED_MEANWHILE or attempt == 1:

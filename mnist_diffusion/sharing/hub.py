@@ -140,8 +140,12 @@ def push(
         raise UserError(f"cannot push {source}: {error}") from error
 
 
-def open_repository(repo_id: str, *, private: bool, revision: str | None, create_pr: bool = False) -> str:
+def open_repository(
+    repo_id: str, *, private: bool, revision: str | None = None, create_pr: bool = False, space_sdk: str | None = None
+) -> str:
     """Create a repository if it does not exist, and return its whole name, with the account in front.
+
+    It is of a model, or with `space_sdk` (`gradio` or `static`) a Space.
 
     Raises:
         HubError: nobody is logged in, the Hub refused, or it is public though `private` is asked for.
@@ -150,8 +154,10 @@ def open_repository(repo_id: str, *, private: bool, revision: str | None, create
     if get_token() is None:
         raise HubError(f"cannot push to {repo_id}: nobody is logged in; {LOG_IN}")
     with hub_errors(repo_id, f"cannot push to {repo_id}"):
-        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        if private and not api.model_info(repo_id).private:
+        kind = "model" if space_sdk is None else "space"
+        created = api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=kind, space_sdk=space_sdk)
+        repo_id = created.repo_id
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
             raise HubError(
                 f"cannot push to {repo_id} as private: it exists already, and is public; make it private at "
                 f"{api.endpoint}/{repo_id}/settings, or name another"

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import pytest
@@ -24,10 +23,9 @@ from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.studio.build import StudioError, write_studio
 from mnist_diffusion.studio.plans import PlanError, sampler_plan
 from tests.conftest import make_pipeline
+from tests.support.browser import CHROMIUM, Visit, chromium
 
 SCALES = (1.9, 1.0, 2.8)
-CHROMIUM = shutil.which("chromium")
-LAUNCH = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -68,25 +66,15 @@ def address(pipelines: dict[str, MNISTDiffusionPipeline], tmp_path_factory: pyte
 
 @pytest.fixture(scope="module")
 def browser(address: str) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(LAUNCH))
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
-class Visit:
-    """A page that was opened, what it said on the console, and where it sent requests."""
+class StudioVisit(Visit):
+    """A visit that begins when the first picture is drawn."""
 
     def __init__(self, browser: Any, address: str, **options: Any):
-        self.page = browser.new_page(**options)
-        self.said: list[str] = []
-        self.hosts: set[str | None] = set()
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.hosts.add(urlparse(request.url).hostname))
-        self.page.goto(address)
+        super().__init__(browser, address, **options)
         self.page.wait_for_selector("#status", state="hidden")
 
     def after(self, act: Any) -> str:
@@ -99,15 +87,10 @@ class Visit:
     def picture(self) -> str:
         return str(self.page.evaluate("document.getElementById('picture').toDataURL()"))
 
-    def close(self) -> None:
-        self.page.close()
-        assert self.said == []
-        assert self.hosts <= {"127.0.0.1", None}
-
 
 @pytest.fixture
-def visit(browser: Any, address: str) -> Iterator[Visit]:
-    visit = Visit(browser, address)
+def visit(browser: Any, address: str) -> Iterator[StudioVisit]:
+    visit = StudioVisit(browser, address)
     yield visit
     visit.close()
 
@@ -115,7 +98,7 @@ def visit(browser: Any, address: str) -> Iterator[Visit]:
 @pytest.mark.parametrize(("name", "scale", "steps"), [("Step by step", 2.5, 8), ("Step by step", 0.0, 3),
                                                       ("In few passes", 2.8, 1)])  # fmt: skip
 def test_the_same_noise_gives_the_pixels_of_the_pipeline(
-    visit: Visit, pipelines: dict[str, MNISTDiffusionPipeline], name: str, scale: float, steps: int
+    visit: StudioVisit, pipelines: dict[str, MNISTDiffusionPipeline], name: str, scale: float, steps: int
 ) -> None:
     file = f"{list(pipelines).index(name)}.onnx"
     for label in (3, 7):
@@ -131,7 +114,7 @@ def test_the_same_noise_gives_the_pixels_of_the_pipeline(
         assert (apart <= 1).mean() >= 0.999
 
 
-def test_every_control(visit: Visit) -> None:
+def test_every_control(visit: StudioVisit) -> None:
     page = visit.page
     assert page.title() == "Ten <b>letters</b>"
     first = visit.picture()
@@ -160,7 +143,7 @@ def test_every_control(visit: Visit) -> None:
     assert download.value.suggested_filename == "d-77.png"
 
 
-def test_a_slow_drawing_is_steered(visit: Visit) -> None:
+def test_a_slow_drawing_is_steered(visit: StudioVisit) -> None:
     page = visit.page
     alone = visit.after(lambda: page.get_by_role("button", name="Step by step").click())
     page.locator("#slow").check()
@@ -173,7 +156,7 @@ def test_a_slow_drawing_is_steered(visit: Visit) -> None:
 
 def test_narrow_dark_and_without_motion(browser: Any, address: str) -> None:
     options = {"color_scheme": "dark", "reduced_motion": "reduce", "viewport": {"width": 360, "height": 800}}
-    visit = Visit(browser, address, **options)
+    visit = StudioVisit(browser, address, **options)
     page = visit.page
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(255, 255, 255)"

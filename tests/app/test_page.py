@@ -1,0 +1,214 @@
+"""The page in a real browser: every tab and control, several visitors, a narrow and dark screen, the keyboard alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mnist_diffusion.pictures.grids import image_grid
+from tests.app.conftest import MNIST
+from tests.support.browser import Visit, chromium
+
+SECONDS = 30_000
+"""How long, in milliseconds, the page may take on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def browser(address: str) -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+class AppVisit(Visit):
+    """A visit that begins when the controls have been set for the pipeline."""
+
+    def __init__(self, browser: Any, address: str, **options: Any):
+        super().__init__(browser, address, **options)
+        self.page.set_default_timeout(SECONDS)
+        self.page.get_by_label("d", exact=True).first.wait_for()
+
+    def open(self, tab: str) -> Any:
+        """Open a tab; the page."""
+        self.page.get_by_role("tab", name=tab).click()
+        return self.page
+
+    def picture(self, selector: str) -> np.ndarray:
+        """The pixels of a picture that the page shows."""
+        address = self.page.locator(selector).get_attribute("src")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[AppVisit]:
+    visit = AppVisit(browser, address)
+    yield visit
+    visit.close()
+
+
+def test_generate(visit: AppVisit) -> None:
+    page = visit.open("Generate")
+    page.get_by_label("f", exact=True).first.check()
+    page.get_by_label("Sampler").click()
+    page.get_by_role("option", name="ddim").click()
+    page.get_by_label("number input for Steps").first.fill("4")
+    page.get_by_label("number input for Images of each").fill("3")
+    page.get_by_label("Seed").first.fill("7")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator("#generated .gif").wait_for()
+    assert "Step 4 of 4" in page.locator("#generated .caption").inner_text()
+    # The lines of Python draw the same pixels.
+    code = page.locator(".cm-content").inner_text()
+    found: dict[str, Any] = {}
+    exec(code, found)
+    images = torch.stack([torch.tensor(np.asarray(image)) for image in found["images"]])[:, None] / 255
+    assert len(images) == 6
+    wanted = np.asarray(image_grid(images, 3))
+    np.testing.assert_allclose(visit.picture("#generated .clean"), wanted, atol=1)
+    # The steps before, by the keyboard.
+    last = visit.picture("#generated .noisy")
+    page.locator("#generated .place").press("ArrowLeft")
+    assert "Step 3 of 4" in page.locator("#generated .caption").inner_text()
+    assert (visit.picture("#generated .noisy") != last).any()
+    for kind, suffix in (("png", "PNG"), ("gif", "GIF")):
+        with page.expect_download() as download:
+            page.locator(f"#generated .{kind}").click()
+        assert download.value.suggested_filename == f"d-f-seed7.{kind}"
+        with Image.open(download.value.path()) as picture:
+            assert picture.format == suffix
+
+
+def test_an_error_is_said_kindly(visit: AppVisit) -> None:
+    page = visit.open("Generate")
+    page.get_by_label("d", exact=True).first.uncheck()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("classes must be one or more, got []").wait_for()
+
+
+def test_a_student_says_what_it_has_learned(visit: AppVisit) -> None:
+    page = visit.page
+    page.get_by_label("Pipeline").click()
+    page.get_by_role("option", name="student").click()
+    page.get_by_text("This student has learned the scales 1.9, 1, 2.8.").first.wait_for()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("Step 1 of 1").wait_for()
+    page.get_by_label("number input for Guidance scale").first.fill("2")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("guidance_scale must be one of [1.9, 1.0, 2.8] for this model").wait_for()
+
+
+def test_steer(visit: AppVisit) -> None:
+    page = visit.open("Steer")
+    drawn = []
+    for change in (False, True):
+        page.get_by_role("button", name="From the start").click()
+        page.get_by_label("number input for Steps").nth(1).fill("4")
+        page.locator('input[type="radio"][value="d"]').check()
+        for step in range(1, 5):
+            if change and step == 3:
+                page.locator('input[type="radio"][value="i"]').check()
+            page.get_by_role("button", name="One step").click()
+            page.get_by_text(f"Step {step} of 4").wait_for()
+        drawn.append(visit.picture("#steered .clean"))
+        page.locator("#steered .gif").wait_for()
+    assert "; i, scale" in page.locator("#steered .caption").inner_text()
+    assert (drawn[0] != drawn[1]).any()
+    page.get_by_role("button", name="From the start").click()
+    page.get_by_role("button", name="Play").click()
+    page.get_by_text("Step 2 of 4").wait_for()
+    page.get_by_role("button", name="Pause").click()
+
+
+def test_compare(visit: AppVisit) -> None:
+    page = visit.open("Compare")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator("#compared figure").nth(3).wait_for()
+    titles = page.locator("#compared figcaption").all_inner_texts()
+    assert [title.partition(",")[0] for title in titles[::2]] == ["teacher: dpmpp", "teacher: ddim"]
+    assert all("passes and" in title for title in titles)
+
+
+def test_explore(visit: AppVisit, tmp_path: Path) -> None:
+    page = visit.open("Explore")
+    page.get_by_role("button", name="Walk").click()
+    page.locator("#between figure img").wait_for()
+    assert page.locator("#between figcaption").inner_text().startswith("From d (seed 0) to i (seed 1)")
+    redraw = page.get_by_role("button", name="Draw again")
+    redraw.click()
+    page.get_by_text("draw a picture first, or choose a file").wait_for()
+    canvas = page.locator("#easel canvas")
+    canvas.scroll_into_view_if_needed()
+    canvas.focus()
+    for key in ("Shift+ArrowDown", "Shift+ArrowLeft"):  # a stroke by the keyboard
+        for _ in range(5):
+            page.keyboard.press(key)
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 160, box["y"] + 60, steps=4)
+    page.mouse.up()
+    redraw.click()
+    page.locator("#inverted figure img").nth(3).wait_for()
+    first = visit.picture("#inverted figure:nth-child(1) img")
+    assert first.max() > 50  # strokes of 22 pixels in 280, on 8
+    Image.new("L", (50, 40), 255).save(tmp_path / "white.png")
+    page.locator("#easel .file").set_input_files(tmp_path / "white.png")
+    page.get_by_role("button", name="Swap black and white").click()
+    redraw.click()
+    page.wait_for_function(
+        "before => document.querySelector('#inverted img').src !== before",
+        arg=page.locator("#inverted img").first.get_attribute("src"),
+    )
+
+
+def test_train_stop_and_evaluate(visit: AppVisit, browser: Any, address: str) -> None:
+    page = visit.open("Train")
+    page.get_by_role("button", name="Train", exact=True).click()
+    page.locator("#train-task figure").first.wait_for(timeout=2 * SECONDS)
+    other = AppVisit(browser, address)  # a second visitor, while the machine is busy
+    other.open("Train").get_by_role("button", name="Train", exact=True).click()
+    other.page.get_by_text("the machine is busy with another training").wait_for()
+    other.open("Generate").get_by_role("button", name="Draw", exact=True).click()
+    other.page.locator("#generated .gif").wait_for()
+    other.close()
+    page.get_by_role("button", name="Stop and keep").click()
+    page.get_by_text("Finished; it is in").wait_for()
+    page.wait_for_function("document.querySelector('input[aria-label=\"Pipeline\"]').value.startsWith('app-tiny-')")
+    if MNIST is None:
+        return  # for other images an evaluator would have to be trained first
+    visit.open("Evaluate")
+    page.get_by_label("number input for Images").last.fill("100")
+    page.get_by_role("button", name="Evaluate", exact=True).click()
+    page.locator("#evaluate-task table").wait_for(timeout=2 * SECONDS)
+    assert "held-out real images" in page.locator("#evaluate-task table").inner_text()
+
+
+def test_narrow_dark_and_closed_in_mid_run(browser: Any, address: str) -> None:
+    options = {"color_scheme": "dark", "reduced_motion": "reduce", "viewport": {"width": 360, "height": 800}}
+    visit = AppVisit(browser, address, **options)
+    page = visit.page
+    for tab in ("Steer", "Compare", "Explore", "Train", "Evaluate", "Generate"):
+        shown = page.get_by_role("tab", name=tab)
+        if not shown.is_visible():  # in the menu of those that do not fit
+            page.locator(".overflow-menu > button").click()
+            shown = page.locator(".overflow-dropdown button", has_text=tab)
+        shown.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, background.strip("rgb()").split(","))) < 60
+    page.get_by_label("number input for Steps").first.fill("100")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
+    visit.close()
+    after = AppVisit(browser, address)  # the next visitor is not kept waiting
+    after.page.get_by_role("button", name="Draw", exact=True).click()
+    after.page.locator("#generated .gif").wait_for()
+    after.close()

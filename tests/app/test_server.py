@@ -1,0 +1,240 @@
+"""What the server refuses: routes, bodies, and settings that are out of bounds; and Spaces."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from PIL import Image
+
+from mnist_diffusion.app import drawing
+from mnist_diffusion.app.drawing import Settings
+from mnist_diffusion.app.models import Models
+from mnist_diffusion.app.server import MAX_BODY_BYTES
+from mnist_diffusion.app.space import write_gradio_space
+from mnist_diffusion.app.work import figure
+from mnist_diffusion.cli import main
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.requests import AppRequest
+from tests.conftest import make_pipeline
+from tests.support.browser import answer, free_port
+from tests.support.hub_server import HubServer
+
+GOOD: dict[str, Any] = {
+    "class_labels": ("d",),
+    "num_images": 2,
+    "guidance_scale": 2,
+    "num_inference_steps": 2,
+    "seed": 0,
+}
+
+
+def png(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def ask(address: str, method: str, path: str, **how: Any) -> tuple[int, Any, bytes]:
+    """What the server answers to a path that is sent as it is: status, headers, body."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
+    try:
+        connection.request(method, path, **how)
+        answered = connection.getresponse()
+        return answered.status, answered.headers, answered.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/hostname",
+        "/gradio_api/file/etc/hostname",
+        "/gradio_api/proxy=https://example.com/",
+        "/gradio_api/vibe-code/",
+        "/gradio_api/run-history/records",
+        "/gradio_api/deep_link",
+        "/monitoring",
+        "/docs",
+        "/custom_component/1/client/component/a.js",
+    ],
+)
+def test_routes_that_the_page_does_not_need_are_not_there(address: str, path: str) -> None:
+    assert ask(address, "GET", path)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/vibe-edit/", "/gradio_api/call/x", "/login"])
+def test_nothing_can_be_uploaded(address: str, path: str) -> None:
+    assert ask(address, "POST", path, body=b"x")[0] == 404
+
+
+def test_no_file_is_read_by_its_path(address: str) -> None:
+    for path in ("/assets/../../blocks.py", "/static/..%2f..%2fblocks.py", "/assets/%2e%2e/%2e%2e/blocks.py"):
+        assert ask(address, "GET", path)[0] in (403, 404)
+
+
+def test_bodies_are_bounded(address: str) -> None:
+    too_long = {"Content-Length": str(MAX_BODY_BYTES + 1)}
+    assert ask(address, "POST", "/gradio_api/queue/join", headers=too_long)[0] == 413
+    assert ask(address, "POST", "/gradio_api/queue/join", body=iter([b"{}"]))[0] == 413  # of unknown length
+
+
+def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
+    status, headers, _ = ask(address, "GET", "/")
+    assert status == 200
+    assert "default-src 'self'" in headers["content-security-policy"]
+    config = json.loads(ask(address, "GET", "/config")[2])
+    assert config["analytics_enabled"] is False
+    assert not any("fonts.googleapis" in each for each in config.get("stylesheets") or [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_images", 65, "images per class must be a number from 1 to 64, got 65"),
+        ("num_images", 2.5, "images per class must be a whole number, got 2.5"),
+        ("guidance_scale", float("nan"), "guidance scale must be a number from 0 to 20, got nan"),
+        ("guidance_scale", "5", "guidance scale must be a number from 0 to 20, got '5'"),
+        ("guidance_interval", (0, 2), "guidance interval must be a number from 0 to 1, got 2"),
+        ("num_inference_steps", 10**9, "steps must be a number from 1 to 100, got 1000000000"),
+        ("num_inference_steps", True, "steps must be a number from 1 to 100, got True"),
+        ("seed", -1, "seed must be a number from 0 to"),
+        ("scheduler", "../secret", "sampler must be one of ddpm,"),
+        ("scheduler", None, "sampler must be a name, got None"),
+        ("class_labels", tuple("d" * 40), "images must be at most 64 in all, got 80"),
+    ],
+)
+def test_settings_out_of_bounds(name: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Settings(**{**GOOD, name: value})
+
+
+def test_settings_that_do_not_fit_the_pipeline() -> None:
+    pipeline = make_pipeline()
+    with pytest.raises(UserError, match=r"class must be one of a, b, .*, got 'z'"):
+        Settings(**{**GOOD, "class_labels": ("z",)}).call(pipeline)
+    assert "class_labels" in Settings(**GOOD).call(make_pipeline(conditional=False))
+    with pytest.raises(UserError, match="pipeline must be one of"):
+        Models.__getitem__(_models(pipeline), "../elsewhere")
+    with pytest.raises(UserError, match="there is no pipeline yet"):
+        Models()["a"]
+    with pytest.raises(UserError, match="combinations must be from 1 to 12, got 100"):
+        list(drawing.compared({"a": pipeline}, samplers=["ddim"] * 10, steps=range(1, 11), scales=[1.0], seed=0))
+
+
+def _models(pipeline: Any) -> Models:
+    models = Models()
+    models._loaded["one"] = "one", pipeline
+    return models
+
+
+def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "MAX_SECONDS", 0.0)
+    with pytest.raises(UserError, match="took longer than 0 s"):
+        list(drawing.films(make_pipeline(), Settings(**GOOD)))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        None,
+        5,
+        "/etc/hostname",
+        "https://example.com/a.png",
+        "data:text/html;base64,PGI+",
+        "data:image/png;base64,!!!",
+        "data:image/png;base64,AAAA",
+        {"path": "/etc/hostname"},
+        "data:image/png;base64," + "A" * 2**22,
+        png(Image.new("L", (28, 28))),
+        png(Image.new("1", (9000, 9000))),
+    ],
+)
+def test_what_is_no_drawing_is_refused(address: Any) -> None:
+    with pytest.raises(UserError):
+        drawing.drawn_by_hand(address, (1, 8, 8))
+
+
+def test_a_drawing_becomes_an_image() -> None:
+    picture = Image.new("RGB", (40, 20))
+    picture.paste((255, 255, 255), (0, 0, 20, 20))
+    image = drawing.drawn_by_hand(png(picture), (3, 8, 8))
+    assert image.shape == (1, 3, 8, 8)
+    assert image.max() == 1
+    assert (image[0, :, 3, 1] > 0.9).all()
+    assert image[0, :, 0].max() == 0  # the background above a picture that is not square
+
+
+def test_a_picture_drawn_again_comes_back() -> None:
+    pipeline = make_pipeline()
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = drawing.drawn_again(pipeline, image, is_a="a", as_a="b", scale=2.0)
+    assert [row.title for row in rows] == [
+        *("Your picture", "Its noise, as if it were a"),
+        *("Drawn again from this noise as a", "The same noise as b"),
+    ]
+    with pytest.raises(UserError, match=r"class must be one of a, .*, got 'z'"):
+        drawing.drawn_again(pipeline, image, is_a="z", as_a="b", scale=2.0)
+
+
+def test_words_are_escaped() -> None:
+    shown = figure("<script>alert(1)</script>", "data:image/png;base64,AAAA", '"><b>')
+    assert "<script>" not in shown
+    assert "<b>" not in shown
+
+
+def test_addresses_and_ports_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["app", "--port", "99999"]) == 2
+    assert "port must be from 1 to 65535, got 99999" in capsys.readouterr().err
+    assert main(["app", "no/such/folder"]) == 2
+    assert "could not be loaded" in capsys.readouterr().err
+    assert AppRequest().host == "127.0.0.1"
+
+
+def test_a_space_starts_from_its_own_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "space"
+    write_gradio_space({"pipeline": make_pipeline()}, folder, title="Letters")
+    assert "sdk: gradio\nsdk_version: 6." in (folder / "README.md").read_text()
+    requirements = (folder / "requirements.txt").read_text()
+    assert "\ntorch==2." in requirements
+    assert "+" not in requirements
+    port = free_port()
+    app = folder / "app.py"
+    app.write_text(app.read_text().replace('host="0.0.0.0"', f"port={port}"))
+    command = [sys.executable, "-c", f"import runpy, sys; sys.path.insert(0, '.'); import mnist_diffusion; "
+               f"assert mnist_diffusion.__file__.startswith({str(folder)!r}); runpy.run_path('app.py')"]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(command, cwd=folder, env=environment) as process:
+        try:
+            assert answer(f"http://127.0.0.1:{port}/config", process)
+        finally:
+            process.terminate()
+
+
+def test_a_space_is_pushed_in_one_commit(
+    tmp_path: Path, hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_pipeline().save_pretrained("pipeline")
+    command = ["space", "pipeline", "owner/letters", "--kind", "gradio", "--push"]
+    assert main(command) == 0
+    assert "Pushed: " in capsys.readouterr().out
+    found = hub.repositories["owner/letters"]
+    names = found.files()
+    assert {"README.md", "app.py", "requirements.txt", "pipeline/model_index.json"} <= names.keys()
+    assert "mnist_diffusion/app/page.py" in names
+    assert not any("__pycache__" in name or name.endswith(".pyc") for name in names)
+    assert len(found.history) == 2  # the first is the repository's own
+    assert main(command) == 2
+    assert "--out must be a folder that is new or empty, got 'space'" in capsys.readouterr().err
