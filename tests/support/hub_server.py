@@ -365,7 +365,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
     ("GET", f"/api/(?:models|spaces)/{NAME}/tree/([^/]+)", _Handler.tree),
     ("GET", f"/api/(?:models|spaces)/{NAME}/revision/(.+)", _Handler.info),
     ("GET", f"/api/(?:models|spaces)/{NAME}", _Handler.info),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("POST", rf"/(?:spaces/)?{NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/lfs/([0-9a-f]+)", _Handler.lfs_upload),
     ("GET", f"/{NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
 )
