@@ -1,15 +1,16 @@
 """Load on the page: many clients at once for some minutes, a tenth of them hostile.
 
-    mnist-diffusion app PIPELINE --only_draw --port 7861 &
-    python benchmarks/app_load.py http://127.0.0.1:7861 --clients 32 --minutes 5 --pid $!
+    mnist-diffusion app PIPELINE --only_draw --port 7861                                     # in one terminal
+    python benchmarks/app_load.py http://127.0.0.1:7861 --clients 32 --minutes 5 --pid PID   # in another
 
-Prints how many drawings were answered, how long they took, and how the memory of the process `--pid` changed. The
-hostile clients ask for classes, steps, sizes and types that are out of bounds, for files, and for routes that are not
-there.
+Prints how many drawings were answered, how long they took, and how the memory of the server, process `--pid`, changed.
+The hostile clients ask for classes, steps, sizes and types that are out of bounds, for files by path and address, for
+routes that are not there, and in ever new sessions whose answers they never fetch.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -25,7 +26,8 @@ from jsonargparse import auto_cli
 
 HOSTILE_SHARE = 0.1
 STEPS, IMAGES = 10, 4
-WORDS: tuple[Any, ...] = (None, "x", -1, 1e308, [], {}, ["z"], [[0]], True, "../../etc/passwd", "a" * 10_000)
+FILES = tuple({"path": where, "meta": {"_type": "gradio.FileData"}} for where in ("/dev/zero", "https://example.com/a"))
+WORDS: tuple[Any, ...] = (None, "x", -1, 1e308, [], {}, ["z"], [[0]], True, "../../etc/passwd", "a" * 10_000, *FILES)
 PATHS = (
     "gradio_api/file=/etc/passwd",
     "gradio_api/upload",
@@ -46,16 +48,17 @@ def main(address: str, *, clients: int = 32, minutes: float = 5, pid: int | None
     """
     until, seconds, found = time.monotonic() + 60 * minutes, [], Counter[str]()
     hostile = round(clients * HOSTILE_SHARE)
-    names = Client(address, verbose=False).config["components"]
-    pipeline, labels = _shown(names, "Pipeline"), ["3", "8"]
+    config = Client(address, verbose=False).config
+    pipeline = next(each["props"]["value"] for each in config["components"] if each["props"].get("label") == "Pipeline")
+    generate = next(each["id"] for each in config["dependencies"] if each["api_name"] == "generate")
+    usual = (pipeline, ["3"], IMAGES, 1.9, STEPS, "its own", 0, 1)
 
     def honest(number: int) -> None:
         client, asked = Client(address, verbose=False), 0
         while time.monotonic() < until:
             started = time.perf_counter()
-            arguments = (pipeline, labels[:1], IMAGES, 1.9, STEPS, "its own", 0, 1, 1000 * number + asked)
             try:
-                client.predict(*arguments, api_name="/generate")
+                client.predict(*usual, 1000 * number + asked, api_name="/generate")
                 seconds.append(time.perf_counter() - started)
                 found["answered"] += 1
             except Exception as error:  # a full queue is an answer too
@@ -66,19 +69,27 @@ def main(address: str, *, clients: int = 32, minutes: float = 5, pid: int | None
     def attack(number: int) -> None:
         client, draws = Client(address, verbose=False), random.Random(seed + number)
         while time.monotonic() < until:
+            arguments, kind = [*usual, 0], draws.randrange(3)
+            arguments[draws.randrange(len(arguments))] = draws.choice(WORDS)
             try:
-                if draws.random() < 0.3:
+                if kind == 0:
                     with urllib.request.urlopen(f"{address.rstrip('/')}/{draws.choice(PATHS)}") as answer:
                         found[f"hostile: served ({answer.status})"] += 1
-                    continue
-                arguments = [pipeline, ["3"], IMAGES, 1.9, STEPS, "its own", 0, 1, 0]
-                arguments[draws.randrange(len(arguments))] = draws.choice(WORDS)
-                client.predict(*arguments, api_name="/generate")
-                found["hostile: drawn, as it was harmless"] += 1
+                elif kind == 1:
+                    asked = {"data": arguments, "fn_index": generate, "session_hash": f"{draws.random()}"}
+                    body, kinds = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+                    request = urllib.request.Request(f"{address.rstrip('/')}/gradio_api/queue/join", body, kinds)
+                    urllib.request.urlopen(request, timeout=10).close()
+                    found["hostile: asked, and never fetched"] += 1
+                else:
+                    client.predict(*arguments, api_name="/generate")
+                    found["hostile: drawn, as it was harmless"] += 1
             except urllib.error.HTTPError as error:
-                found[f"hostile: no such page ({error.code})"] += 1
+                found[f"hostile: refused by the server ({error.code})"] += 1
+            except urllib.error.URLError as error:
+                found[f"failed: {error}"] += 1
             except Exception:
-                found["hostile: refused"] += 1
+                found["hostile: refused by the page"] += 1
             time.sleep(0.1)
 
     threads = [threading.Thread(target=attack if each < hostile else honest, args=(each,)) for each in range(clients)]
@@ -89,21 +100,21 @@ def main(address: str, *, clients: int = 32, minutes: float = 5, pid: int | None
     for thread in threads:
         thread.join()
     after = _megabytes(pid)
-    for what, count in sorted(found.items()):
-        print(f"{count:6} {what}")
-    middle, late = np.percentile(seconds, [50, 95])
-    print(f"seconds per drawing of {IMAGES} images in {STEPS} steps: p50 {middle:.2f}, p95 {late:.2f}")
+    _report(found, seconds)
     if pid is not None:
         print(f"memory {before:.0f} MB after a fifth of the time, {after:.0f} MB at the end: {after / before - 1:+.1%}")
     started = time.perf_counter()
-    Client(address, verbose=False).predict(
-        pipeline, labels, IMAGES, 1.9, STEPS, "its own", 0, 1, 0, api_name="/generate"
-    )
+    Client(address, verbose=False).predict(*usual, 0, api_name="/generate")
     print(f"afterwards one drawing takes {time.perf_counter() - started:.2f} s")
 
 
-def _shown(components: list[dict[str, Any]], label: str) -> Any:
-    return next(each["props"]["value"] for each in components if each["props"].get("label") == label)
+def _report(found: Counter[str], seconds: list[float]) -> None:
+    for what, count in sorted(found.items()):
+        print(f"{count:6} {what}")
+    if not seconds:
+        raise SystemExit("no drawing was answered")
+    middle, late = np.percentile(seconds, [50, 95])
+    print(f"seconds per drawing of {IMAGES} images in {STEPS} steps: p50 {middle:.2f}, p95 {late:.2f}")
 
 
 def _megabytes(pid: int | None) -> float:

@@ -114,3 +114,4 @@ class AppRequest:
 
     def __post_init__(self) -> None:
         require(0 < self.port < 2**16, "port", self.port, f"from 1 to {2**16 - 1}")
+        require(bool(self.pipelines) or not self.only_draw, "only_draw", True, "false without a pipeline to draw with")

@@ -6,7 +6,7 @@ import base64
 import binascii
 import itertools
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,14 +24,15 @@ from mnist_diffusion.pictures.grids import animation, image_grid, to_unit
 from mnist_diffusion.pictures.page import embedded
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
-MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 64, 100, 20.0, 2**32 - 1
+MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 64, 100, 20, 2**32 - 1
 MAX_ROWS, MAX_COLUMNS, MAX_FRAMES = 12, 10, 16
 MAX_SECONDS = 60.0
 """After this a drawing is given up, so that others get their turn."""
-MAX_PICTURE_BYTES = 2**21
-ENLARGED = 4
+MAX_PICTURE_BYTES, MAX_PICTURE_SIDE = 2**19, 1024
+PNG = b"\x89PNG\r\n\x1a\n"
 OWN = "its own"
-"""The sampler, or the number of steps, that a pipeline comes with."""
+"""The sampler that a pipeline comes with."""
+SAMPLER_NAMES = (OWN, *SAMPLERS)
 INVERSION_STEPS = 50
 
 
@@ -73,12 +74,10 @@ class Settings:
         Raises:
             UserError: it has no such classes.
         """
-        names, labels = class_names(pipeline), None
+        labels = None
         if pipeline.num_classes is not None:
-            if unknown := [name for name in self.class_labels if name not in names]:
-                raise UserError(f"class must be one of {', '.join(names)}, got {str(unknown[0])[:100]!r}")
             require(len(self.class_labels) > 0, "classes", [], "one or more")
-            labels = [names.index(name) for name in self.class_labels]
+            labels = [label_of(pipeline, name) for name in self.class_labels]
         count = self.num_images * len(labels or (0,))
         call: dict[str, Any] = {"class_labels": labels, "num_images_per_label": self.num_images}
         if labels is not None:
@@ -110,6 +109,19 @@ class Settings:
         return "\n".join([*lines, f"images = pipeline({arguments}, generator=generators).images"])
 
 
+def label_of(pipeline: MNISTDiffusionPipeline, name: Any) -> int:
+    """The number of a class.
+
+    Raises:
+        UserError: it has no such class, or none at all.
+    """
+    names = class_names(pipeline)
+    if not names:
+        raise UserError("this pipeline is unconditional: it has no classes to choose from")
+    require(name in names, "class", str(name)[:100], f"one of {', '.join(names)}")
+    return names.index(name)
+
+
 def within(name: str, value: Any, low: float, high: float) -> float:
     """A number between two bounds, both included."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
@@ -125,13 +137,13 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
 
 @dataclass
 class Film:
-    """How images form, as the page's player takes it.
+    """How images form, as the page's player takes it; pictures are addresses that hold them (`data:`).
 
     Args:
         columns: images in a row of each picture.
-        about: what the pictures show, in words.
+        about: says what the pictures show.
         file: name of the files to save, without a suffix.
-        frames: for each step the noisy samples and the predicted images, as pictures in words (`data:` addresses).
+        frames: for each step the noisy samples, the predicted images, and a caption.
         animation: the predicted images as a moving picture, when they are complete.
     """
 
@@ -151,8 +163,7 @@ class Film:
 
     def finish(self) -> None:
         """Make the moving picture."""
-        larger = [each.resize((ENLARGED * each.width, ENLARGED * each.height), 0) for each in self._predicted]
-        self.animation = embedded(larger[0], "GIF", **animation(larger))
+        self.animation = embedded(self._predicted[0], "GIF", **animation(self._predicted))
 
     def value(self) -> dict[str, Any]:
         """What the player shows."""
@@ -169,7 +180,7 @@ def films(pipeline: MNISTDiffusionPipeline, settings: Settings) -> Iterator[Film
     film = _film(settings, pipeline)
     pipeline, deadline = settings.sampler(pipeline), time.monotonic() + MAX_SECONDS
     for done in pipeline.stream(**settings.call(pipeline)):
-        film.add(done, settings.num_inference_steps)
+        film.add(done, pipeline.num_timesteps)
         yield film
         require_time(deadline)
     film.finish()
@@ -186,6 +197,16 @@ def require_time(deadline: float) -> None:
         raise UserError(f"this took longer than {MAX_SECONDS:.0f} s and was given up; ask for fewer images or steps")
 
 
+def until(deadline: float) -> dict[str, Any]:
+    """Arguments of a call that is given up at a deadline."""
+
+    def check(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        require_time(deadline)
+        return {}
+
+    return {"callback_on_step_end": check}
+
+
 def _film(settings: Settings, pipeline: MNISTDiffusionPipeline) -> Film:
     if pipeline.num_classes is None:
         return Film(max(1, round(settings.num_images**0.5)), f"{settings.num_images} images", f"seed{settings.seed}")
@@ -195,7 +216,7 @@ def _film(settings: Settings, pipeline: MNISTDiffusionPipeline) -> Film:
 
 
 class Steering:
-    """A drawing that goes on a step at a time, and whose classes and guidance may change in between.
+    """A drawing that goes on a step at a time, and whose class and guidance may change in between.
 
     Args:
         pipeline: draws.
@@ -203,25 +224,25 @@ class Steering:
     """
 
     def __init__(self, pipeline: MNISTDiffusionPipeline, settings: Settings):
-        self.settings, self.film = settings, _film(settings, pipeline)
-        pipeline = settings.sampler(pipeline)
-        self._stream: Generator[Any, dict[str, Any] | None, None] = pipeline.stream(**settings.call(pipeline))
-        self._names = class_names(pipeline)
-
-    @property
-    def over(self) -> bool:
-        """Whether all steps are done."""
-        return len(self.film.frames) >= self.settings.num_inference_steps
+        self.film, self._pipeline = _film(settings, pipeline), settings.sampler(pipeline)
+        self._stream: Generator[Any, dict[str, Any] | None, None] = self._pipeline.stream(**settings.call(pipeline))
+        self._steps = self._pipeline.num_timesteps
+        self.over = False
 
     def advance(self, class_label: str, guidance_scale: float) -> None:
-        """Do the next step, under this class and scale."""
+        """Do the next step, under this class and scale.
+
+        Raises:
+            UserError, ValueError: the pipeline cannot; the drawing is over.
+        """
         changes: dict[str, Any] | None = None
         if self.film.frames:
-            require(class_label in self._names, "class", class_label, f"one of {', '.join(self._names)}")
             scale = within("guidance scale", guidance_scale, 0, MAX_GUIDANCE)
-            changes = {"class_labels": [self._names.index(class_label)], "guidance_scale": scale}
-        self.film.add(self._stream.send(changes), self.settings.num_inference_steps)
-        self.film.frames[-1]["caption"] += f"; {class_label}, scale {guidance_scale:g}"
+            changes = {"class_labels": [label_of(self._pipeline, class_label)], "guidance_scale": scale}
+        self.over = True
+        self.film.add(self._stream.send(changes), self._steps)
+        self.over = len(self.film.frames) >= self._steps
+        self.film.frames[-1]["caption"] += f"; {class_label}, guidance {guidance_scale:g}"
         if self.over:
             self._stream.close()
             self.film.finish()
@@ -238,9 +259,9 @@ class Row(NamedTuple):
 def compared(
     pipelines: Mapping[str, MNISTDiffusionPipeline],
     *,
-    samplers: Iterable[str],
-    steps: Iterable[int],
-    scales: Iterable[float],
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    scales: Sequence[float],
     seed: int,
 ) -> Iterator[list[Row]]:
     """Draw one image of each class (at most 10) from the same seeds in each of these ways; rows as they come.
@@ -248,10 +269,10 @@ def compared(
     Raises:
         UserError, ValueError, TypeError: one of them cannot work.
     """
-    ways = list(itertools.product(pipelines, samplers, steps, scales))
-    require(0 < len(ways) <= MAX_ROWS, "combinations", len(ways), f"from 1 to {MAX_ROWS}")
+    count = len(pipelines) * len(samplers) * len(steps) * len(scales)
+    require(0 < count <= MAX_ROWS, "combinations", count, f"from 1 to {MAX_ROWS}")
     rows, deadline = [], time.monotonic() + MAX_SECONDS
-    for name, sampler, count, scale in ways:
+    for name, sampler, count, scale in itertools.product(pipelines, samplers, steps, scales):
         names = class_names(pipelines[name])[:MAX_COLUMNS]
         settings = Settings(
             class_labels=names,
@@ -282,11 +303,12 @@ def interpolated(
     """
     generators = [torch.Generator().manual_seed(whole("seed", seed, 0, MAX_SEED)) for seed in seeds]
     found = pipeline.interpolate(
-        list(classes) if pipeline.config.id2label else [int(each) for each in classes],
-        whole("frames", frames, 2, MAX_FRAMES),
+        [label_of(pipeline, name) for name in classes],
+        whole("images", frames, 2, MAX_FRAMES),
         generator=generators,
         guidance_scale=within("guidance scale", scale, 0, MAX_GUIDANCE),
         output_type="pt",
+        **until(time.monotonic() + MAX_SECONDS),
     ).images
     title = f"From {classes[0]} (seed {seeds[0]}) to {classes[1]} (seed {seeds[1]})"
     return [Row(title, f"{len(found)} images", embedded(image_grid(found, len(found))))]
@@ -309,6 +331,9 @@ def drawn_by_hand(address: Any, shape: tuple[int, int, int]) -> Tensor:
         content = base64.b64decode(address.removeprefix(kind), validate=True)
     except binascii.Error as error:
         raise UserError("the drawing could not be read") from error
+    sides = (int.from_bytes(content[start : start + 4]) for start in (16, 20))  # of the header
+    if not content.startswith(PNG) or max(sides) > MAX_PICTURE_SIDE:
+        raise UserError(f"the drawing must be a PNG of at most {MAX_PICTURE_SIDE} pixels a side")
     image = to_channels(decode_picture(content, "the drawing", grey=shape[0] == 1)[None], shape[0])
     image = fit_to_size(image, shape[1], "contain").float() / 255
     if image.max() == image.min():
@@ -322,14 +347,12 @@ def drawn_again(pipeline: MNISTDiffusionPipeline, image: Tensor, *, is_a: str, a
     Raises:
         UserError, ValueError, TypeError: it cannot work with this pipeline.
     """
-    names, ddim = class_names(pipeline), with_sampler(pipeline, "ddim")
-    for name in (is_a, as_a):
-        require(name in names, "class", name, f"one of {', '.join(names) or 'none, as this pipeline has none'}")
-    scale, this, other = within("guidance scale", scale, 0, MAX_GUIDANCE), names.index(is_a), names.index(as_a)
+    this, other, ddim = label_of(pipeline, is_a), label_of(pipeline, as_a), with_sampler(pipeline, "ddim")
+    scale, deadline = within("guidance scale", scale, 0, MAX_GUIDANCE), time.monotonic() + MAX_SECONDS
     latents = pipeline.invert(image, [this], num_inference_steps=INVERSION_STEPS)
 
     def drawn(label: int, guidance_scale: float) -> Tensor:
-        call = {"num_inference_steps": INVERSION_STEPS, "output_type": "pt", "eta": 0.0}
+        call = {"num_inference_steps": INVERSION_STEPS, "output_type": "pt", "eta": 0.0, **until(deadline)}
         return ddim([label], latents=latents, guidance_scale=guidance_scale, **call).images
 
     found = {
@@ -339,6 +362,3 @@ def drawn_again(pipeline: MNISTDiffusionPipeline, image: Tensor, *, is_a: str, a
         f"The same noise as {as_a}": drawn(other, scale),
     }
     return [Row(title, "", embedded(image_grid(each, 1))) for title, each in found.items()]
-
-
-SAMPLER_NAMES = (OWN, *SAMPLERS)

@@ -21,6 +21,12 @@ const line = (to) => {
   pen.stroke();
   at = to;
 };
+const showPen = () => {
+  const mark = element.querySelector(".pen"), box = canvas.getBoundingClientRect();
+  mark.hidden = false;
+  mark.style.left = `${at[0] * box.width / canvas.width}px`;
+  mark.style.top = `${at[1] * box.height / canvas.height}px`;
+};
 canvas.addEventListener("pointerdown", (event) => {
   canvas.setPointerCapture(event.pointerId);
   drawing = true;
@@ -28,13 +34,16 @@ canvas.addEventListener("pointerdown", (event) => {
   line(at);
 });
 canvas.addEventListener("pointermove", (event) => { if (drawing) line(place(event)); });
-canvas.addEventListener("pointerup", () => { drawing = false; changed(); });
+for (const end of ["pointerup", "pointercancel"]) {
+  canvas.addEventListener(end, () => { drawing = false; changed(); });
+}
 canvas.addEventListener("keydown", (event) => {
   const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }, move = moves[event.key];
   if (!move) return;
   event.preventDefault();
   const to = at.map((value, index) => Math.max(0, Math.min(280, value + PACE * move[index])));
   if (event.shiftKey) { line(to); changed(); } else at = to;
+  showPen();
 });
 element.querySelector(".clear").addEventListener("click", () => { clear(); props.value = null; });
 element.querySelector(".invert").addEventListener("click", () => {
@@ -47,6 +56,7 @@ element.querySelector(".invert").addEventListener("click", () => {
 element.querySelector(".file").addEventListener("change", async (event) => {
   const file = event.target.files[0];
   if (!file) return;
+  event.target.value = "";  // so that it can be chosen again
   let picture;
   try {
     picture = await createImageBitmap(file);

@@ -10,7 +10,7 @@ from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
-NONE_YET = "there is no pipeline yet: train one, in the tab Train"
+NONE_YET = "there is no pipeline yet: train one first"
 
 
 class Models:
@@ -30,18 +30,20 @@ class Models:
             self.add(source)
 
     def add(self, source: str) -> str:
-        """Load a pipeline; the name that it gets, which is that of its run, if it has one.
+        """Load a pipeline, if it is not loaded; the name that it has, which is that of its run, if it has one.
 
         Raises:
             UserError: it could not be loaded.
         """
-        pipeline, path = load_pipeline(source, device=None), Path(source)
+        path = Path(source)
         base = path.parent.name if path.name == "pipeline" and path.parent.name else source.rstrip("/")
         with self._lock:
-            same = sum(name == base or name.startswith(f"{base} (") for name in self._loaded)
-            name = base if not same else f"{base} ({same + 1})"
-            self._loaded[name] = source, pipeline
-        return name
+            known = next((name for name, (where, _) in self._loaded.items() if where == source), None)
+            if known is None:
+                same = sum(name == base or name.startswith(f"{base} (") for name in self._loaded)
+                known = base if not same else f"{base} ({same + 1})"
+                self._loaded[known] = source, load_pipeline(source, device=None)
+        return known
 
     @property
     def names(self) -> list[str]:

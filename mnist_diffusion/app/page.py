@@ -12,7 +12,7 @@ import gradio as gr
 
 from mnist_diffusion.app import drawing
 from mnist_diffusion.app.drawing import OWN, SAMPLER_NAMES, Settings, Steering, whole, within
-from mnist_diffusion.app.models import NONE_YET, Models
+from mnist_diffusion.app.models import Models
 from mnist_diffusion.app.work import Work, figure
 from mnist_diffusion.checks import require
 from mnist_diffusion.diffusion.pipeline import class_names
@@ -20,9 +20,13 @@ from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import read_text
 
 HERE = Path(__file__).parent
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "minimal"}
-RECIPES = {"default": "Five minutes to digits that read as asked.", "tiny": "18 thousand parameters, in a minute."}
-MAX_MINUTES, MAX_EVALUATED = 30, 5000
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+RECIPES = {
+    "default": "default: digits that read as asked, in five minutes.",
+    "tiny": "tiny: blobs that begin to look like digits, in one.",
+}
+MAX_MINUTES, MAX_EVALUATED, MAX_STEERED = 30, 5000, 50
 STEPS, SCALES = (1, 2, 4, 5, 10, 20, 50), (0.0, 1.0, 1.4, 1.9, 2.8, 5.0, 8.0)
 SECONDS_BETWEEN_STEPS, SECONDS_BETWEEN_LOOKS = 0.6, 3.0
 STATE_SECONDS = 900
@@ -30,11 +34,11 @@ STATE_SECONDS = 900
 
 @contextlib.contextmanager
 def told_kindly() -> Iterator[None]:
-    """Show what is wrong with a visitor's settings as a message on the page."""
+    """Show what is wrong as a message on the page."""
     try:
         yield
-    except (UserError, ValueError, TypeError) as error:
-        raise gr.Error(str(error), print_exception=False, title="This cannot be drawn") from error
+    except (UserError, ValueError, TypeError, OSError, RuntimeError) as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 def _component(name: str, elem_id: str) -> gr.HTML:
@@ -48,10 +52,12 @@ class Controls:
     """Controls that depend on the pipeline, and how each is set for one."""
 
     pipeline: gr.Dropdown
+    first: Any
     set_for: list[tuple[Any, Callable[[Any], dict[str, Any]]]]
 
-    def add(self, control: Any, values: Callable[[Any], dict[str, Any]]) -> Any:
-        """Let a control follow the pipeline: `values` gives the properties that it then has."""
+    def add(self, kind: Callable[..., Any], values: Callable[[Any], dict[str, Any]], **options: Any) -> Any:
+        """A control of this kind that follows the pipeline: `values` gives the properties that it then has."""
+        control = kind(**{**options, **values(self.first)})
         self.set_for.append((control, values))
         return control
 
@@ -63,29 +69,43 @@ class Controls:
             first = names[place % len(names)] if names else None
             return {"choices": names, "value": [first] if kind is gr.CheckboxGroup and names else first}
 
-        return self.add(kind(choices=[], **options), values)
+        return self.add(kind, values, **options)
 
-    def guidance(self, **options: Any) -> gr.Slider:
+    def guidance(self) -> gr.Slider:
         """A control of the guidance scale."""
 
         def values(pipeline: Any) -> dict[str, Any]:
             if pipeline is None:
-                return {}
+                return {"info": GUIDANCE}
             scales = pipeline.config.guidance_distilled
             only = f"This student has learned the scales {', '.join(f'{each:g}' for each in scales)}." if scales else ""
-            return {"value": pipeline.config.guidance_scale, "info": only or GUIDANCE}
+            value = min(pipeline.config.guidance_scale, drawing.MAX_GUIDANCE)
+            return {"value": value, "info": only or GUIDANCE}
 
-        return self.add(gr.Slider(0, 15, 1.9, step=0.1, label="Guidance scale", info=GUIDANCE, **options), values)
+        look = {"minimum": 0, "maximum": drawing.MAX_GUIDANCE, "step": 0.1, "label": "Guidance scale"}
+        return self.add(gr.Slider, values, **look)
 
-    def steps(self, **options: Any) -> gr.Slider:
+    def bound(self, place: int, **options: Any) -> gr.Slider:
+        """A control of the lower or upper bound of the guidance interval."""
+
+        def values(pipeline: Any) -> dict[str, Any]:
+            return {"value": place if pipeline is None else pipeline.config.guidance_interval[place]}
+
+        return self.add(gr.Slider, values, minimum=0, maximum=1, step=0.05, **options)
+
+    def steps(self) -> gr.Slider:
         """A control of the number of steps."""
-        control = gr.Slider(
-            1, drawing.MAX_STEPS, 10, step=1, label="Steps", info="More steps, more looks at the picture.", **options
-        )
-        return self.add(control, lambda pipeline: {"value": pipeline.config.num_inference_steps} if pipeline else {})
+
+        def values(pipeline: Any) -> dict[str, Any]:
+            steps = 10 if pipeline is None else pipeline.config.num_inference_steps
+            return {"value": min(steps, drawing.MAX_STEPS)}
+
+        look = {"minimum": 1, "maximum": drawing.MAX_STEPS, "step": 1, "label": "Steps", "info": STEPS_HELP}
+        return self.add(gr.Slider, values, **look)
 
 
-GUIDANCE = "How hard the class is insisted on: 0 does not name it, 1 does, more makes digits clearer and more alike."
+GUIDANCE = "How strongly the class is asked for. 0: not at all, 1: as trained; more: clearer digits, but more alike."
+STEPS_HELP = "In how many steps noise becomes an image. More take longer."
 SEED = "The same number draws the same images."
 
 
@@ -100,19 +120,23 @@ def build_page(models: Models, work: Work | None, data: Sequence[str]) -> gr.Blo
     with gr.Blocks(title="mnist-diffusion", analytics_enabled=False) as page:
         gr.Markdown("# mnist-diffusion\nWatch a diffusion model draw, and play with how it does.")
         first = models.names[:1]
-        controls = Controls(
-            gr.Dropdown(models.names, value=first[0] if first else None, label="Pipeline", info="Who draws."), []
+        chosen = gr.Dropdown(
+            models.names, value=first[0] if first else None, label="Pipeline", info="The model that draws."
         )
+        controls = Controls(chosen, models[first[0]] if first else None, [])
         with gr.Tabs(selected="generate" if first or work is None else "train"):
             for build in (_generate, _steer, _compare, _explore):
                 name = build.__name__.removeprefix("_")
                 with gr.Tab(name.capitalize(), id=name):
                     build(models, controls)
             if work is not None:
-                with gr.Tab("Train", id="train"):
-                    _train(models, work, data, controls.pipeline)
-                with gr.Tab("Evaluate", id="evaluate"):
-                    _evaluate(models, work, data, controls.pipeline)
+                tasks: list[tuple[Callable[[], list[Any]], list[Any]]] = []
+                for build_task in (_train, _evaluate):
+                    name = build_task.__name__.removeprefix("_")
+                    with gr.Tab(name.capitalize(), id=name):
+                        tasks.append(build_task(models, work, data, controls.pipeline))
+                for look, shown in tasks:  # somebody may have started it, and closed the page
+                    page.load(look, None, shown, queue=False, show_progress="hidden")
 
         def follow(name: str | None) -> list[Any]:
             pipeline = models[name] if name in models.names else None
@@ -125,7 +149,7 @@ def build_page(models: Models, work: Work | None, data: Sequence[str]) -> gr.Blo
         followers = [control for control, _ in controls.set_for]
         controls.pipeline.change(follow, controls.pipeline, followers, queue=False, show_progress="hidden")
         page.load(opened, controls.pipeline, [controls.pipeline, *followers], queue=False, show_progress="hidden")
-    page.queue(max_size=64, default_concurrency_limit=4, api_open=False)
+    page.queue(max_size=64, api_open=False)
     page.state_session_capacity = 200
     return page
 
@@ -138,10 +162,10 @@ def _generate(models: Models, controls: Controls) -> None:
             scale, steps = controls.guidance(), controls.steps()
             sampler = gr.Dropdown(list(SAMPLER_NAMES), value=OWN, label="Sampler", info="How noise becomes images.")
             with gr.Accordion("More", open=False):
-                low = gr.Slider(0, 1, 0, step=0.05, label="Guidance from", info="Time, 0 is the finished picture.")
-                high = gr.Slider(0, 1, 1, step=0.05, label="Guidance to", info="Time, 1 is pure noise.")
-                for place, bound in enumerate((low, high)):
-                    controls.add(bound, lambda pipeline, place=place: _bound(pipeline, place))
+                low = controls.bound(
+                    0, label="Guidance from", info="Guidance acts from this time; 0 is the finished image."
+                )
+                high = controls.bound(1, label="Guidance to", info="Guidance acts up to this time; 1 is pure noise.")
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             draw = gr.Button("Draw", variant="primary")
         with gr.Column():
@@ -170,18 +194,15 @@ def _generate(models: Models, controls: Controls) -> None:
     draw.click(generate, asked, [film, code], api_name="generate", **ONE_AT_A_TIME)
 
 
-def _bound(pipeline: Any, place: int) -> dict[str, Any]:
-    return {"value": pipeline.config.guidance_interval[place]} if pipeline is not None else {}
-
-
 def _steer(models: Models, controls: Controls) -> None:
     gr.Markdown(
-        "Let it draw slowly, and change class or guidance on the way: early it becomes the other digit, late it stays."
+        "Let a digit form slowly, and choose another class or guidance meanwhile. An early change makes another "
+        "digit, a late one changes little."
     )
     with gr.Row():
         with gr.Column():
-            label = controls.classes(gr.Radio, place=3, label="Class", info="May be changed while it draws.")
-            scale, steps = controls.guidance(), gr.Slider(2, 50, 20, step=1, label="Steps")
+            label = controls.classes(gr.Radio, place=3, label="Class", info="May be changed while the digit forms.")
+            scale, steps = controls.guidance(), gr.Slider(2, MAX_STEERED, 20, step=1, label="Steps")
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             with gr.Row():
                 play, step = gr.Button("Play", variant="primary"), gr.Button("One step")
@@ -191,46 +212,43 @@ def _steer(models: Models, controls: Controls) -> None:
     clock = gr.Timer(SECONDS_BETWEEN_STEPS, active=False)
 
     def advance(
-        steering: Steering | None, name: str, label: str, scale: Any, steps: Any, seed: Any
+        state: tuple[Steering, tuple[Any, ...]] | None, name: str, label: str, scale: Any, steps: Any, seed: Any
     ) -> tuple[Any, Any, Any]:
         with told_kindly():
-            if steering is None or steering.over:
-                whole("steps", steps, 2, 50)
-                settings = Settings(
-                    class_labels=(label,), num_images=1, guidance_scale=scale, num_inference_steps=steps, seed=seed
-                )
-                require(models[name].num_classes is not None, "pipeline", name, "class-conditional")
-                steering = Steering(models[name], settings)
+            if state is None or state[0].over or state[1] != (name, steps, seed):
+                whole("steps", steps, 2, MAX_STEERED)
+                begin: dict[str, Any] = {"class_labels": (label,), "num_images": 1, "guidance_scale": scale}
+                settings = Settings(**begin, num_inference_steps=steps, seed=seed)
+                drawing.label_of(models[name], label)
+                state = Steering(models[name], settings), (name, steps, seed)
+            steering = state[0]
             steering.advance(label, scale)
-            return steering, steering.film.value(), gr.update() if not steering.over else gr.update(active=False)
+            return state, steering.film.value(), gr.Timer(active=False) if steering.over else gr.skip()
 
-    asked = [state, controls.pipeline, label, scale, steps, seed]
-    shown = [state, film, clock]
-    for trigger, name in ((step.click, "steer"), (clock.tick, False)):
-        trigger(advance, asked, shown, api_name=name, **{**ONE_AT_A_TIME, "show_progress": "hidden"})
-    simple: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    play.click(lambda: gr.Timer(active=True), None, clock, **simple)
-    pause.click(lambda: gr.Timer(active=False), None, clock, **simple)
-    again.click(lambda: (None, None, gr.Timer(active=False)), None, shown, **simple)
-    controls.pipeline.change(lambda: (None, None, gr.Timer(active=False)), None, shown, **simple)
+    asked, shown = [state, controls.pipeline, label, scale, steps, seed], [state, film, clock]
+    for trigger, name in ((step.click, "steer"), (clock.tick, None)):
+        hidden = {} if name else {"api_visibility": "private"}
+        step_done = trigger(advance, asked, shown, api_name=name, **{**ONE_AT_A_TIME, **hidden})
+        step_done.failure(lambda: gr.Timer(active=False), None, clock, **AT_ONCE)
+    play.click(lambda: gr.Timer(active=True), None, clock, **AT_ONCE)
+    pause.click(lambda: gr.Timer(active=False), None, clock, **AT_ONCE)
+    for begun_anew in (again.click, controls.pipeline.change):
+        begun_anew(lambda: (None, None, gr.Timer(active=False)), None, shown, **AT_ONCE)
 
 
 def _compare(models: Models, controls: Controls) -> None:
     gr.Markdown("One image of each class from the same seeds, in each combination of what is chosen.")
     with gr.Row():
         with gr.Column():
-            others = gr.CheckboxGroup(models.names, label="Beside which pipelines", info="A student, say.")
+            others = controls.add(
+                gr.CheckboxGroup, lambda pipeline: {"choices": models.names}, label="Also with", info="Other pipelines."
+            )
             samplers = gr.CheckboxGroup(list(SAMPLER_NAMES), value=[OWN, "ddim"], label="Samplers")
             steps = gr.CheckboxGroup(list(STEPS), value=[5, 10], label="Steps")
-            scales = gr.CheckboxGroup(list(SCALES), value=[1.9], label="Guidance scales")
+            scales = controls.add(gr.CheckboxGroup, _nearest_scale, choices=list(SCALES), label="Guidance scales")
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             draw = gr.Button("Compare", variant="primary")
         rows = gr.HTML(elem_id="compared")
-    controls.add(others, lambda pipeline: {"choices": models.names})
-    controls.add(
-        scales, lambda pipeline: {"value": [min(SCALES, key=lambda each: abs(each - pipeline.config.guidance_scale))]}
-        if pipeline else {}
-    )  # fmt: skip
 
     def compare(
         name: str, others: list[str], samplers: list[str], steps: list[Any], scales: list[Any], seed: Any
@@ -243,6 +261,11 @@ def _compare(models: Models, controls: Controls) -> None:
 
     asked = [controls.pipeline, others, samplers, steps, scales, seed]
     draw.click(compare, asked, rows, api_name="compare", **ONE_AT_A_TIME)
+
+
+def _nearest_scale(pipeline: Any) -> dict[str, Any]:
+    usual = 1.9 if pipeline is None else pipeline.config.guidance_scale
+    return {"value": [min(SCALES, key=lambda each: abs(each - usual))]}
 
 
 def _figures(rows: Sequence[drawing.Row]) -> str:
@@ -293,72 +316,67 @@ def _explore(models: Models, controls: Controls) -> None:
     invert.click(redraw, asked, inverted, api_name="invert", **ONE_AT_A_TIME)
 
 
-def _task(work: Work, verb: str, ended: Callable[[], list[Any]], others: Sequence[Any]) -> tuple[Any, gr.Timer, Any]:
-    """A place that shows a task while it runs, and the clock that looks after it; `ended` sets `others` then."""
+def _task(work: Work, verb: str, ended: Callable[[], list[Any]], others: list[Any]) -> tuple[Any, list[Any]]:
+    """Place what shows a task; a function that looks at it, and what it sets, `others` as `ended` says in the end."""
     shown, clock = gr.HTML(elem_id=f"{verb}-task"), gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
 
     def look() -> list[Any]:
         running = work.running
-        return [work.shown(verb), gr.Timer(active=running), *([gr.update()] * len(others) if running else ended())]
+        rest = [gr.skip()] * len(others) if running else ended()
+        return [work.shown(verb), gr.Timer(active=running), *rest]
 
-    simple: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    clock.tick(look, None, [shown, clock, *others], **simple)
-    return shown, clock, look
+    clock.tick(look, None, outputs := [shown, clock, *others], **AT_ONCE)
+    return look, outputs
 
 
-def _train(models: Models, work: Work, data: Sequence[str], pipeline: gr.Dropdown) -> None:
-    gr.Markdown(f"{'' if models.names else f'**{NONE_YET.capitalize()}.** '}Training goes on if you close the page.")
+def _train(models: Models, work: Work, data: Sequence[str], pipeline: gr.Dropdown) -> tuple[Any, list[Any]]:
+    gr.Markdown("Training goes on if you close the page, and what it leaves can then be chosen at the top.")
     with gr.Row():
         with gr.Column():
-            recipe = gr.Radio(list(RECIPES), value="tiny", label="Recipe", info=" ".join(
-                f"{name}: {text}" for name, text in RECIPES.items()))  # fmt: skip
-            minutes = gr.Slider(1, MAX_MINUTES, 1, step=1, label="Minutes", info="It ends when these are over.")
-            seed = gr.Number(0, precision=0, label="Seed", info="Of weights, noise and order.")
+            recipe = gr.Radio(list(RECIPES), value="default", label="Recipe", info=" ".join(RECIPES.values()))
+            minutes = gr.Slider(1, MAX_MINUTES, 5, step=1, label="Minutes", info="It ends when these are over.")
+            seed = gr.Number(0, precision=0, label="Seed", info="Another number trains another model.")
             start, stop = gr.Button("Train", variant="primary"), gr.Button("Stop and keep")
         with gr.Column():
-            loaded: dict[str, str] = {}
 
             def ended() -> list[Any]:
-                folder = work.trained()
-                if folder is None:
-                    return [gr.update()]
-                if str(folder) not in loaded:
-                    loaded[str(folder)] = models.add(str(folder))
-                return [gr.update(choices=models.names, value=loaded[str(folder)])]
+                with told_kindly():
+                    names = [models.add(str(folder)) for folder in work.trained()]
+                return [gr.update(choices=models.names, value=names[-1])] if names else [gr.skip()]
 
-            shown, clock, look = _task(work, "train", ended, [pipeline])
+            look, outputs = _task(work, "train", ended, [pipeline])
 
     def begin(recipe: str, minutes: Any, seed: Any) -> list[Any]:
         with told_kindly():
             require(recipe in RECIPES, "recipe", recipe, f"one of {', '.join(RECIPES)}")
-            limit = within("minutes", minutes, 0.05, MAX_MINUTES)
+            limit = within("minutes", minutes, 1, MAX_MINUTES)
             length = ["--train.max_steps", "null", "--train.max_minutes", str(limit)]
             often = ["--train.seed", str(whole("seed", seed, 0, drawing.MAX_SEED)), "--train.sample_every", "100 steps"]
-            work.start("train", f"app-{recipe}", ["--config", recipe, *length, *often, *data], out="--output_dir")
+            work.start("train", f"app-{recipe}", ["--config", recipe, *length, *often, *data])
         return look()
 
-    outputs = [shown, clock, pipeline]
     start.click(begin, [recipe, minutes, seed], outputs, api_name="train", concurrency_limit=1)
-    stop.click(work.stop, None, None, queue=False, api_visibility="private")
-    recipe.change(lambda chosen: 5 if chosen == "default" else 1, recipe, minutes, queue=False, show_progress="hidden")
+    stop.click(lambda: work.stop("train"), None, None, **AT_ONCE)
+    return look, outputs
 
 
-def _evaluate(models: Models, work: Work, data: Sequence[str], pipeline: gr.Dropdown) -> None:
+def _evaluate(models: Models, work: Work, data: Sequence[str], pipeline: gr.Dropdown) -> tuple[Any, list[Any]]:
     gr.Markdown("Class accuracy, Fréchet distance, precision and recall, beside what real images score.")
     with gr.Row():
         with gr.Column():
-            count = gr.Slider(100, MAX_EVALUATED, 500, step=100, label="Images", info="More are surer, but slow.")
+            count = gr.Slider(
+                100, MAX_EVALUATED, 500, step=100, label="Images", info="More are surer, and take longer."
+            )
             start, stop = gr.Button("Evaluate", variant="primary"), gr.Button("Stop")
         with gr.Column():
-            shown, clock, look = _task(work, "evaluate", list, [])
+            look, outputs = _task(work, "evaluate", list, [])
 
     def begin(name: str, count: Any) -> list[Any]:
         with told_kindly():
             number = whole("images", count, 100, MAX_EVALUATED)
-            models[name]
-            arguments = [models.source(name), "--num_images", str(number), *data]
-            work.start("evaluate", "app-evaluation", arguments, out="--out")
+            work.start("evaluate", "app-evaluation", [models.source(name), "--num_images", str(number), *data])
         return look()
 
-    start.click(begin, [pipeline, count], [shown, clock], api_name="evaluate", concurrency_limit=1)
-    stop.click(work.stop, None, None, queue=False, api_visibility="private")
+    start.click(begin, [pipeline, count], outputs, api_name="evaluate", concurrency_limit=1)
+    stop.click(lambda: work.stop("evaluate"), None, None, **AT_ONCE)
+    return look, outputs

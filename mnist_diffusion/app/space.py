@@ -1,7 +1,8 @@
-"""Write a folder that is a Space: the studio, which needs no machine, or the page on a machine of the Hub's."""
+"""Write a folder that is a Space: the studio, which runs in browsers alone, or the page, which the Hub runs."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -34,10 +35,13 @@ sdk: {sdk}
 """
 APP = '''"""The page, as this Space serves it: it draws, and leaves out training and evaluation."""
 
+import os
+
 from mnist_diffusion.app.server import serve
 from mnist_diffusion.requests import AppRequest
 
-serve(AppRequest(pipelines={pipelines!r}, only_draw=True, host="0.0.0.0"))
+host = "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"  # elsewhere it is tried
+serve(AppRequest(pipelines={pipelines!r}, only_draw=True, host=host))
 '''
 
 
@@ -66,7 +70,8 @@ def write_gradio_space(pipelines: Mapping[str, MNISTDiffusionPipeline], folder: 
     replace_text(folder / "app.py", APP.format(pipelines=tuple(pipelines)))
     versions = pinned()
     replace_text(folder / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in versions.items()))
-    more = f"sdk_version: {versions['gradio']}\npython_version: '3.11'\napp_file: app.py\n"
+    version = ".".join(platform.python_version_tuple()[:2])
+    more = f"sdk_version: {versions['gradio']}\npython_version: '{version}'\napp_file: app.py\n"
     about = "Draw, steer and compare, with a diffusion model on the CPU of this Space."
     replace_text(folder / "README.md", CARD.format(title=title, sdk="gradio", more=more, about=about))
 

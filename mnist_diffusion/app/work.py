@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,23 +14,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from markupsafe import Markup
 
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.evaluation.report import cells
-from mnist_diffusion.files import read_json, read_picture, read_text
+from mnist_diffusion.files import read_json, read_picture
 from mnist_diffusion.pictures.page import embedded
 from mnist_diffusion.pictures.plots import to_picture, training_curves
 from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.run_folder.read import sample_sheets
 
-SECONDS_TO_STOP = 60
-FIGURE = Markup(
-    '<figure><figcaption>{title} <small>{about}</small></figcaption><img src="{picture}" alt="{title}"></figure>'
-)
-TABLE, CELL = Markup("<table>{}</table>"), (Markup("<th>{}</th>"), Markup("<td>{}</td>"))
+SECONDS_TO_STOP, SECONDS_TO_LOOK = 60, 2
+LOOKED_AT = 2000
+"""Bytes at the end of what a task prints, which hold its last line."""
+OUT = {"train": "--output_dir", "evaluate": "--out"}
+"""The option of each command that names the folder it writes."""
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
+"""Exit codes after TERM: of a run, and of what has no handler."""
+FIGURE = Markup('<figure><figcaption>{title} <small>{about}</small></figcaption><img src="{picture}" alt=""></figure>')
+TABLE, CELL = Markup("<table>{}</table>"), (Markup("<th scope=col>{}</th>"), Markup("<td>{}</td>"))
 MEASURED = {"samples-0": "Samples", "misclassified-0": "Read as another class", "nearest-0": "Nearest training images"}
 
 
@@ -44,18 +51,26 @@ class Task:
         verb: what it does.
         folder: where it writes.
         started: when, in seconds of `time.monotonic`.
-        process: it.
+        process: the process that carries it out.
+        said: what it prints.
     """
 
     verb: str
     folder: Path
     started: float
     process: subprocess.Popen[bytes]
+    said: IO[bytes]
 
     @property
     def running(self) -> bool:
         """Whether it has not ended yet."""
         return self.process.poll() is None
+
+    def last_line(self) -> str:
+        """The last that it has printed."""
+        size = os.fstat(self.said.fileno()).st_size
+        text = os.pread(self.said.fileno(), LOOKED_AT, max(0, size - LOOKED_AT)).decode(errors="replace")
+        return next((line.strip() for line in reversed(text.replace("\r", "\n").split("\n")) if line.strip()), "")
 
 
 class Work:
@@ -69,16 +84,16 @@ class Work:
         self.folder = folder
         self._lock = threading.Lock()
         self._task: Task | None = None
-        self._log = Path(tempfile.mkdtemp(prefix="mnist-diffusion-app-")) / "output.txt"
+        self._runs: list[Task] = []
+        self._seen: tuple[float, str, Markup] = (-math.inf, "", Markup(""))
 
-    def start(self, verb: str, name: str, arguments: Sequence[str], *, out: str) -> None:
-        """Start `mnist-diffusion VERB ARGUMENTS OUT FOLDER`.
+    def start(self, verb: str, name: str, arguments: Sequence[str]) -> None:
+        """Start a command of this package that writes into a new folder.
 
         Args:
             verb: train or evaluate.
             name: of the folder, to which the time is added.
             arguments: of the command.
-            out: its option that names the folder.
 
         Raises:
             UserError: another task has not ended yet.
@@ -87,54 +102,58 @@ class Work:
             if self.running:
                 raise UserError("the machine is busy with another training or evaluation; wait, or stop it")
             folder = self.folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-            command = [sys.executable, "-m", "mnist_diffusion", verb, *arguments, out, str(folder)]
-            with self._log.open("wb") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-            self._task = Task(verb, folder, time.monotonic(), process)
+            command = [sys.executable, "-m", "mnist_diffusion", verb, *arguments, OUT[verb], str(folder)]
+            said = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, and goes with the task
+            process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            self._task = Task(verb, folder, time.monotonic(), process, said)
+            self._runs += [self._task] if verb == "train" else []
 
     @property
     def running(self) -> bool:
         """Whether there is a task that has not ended yet."""
         return self._task is not None and self._task.running
 
-    def stop(self, *, wait: bool = False) -> None:
-        """Ask the task to end, as TERM does: a run then leaves a checkpoint and a pipeline."""
-        if self._task is None or not self._task.running:
+    def stop(self, verb: str | None = None, *, wait: bool = False) -> None:
+        """Ask the task, if it is of this kind, to end, as TERM does: a run then leaves a checkpoint and a pipeline."""
+        task = self._task
+        if task is None or not task.running or verb not in (None, task.verb):
             return
-        self._task.process.terminate()
+        task.process.terminate()
         if wait:
             try:
-                self._task.process.wait(SECONDS_TO_STOP)
+                task.process.wait(SECONDS_TO_STOP)
             except subprocess.TimeoutExpired:
-                self._task.process.kill()
+                task.process.kill()
 
-    def trained(self) -> Path | None:
-        """The pipeline folder of a training run that has ended, if it left one."""
-        if self._task is None or self.running or self._task.verb != "train":
-            return None
-        pipeline = self._task.folder / "pipeline"
-        return pipeline if (pipeline / "model_index.json").is_file() else None
+    def trained(self) -> list[Path]:
+        """The pipeline folders that training runs have left, oldest first."""
+        folders = [run.folder / "pipeline" for run in self._runs if not run.running]
+        return [folder for folder in folders if (folder / "model_index.json").is_file()]
 
     def shown(self, verb: str) -> Markup:
-        """What the page shows of the last task of this kind."""
-        if self._task is None or self._task.verb != verb:
-            return Markup("")
-        task, parts = self._task, [Markup("<p role=status>{}</p>").format(self._status(self._task))]
-        with contextlib.suppress(FileError, OSError, KeyError, ValueError):  # it is being written
-            parts += _of_run(task.folder) if verb == "train" else _of_evaluation(task.folder)
-        return Markup("").join(parts)
+        """What the page shows of the task, if it is of this kind; for all visitors at most once in two seconds."""
+        with self._lock:
+            task = self._task
+            if task is None or task.verb != verb:
+                return Markup("")
+            since, state = time.monotonic(), f"{task.folder} {task.running}"
+            if self._seen[1] != state or since - self._seen[0] > SECONDS_TO_LOOK:
+                role = Markup("") if task.running else Markup(" role=status")
+                parts = [Markup("<p{}>{}</p>").format(role, self._status(task))]
+                with contextlib.suppress(FileError, OSError, KeyError, ValueError):  # it is being written
+                    parts += _of_run(task.folder) if verb == "train" else _of_evaluation(task.folder)
+                self._seen = since, state, Markup("").join(parts)
+            return self._seen[2]
 
     def _status(self, task: Task) -> str:
         minutes = (time.monotonic() - task.started) / 60
         if task.running:
-            return f"Running for {minutes:.1f} minutes, into {task.folder}. {self._last_line()}"
-        if task.process.returncode in (0, 128 + 15, -15):
+            return f"Running for {minutes:.1f} minutes, into {task.folder}. {task.last_line()}"
+        if task.process.returncode in STOPPED:
+            return f"Stopped; what there is, is in {task.folder}."
+        if task.process.returncode == 0:
             return f"Finished; it is in {task.folder}."
-        return f"It failed: {self._last_line()}"
-
-    def _last_line(self) -> str:
-        lines = read_text(self._log)[-2000:].replace("\r", "\n").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"It failed: {task.last_line()}"
 
 
 def _of_run(folder: Path) -> list[Markup]:

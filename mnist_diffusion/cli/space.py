@@ -22,7 +22,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         "--kind",
         choices=("static", "gradio"),
         default="static",
-        help="static: the studio, in the visitor's browser; gradio: the page, on a machine of the Hub's",
+        help="static: the studio, which runs in browsers; gradio: the page, which the Hub runs",
     )
     parser.add_argument("--student", type=str, default=None, help="also one distilled from it, which is shown first")
     parser.add_argument("--out", type=Path, default=Path("space"), help="the folder to write to, new or empty")
@@ -32,7 +32,11 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     values = parse(parser, argv)
     out: Path = values.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out must be a folder that is new or empty, got {str(out)!r}")
+        raise UserError(f"--out must be a folder that is new or empty, got {str(out)!r}; remove it, or name another")
+    if values.private and not values.push:
+        raise UserError("--private has no effect without --push")
+    if values.runtime is not None and values.kind == "gradio":
+        raise UserError(f"--runtime={str(values.runtime)!r} has no effect with --kind gradio")
     from mnist_diffusion.diffusion.pipeline import load_pipeline
 
     try:

@@ -61,7 +61,11 @@ def commit_files(
         stale += [name for name in there if CODE_FILE.fullmatch(name)]
         operations += [CommitOperationDelete(name) for name in stale if name not in files]
         try:
-            how = {"create_pr": create_pr, "revision": revision, "parent_commit": None if create_pr else head}
+            how: dict[str, Any] = {
+                "create_pr": create_pr,
+                "revision": revision,
+                "parent_commit": None if create_pr else head,
+            }
             commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, **how)
             return str(commit.pr_url or commit.commit_url)
         except HfHubHTTPError as error:

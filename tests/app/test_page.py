@@ -119,7 +119,7 @@ def test_steer(visit: AppVisit) -> None:
             page.get_by_text(f"Step {step} of 4").wait_for()
         drawn.append(visit.picture("#steered .clean"))
         page.locator("#steered .gif").wait_for()
-    assert "; i, scale" in page.locator("#steered .caption").inner_text()
+    assert "; i, guidance" in page.locator("#steered .caption").inner_text()
     assert (drawn[0] != drawn[1]).any()
     page.get_by_role("button", name="From the start").click()
     page.get_by_role("button", name="Play").click()
@@ -171,16 +171,18 @@ def test_explore(visit: AppVisit, tmp_path: Path) -> None:
 
 def test_train_stop_and_evaluate(visit: AppVisit, browser: Any, address: str) -> None:
     page = visit.open("Train")
+    page.locator('input[type="radio"][value="tiny"]').check()
     page.get_by_role("button", name="Train", exact=True).click()
     page.locator("#train-task figure").first.wait_for(timeout=2 * SECONDS)
-    other = AppVisit(browser, address)  # a second visitor, while the machine is busy
-    other.open("Train").get_by_role("button", name="Train", exact=True).click()
+    other = AppVisit(browser, address)  # a second visitor, while the machine is busy, sees how it is going
+    other.open("Train").locator("#train-task figure").first.wait_for()
+    other.page.get_by_role("button", name="Train", exact=True).click()
     other.page.get_by_text("the machine is busy with another training").wait_for()
     other.open("Generate").get_by_role("button", name="Draw", exact=True).click()
     other.page.locator("#generated .gif").wait_for()
     other.close()
     page.get_by_role("button", name="Stop and keep").click()
-    page.get_by_text("Finished; it is in").wait_for()
+    page.get_by_text("Stopped; what there is, is in").wait_for()
     page.wait_for_function("document.querySelector('input[aria-label=\"Pipeline\"]').value.startsWith('app-tiny-')")
     if MNIST is None:
         return  # for other images an evaluator would have to be trained first

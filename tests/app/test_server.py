@@ -27,6 +27,7 @@ from mnist_diffusion.cli import main
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.requests import AppRequest
 from tests.conftest import make_pipeline
+from tests.studio.test_studio import make_student
 from tests.support.browser import answer, free_port
 from tests.support.hub_server import HubServer
 
@@ -88,6 +89,24 @@ def test_bodies_are_bounded(address: str) -> None:
     too_long = {"Content-Length": str(MAX_BODY_BYTES + 1)}
     assert ask(address, "POST", "/gradio_api/queue/join", headers=too_long)[0] == 413
     assert ask(address, "POST", "/gradio_api/queue/join", body=iter([b"{}"]))[0] == 413  # of unknown length
+    both = {"Content-Length": "2", "Transfer-Encoding": "chunked"}
+    assert ask(address, "POST", "/gradio_api/queue/join", headers=both)[0] == 413
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/gradio_api/run/predict"])
+@pytest.mark.parametrize("where", ["/dev/zero", "/etc/hostname", "https://example.com/x.png"])
+def test_objects_that_gradio_takes_for_files_are_refused(address: str, path: str, where: str) -> None:
+    file = {"path": where, "meta": {"_type": "gradio.FileData"}}
+    for values in ([file], [1, [file]], [[[file]]], file, "data"):
+        body = json.dumps({"data": values, "fn_index": 0, "session_hash": "x"})
+        status, _, said = ask(address, "POST", path, body=body, headers={"Content-Type": "application/json"})
+        assert (status, said) == (400, b"not what this page sends")
+    assert ask(address, "POST", path, body=b"{" * 100_000)[0] == 400
+
+
+def test_no_other_site_can_pass_itself_off_as_the_page(address: str) -> None:
+    assert ask(address, "GET", "/", headers={"Host": "example.com"})[0] == 400
+    assert ask(address, "GET", "/", headers={"Host": "localhost:1234"})[0] == 200
 
 
 def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
@@ -129,8 +148,35 @@ def test_settings_that_do_not_fit_the_pipeline() -> None:
         Models.__getitem__(_models(pipeline), "../elsewhere")
     with pytest.raises(UserError, match="there is no pipeline yet"):
         Models()["a"]
-    with pytest.raises(UserError, match="combinations must be from 1 to 12, got 100"):
-        list(drawing.compared({"a": pipeline}, samplers=["ddim"] * 10, steps=range(1, 11), scales=[1.0], seed=0))
+    many: dict[str, Any] = {"samplers": ["ddim"] * 10**5, "steps": [5] * 10**5, "scales": [1.0] * 10**5}
+    with pytest.raises(UserError, match="combinations must be from 1 to 12, got 1000000000000000"):
+        list(drawing.compared({"a": pipeline}, **many, seed=0))
+    with pytest.raises(UserError, match="this pipeline is unconditional"):
+        drawing.interpolated(make_pipeline(conditional=False), classes=("a", "b"), seeds=(0, 1), frames=3, scale=1.0)
+
+
+def test_steps_are_those_that_the_sampler_takes() -> None:
+    pipeline = make_pipeline()
+    *_, film = drawing.films(pipeline, Settings(**{**GOOD, "scheduler": "heun", "num_inference_steps": 4}))
+    assert film.frames[-1]["caption"].startswith("Step 7 of 7")
+    steering = drawing.Steering(pipeline, Settings(**{**GOOD, "scheduler": "heun", "num_images": 1}))
+    while not steering.over:
+        steering.advance("d", 2.0)
+    assert len(steering.film.frames) == 3
+
+
+def test_a_drawing_that_was_refused_is_over() -> None:
+    steering = drawing.Steering(make_pipeline(), Settings(**{**GOOD, "num_images": 1}))
+    steering.advance("d", 2.0)
+    with pytest.raises(UserError, match="class must be one of"):
+        steering.advance("z", 2.0)
+    student = drawing.Steering(
+        make_student(make_pipeline()), Settings(**{**GOOD, "guidance_scale": 1, "num_images": 1})
+    )
+    student.advance("d", 1)
+    with pytest.raises(ValueError, match="guidance_scale must be one of"):
+        student.advance("d", 5)
+    assert student.over
 
 
 def _models(pipeline: Any) -> Models:
@@ -158,7 +204,8 @@ def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
         {"path": "/etc/hostname"},
         "data:image/png;base64," + "A" * 2**22,
         png(Image.new("L", (28, 28))),
-        png(Image.new("1", (9000, 9000))),
+        png(Image.new("1", (1025, 8))),
+        png(Image.new("L", (28, 28), 200)).replace("png", "jpeg"),
     ],
 )
 def test_what_is_no_drawing_is_refused(address: Any) -> None:
@@ -197,6 +244,8 @@ def test_words_are_escaped() -> None:
 def test_addresses_and_ports_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["app", "--port", "99999"]) == 2
     assert "port must be from 1 to 65535, got 99999" in capsys.readouterr().err
+    assert main(["app", "--only_draw"]) == 2
+    assert "only_draw must be false without a pipeline to draw with" in capsys.readouterr().err
     assert main(["app", "no/such/folder"]) == 2
     assert "could not be loaded" in capsys.readouterr().err
     assert AppRequest().host == "127.0.0.1"
@@ -211,7 +260,7 @@ def test_a_space_starts_from_its_own_folder(tmp_path: Path) -> None:
     assert "+" not in requirements
     port = free_port()
     app = folder / "app.py"
-    app.write_text(app.read_text().replace('host="0.0.0.0"', f"port={port}"))
+    app.write_text(app.read_text().replace("host=host", f"host=host, port={port}"))
     command = [sys.executable, "-c", f"import runpy, sys; sys.path.insert(0, '.'); import mnist_diffusion; "
                f"assert mnist_diffusion.__file__.startswith({str(folder)!r}); runpy.run_path('app.py')"]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -230,6 +279,9 @@ def test_a_space_is_pushed_in_one_commit(
     command = ["space", "pipeline", "owner/letters", "--kind", "gradio", "--push"]
     assert main(command) == 0
     assert "Pushed: " in capsys.readouterr().out
+    for wrong in (["--private"], ["--kind", "gradio", "--runtime", "."]):
+        assert main(["space", "pipeline", "owner/letters", "--out", "other", *wrong]) == 2
+        assert "has no effect" in capsys.readouterr().err
     found = hub.repositories["owner/letters"]
     names = found.files()
     assert {"README.md", "app.py", "requirements.txt", "pipeline/model_index.json"} <= names.keys()
