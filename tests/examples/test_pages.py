@@ -8,7 +8,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from examples import own_objective, sample
+from examples import own_objective, sample, steering
 
 SHORT = ["--config", "tiny", "--data.source", "digits", "--train.max_steps", "3", "--train.num_eval_images", "16"]
 
@@ -35,3 +35,7 @@ def test_own_objective_trains_a_pipeline_that_the_other_example_draws_with(
     assert "fingerprint" in capsys.readouterr().err
     sample.main(str(folder), str(tmp_path / "of the run.png"))
     assert (tmp_path / "of the run.png").is_file()
+    steering.main(str(folder), str(tmp_path / "steering.png"))
+    assert capsys.readouterr().out.endswith(f"6 rows in {tmp_path / 'steering.png'}\n")
+    with Image.open(tmp_path / "steering.png") as picture:
+        assert len(set(picture.convert("L").getdata())) > 2

@@ -53,19 +53,6 @@ def command(
     return result
 
 
-LAUNCHES = {
-    "accelerate": [ACCELERATE, "launch", SCRIPT],
-    "accelerate-config": [ACCELERATE, "launch", "--config_file", str(REPOSITORY / "accelerate_config.yaml"), SCRIPT],
-    "console": [CONSOLE, "train"],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launch", ["accelerate-config", "console"])
-def test_every_way_to_launch(launch: str, tmp_path: Path) -> None:
-    require_a_run(command(*LAUNCHES[launch], *SHORT, cwd=tmp_path).stdout, tmp_path)
-
-
 def require_a_run(printed: str, folder: Path) -> None:
     latest, run = sorted((folder / "runs").iterdir())
     assert latest.name == "latest"
@@ -76,7 +63,8 @@ def require_a_run(printed: str, folder: Path) -> None:
 
 
 def test_launch_and_the_lines_that_it_prints(tmp_path: Path) -> None:
-    printed = command(*LAUNCHES["accelerate"], *SHORT, cwd=tmp_path).stdout
+    configured = ["--config_file", str(REPOSITORY / "accelerate_config.yaml")]
+    printed = command(ACCELERATE, "launch", *configured, SCRIPT, *SHORT, cwd=tmp_path).stdout
     require_a_run(printed, tmp_path)
     lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
     assert len(lines) == 3
@@ -199,14 +187,14 @@ def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path) -> None:
         make_pipeline(conditional=conditional).save_pretrained(folder)
     (tmp_path / "draw.py").write_text(DRAW)
     printed: list[str] = []
-    for saved_by in ("own", "plain", "own", "plain"):
+    for saved_by in ("own", "plain", "own"):
         names = [str(folder) for folder in folders]
         drawn = command(
             sys.executable, "draw.py", saved_by, *names, cwd=tmp_path, environment={"HF_HOME": str(tmp_path / "cache")}
         )
         printed += drawn.stdout.splitlines()
         folders = [folder.with_name(f"{folder.name}-{saved_by}") for folder in folders]
-    assert len(printed) == 8
+    assert len(printed) == 6
     assert len(set(printed)) == 2
 
 
