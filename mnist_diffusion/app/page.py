@@ -117,7 +117,7 @@ def build_page(models: Models, work: Work | None, data: Sequence[str]) -> gr.Blo
         work: trains and evaluates; without it the page only draws.
         data: arguments that name the images to train on and to measure against.
     """
-    with gr.Blocks(title="mnist-diffusion", analytics_enabled=False) as page:
+    with gr.Blocks(title="mnist-diffusion", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# mnist-diffusion\nWatch a diffusion model draw, and play with how it does.")
         first = models.names[:1]
         chosen = gr.Dropdown(
