@@ -301,7 +301,12 @@ def give_mode_of(other: Path, path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file as [`replace_file`] does."""
-    replace_file(path, lambda file: file.write(text.encode()))
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file as [`replace_file`] does."""
+    replace_file(path, lambda file: file.write(content))
 
 
 def replace_picture(picture: Image.Image, path: Path, **options: Any) -> None:

@@ -157,7 +157,14 @@ def run_command(line: str, number: int) -> None:
     assert programs[program](arguments) == (2 if "refused" in line else 0), line
 
 
-@pytest.mark.parametrize("document", [each for each in DOCUMENTS if blocks(each, "bash")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(each, id=each.name, marks=[] if each.name == "README.md" else pytest.mark.slow)
+        for each in DOCUMENTS
+        if blocks(each, "bash")
+    ],
+)
 def test_commands_run_as_written(document: Path, in_workspace: None, hub: HubServer) -> None:
     number = 0
     for body in blocks(document, "bash"):

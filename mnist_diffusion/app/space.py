@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from packaging.requirements import Requirement
 
-from mnist_diffusion.files import read_bytes, replace_text
+from mnist_diffusion.files import read_bytes, replace_bytes, replace_text
 from mnist_diffusion.sharing.commit import commit_files
 from mnist_diffusion.sharing.errors import hub_errors
 from mnist_diffusion.sharing.hub import open_repository
@@ -66,7 +66,7 @@ def write_gradio_space(pipelines: Mapping[str, MNISTDiffusionPipeline], folder: 
         if path.suffix in SOURCES and path.is_file():
             copied = folder / PACKAGE.name / path.relative_to(PACKAGE)
             copied.parent.mkdir(parents=True, exist_ok=True)
-            copied.write_bytes(read_bytes(path, MAX_FILE_BYTES))
+            replace_bytes(copied, read_bytes(path, MAX_FILE_BYTES))
     replace_text(folder / "app.py", APP.format(pipelines=tuple(pipelines)))
     versions = pinned()
     replace_text(folder / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in versions.items()))

@@ -141,7 +141,7 @@ class Work:
                 role = Markup("") if task.running else Markup(" role=status")
                 parts = [Markup("<p{}>{}</p>").format(role, self._status(task))]
                 with contextlib.suppress(FileError, OSError, KeyError, ValueError):  # it is being written
-                    parts += _of_run(task.folder) if verb == "train" else _of_evaluation(task.folder)
+                    parts += run_figures(task.folder) if verb == "train" else evaluation_figures(task.folder)
                 self._seen = since, state, Markup("").join(parts)
             return self._seen[2]
 
@@ -156,7 +156,7 @@ class Work:
         return f"It failed: {task.last_line()}"
 
 
-def _of_run(folder: Path) -> list[Markup]:
+def run_figures(folder: Path) -> list[Markup]:
     """Sample sheet and curves of a run that may not have ended."""
     lines: list[dict[str, Any]] = read_metrics(folder / "metrics.jsonl")
     if not lines:
@@ -169,7 +169,7 @@ def _of_run(folder: Path) -> list[Markup]:
     return [*found, figure("Curves", embedded(to_picture(training_curves(lines))), facts)]
 
 
-def _of_evaluation(folder: Path) -> list[Markup]:
+def evaluation_figures(folder: Path) -> list[Markup]:
     """Table and pictures of an evaluation."""
     headings, rows = cells(read_json(folder / "report.json"))
     table = [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mnist_diffusion.diffusion.network import PatchedUNet
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import replace_file
+from mnist_diffusion.files import replace_bytes
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
 FILE = "model.onnx"
@@ -81,7 +81,7 @@ def export_onnx(pipeline: MNISTDiffusionPipeline, folder: Path) -> Path:
             apart = float(np.abs(found - wanted).max())
             raise OnnxError(f"the exported network is wrong by up to {apart:.2g}, more than {TOLERANCE:g}")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / FILE, lambda file: file.write(content))
+    replace_bytes(folder / FILE, content)
     return folder / FILE
 
 

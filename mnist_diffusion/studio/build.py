@@ -15,7 +15,7 @@ from typing import Any
 from mnist_diffusion.diffusion.onnx import export_onnx
 from mnist_diffusion.diffusion.pipeline import class_names
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import read_bytes, replace_file, replace_text
+from mnist_diffusion.files import read_bytes, replace_bytes, replace_text
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.studio.plans import possible_plans
 
@@ -68,14 +68,10 @@ def write_studio(
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        _write(folder / name, content)
+        replace_bytes(folder / name, content)
     replace_text(folder / "settings.json", json.dumps(settings))
     for name in PAGE:
-        _write(folder / name, read_bytes(HERE / name, MAX_RUNTIME_BYTES))
-
-
-def _write(path: Path, content: bytes) -> None:
-    replace_file(path, lambda file: file.write(content))
+        replace_bytes(folder / name, read_bytes(HERE / name, MAX_RUNTIME_BYTES))
 
 
 def _model(pipeline: MNISTDiffusionPipeline, name: str, file: str) -> dict[str, Any]:

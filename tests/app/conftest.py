@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,8 +13,6 @@ import pytest
 from tests.conftest import REPOSITORY, make_pipeline
 from tests.studio.test_studio import make_student
 from tests.support.browser import answer, free_port
-
-MNIST = os.environ.get("MNIST_DIFFUSION_DATA")
 
 
 @pytest.fixture(scope="session")
@@ -30,11 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def address(folder: Path) -> Iterator[str]:
-    """The page, served from loopback by its command; with the real MNIST, where this machine has it."""
+    """The page, served from loopback by its command."""
     pipelines = [str(folder / name / "pipeline") for name in ("teacher", "student")]
-    data = str(REPOSITORY / MNIST) if MNIST is not None else "digits"
     port = free_port()
-    flags = ["--runs", str(folder / "runs"), "--data.source", data, "--port", str(port)]
+    flags = ["--runs", str(folder / "runs"), "--data.source", "digits", "--port", str(port)]
     command = [sys.executable, "-m", "mnist_diffusion", "app", *pipelines, *flags]
     with subprocess.Popen(command, cwd=REPOSITORY) as process:
         try:

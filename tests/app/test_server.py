@@ -251,6 +251,7 @@ def test_addresses_and_ports_that_cannot_be(capsys: pytest.CaptureFixture[str]) 
     assert AppRequest().host == "127.0.0.1"
 
 
+@pytest.mark.slow
 def test_a_space_starts_from_its_own_folder(tmp_path: Path) -> None:
     folder = tmp_path / "space"
     write_gradio_space({"pipeline": make_pipeline()}, folder, title="Letters")

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.app.work import evaluation_figures
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import Config, DataConfig, ImagesConfig, ModelConfig, SamplingConfig, TrainConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
@@ -83,6 +84,9 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     for name in linked:
         with Image.open(out / name) as picture:
             assert picture.getextrema() not in ((0, 0), (255, 255))
+    figures = "".join(evaluation_figures(out))  # on the page
+    assert "<td>held-out real images</td>" in figures
+    assert figures.count('<img src="data:image/png;base64,') == 3
     shown = capsys.readouterr().out
     assert "held-out real images" in shown
     assert "60 images are few" in shown.replace("\n", " ")

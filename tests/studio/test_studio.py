@@ -95,6 +95,7 @@ def visit(browser: Any, address: str) -> Iterator[StudioVisit]:
     visit.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scale", "steps"), [("Step by step", 2.5, 8), ("Step by step", 0.0, 3),
                                                       ("In few passes", 2.8, 1)])  # fmt: skip
 def test_the_same_noise_gives_the_pixels_of_the_pipeline(
@@ -114,6 +115,7 @@ def test_the_same_noise_gives_the_pixels_of_the_pipeline(
         assert (apart <= 1).mean() >= 0.999
 
 
+@pytest.mark.slow
 def test_every_control(visit: StudioVisit) -> None:
     page = visit.page
     assert page.title() == "Ten <b>letters</b>"
@@ -143,6 +145,7 @@ def test_every_control(visit: StudioVisit) -> None:
     assert download.value.suggested_filename == "d-77.png"
 
 
+@pytest.mark.slow
 def test_a_slow_drawing_is_steered(visit: StudioVisit) -> None:
     page = visit.page
     alone = visit.after(lambda: page.get_by_role("button", name="Step by step").click())
@@ -154,21 +157,22 @@ def test_a_slow_drawing_is_steered(visit: StudioVisit) -> None:
     assert len({alone, steered, other}) == 3
 
 
+@pytest.mark.slow
 def test_narrow_dark_and_without_motion(browser: Any, address: str) -> None:
     options = {"color_scheme": "dark", "reduced_motion": "reduce", "viewport": {"width": 360, "height": 800}}
     visit = StudioVisit(browser, address, **options)
     page = visit.page
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(255, 255, 255)"
-    page.get_by_role("button", name="Step by step").click()
+    before = visit.after(lambda: page.get_by_role("button", name="Step by step").click())
     page.locator("#slow").check()
-    before = visit.picture()
     page.get_by_role("button", name="Draw again").click()
     page.wait_for_timeout(700)
     assert visit.picture() == before  # only the end is shown
     visit.close()
 
 
+@pytest.mark.slow
 def test_an_error_is_said(browser: Any, address: str) -> None:
     page = browser.new_page()
     page.route("**/0.onnx", lambda route: route.fulfill(status=404))
