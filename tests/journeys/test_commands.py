@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,6 @@ from PIL import Image
 
 import train_cfg
 from mnist_diffusion import cli
-from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
 from tests.support.hub_server import HubServer
@@ -124,29 +121,6 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
     assert result.stdout.count("FALLING BACK") == 2
     assert "FALLING BACK" in json.loads((tmp_path / "run" / "summary.json").read_text())["notice"]
     assert "FALLING BACK" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
-
-
-CPU = {"ACCELERATE_USE_CPU": "true"}
-
-
-@pytest.mark.slow
-def test_interrupt_and_resume(tmp_path: Path) -> None:
-    flags = [*SHORT, "--train.max_steps", "100000", "--train.log_every_steps", "1", "--output_dir", "run"]
-    with subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.is_file() and metrics.stat().st_size > 0) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["stopped_by_signal"] == 2
-    steps = summary["step"]
-    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 1))
-    more = str(steps + 2)
-    resumed = [*SHORT, "--train.max_steps", more, "--output_dir", "run", "--train.resume", "true"]
-    command(sys.executable, SCRIPT, *resumed, cwd=tmp_path)
-    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, steps + 3))
 
 
 DRAW = """
