@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,22 +137,28 @@ def build_page(models: Models, work: Work | None, data: Sequence[str]) -> gr.Blo
                     with gr.Tab(name.capitalize(), id=name):
                         tasks.append(build_task(models, work, data, controls.pipeline))
                 for look, shown in tasks:  # somebody may have started it, and closed the page
-                    page.load(look, None, shown, queue=False, show_progress="hidden")
+                    page.load(partial(_without_others, look), None, shown[:2], **AT_ONCE)
 
         def follow(name: str | None) -> list[Any]:
             pipeline = models[name] if name in models.names else None
             return [gr.update(**values(pipeline)) for _, values in controls.set_for]
 
-        def opened(name: str | None) -> list[Any]:
-            known = name if name in models.names else next(iter(models.names), None)
-            return [gr.update(choices=models.names, value=known), *follow(known)]
+        def opened(name: str | None) -> Any:
+            with told_kindly():
+                trained = [models.add(str(folder)) for folder in (work.trained() if work is not None else [])]
+            return gr.update(choices=models.names, value=name or next(reversed(trained), None))
 
         followers = [control for control, _ in controls.set_for]
-        controls.pipeline.change(follow, controls.pipeline, followers, queue=False, show_progress="hidden")
-        page.load(opened, controls.pipeline, [controls.pipeline, *followers], queue=False, show_progress="hidden")
+        controls.pipeline.change(follow, controls.pipeline, followers, **AT_ONCE)
+        page.load(opened, controls.pipeline, controls.pipeline, **AT_ONCE)
     page.queue(max_size=64, api_open=False)
     page.state_session_capacity = 200
     return page
+
+
+def _without_others(look: Callable[[], list[Any]]) -> list[Any]:
+    """What shows a task, and its clock; who opens the page goes on with the pipeline that is chosen there."""
+    return look()[:2]
 
 
 def _generate(models: Models, controls: Controls) -> None:
