@@ -38,4 +38,4 @@ def test_own_objective_trains_a_pipeline_that_the_other_example_draws_with(
     steering.main(str(folder), str(tmp_path / "steering.png"))
     assert capsys.readouterr().out.endswith(f"6 rows in {tmp_path / 'steering.png'}\n")
     with Image.open(tmp_path / "steering.png") as picture:
-        assert len(picture.convert("L").getcolors(256)) > 2
+        assert picture.convert("L").getextrema() == (0, 255)
