@@ -16,6 +16,7 @@ from mnist_diffusion.app.drawing import OWN, SAMPLER_NAMES, Settings, Steering, 
 from mnist_diffusion.app.models import Models
 from mnist_diffusion.app.work import Work, figure
 from mnist_diffusion.checks import require
+from mnist_diffusion.config import SamplingConfig
 from mnist_diffusion.diffusion.pipeline import class_names
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import read_text
@@ -27,6 +28,8 @@ RECIPES = {
     "default": "default: digits that read as asked, in five minutes.",
     "tiny": "tiny: blobs that begin to look like digits, in one.",
 }
+USUAL = SamplingConfig()
+"""What the controls show while there is no pipeline."""
 MAX_MINUTES, MAX_EVALUATED, MAX_STEERED = 30, 5000, 50
 STEPS, SCALES = (1, 2, 4, 5, 10, 20, 50), (0.0, 1.0, 1.4, 1.9, 2.8, 5.0, 8.0)
 SECONDS_BETWEEN_STEPS, SECONDS_BETWEEN_LOOKS = 0.6, 3.0
@@ -98,7 +101,7 @@ class Controls:
         """A control of the number of steps."""
 
         def values(pipeline: Any) -> dict[str, Any]:
-            steps = 10 if pipeline is None else pipeline.config.num_inference_steps
+            steps = (USUAL if pipeline is None else pipeline.config).num_inference_steps
             return {"value": min(steps, drawing.MAX_STEPS)}
 
         look = {"minimum": 1, "maximum": drawing.MAX_STEPS, "step": 1, "label": "Steps", "info": STEPS_HELP}
@@ -271,7 +274,7 @@ def _compare(models: Models, controls: Controls) -> None:
 
 
 def _nearest_scale(pipeline: Any) -> dict[str, Any]:
-    usual = 1.9 if pipeline is None else pipeline.config.guidance_scale
+    usual = (USUAL if pipeline is None else pipeline.config).guidance_scale
     return {"value": [min(SCALES, key=lambda each: abs(each - usual))]}
 
 
