@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from huggingface_hub import constants
 from PIL import Image
@@ -46,6 +47,12 @@ COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest, whose network is trained once, so that no other worker takes one of them over."""
     items.sort(key=lambda item: item.path.name != "test_mnist.py")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state() -> None:
+    """Accelerate keeps device and precision for the life of a process; each test here is a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 
 import train_cfg
@@ -29,11 +28,6 @@ NARROWER = {
 }
 """Widths of the large ones here; everything else of them stays."""
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_known_systems_are_here() -> None:

@@ -12,7 +12,6 @@ import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 from torch import nn
 
@@ -51,12 +50,6 @@ from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 from tests.support.survival import Death, Nursery, final_state
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> None:
-    """Accelerate keeps device and precision for the life of a process; each test here is a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,6 @@ TRAIN = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -13,11 +13,6 @@ from examples import own_objective, sample, steering
 SHORT = ["--config", "tiny", "--data.source", "digits", "--train.max_steps", "3", "--train.num_eval_images", "16"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_own_objective_trains_a_pipeline_that_the_other_example_draws_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

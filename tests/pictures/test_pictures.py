@@ -36,11 +36,6 @@ from mnist_diffusion.run_folder.read import Sheet
 from tests.conftest import make_image_folder
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two runs of a few steps on pictures in three colours, the first with snapshots."""

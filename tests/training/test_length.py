@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 from mnist_diffusion.cli.options import parse_train_arguments
 from mnist_diffusion.config import Config, TrainConfig
@@ -23,13 +22,7 @@ from mnist_diffusion.training.probe import expected_cost, seconds_per_image
 from mnist_diffusion.training.state import TrainState
 from mnist_diffusion.training.trainer import Trainer
 from tests.conftest import tiny_config
-from tests.training.test_training import losses, make_state, run
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> None:
-    """Accelerate keeps device and precision for the life of a process; each test here is a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+from tests.training.conftest import losses, make_state, run
 
 
 class TestLearningRate:

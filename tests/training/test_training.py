@@ -1,12 +1,10 @@
-"""The loop on real digits with a tiny network: schedule, logs, resume, average, trackers."""
+"""The loop on real digits with a tiny network: run folder, logs, evaluations, trackers, several runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import json
-import os
 import shutil
 import signal
 import sys
@@ -18,67 +16,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import wandb
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file
 
 import mnist_diffusion
 import train_cfg
 from mnist_diffusion.cli.options import RunArguments, parse_train_arguments
-from mnist_diffusion.config import AugmentConfig, Config, DataConfig, DiffusionConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.config import AugmentConfig, TrainConfig
 from mnist_diffusion.data.dataset import draw_batch, load_images
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import diffusion_objective
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.run_folder.checkpoint import load_checkpoint, save_checkpoint
 from mnist_diffusion.run_folder.metrics import read_metrics
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training.launch import build_accelerator
 from mnist_diffusion.training.state import TrainState
 from mnist_diffusion.training.trainer import TrainedRun, Trainer
 from tests.conftest import tiny_config
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state() -> None:
-    """Accelerate keeps device and precision for the life of a process; each test here is a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
+from tests.training.conftest import losses, run, weights
 
 EVALUATE_EVERY_TWO: dict[str, Any] = {"evaluate_every": "2 steps", "num_evaluation_images": 50}
-LOSSES = ("step", "epoch", "loss", "grad_norm", "learning_rate")
-
-
-def run(config: Config, folder: Path, **train: Any) -> Path:
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train), output_dir=str(folder))
-    assert train_cfg.run(RunArguments(config, "tiny", dry_run=False)) == 0
-    return folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def losses(folder: Path) -> list[tuple[Any, ...]]:
-    return [tuple(line[name] for name in LOSSES) for line in read_metrics(folder / "metrics.jsonl")]
-
-
-def make_state(config: Config, tmp_path: Path) -> TrainState:
-    data = load_images(config.data, seed=config.train.seed)
-    unet = build_unet(config.model, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
-    scheduler = build_noise_scheduler(config.diffusion)
-    objective = diffusion_objective(config.diffusion, scheduler, null_class=data.num_classes)
-    return TrainState(config, build_accelerator(config, tmp_path), data, unet, objective)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    return run(tiny_config(sample_every="3 steps", snapshot_every="2 steps"), folder, max_steps=5)
 
 
 class TestRunFolder:
@@ -149,138 +105,6 @@ class TestRunFolder:
             run(tiny_config(), folder)
 
 
-class TestResume:
-    @pytest.mark.parametrize(
-        "train", [{}, {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}, {"channels_last": True}], ids=str
-    )
-    def test_equal_to_the_bit(self, tmp_path: Path, train: dict[str, Any]) -> None:
-        config = tiny_config(max_steps=7, checkpoint_every="3 steps", keep_checkpoints=9, **train)
-        model = dataclasses.replace(config.model, dropout=0.2)
-        config = dataclasses.replace(config, model=model)
-        whole = run(config, tmp_path / "whole")
-        parts = run(config, tmp_path / "parts")
-        for step in (6, 7):  # what a run killed after step 3 leaves behind
-            shutil.rmtree(parts / "checkpoints" / f"step-{step}")
-        run(config, parts, resume=True)
-        assert losses(parts) == losses(whole)
-        for name, tensor in weights(whole).items():
-            assert torch.equal(tensor, weights(parts)[name]), name
-
-    def test_equal_to_the_bit_when_compiled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Traced as for any compiler, with one that takes no minute in place of the default."""
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        config = tiny_config(max_steps=4, checkpoint_every="2 steps", compile=True)
-        whole, parts = run(config, tmp_path / "whole"), run(config, tmp_path / "parts")
-        shutil.rmtree(parts / "checkpoints" / "step-4")
-        run(config, parts, resume=True)
-        for name, tensor in weights(whole).items():
-            assert torch.equal(tensor, weights(parts)[name]), name
-
-    def test_starts_at_0_where_there_is_none(self, tmp_path: Path) -> None:
-        assert losses(run(tiny_config(), tmp_path / "run", resume=True))[0][0] == 1
-
-    def test_finished_run_is_left_alone(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        folder = run(tiny_config(), tmp_path / "run")
-        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-        run(tiny_config(), folder, resume=True)
-        assert "Finished at step 4 already" in capsys.readouterr().out
-        assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-    def test_damaged_logs_and_pictures_do_not_stop_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        whole = run(tiny_config(max_steps=4, sample_every="2 steps"), tmp_path / "whole")
-        short = run(tiny_config(max_steps=2, sample_every="2 steps"), tmp_path / "run")
-        log = short / "metrics.jsonl"
-        log.write_bytes(log.read_bytes() + b'\xff{"step": \n[1]\n')
-        (short / "summary.json").write_text("{")
-        for picture in (short / "samples").glob("*.png"):
-            picture.write_bytes(picture.read_bytes()[:60])
-        run(tiny_config(max_steps=4, sample_every="2 steps"), short, resume=True)
-        assert "2 lines of" in capsys.readouterr().out
-        for name, tensor in weights(whole).items():
-            assert torch.equal(weights(short)[name], tensor)
-        assert losses(short) == losses(whole)
-
-    @pytest.mark.parametrize("kind", ["pipe", "device", "secret"])
-    def test_what_is_no_file_in_a_run_folder(self, kind: str, folder: Path, tmp_path: Path) -> None:
-        """Nothing waits for it, and nothing is written through it."""
-        copy, secret = shutil.copytree(folder, tmp_path / "run"), tmp_path / "secret"
-        secret.write_text("secret")
-        for name in ("metrics.jsonl", "summary.json", "run_id", "config.yaml", "samples/step-000003.png"):
-            (copy / name).unlink()
-            if kind == "pipe":
-                os.mkfifo(copy / name)
-            else:
-                (copy / name).symlink_to("/dev/zero" if kind == "device" else secret)
-        if kind == "secret":
-            (copy / "pipeline" / "README.md").unlink()
-            (copy / "pipeline" / "README.md").symlink_to(secret)
-        run(tiny_config(sample_every="3 steps", snapshot_every="2 steps"), copy, resume=True, max_steps=6)
-        assert secret.read_text() == "secret"
-        assert [line[0] for line in losses(copy)] == [6]
-        assert json.loads((copy / "summary.json").read_text())["step"] == 6
-        assert "secret" not in (copy / "pipeline" / "README.md").read_text()
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda tensors, state: tensors.pop("ema"),
-            lambda tensors, state: tensors["optimizer"].update({"9999.step": torch.zeros(1)}),
-            lambda tensors, state: state.pop("planned_steps"),
-            lambda tensors, state: state.update(optimizer_groups=3),
-            lambda tensors, state: state.pop("config"),
-        ],
-    )
-    def test_a_whole_checkpoint_of_something_else(self, change: Any, folder: Path, tmp_path: Path) -> None:
-        """Its hashes are right, its content is not."""
-        copy = shutil.copytree(folder, tmp_path / "run")
-        found = load_checkpoint(copy / "checkpoints", 5)
-        tensors = {name: {**group} for name, group in found.tensors.items()}
-        state = {**found.state}
-        change(tensors, state)
-        about = {"run_id": (copy / "run_id").read_text()}
-        shutil.rmtree(copy / "checkpoints")
-        save_checkpoint(copy / "checkpoints", 5, tensors, state, keep=1, about=about)
-        before = (copy / "metrics.jsonl").read_bytes()
-        with pytest.raises(UserError, match="step-5 is no checkpoint of such a run"):
-            run(tiny_config(), copy, resume=True, max_steps=6)
-        assert (copy / "metrics.jsonl").read_bytes() == before
-
-    def test_a_finished_run_checks_what_it_left(self, tmp_path: Path) -> None:
-        folder = run(tiny_config(max_steps=2), tmp_path / "run")
-        before = {name: tensor.clone() for name, tensor in weights(folder).items()}  # not of the file below
-        (folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-        run(tiny_config(max_steps=2), folder, resume=True)
-        assert all(torch.equal(weights(folder)[name], tensor) for name, tensor in before.items())
-
-    @pytest.mark.parametrize("mine", [True, False])
-    def test_begins_only_where_nothing_is_lost(self, mine: bool, tmp_path: Path) -> None:
-        folder = tmp_path / "run"
-        if mine:
-            shutil.rmtree(run(tiny_config(max_steps=2), folder) / "checkpoints")
-        else:
-            (folder / "pipeline").mkdir(parents=True)
-            (folder / "pipeline" / "precious").write_text("mine")
-        kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-        for _ in range(2):
-            with pytest.raises(UserError, match=r"has no checkpoint to resume from, and holds pipeline"):
-                run(tiny_config(max_steps=2), folder, resume=True)
-        assert {path: path.read_bytes() for path in kept} == kept
-
-    def test_more_steps_go_on(self, tmp_path: Path) -> None:
-        folder = run(tiny_config(), tmp_path / "run")
-        run(tiny_config(), folder, resume=True, max_steps=6)
-        assert [line[0] for line in losses(folder)] == [1, 2, 3, 4, 5, 6]
-
-    def test_other_model_or_data_is_refused(self, tmp_path: Path) -> None:
-        folder = run(tiny_config(), tmp_path / "run")
-        config = tiny_config(max_steps=9)
-        other = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, beta_schedule="linear"))
-        with pytest.raises(UserError, match=r"diffusion.beta_schedule was 'squaredcos_cap_v2', now 'linear'"):
-            run(other, folder, resume=True)
-        with pytest.raises(UserError, match="the images' fingerprint was"):
-            run(config, folder, resume=True, seed=5)
-
-
 class TestEvaluation:
     """Images measured while training, with an evaluator of a few steps."""
 
@@ -336,58 +160,6 @@ class TestEvaluation:
         assert "accuracy" not in last
         with pytest.raises(UserError, match=r"train.best_metric='accuracy' needs model.class_conditional=true"):
             dataclasses.replace(config, model=model, train=TrainConfig(best_metric="accuracy"))
-
-
-class TestTrainState:
-    def test_accumulation_changes_nothing_but_rounding(self, tmp_path: Path) -> None:
-        whole = make_state(tiny_config(), tmp_path)
-        parts = make_state(tiny_config(gradient_accumulation_steps=4), tmp_path)
-        for step in range(3):
-            one, other = whole.update(step, 0.01), parts.update(step, 0.01)
-            torch.testing.assert_close(one["loss"], other["loss"], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(one["grad_norm"], other["grad_norm"], atol=1e-4, rtol=1e-3)
-
-    def test_average_follows_emas_formula(self, tmp_path: Path) -> None:
-        state = make_state(tiny_config(ema_start_step=1, ema_decay=0.5), tmp_path)
-        state.update(0, 0.01)
-        expected = next(state.unet.parameters()).detach().clone()
-        torch.testing.assert_close(next(state.average().parameters()), expected)
-        for n in range(3):
-            state.update(n + 1, 0.01)
-            decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
-            expected = decay * expected + (1 - decay) * next(state.unet.parameters()).detach()
-        torch.testing.assert_close(next(state.average().parameters()), expected)
-
-    def test_gradient_clipping(self, tmp_path: Path) -> None:
-        state = make_state(tiny_config(max_grad_norm=1e-9), tmp_path)
-        before = [parameter.detach().clone() for parameter in state.unet.parameters()]
-        assert state.update(0, 0.01)["grad_norm"] > 1e-3
-        moved = max(float((a - b).detach().abs().max()) for a, b in zip(before, state.unet.parameters(), strict=True))
-        assert moved < 0.01
-
-    def test_loss_by_noise_level_is_the_loss_in_parts(self, tmp_path: Path) -> None:
-        state = make_state(tiny_config(gradient_accumulation_steps=2), tmp_path)
-        count = state.config.data.batch_size
-        levels, losses = [], []
-        for step in range(5):
-            losses.append(float(state.update(step, 0.01)["loss"]))
-            _, timesteps, _ = state.objective.draw((count, 1, 28, 28), seed=0, step=step, device="cpu")
-            levels += (timesteps // 100).tolist()
-        found = state.take_loss_by_noise()
-        assert found is not None
-        shares = np.bincount(levels, minlength=10)
-        assert [mean is None for mean in found] == [share == 0 for share in shares]
-        total = sum(mean * share for mean, share in zip(found, shares, strict=True) if mean is not None)
-        assert total / shares.sum() == pytest.approx(float(np.mean(losses)), rel=1e-4)
-        assert state.take_loss_by_noise() == [None] * 10
-
-    def test_held_out_loss_repeats(self, tmp_path: Path) -> None:
-        state = make_state(tiny_config(), tmp_path)
-        assert state.held_out_loss() == state.held_out_loss()
-        before = state.held_out_loss()
-        for step in range(20):
-            state.update(step, 0.01)
-        assert state.held_out_loss() < before
 
 
 def test_init_from_goes_on_where_the_pipeline_ended(tmp_path: Path) -> None:
@@ -517,100 +289,6 @@ def test_signal_ends_with_a_usable_pipeline(
     assert [line[0] for line in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("train", "data", "message"),
-    [
-        ({"gradient_accumulation_steps": 3}, {}, r"data.batch_size=8 must be divisible by 1 processes x .*=3"),
-        ({"mixed_precision": "fp16"}, {}, r"train.mixed_precision='fp16' needs a GPU"),
-        ({}, {"source": "/no/such/folder"}, r"data.source='/no/such/folder' was not found"),
-        ({}, {"image_size": 9}, r"data.image_size=9 cannot be cut into patches of .*=2 and halved 1 times"),
-    ],
-)
-def test_bad_runs_leave_nothing_behind(tmp_path: Path, train: Any, data: Any, message: str) -> None:
-    config = tiny_config(**train)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
-    with pytest.raises(UserError, match=message):
-        run(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_processes_that_know_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as a launcher for two GPUs sets it, where there are none
-    with pytest.raises(UserError, match="2 independent runs writing over each other"):
-        run(tiny_config(), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()
-    with pytest.raises(UserError, match="is a file"):
-        run(tiny_config(), tmp_path / "run")
-
-
-def test_launchers_precision_against_the_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UserError, match=r"train.mixed_precision='no', but the launcher asks for 'bf16'"):
-        run(tiny_config(mixed_precision="no"), tmp_path / "run")
-    folder = run(tiny_config(), tmp_path / "run")
-    assert json.loads((folder / "summary.json").read_text())["mixed_precision"] == "bf16"
-
-
-def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a page makes it that forgets the patches of its network."""
-    from mnist_diffusion.diffusion import pipeline
-
-    build = pipeline.build_pipeline
-
-    def forgetful(*parts: Any, **_: Any) -> MNISTDiffusionPipeline:
-        return build(*parts)
-
-    monkeypatch.setattr(pipeline, "build_pipeline", forgetful)
-    with pytest.raises(UserError, match=r"images \(C, H, W\): \(4, 14, 14\) for the pipeline, but \(1, 28, 28\)"):
-        run(tiny_config(), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "folder", "message"),
-    [
-        ({"sampling": SamplingConfig(scheduler="lcm", num_inference_steps=60)}, "run", "sampling, as it is configured"),
-        (
-            {"diffusion": DiffusionConfig(trained_betas=(0.012345678901234567,) * 8000, num_train_timesteps=8000)},
-            "run",
-            "could not be read again, .* larger than the limit of 131,072 bytes",
-        ),
-        ({}, "a\nb", "has control characters"),
-        ({}, "a\udce9", "is not UTF-8"),
-        ({"train": TrainConfig(trackers=("wandb",))}, "run", "wandb has no key; run `wandb login`"),
-    ],
-    ids=["more LCM steps than it takes", "too many betas", "newline", "not UTF-8", "wandb without a key"],
-)
-def test_what_would_fail_at_the_end_fails_before_the_first_step(
-    changes: dict[str, Any], folder: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
-    wandb.teardown()
-    config = dataclasses.replace(tiny_config(), **changes)
-    with pytest.raises(UserError, match=message):
-        run(config, tmp_path / folder)
-    assert not list(tmp_path.glob("*run*"))
-
-
-def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(TrainState, "update", fail)
-    with pytest.raises(MemoryError):
-        run(tiny_config(), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_pictures_and_evaluations_that_fail_are_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -686,16 +364,3 @@ def test_a_second_interrupt_in_a_notebook_ends_the_cell_not_the_process(
     monkeypatch.undo()
     run(tiny_config(max_steps=5), tmp_path / "run", resume=True)
     assert [line[0] for line in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
-
-
-def test_more_names_than_a_pipeline_folder_may_hold_are_refused_before_the_first_step(tmp_path: Path) -> None:
-    """60,000 classes, one image each: their index would be larger than its reader takes."""
-    count = 60_000
-    images = np.zeros((count, 8, 8), np.uint8)
-    images[:, 1] = 255
-    images[:, 0, :3] = np.arange(count)[:, None] // np.array([1, 256, 65536]) % 256
-    np.savez(tmp_path / "x.npz", x_train=images, y_train=np.arange(count), x_test=images[:20], y_test=np.arange(20))
-    config = dataclasses.replace(tiny_config(), data=DataConfig(source=str(tmp_path / "x.npz"), batch_size=8))
-    with pytest.raises(UserError, match=r"model_index\.json is larger than the limit of 1,048,576 bytes"):
-        run(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

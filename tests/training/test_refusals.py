@@ -1,0 +1,126 @@
+"""What cannot work is refused before the first step, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import wandb
+
+from mnist_diffusion.config import DataConfig, DiffusionConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.training.state import TrainState
+from tests.conftest import tiny_config
+from tests.training.conftest import run
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "message"),
+    [
+        ({"gradient_accumulation_steps": 3}, {}, r"data.batch_size=8 must be divisible by 1 processes x .*=3"),
+        ({"mixed_precision": "fp16"}, {}, r"train.mixed_precision='fp16' needs a GPU"),
+        ({}, {"source": "/no/such/folder"}, r"data.source='/no/such/folder' was not found"),
+        ({}, {"image_size": 9}, r"data.image_size=9 cannot be cut into patches of .*=2 and halved 1 times"),
+    ],
+)
+def test_bad_runs_leave_nothing_behind(tmp_path: Path, train: Any, data: Any, message: str) -> None:
+    config = tiny_config(**train)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_know_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as a launcher for two GPUs sets it, where there are none
+    with pytest.raises(UserError, match="2 independent runs writing over each other"):
+        run(tiny_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="is a file"):
+        run(tiny_config(), tmp_path / "run")
+
+
+def test_launchers_precision_against_the_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match=r"train.mixed_precision='no', but the launcher asks for 'bf16'"):
+        run(tiny_config(mixed_precision="no"), tmp_path / "run")
+    folder = run(tiny_config(), tmp_path / "run")
+    assert json.loads((folder / "summary.json").read_text())["mixed_precision"] == "bf16"
+
+
+def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a page makes it that forgets the patches of its network."""
+    from mnist_diffusion.diffusion import pipeline
+
+    build = pipeline.build_pipeline
+
+    def forgetful(*parts: Any, **_: Any) -> MNISTDiffusionPipeline:
+        return build(*parts)
+
+    monkeypatch.setattr(pipeline, "build_pipeline", forgetful)
+    with pytest.raises(UserError, match=r"images \(C, H, W\): \(4, 14, 14\) for the pipeline, but \(1, 28, 28\)"):
+        run(tiny_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "folder", "message"),
+    [
+        ({"sampling": SamplingConfig(scheduler="lcm", num_inference_steps=60)}, "run", "sampling, as it is configured"),
+        (
+            {"diffusion": DiffusionConfig(trained_betas=(0.012345678901234567,) * 8000, num_train_timesteps=8000)},
+            "run",
+            "could not be read again, .* larger than the limit of 131,072 bytes",
+        ),
+        ({}, "a\nb", "has control characters"),
+        ({}, "a\udce9", "is not UTF-8"),
+        ({"train": TrainConfig(trackers=("wandb",))}, "run", "wandb has no key; run `wandb login`"),
+    ],
+    ids=["more LCM steps than it takes", "too many betas", "newline", "not UTF-8", "wandb without a key"],
+)
+def test_what_would_fail_at_the_end_fails_before_the_first_step(
+    changes: dict[str, Any], folder: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
+    wandb.teardown()
+    config = dataclasses.replace(tiny_config(), **changes)
+    with pytest.raises(UserError, match=message):
+        run(config, tmp_path / folder)
+    assert not list(tmp_path.glob("*run*"))
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(TrainState, "update", fail)
+    with pytest.raises(MemoryError):
+        run(tiny_config(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_names_than_a_pipeline_folder_may_hold_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """60,000 classes, one image each: their index would be larger than its reader takes."""
+    count = 60_000
+    images = np.zeros((count, 8, 8), np.uint8)
+    images[:, 1] = 255
+    images[:, 0, :3] = np.arange(count)[:, None] // np.array([1, 256, 65536]) % 256
+    np.savez(tmp_path / "x.npz", x_train=images, y_train=np.arange(count), x_test=images[:20], y_test=np.arange(20))
+    config = dataclasses.replace(tiny_config(), data=DataConfig(source=str(tmp_path / "x.npz"), batch_size=8))
+    with pytest.raises(UserError, match=r"model_index\.json is larger than the limit of 1,048,576 bytes"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,64 @@
+"""What the loop keeps between steps: weights, their average, the optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import tiny_config
+from tests.training.conftest import make_state
+
+
+class TestTrainState:
+    def test_accumulation_changes_nothing_but_rounding(self, tmp_path: Path) -> None:
+        whole = make_state(tiny_config(), tmp_path)
+        parts = make_state(tiny_config(gradient_accumulation_steps=4), tmp_path)
+        for step in range(3):
+            one, other = whole.update(step, 0.01), parts.update(step, 0.01)
+            torch.testing.assert_close(one["loss"], other["loss"], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(one["grad_norm"], other["grad_norm"], atol=1e-4, rtol=1e-3)
+
+    def test_average_follows_emas_formula(self, tmp_path: Path) -> None:
+        state = make_state(tiny_config(ema_start_step=1, ema_decay=0.5), tmp_path)
+        state.update(0, 0.01)
+        expected = next(state.unet.parameters()).detach().clone()
+        torch.testing.assert_close(next(state.average().parameters()), expected)
+        for n in range(3):
+            state.update(n + 1, 0.01)
+            decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
+            expected = decay * expected + (1 - decay) * next(state.unet.parameters()).detach()
+        torch.testing.assert_close(next(state.average().parameters()), expected)
+
+    def test_gradient_clipping(self, tmp_path: Path) -> None:
+        state = make_state(tiny_config(max_grad_norm=1e-9), tmp_path)
+        before = [parameter.detach().clone() for parameter in state.unet.parameters()]
+        assert state.update(0, 0.01)["grad_norm"] > 1e-3
+        moved = max(float((a - b).detach().abs().max()) for a, b in zip(before, state.unet.parameters(), strict=True))
+        assert moved < 0.01
+
+    def test_loss_by_noise_level_is_the_loss_in_parts(self, tmp_path: Path) -> None:
+        state = make_state(tiny_config(gradient_accumulation_steps=2), tmp_path)
+        count = state.config.data.batch_size
+        levels, losses = [], []
+        for step in range(5):
+            losses.append(float(state.update(step, 0.01)["loss"]))
+            _, timesteps, _ = state.objective.draw((count, 1, 28, 28), seed=0, step=step, device="cpu")
+            levels += (timesteps // 100).tolist()
+        found = state.take_loss_by_noise()
+        assert found is not None
+        shares = np.bincount(levels, minlength=10)
+        assert [mean is None for mean in found] == [share == 0 for share in shares]
+        total = sum(mean * share for mean, share in zip(found, shares, strict=True) if mean is not None)
+        assert total / shares.sum() == pytest.approx(float(np.mean(losses)), rel=1e-4)
+        assert state.take_loss_by_noise() == [None] * 10
+
+    def test_held_out_loss_repeats(self, tmp_path: Path) -> None:
+        state = make_state(tiny_config(), tmp_path)
+        assert state.held_out_loss() == state.held_out_loss()
+        before = state.held_out_loss()
+        for step in range(20):
+            state.update(step, 0.01)
+        assert state.held_out_loss() < before
