@@ -171,11 +171,8 @@ def _generate(models: Models, controls: Controls) -> None:
             count = gr.Slider(1, 16, 8, step=1, label="Images of each")
             scale, steps = controls.guidance(), controls.steps()
             sampler = gr.Dropdown(list(SAMPLER_NAMES), value=OWN, label="Sampler", info="How noise becomes images.")
-            with gr.Accordion("More", open=False):
-                low = controls.bound(
-                    0, label="Guidance from", info="Guidance acts from this time; 0 is the finished image."
-                )
-                high = controls.bound(1, label="Guidance to", info="Guidance acts up to this time; 1 is pure noise.")
+            low = controls.bound(0, label="Guidance from", info="Guidance acts from this time; 0 is the finished image.")
+            high = controls.bound(1, label="Guidance to", info="Guidance acts up to this time; 1 is pure noise.")
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             draw = gr.Button("Draw", variant="primary")
         with gr.Column():

@@ -61,7 +61,6 @@ def test_generate(visit: AppVisit) -> None:
     page.get_by_role("option", name="ddim").click()
     page.get_by_label("number input for Steps").first.fill("4")
     page.get_by_label("number input for Images of each").fill("3")
-    page.get_by_role("button", name="More").click()
     page.get_by_label("number input for Guidance from").fill("0.5")
     page.get_by_label("Seed").first.fill("7")
     page.get_by_role("button", name="Draw", exact=True).click()
