@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mnist_diffusion.errors import ConfigError
@@ -61,6 +61,32 @@ def require_sampler(name: str, value: str) -> None:
     """
     rule = f"one of {', '.join(SAMPLERS)}, or the name of a diffusers scheduler class"
     require(value in SAMPLERS or re.fullmatch(r"[A-Z]\w*Scheduler", value) is not None, name, value, rule)
+
+
+PLAIN_GUIDANCE, AUTOGUIDANCE = "cfg", "autoguidance:"
+
+
+def require_guidance(name: str, value: str) -> None:
+    """Make sure that `value` can name a guidance rule.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    rule = f"{PLAIN_GUIDANCE}, {AUTOGUIDANCE}PIPELINE, or the name of a guider class of diffusers"
+    possible = value == PLAIN_GUIDANCE or re.fullmatch(rf"{AUTOGUIDANCE}.+|[A-Z]\w*Guidance", value) is not None
+    require(possible, name, value, rule)
+
+
+def pairs_of_levels(name: str, values: Sequence[float]) -> list[tuple[float, float]]:
+    """The pairs (low, high) of noise levels that a list of numbers stands for.
+
+    Raises:
+        ConfigError: they are no such pairs.
+    """
+    pairs = list(zip(values[::2], values[1::2], strict=False))
+    possible = len(values) == 2 * len(pairs) and all(0 <= low <= high <= 1 for low, high in pairs)
+    require(possible, name, list(values), "pairs of a low and a high noise level from 0 to 1")
+    return pairs
 
 
 def parse_interval(text: str, name: str) -> tuple[float, str]:

@@ -188,6 +188,14 @@ class DiffusionConfig:
     """What the network predicts: the noise, the velocity, or the clean image."""
     rescale_betas_zero_snr: bool = False
     """Rescale the betas so that the last step is pure noise (zero terminal SNR)."""
+    loss_on: Literal["prediction", "epsilon", "v_prediction", "sample"] = "prediction"
+    """Whose squared error is the loss: of what the network predicts, or of the noise, the velocity or the image that
+    follow from it."""
+    timesteps: Literal["uniform", "stratified", "lognormal"] = "uniform"
+    """How timesteps are drawn for training: all alike; all alike and evenly over each batch; or so that the ratio of
+    noise to signal is log-normal."""
+    lognormal: tuple[float, float] = (-1.2, 1.2)
+    """Mean and standard deviation of the logarithm of that ratio."""
     clip_sample: bool = True
     """Let samplers that can clip the predicted clean image to [-1, 1] do so."""
     min_snr_gamma: float | None = None
@@ -216,6 +224,10 @@ class DiffusionConfig:
         bias, gamma = self.sigmoid_bias, self.min_snr_gamma
         require(bias is None or math.isfinite(bias), "diffusion.sigmoid_bias", bias, "a finite number or null")
         require(bias is None or gamma is None, "diffusion.sigmoid_bias", bias, f"null with min_snr_gamma={gamma}")
+        own = self.loss_on == "prediction"
+        require(own or gamma is None, "diffusion.loss_on", self.loss_on, f"prediction with min_snr_gamma={gamma}")
+        possible = all(map(math.isfinite, self.lognormal)) and self.lognormal[1] > 0
+        require(possible, "diffusion.lognormal", list(self.lognormal), "a mean and a positive standard deviation")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ConfigError(
                 "diffusion.rescale_betas_zero_snr=true needs diffusion.prediction_type v_prediction or sample: at zero "
@@ -348,6 +360,9 @@ class TrainConfig:
     ema_start_step: int = 0
     """Until this step the average is a plain copy of the weights; then the decay rises as (1 + n) / (10 + n), which is
     the smaller one for 18,000 steps if `ema_decay` is 0.9995."""
+    averages_every: str | None = None
+    """Keep two averages by power functions every so often, and at the end, from which `mnist-diffusion average` makes
+    one of any length."""
     num_eval_images: int = 2000
     """Held-out images on which the loss is measured, with the same noise each time; 0 leaves it out."""
     log_every_steps: int = 50
@@ -385,7 +400,7 @@ class TrainConfig:
         require_positive("train", self, "max_epochs", "max_minutes", "learning_rate", "max_grad_norm")
         require_positive("train", self, "final_lr_factor")
         require(self.learning_rate <= 100, "train.learning_rate", self.learning_rate, "at most 100")
-        for name in ("checkpoint_every", "sample_every", "evaluate_every", "snapshot_every"):
+        for name in ("checkpoint_every", "sample_every", "evaluate_every", "snapshot_every", "averages_every"):
             if getattr(self, name) is not None:
                 parse_interval(getattr(self, name), f"train.{name}")
         require_between(0, 1, "train", self, "final_lr_factor", "ema_decay")

@@ -46,3 +46,5 @@ def package_versions() -> dict[str, str]:
 
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+if DEFAULT_DEVICE == "cuda" and (local_rank := int(os.environ.get("LOCAL_RANK") or 0)):
+    DEFAULT_DEVICE = f"cuda:{local_rank % torch.cuda.device_count()}"  # each process of a machine takes its own

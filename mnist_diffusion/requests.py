@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mnist_diffusion.checks import require, require_at_least, require_between, require_sampler
+from mnist_diffusion.checks import (
+    PLAIN_GUIDANCE,
+    pairs_of_levels,
+    require,
+    require_at_least,
+    require_between,
+    require_guidance,
+    require_sampler,
+)
 from mnist_diffusion.config import ImagesConfig
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -25,6 +33,8 @@ class DrawingRequest:
     """Such as cpu or cuda:0; null takes a GPU if there is one."""
     dtype: Precision = "float32"
     """Precision of the network."""
+    processes: int = 1
+    """Processes on this machine that share the drawing of an evaluation or a data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,11 @@ class SampleRequest(DrawingRequest):
     """Images in all, the classes taken in turn."""
     guidance_scale: float | None = None
     """1 is conditional, 0 unconditional; null takes the folder's default."""
+    guidance_interval: tuple[float, ...] = ()
+    """Low and high noise level between which guidance acts, 0 being clean; the folder's default if omitted."""
+    guidance: str = PLAIN_GUIDANCE
+    """The rule: `cfg` (classifier-free), `autoguidance:` and a weaker pipeline, such as an earlier snapshot, or the
+    name of a guider class of diffusers."""
     scheduler: str | None = None
     """The sampler, by its short name or its diffusers class; null takes the folder's own."""
     num_inference_steps: int | None = None
@@ -47,8 +62,11 @@ class SampleRequest(DrawingRequest):
     """Noise of DDIM and TCD, from 0 to 1."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, "", self, "num_images", "num_inference_steps", "batch_size")
+        require_at_least(1, "", self, "num_images", "num_inference_steps", "batch_size", "processes")
         require_at_least(0, "", self, "guidance_scale", "seed")
+        intervals = pairs_of_levels("guidance_interval", self.guidance_interval)
+        require(len(intervals) < 2, "guidance_interval", self.guidance_interval, "a single pair")
+        require_guidance("guidance", self.guidance)
         if self.eta is not None:
             require_between(0, 1, "", self, "eta")
         if self.scheduler is not None:
@@ -73,6 +91,11 @@ class EvaluationRequest(DrawingRequest):
     """Denoising steps; the folder's default if omitted."""
     guidance_scale: tuple[float, ...] = ()
     """Guidance scales; the folder's default if omitted."""
+    guidance_interval: tuple[float, ...] = ()
+    """Pairs of a low and a high noise level between which guidance acts; the folder's default if omitted."""
+    guidance: tuple[str, ...] = ()
+    """Guidance rules: `cfg` (classifier-free), `autoguidance:` and a weaker pipeline, such as an earlier snapshot, or
+    guider classes of diffusers; `cfg` if omitted."""
     split_seed: int | None = None
     """The run's train.seed, where data.source has no test split; null takes that of the first source's run, or 0."""
     evaluator: Path | None = None
@@ -85,7 +108,7 @@ class EvaluationRequest(DrawingRequest):
     """The folder to write to; images found there are used again."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, "", self, "num_images", "batch_size")
+        require_at_least(1, "", self, "num_images", "batch_size", "processes")
         require_at_least(0, "", self, "seed", "split_seed")
         for name in self.scheduler:
             require_sampler("scheduler", name)
@@ -93,6 +116,9 @@ class EvaluationRequest(DrawingRequest):
             require(steps >= 1, "num_inference_steps", steps, "at least 1")
         for scale in self.guidance_scale:
             require(0 <= scale < math.inf, "guidance_scale", scale, "finite and at least 0")
+        pairs_of_levels("guidance_interval", self.guidance_interval)
+        for rule in self.guidance:
+            require_guidance("guidance", rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,11 @@ BAD_FLAGS = [
     (["--model.dropout", "1.0"], "model.dropout must be between 0 and 0.95, got 1.0"),
     (["--diffusion.min_snr_gamma", "5"], "diffusion.sigmoid_bias must be null with min_snr_gamma=5.0, got 2.0"),
     (["--sampling.guidance_interval", "[0.8,0.2]"], "sampling.guidance_interval must be a rising pair from 0 to 1"),
+    (
+        ["--diffusion.min_snr_gamma", "5", "--diffusion.sigmoid_bias", "null", "--diffusion.loss_on", "epsilon"],
+        "diffusion.loss_on must be prediction with min_snr_gamma=5.0, got 'epsilon'",
+    ),
+    (["--diffusion.lognormal", "[0, 0]"], "diffusion.lognormal must be a mean and a positive standard deviation"),
     (["--diffusion.min_snr_gamma", "0"], "diffusion.min_snr_gamma must be a positive number, got 0"),
     (["--train.checkpoint_every", "often"], "train.checkpoint_every must be null, or so many steps or epochs"),
     (["--train.sample_every", "0 steps"], "train.sample_every must be null, or so many steps or epochs"),

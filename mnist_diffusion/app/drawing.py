@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mnist_diffusion.checks import SAMPLERS, require, require_sampler
+from mnist_diffusion.checks import PLAIN_GUIDANCE, SAMPLERS, require, require_sampler
 from mnist_diffusion.data.pictures import decode_picture
 from mnist_diffusion.data.transforms import fit_to_size, to_channels
+from mnist_diffusion.diffusion.guidance import guidance_arguments
 from mnist_diffusion.diffusion.pipeline import class_names, with_sampler
 from mnist_diffusion.diffusion.samplers import sampler_name
 from mnist_diffusion.errors import UserError
@@ -51,6 +52,8 @@ class Settings:
     guidance_scale: float
     guidance_interval: tuple[float, float] | None = None
     """The pipeline's own if omitted."""
+    guidance: str = PLAIN_GUIDANCE
+    """The rule, as [`guidance_arguments`] takes it."""
     scheduler: str = OWN
     num_inference_steps: int
     seed: int
@@ -81,9 +84,8 @@ class Settings:
         count = self.num_images * len(labels or (0,))
         call: dict[str, Any] = {"class_labels": labels, "num_images_per_label": self.num_images}
         if labels is not None:
-            call["guidance_scale"] = self.guidance_scale
-            if self.guidance_interval is not None and not pipeline.config.guidance_distilled:
-                call["guidance_interval"] = self.guidance_interval
+            interval = None if pipeline.config.guidance_distilled else self.guidance_interval
+            call |= guidance_arguments(pipeline, self.guidance, self.guidance_scale, interval)
         # A seed for each image, as everywhere in this package.
         generators = [torch.Generator().manual_seed(self.seed + index) for index in range(count)]
         return {**call, "num_inference_steps": self.num_inference_steps, "generator": generators}
@@ -105,8 +107,14 @@ class Settings:
             lines.insert(2, "from mnist_diffusion.diffusion.samplers import build_sampler")
             lines.append(f"pipeline.scheduler = build_sampler({self.scheduler!r}, pipeline.scheduler.config)")
         lines.append(f"generators = [torch.Generator().manual_seed(seed) for seed in {seeds}]")
-        arguments = ", ".join(f"{name}={value!r}" for name, value in call.items())
-        return "\n".join([*lines, f"images = pipeline({arguments}, generator=generators).images"])
+        if call.pop("guidance", None) is not None:
+            lines.insert(2, "from mnist_diffusion.diffusion.guidance import guidance_arguments")
+            rule = (self.guidance, self.guidance_scale, self.guidance_interval)
+            lines.append(f"guidance = guidance_arguments(pipeline, *{rule!r})")
+            call = {name: value for name, value in call.items() if not name.startswith("guidance")}
+        arguments = [f"{name}={value!r}" for name, value in call.items()]
+        arguments += ["**guidance"] if lines[-1].startswith("guidance") else []
+        return "\n".join([*lines, f"images = pipeline({', '.join(arguments)}, generator=generators).images"])
 
 
 def label_of(pipeline: MNISTDiffusionPipeline, name: Any) -> int:

@@ -6,10 +6,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from mnist_diffusion.checks import AUTOGUIDANCE, PLAIN_GUIDANCE
+from mnist_diffusion.diffusion.guidance import GUIDERS
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
+CLASSIFIER_FREE = "classifier-free"
 NONE_YET = "there is no pipeline yet: train one first"
 
 
@@ -49,6 +52,13 @@ class Models:
     def names(self) -> list[str]:
         """In the order they were added."""
         return list(self._loaded)
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """The guidance rules that a visitor may choose, by what they are called."""
+        own = {kind.__name__.removesuffix("Guidance"): kind.__name__ for kind in GUIDERS}
+        others = {f"autoguidance by {other}": f"{AUTOGUIDANCE}{self.source(other)}" for other in self.names}
+        return {CLASSIFIER_FREE: PLAIN_GUIDANCE, **own, **others}
 
     def source(self, name: str) -> str:
         """Where a pipeline is from."""

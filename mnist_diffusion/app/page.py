@@ -13,7 +13,7 @@ import gradio as gr
 
 from mnist_diffusion.app import drawing
 from mnist_diffusion.app.drawing import OWN, SAMPLER_NAMES, Settings, Steering, whole, within
-from mnist_diffusion.app.models import Models
+from mnist_diffusion.app.models import CLASSIFIER_FREE, Models
 from mnist_diffusion.app.work import Work, figure
 from mnist_diffusion.checks import require
 from mnist_diffusion.config import SamplingConfig
@@ -171,8 +171,12 @@ def _generate(models: Models, controls: Controls) -> None:
             count = gr.Slider(1, 16, 8, step=1, label="Images of each")
             scale, steps = controls.guidance(), controls.steps()
             sampler = gr.Dropdown(list(SAMPLER_NAMES), value=OWN, label="Sampler", info="How noise becomes images.")
-            low = controls.bound(0, label="Guidance from", info="Guidance acts from this time; 0 is the finished image.")
+            low = controls.bound(
+                0, label="Guidance from", info="Guidance acts from this time; 0 is the finished image."
+            )
             high = controls.bound(1, label="Guidance to", info="Guidance acts up to this time; 1 is pure noise.")
+            look = {"label": "Guidance rule", "info": "What the class is told apart from, and how."}
+            rule = controls.add(gr.Dropdown, lambda _: _rules(models), **look)
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             draw = gr.Button("Draw", variant="primary")
         with gr.Column():
@@ -180,14 +184,25 @@ def _generate(models: Models, controls: Controls) -> None:
             code = gr.Code(language="python", label="The same in Python", interactive=False, wrap_lines=True)
 
     def generate(
-        name: str, classes: list[str], count: Any, scale: Any, steps: Any, sampler: str, low: Any, high: Any, seed: Any
+        name: str,
+        classes: list[str],
+        count: Any,
+        scale: Any,
+        steps: Any,
+        sampler: str,
+        low: Any,
+        high: Any,
+        rule: str,
+        seed: Any,
     ) -> Iterator[tuple[Any, str]]:
         with told_kindly():
+            require(rule in (rules := models.rules), "guidance rule", str(rule)[:100], f"one of {', '.join(rules)}")
             settings = Settings(
                 class_labels=tuple(classes or ()),
                 num_images=count,
                 guidance_scale=scale,
                 guidance_interval=(low, high),
+                guidance=rules[rule],
                 scheduler=sampler,
                 num_inference_steps=steps,
                 seed=seed,
@@ -197,8 +212,12 @@ def _generate(models: Models, controls: Controls) -> None:
             for film in drawing.films(pipeline, settings):
                 yield film.value(), python
 
-    asked = [controls.pipeline, classes, count, scale, steps, sampler, low, high, seed]
+    asked = [controls.pipeline, classes, count, scale, steps, sampler, low, high, rule, seed]
     draw.click(generate, asked, [film, code], api_name="generate", **ONE_AT_A_TIME)
+
+
+def _rules(models: Models) -> dict[str, Any]:
+    return {"choices": list(models.rules), "value": CLASSIFIER_FREE}
 
 
 def _steer(models: Models, controls: Controls) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mnist_diffusion.cli.options import Parser, add_options, add_switch, from_options, parse
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import pipeline_folder
+from mnist_diffusion.ranks import helpers, rank
 from mnist_diffusion.requests import EvaluationRequest
 
 
@@ -39,8 +40,11 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from mnist_diffusion.pictures.tables import console
     from mnist_diffusion.sharing.card import write_results_to_card
 
-    set_num_threads()
-    measured = evaluate.evaluate(request)
+    with helpers(request.processes, ["evaluate", *argv]):
+        set_num_threads()
+        measured = evaluate.evaluate(request)
+    if rank() > 0:
+        return 0
     report.print_table(measured, console())
     if values.write_card:
         write_results_to_card(card.parent, measured, report.card_text(measured))

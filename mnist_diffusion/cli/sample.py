@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
+from mnist_diffusion.checks import require
 from mnist_diffusion.cli.options import Parser, add_options, add_switch, from_options, parse
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.ranks import helpers, rank
 from mnist_diffusion.requests import SampleRequest
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from mnist_diffusion.pictures.sampling import Samples
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
@@ -26,32 +34,41 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     add_switch(parser, "--as_dataset", "a labelled data set instead of a grid")
     values = parse(parser, argv)
     request = from_options(SampleRequest, values)
-    from mnist_diffusion.files import replace_picture
+    require(values.as_dataset or request.processes == 1, "processes", request.processes, "1 without as_dataset")
+    from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.pictures.sampling import Samples
 
-    out: Path = values.out
-    samples = Samples(request)
-    try:
-        if values.as_dataset:
-            samples.write_dataset(out)
-            print(f"{request.num_images} images in {out}; train on them with --data.source {out}")
-            return 0
-        grid, images = samples.grid()
-        pictures = {"grid": grid}
-        if values.compare_schedulers:
-            pictures["schedulers"] = samples.compare_schedulers()
-        if values.guidance_sweep:
-            pictures["guidance"] = samples.guidance_sweep(values.guidance_sweep)
-        if values.interpolation:
-            pictures["interpolation"] = samples.interpolation(values.interpolation)
-        out.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            replace_picture(picture, out / f"{name}.png")
-        if values.files:
-            samples.write_files(images, out)
-        if values.gif:
-            samples.animation(out / "denoising.gif")
-    except ValueError as error:  # the pipeline's own, which name argument and value
-        raise UserError(str(error)) from error
-    print(f"{len(images)} images in {out}")
+    with helpers(request.processes, ["sample", *argv]):
+        set_num_threads()
+        try:
+            if values.as_dataset:
+                Samples(request).write_dataset(values.out)
+                print(f"{request.num_images} images in {values.out}; train on them with --data.source {values.out}")
+            elif rank() == 0:
+                draw_pictures(Samples(request), values)
+        except ValueError as error:  # the pipeline's own, which name argument and value
+            raise UserError(str(error)) from error
     return 0
+
+
+def draw_pictures(samples: Samples, values: Namespace) -> None:
+    """Draw the pictures that were asked for, and write them all."""
+    from mnist_diffusion.files import replace_picture
+
+    out: Path = values.out
+    grid, images = samples.grid()
+    pictures = {"grid": grid}
+    if values.compare_schedulers:
+        pictures["schedulers"] = samples.compare_schedulers()
+    if values.guidance_sweep:
+        pictures["guidance"] = samples.guidance_sweep(values.guidance_sweep)
+    if values.interpolation:
+        pictures["interpolation"] = samples.interpolation(values.interpolation)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        replace_picture(picture, out / f"{name}.png")
+    if values.files:
+        samples.write_files(images, out)
+    if values.gif:
+        samples.animation(out / "denoising.gif")
+    print(f"{len(images)} images in {out}")

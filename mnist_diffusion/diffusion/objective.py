@@ -25,7 +25,7 @@ class Batch:
         images: in [-1, 1], float32 `[B, C, H, W]`.
         labels: int64 `[B]`.
         noise: standard normal, float32 `[B, C, H, W]`.
-        timesteps: uniform below the objective's number of timesteps, int64 `[B]`.
+        timesteps: below the objective's number of timesteps, int64 `[B]`.
         dropped: which labels are dropped, bool `[B]`.
     """
 
@@ -54,6 +54,7 @@ class Objective:
         fingerprint: stands for what the loss depends on beside configuration and images, such as a teacher's weights; a
             resumed run must find it the same.
         name: what configuration, card and summary of a run call it; the function's own if it is left out.
+        draw_timesteps: draws so many timesteps with a generator, int64 `[B]`; all alike if it is left out.
     """
 
     loss: Callable[[nn.Module, Batch], Tensor]
@@ -61,6 +62,7 @@ class Objective:
     num_timesteps: int = 1000
     fingerprint: str = ""
     name: str = ""
+    draw_timesteps: Callable[[int, torch.Generator], Tensor] | None = None
 
     def __str__(self) -> str:
         name = self.name or getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
@@ -78,7 +80,10 @@ class Objective:
             return torch_generator(device, seed, purpose, 0 if held_out else 1, step)
 
         noise = torch.randn(shape, generator=generator("noise"), device=device, dtype=torch.float32)
-        timesteps = torch.randint(self.num_timesteps, shape[:1], generator=generator("timesteps"), device=device)
+        if self.draw_timesteps is None:
+            timesteps = torch.randint(self.num_timesteps, shape[:1], generator=generator("timesteps"), device=device)
+        else:
+            timesteps = self.draw_timesteps(shape[0], generator("timesteps"))
         share = 0.0 if held_out else self.label_dropout
         return noise, timesteps, torch.rand(shape[:1], generator=generator("labels"), device=device) < share
 
@@ -104,16 +109,23 @@ def diffusion_target(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
             return scheduler.get_velocity(batch.images, batch.noise, batch.timesteps)
 
 
+def error_scale(alphas_cumprod: Tensor, kind: str) -> Tensor:
+    """The squared error of a noise, velocity or image at each timestep, `[T]`, if that of the image is 1.
+
+    Salimans and Ho (2022), https://arxiv.org/abs/2202.00512, section 4: SNR for `epsilon`, SNR + 1 for `v_prediction`.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
+
+
 def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """The min-SNR weight of each timestep, `[T]`: min(SNR, gamma) as a weight on the error of the clean image.
 
     Hang et al. (2023), https://arxiv.org/abs/2303.09556, section 3.4: divided by SNR for a prediction of the noise,
     by SNR + 1 for the velocity.
     """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
     # At zero terminal SNR an epsilon weight would be 0 / 0; the configuration refuses such a schedule.
-    return snr.clamp(max=gamma) / divisor
+    return error_scale(alphas_cumprod, "epsilon").clamp(max=gamma) / error_scale(alphas_cumprod, prediction_type)
 
 
 def sigmoid_weights(alphas_cumprod: Tensor, bias: float) -> Tensor:
@@ -124,25 +136,54 @@ def sigmoid_weights(alphas_cumprod: Tensor, bias: float) -> Tensor:
     return torch.sigmoid(bias - torch.logit(alphas_cumprod))
 
 
+def timestep_distribution(
+    config: DiffusionConfig, alphas_cumprod: Tensor
+) -> Callable[[int, torch.Generator], Tensor] | None:
+    """What draws the timesteps of a batch, as an `Objective` takes it.
+
+    Stratified: one from each of as many equal parts as there are images (Kingma et al., 2021,
+    https://arxiv.org/abs/2107.00630, appendix I.1). Log-normal: Karras et al. (2022), https://arxiv.org/abs/2206.00364,
+    table 1, whose noise level is the ratio of noise to signal, at the timestep with the nearest ratio.
+    """
+    steps, (mean, std) = config.num_train_timesteps, config.lognormal
+    levels = -torch.logit(alphas_cumprod.double()) / 2
+
+    def stratified(count: int, generator: torch.Generator) -> Tensor:
+        within = torch.rand(count, generator=generator, device=generator.device)
+        places = torch.arange(count, device=generator.device) + within
+        return (places * (steps / count)).long().clamp(max=steps - 1)
+
+    def lognormal(count: int, generator: torch.Generator) -> Tensor:
+        asked = mean + std * torch.randn(count, generator=generator, device=generator.device)
+        return torch.searchsorted(((levels[1:] + levels[:-1]) / 2).to(asked), asked)
+
+    return {"uniform": None, "stratified": stratified, "lognormal": lognormal}[config.timesteps]
+
+
 def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, null_class: int | None) -> Objective:
-    """Denoising diffusion: mean squared error to the target, weighted over timesteps.
+    """Denoising diffusion: mean squared error, weighted over timesteps.
 
     Args:
-        config: label dropout and weighting.
+        config: label dropout, timesteps, whose error it is, and weighting.
         scheduler: the training scheduler.
         null_class: the label that stands for no class; None for an unconditional network.
     """
-    weights = None
+    alphas, kind = scheduler.alphas_cumprod, config.prediction_type
+    weights = torch.ones_like(alphas)
+    if config.loss_on not in ("prediction", kind):
+        weights = error_scale(alphas, config.loss_on) / error_scale(alphas, kind)
     if config.sigmoid_bias is not None:
-        weights = sigmoid_weights(scheduler.alphas_cumprod, config.sigmoid_bias)
+        weights = weights * sigmoid_weights(alphas, config.sigmoid_bias)
     if config.min_snr_gamma is not None:
-        weights = min_snr_weights(scheduler.alphas_cumprod, config.prediction_type, config.min_snr_gamma)
+        weights = min_snr_weights(alphas, kind, config.min_snr_gamma)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
         prediction = model(noisy, batch.timesteps, class_labels=batch.conditions(null_class), return_dict=False)[0]
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         errors = (prediction - diffusion_target(scheduler, batch)).square().mean(dim=(1, 2, 3))
-        return errors if weights is None else errors * weights.to(errors.device)[batch.timesteps]
+        return errors * weights.to(errors.device)[batch.timesteps]
 
-    return Objective(loss, config.label_dropout, config.num_train_timesteps, name="denoising diffusion")
+    times = timestep_distribution(config, alphas)
+    steps, name = config.num_train_timesteps, "denoising diffusion"
+    return Objective(loss, config.label_dropout, steps, name=name, draw_timesteps=times)

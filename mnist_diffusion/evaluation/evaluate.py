@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from mnist_diffusion.checks import PLAIN_GUIDANCE, pairs_of_levels
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, package_versions
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.evaluator import accuracy, evaluator_for, load_evaluator
 from mnist_diffusion.evaluation.external import read_sample
-from mnist_diffusion.evaluation.generated import ImageGenerator, Sample
+from mnist_diffusion.evaluation.generated import ImageGenerator
 from mnist_diffusion.evaluation.inception import ImageNetDistance
 from mnist_diffusion.evaluation.protocol import Reference
 from mnist_diffusion.evaluation.report import misclassified_grid, nearest_grid, sample_grid, write_report
 from mnist_diffusion.files import pipeline_folder
+from mnist_diffusion.ranks import rank
 from mnist_diffusion.requests import EvaluationRequest
 from mnist_diffusion.run_folder.read import images_beside
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
@@ -32,15 +34,15 @@ NUM_IMAGES = 10_000
 TRUSTED_ACCURACY = 0.9
 MONITORED = ("accuracy", "fid", "fid_ratio", "precision", "recall")
 
-Draws = list[tuple[dict[str, Any], Callable[[], Sample]]]
-"""Descriptions of sets of images, each with a function that gets the images."""
+Draws = list[tuple[dict[str, Any], Callable[[], Any]]]
+"""Descriptions of sets of images, each with a function that gets the images, or helps another process to draw them."""
 
 
 def evaluate(request: EvaluationRequest) -> dict[str, Any]:
-    """Measure images and write the report.
+    """Measure images and write the report; of several processes the first does, and the others help it to draw.
 
     Returns:
-        The content of `report.json`.
+        The content of `report.json`; of a helper, nothing.
 
     Raises:
         UserError: something that the user can put right.
@@ -58,6 +60,10 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     data = load_images(request.data, seed=request.split_seed or 0).in_memory()
     print(data.banner, end="")
     draws = _draws(request, data)
+    if rank() > 0:
+        for _, draw in draws:
+            draw()
+        return {}
     evaluator = evaluator_for(data) if request.evaluator is None else load_evaluator(request.evaluator, data)
     reference, reached = Reference(data, evaluator.model, seed=request.seed), accuracy(evaluator.model, data.test)
     if reached < TRUSTED_ACCURACY:
@@ -110,7 +116,7 @@ def _draws(request: EvaluationRequest, data: ImageData) -> Draws:
     """The sets of images to measure."""
     first = Path(request.sources[0])
     if len(request.sources) == 1 and first.exists() and not (pipeline_folder(first) / "model_index.json").is_file():
-        asked = ("num_images", "scheduler", "num_inference_steps", "guidance_scale")
+        asked = ("num_images", "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance")
         if idle := [name for name in asked if getattr(request, name)]:
             raise UserError(f"{', '.join(idle)} can only be given for a pipeline, and {str(first)!r} holds images")
         sample = read_sample(first, data)
@@ -136,11 +142,13 @@ def _pipeline_draws(source: str, request: EvaluationRequest, data: ImageData) ->
     )
     own = (None,)
     schedulers, steps, scales = request.scheduler, request.num_inference_steps, request.guidance_scale
-    asked = itertools.product(schedulers or own, steps or own, scales or own)
+    guided = pairs_of_levels("guidance_interval", request.guidance_interval), request.guidance or (PLAIN_GUIDANCE,)
+    asked = itertools.product(schedulers or own, steps or own, scales or own, guided[0] or own, guided[1])
     chosen = [generator.settings(*each) for each in asked]
     for settings in chosen:
         generator.check(settings)
-    return [({"name": each.name, **asdict(each)}, partial(generator.draw, each)) for each in chosen]
+    draw = generator.draw if rank() == 0 else generator.help_to_draw
+    return [({"name": each.name, **asdict(each)}, partial(draw, each)) for each in chosen]
 
 
 def monitor(

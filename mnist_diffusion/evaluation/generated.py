@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from mnist_diffusion.checks import PLAIN_GUIDANCE
 from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.diffusion.guidance import Autoguidance, guidance_arguments
 from mnist_diffusion.diffusion.pipeline import fingerprint, generate, require_fit, stop_after_step
 from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import open_file, replace_file
+from mnist_diffusion.ranks import make_together
 from mnist_diffusion.seeds import mixed_seed
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
@@ -41,16 +44,22 @@ class Sample:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How images are drawn: the sampler, its steps, and the guidance (None for an unconditional model)."""
+    """How images are drawn: the sampler, its steps, and the guidance (no scale for an unconditional model)."""
 
     scheduler: str
     num_inference_steps: int
     guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None = None
+    guidance: str = PLAIN_GUIDANCE
 
     @property
     def name(self) -> str:
         """The settings in a few words."""
         guided = "" if self.guidance_scale is None else f", guidance {self.guidance_scale:g}"
+        if self.guidance_interval is not None:
+            guided += " from {:g} to {:g}".format(*self.guidance_interval)
+        if self.guidance != PLAIN_GUIDANCE:
+            guided += f" by {self.guidance}"
         steps = f"{self.num_inference_steps} step{'s' if self.num_inference_steps > 1 else ''}"
         return f"{self.scheduler}, {steps}{guided}"
 
@@ -86,6 +95,8 @@ class ImageGenerator:
         self.pipeline, self.num_images, self.seed = pipeline, num_images, seed
         self.batch_size, self.folder, self.classes = batch_size, folder, pipeline.num_classes
         self.training_config = pipeline.scheduler.config
+        self._arguments = functools.cache(self._guidance_arguments)
+        self._identity = functools.cache(self._name)
         require_fit(pipeline, data)
         if num_images < MIN_IMAGES:
             raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
@@ -93,7 +104,12 @@ class ImageGenerator:
             raise UserError(f"num_images must be a multiple of the {self.classes} classes, got {num_images}")
 
     def settings(
-        self, scheduler: str | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None
+        self,
+        scheduler: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance: str = PLAIN_GUIDANCE,
     ) -> SamplingSettings:
         """Settings, with the pipeline's own defaults in place of None."""
         own = self.pipeline.config
@@ -102,7 +118,12 @@ class ImageGenerator:
         if self.classes is not None and guidance_scale is None:
             guidance_scale = own.guidance_scale
         steps = num_inference_steps or own.num_inference_steps
-        return SamplingSettings(scheduler or sampler_name(self.pipeline.scheduler), steps, guidance_scale)
+        name = scheduler or sampler_name(self.pipeline.scheduler)
+        return SamplingSettings(name, steps, guidance_scale, guidance_interval, guidance)
+
+    def _guidance_arguments(self, settings: SamplingSettings) -> dict[str, Any]:
+        asked = settings.guidance, settings.guidance_scale, settings.guidance_interval
+        return guidance_arguments(self.pipeline, *asked)
 
     def check(self, settings: SamplingSettings) -> None:
         """Take the first step of one image, so that what cannot work fails before others are drawn.
@@ -133,7 +154,7 @@ class ImageGenerator:
             [mixed_seed(self.seed, "eval", index) for index in indices],
             batch_size=self.batch_size,
             num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
+            **self._arguments(settings),
             **options,
         )
 
@@ -147,19 +168,35 @@ class ImageGenerator:
             UserError: the settings cannot work, or the network gives values that are not finite.
         """
         with self._sampler(settings):
-            starts = tqdm(range(0, self.num_images, IMAGES_PER_PART), desc="drawing", unit="part", leave=False)
-            all_indices = range(self.num_images)
-            parts = [self._part(settings, all_indices[start : start + IMAGES_PER_PART]) for start in starts]
+            parts = [self._part(settings, indices) for indices in self._shared(settings)]
         images = torch.cat([torch.from_numpy(part["images"]) for part in parts])
         labels = self._labels(range(self.num_images))
         passes, seconds = (sum(float(part[name]) for part in parts) for name in ("passes", "seconds"))
         return Sample(images, None if labels is None else torch.tensor(labels), passes / self.num_images, seconds)
 
+    def help_to_draw(self, settings: SamplingSettings) -> None:
+        """Draw those parts into the folder that no other process has claimed."""
+        with self._sampler(settings):
+            self._shared(settings)
+
+    def _shared(self, settings: SamplingSettings) -> list[range]:
+        """The indices of each part; if they are kept, all are there, drawn by this process and others."""
+        starts = range(0, self.num_images, IMAGES_PER_PART)
+        parts = [range(self.num_images)[start : start + IMAGES_PER_PART] for start in starts]
+        if self.folder is not None:
+            paths = {self._path(settings, indices): indices for indices in parts}
+            next(iter(paths)).parent.mkdir(parents=True, exist_ok=True)
+            make_together(list(paths), lambda path: self._part(settings, paths[path]))
+        return parts
+
+    def _path(self, settings: SamplingSettings, indices: range) -> Path:
+        return Path(self.folder or "", self._identity(settings), f"{indices.start:06d}-{indices.stop:06d}.npz")
+
     def _part(self, settings: SamplingSettings, indices: range) -> dict[str, np.ndarray]:
         """Some of the images, read from the folder if they have been drawn before."""
         path = None
         if self.folder is not None:
-            path = self.folder / self._identity(settings) / f"{indices.start:06d}-{indices.stop:06d}.npz"
+            path = self._path(settings, indices)
             if (kept := _read_part(path, (len(indices), *self.pipeline.image_shape))) is not None:
                 return kept
         passes = 0
@@ -174,8 +211,12 @@ class ImageGenerator:
                 raise ValueError(f"values that are not finite (NaN or infinity) in step {step + 1}")
             return values
 
+        rule = self._arguments(settings).get("guidance")
+        networks = [self.pipeline.unet, *([rule.weak.unet] if isinstance(rule, Autoguidance) else [])]
         started = time.perf_counter()
-        with self.pipeline.unet.register_forward_pre_hook(count):
+        with ExitStack() as hooks:
+            for network in networks:
+                hooks.enter_context(network.register_forward_pre_hook(count))
             images = self._generate(settings, indices, callback_on_step_end=check_finite)
         part = {
             "images": (images * 255).round().byte().numpy(),
@@ -183,15 +224,15 @@ class ImageGenerator:
             "seconds": np.array(time.perf_counter() - started),
         }
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, lambda file: np.savez(file, allow_pickle=False, **part))
         return part
 
-    def _identity(self, settings: SamplingSettings) -> str:
+    def _name(self, settings: SamplingSettings) -> str:
         """A name for what decides the images: weights, sampler, steps, guidance and seed."""
-        pipeline = self.pipeline
+        pipeline, rule = self.pipeline, self._arguments(settings).get("guidance")
         network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
         drawn = [fingerprint(pipeline), type(pipeline.scheduler).__name__, repr(settings), self.seed]
+        drawn += [fingerprint(rule.weak)] if isinstance(rule, Autoguidance) else []
         identity = json.dumps([*drawn, network], sort_keys=True, default=str)
         digest = hashlib.sha256(identity.encode()).hexdigest()
         guided = "" if settings.guidance_scale is None else f"-{settings.guidance_scale:g}"

@@ -183,6 +183,10 @@ PLOTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 """For each plot, the figure along its axis, and the settings that make a line of their own, as the legend has them."""
 
 
+VARIED = {"pipeline": "{}", "guidance": "{}", "guidance_interval": "{0[0]:g} to {0[1]:g}"}
+"""Settings that a legend names where they differ."""
+
+
 def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Mapping[str, str]) -> Figure | None:
     """Fréchet distance and class accuracy, a line for each pipeline and each combination of settings.
 
@@ -194,8 +198,8 @@ def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Ma
     results = [result for result in results if result.get(across) is not None]
     if len({result[across] for result in results}) < 2:
         return None
-    several = len({result.get("pipeline") for result in results}) > 1
-    spelled = {"pipeline": "{}", **settings} if several else settings
+    several = {name for name in VARIED if len({str(result.get(name)) for result in results}) > 1}
+    spelled = {**{name: pattern for name, pattern in VARIED.items() if name in several}, **settings}
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         texts = [_spell(pattern, result.get(name)) for name, pattern in spelled.items()]

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock
+from huggingface_hub import DatasetCardData
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mnist_diffusion.checks import pairs_of_levels
 from mnist_diffusion.data.transforms import filled_rows
-from mnist_diffusion.diffusion.pipeline import class_names, generate, generate_batches, load_pipeline, with_sampler
+from mnist_diffusion.diffusion.guidance import guidance_arguments
+from mnist_diffusion.diffusion.pipeline import (
+    class_names,
+    fingerprint,
+    generate,
+    generate_batches,
+    load_pipeline,
+    with_sampler,
+)
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import replace_file, replace_picture
+from mnist_diffusion.files import read_text, replace_file, replace_picture, replace_text
 from mnist_diffusion.pictures.grids import drawable, file_names, image_grid, save_animation, to_pictures
 from mnist_diffusion.pictures.pipelines import predicted_frames
+from mnist_diffusion.ranks import make_together, rank
 from mnist_diffusion.requests import SampleRequest
 from mnist_diffusion.seeds import mixed_seed
 
 SHEET_STEPS = (5, 10, 20, 50)
 ANIMATION_IMAGES = 64
+IMAGES_PER_SHARD = 5000
 
 
 class Samples:
@@ -40,13 +55,19 @@ class Samples:
         self.pipeline = load_pipeline(request.pipeline, device=request.device, dtype=request.dtype)
         if request.scheduler is not None:
             self.pipeline = with_sampler(self.pipeline, request.scheduler)
-        chosen = {name: getattr(request, name) for name in ("guidance_scale", "num_inference_steps", "eta")}
+        chosen = {name: getattr(request, name) for name in ("num_inference_steps", "eta")}
         self.arguments = {name: value for name, value in chosen.items() if value is not None}
+        self.arguments |= self._guidance(request.guidance_scale)
         self.names = class_names(self.pipeline)
         self.labels = self._labels()
         count = range(request.num_images)
         self.image_labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in count]
         self.seeds = [mixed_seed(request.seed, "samples", index) for index in count]
+
+    def _guidance(self, scale: float | None) -> dict[str, Any]:
+        """Arguments of a call, by the rule that was asked for."""
+        intervals = pairs_of_levels("guidance_interval", self.request.guidance_interval)
+        return guidance_arguments(self.pipeline, self.request.guidance, scale, *intervals)
 
     def _labels(self) -> list[int] | None:
         """The classes asked for, by number; all if none is named; None for an unconditional model."""
@@ -74,10 +95,10 @@ class Samples:
             )
         return number if named is None else asked
 
-    def batches(self) -> Iterator[Tensor]:
-        """The images in batches, float `[b, C, H, W]` in [0, 1]."""
-        size = self.request.batch_size
-        return generate_batches(self.pipeline, self.image_labels, self.seeds, batch_size=size, **self.arguments)
+    def batches(self, part: slice = slice(None)) -> Iterator[Tensor]:
+        """The images, or some of them, in batches, float `[b, C, H, W]` in [0, 1]."""
+        size, labels = self.request.batch_size, None if self.image_labels is None else self.image_labels[part]
+        return generate_batches(self.pipeline, labels, self.seeds[part], batch_size=size, **self.arguments)
 
     def grid(self) -> tuple[Image.Image, Tensor]:
         """A grid with one row per class (or a square one), and its images in the order they were drawn."""
@@ -124,7 +145,7 @@ class Samples:
         """The same noise and classes at several guidance scales, one row each."""
         if self.labels is None:
             raise UserError("--guidance_sweep needs a class-conditional model")
-        rows = [(f"scale {scale:g}", self._row(guidance_scale=scale)) for scale in scales]
+        rows = [(f"scale {scale:g}", self._row(**self._guidance(scale))) for scale in scales]
         return _sheet(rows, "The same noise, by guidance scale", self._columns())
 
     def _columns(self) -> list[str] | None:
@@ -155,28 +176,61 @@ class Samples:
         return _sheet(rows, "From one class to the next, the same noise", shares)
 
     def write_dataset(self, folder: Path) -> None:
-        """Write a labelled data set as parquet, `train-00000.parquet`, while it is drawn; memory stays flat."""
+        """Write a labelled data set: parquet in shards, by this process and others, and a card that indexes them.
+
+        Memory stays flat. Shards that are there already from the same request are kept.
+
+        Raises:
+            UserError: the folder holds another data set.
+        """
         import datasets
         import pyarrow
 
         kinds: dict[str, Any] = {"image": datasets.Image()}
         if self.image_labels is not None:
             kinds["label"] = datasets.ClassLabel(names=list(self.names))
-        features = datasets.Features(kinds)
-        folder.mkdir(parents=True, exist_ok=True)
-        labels = iter(self.image_labels or ())
+        features, count = datasets.Features(kinds), self.request.num_images
+        starts = range(0, count, IMAGES_PER_SHARD)
+        names = [f"train-{place:05d}-of-{len(starts):05d}.parquet" for place in range(len(starts))]
+        shards = {folder / name: start for name, start in zip(names, starts, strict=True)}
+        self._begin_dataset(folder)
 
-        def write(file: BinaryIO) -> None:
-            writer = datasets.arrow_writer.ParquetWriter(features=features, stream=pyarrow.PythonFile(file, mode="w"))
-            with tqdm(total=self.request.num_images, unit="image") as bar:
-                for batch in self.batches():
+        def make(path: Path) -> None:
+            part = slice(shards[path], shards[path] + IMAGES_PER_SHARD)
+            labels = iter(self.image_labels[part] if self.image_labels is not None else ())
+
+            def write(file: BinaryIO) -> None:
+                stream = pyarrow.PythonFile(file, mode="w")
+                writer = datasets.arrow_writer.ParquetWriter(features=features, stream=stream)
+                for batch in self.batches(part):
                     for picture in to_pictures(batch):
                         label = {} if self.image_labels is None else {"label": next(labels)}
                         writer.write(features.encode_example({"image": picture, **label}))
-                    bar.update(len(batch))
-            writer.finalize(close_stream=False)
+                writer.finalize(close_stream=False)
 
-        replace_file(folder / "train-00000.parquet", write)
+            replace_file(path, write)
+
+        make_together(list(shards), make)
+        if rank() == 0:
+            split = datasets.SplitInfo(name="train", num_examples=count)
+            info = datasets.DatasetInfo(features=features, splits=datasets.SplitDict({"train": split}))
+            card = DatasetCardData(configs=[{"config_name": "default", "data_files": "train-*.parquet"}])
+            datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(card)
+            about = f"{count} images drawn by `{self.request.pipeline}` with seed {self.request.seed}."
+            replace_text(folder / "README.md", f"---\n{card}\n---\n\n{about}\n")
+
+    def _begin_dataset(self, folder: Path) -> None:
+        """Note what is drawn into a folder, or find it noted there."""
+        request = dataclasses.replace(self.request, processes=1, device=None, batch_size=None, pipeline="")
+        drawn = json.dumps({"pipeline": fingerprint(self.pipeline), **dataclasses.asdict(request)}, sort_keys=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        noted = folder / ".request.json"
+        with FileLock(folder / ".request.lock"):
+            if not noted.exists() and list(folder.glob("train-*.parquet")):
+                raise UserError(f"{folder} holds a data set already; name another --out")
+            if noted.exists() and read_text(noted) != drawn:
+                raise UserError(f"{folder} holds a data set that was drawn otherwise; name another --out")
+            replace_text(noted, drawn)
 
 
 def _sheet(rows: Sequence[tuple[str, Tensor]], title: str, columns: Sequence[str] | None) -> Image.Image:

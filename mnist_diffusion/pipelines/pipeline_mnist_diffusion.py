@@ -18,6 +18,7 @@ import numbers
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,6 +55,67 @@ def guided_prediction(conditional: torch.Tensor, unconditional: torch.Tensor, gu
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
+@dataclass
+class GuidanceStep:
+    """A step of drawing `B` images, as a guidance rule is given it to make one prediction of.
+
+    Args:
+        pipeline: draws them.
+        step: its number, 0 for the first.
+        num_steps: how many there are.
+        timestep: where it begins.
+        model_input: what the network sees, float32 `[B, C, H, W]`.
+        conditions: what the images are conditioned on.
+        acts: whether it is within the guidance interval.
+        scales: their guidance scales, float32 `[B]` on the CPU, lowered to 1 where guidance does not act.
+        passes: network passes so far, summed over the images.
+    """
+
+    pipeline: "MNISTDiffusionPipeline"
+    step: int
+    num_steps: int
+    timestep: torch.Tensor
+    model_input: torch.Tensor
+    conditions: "Conditions"
+    acts: bool
+    scales: torch.Tensor
+    passes: int = 0
+
+    def predict(self, conditional: Any = True, unconditional: Any = True, *, unet: Any = None) -> Any:
+        """The predictions under the classes and under the null class, float32 `[B, C, H, W]` each, from one pass.
+
+        Each is asked for, or for some of the images alone (bool `[B]`), and zero elsewhere. `unet` is a network in place
+        of the pipeline's.
+        """
+        found = self.model_input.new_zeros(2, *self.model_input.shape)
+        asked, null = (torch.as_tensor(each).expand(len(found[0])) for each in (conditional, unconditional))
+        kept, null_rows, null_class = asked[self.conditions.rows], null.nonzero().flatten(), self.pipeline.null_class
+        rows, labels, shares = (part[kept].to(found.device) for part in vars(self.conditions).values())
+        null_rows = null_rows.to(found.device)
+        labels = torch.cat([labels, torch.full_like(null_rows, null_class or 0)])
+        if len(inputs := self.model_input[torch.cat([rows, null_rows])]):
+            predictions = self.pipeline._unet_pass(unet, inputs, self.timestep, None if null_class is None else labels)
+            found[0].index_add_(0, rows, predictions[: len(rows)] * shares.view(-1, 1, 1, 1))
+            found[1][null_rows] = predictions[len(rows) :]
+        self.passes += len(inputs)
+        return found[0], found[1]
+
+
+def classifier_free_guidance(step: GuidanceStep, guidance_rescale: float = 0.0) -> torch.Tensor:
+    """The rule of a call that names none: [`guided_prediction`], and [`rescale_guidance`] for scales above 1."""
+    conditional, unconditional = step.predict(step.scales != 0, step.scales != 1)
+    scales = step.scales.to(conditional.device).view(-1, 1, 1, 1)
+    guided = guided_prediction(conditional, unconditional, scales)
+    if guidance_rescale > 0:
+        guided = torch.where(scales > 1, rescale_guidance(guided, conditional, guidance_rescale), guided)
+    return guided
+
+
+def no_guidance(step: GuidanceStep) -> torch.Tensor:
+    """The prediction under no class."""
+    return step.predict(False)[1]
+
+
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_rescale: float) -> torch.Tensor:
     """Bring the standard deviation of each guided prediction back towards that of the conditional one.
 
@@ -78,19 +140,6 @@ def predicted_original_sample(
     if prediction_type == "v_prediction":
         return signal * sample - noise * model_output
     return (sample - noise * model_output) / signal
-
-
-def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation between two noises `[C, H, W]` at each of `weights` `[F]`, giving `[F, C, H, W]`.
-
-    Shoemake (1985). Unlike a straight line it keeps the norm, which for Gaussian noise is where the mass is.
-    """
-    cosine = (start * end).sum() / (start.norm() * end.norm())
-    angle = torch.arccos(cosine.clamp(-1, 1))
-    weights = weights.to(start).view(-1, *([1] * start.ndim))
-    if angle.sin() < 1e-4:
-        return start + weights * (end - start)
-    return (((1 - weights) * angle).sin() * start + (weights * angle).sin() * end) / angle.sin()
 
 
 @dataclass
@@ -137,7 +186,10 @@ class DenoisingStep:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Pairs of an image's row and a class, with the class's share in the image's conditional prediction, `[P]` each."""
+    """Pairs of an image's row and a class, with the class's share in the image's conditional prediction, `[P]` each.
+
+    None at all where images are drawn under no class.
+    """
 
     rows: torch.Tensor
     labels: torch.Tensor
@@ -236,10 +288,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     def compile(self, **options: Any) -> None:
-        """Compile the network in place with `torch.compile` and its options, for calls of few different batch sizes.
-
-        The first calls then take up to a minute each. What is saved is not changed.
-        """
+        """Compile the network in place, with options of `torch.compile`; the first call of each size takes a minute."""
         self.unet.compile(**options)
 
     # Saving.
@@ -299,8 +348,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels must be from 0 to {self.num_classes - 1}, got {label}")
         return int(label)
 
-    def _conditions(self, class_labels: Any, num_images_per_label: int) -> tuple[Conditions | None, int]:
-        """What each image is conditioned on, and how many images there are; None is unconditional."""
+    def _conditions(self, class_labels: Any, num_images_per_label: int) -> tuple[Conditions, int]:
+        """What each image is conditioned on, and how many images there are."""
         _check_count("num_images_per_label", num_images_per_label)
         repeats = int(num_images_per_label)
         if self.num_classes is not None and getattr(class_labels, "ndim", 0) == 2:
@@ -319,10 +368,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     labels, rows = torch.cartesian_prod(used, torch.arange(len(weights))).T
                 return Conditions(rows, labels, weights[rows, labels]), len(weights)
         ids = self.label_ids(class_labels)
-        if ids is None:
-            return None, repeats
-        labels = torch.tensor(ids).repeat_interleave(repeats)
-        return Conditions(torch.arange(len(labels)), labels, torch.ones(len(labels))), len(labels)
+        labels = torch.tensor(ids or [], dtype=torch.int64).repeat_interleave(repeats)
+        return Conditions(torch.arange(len(labels)), labels, torch.ones(len(labels))), len(labels) or repeats
 
     def _guidance_scales(self, guidance_scale: Any, batch_size: int) -> torch.Tensor:
         """One scale per image, float32 `[B]` on the CPU."""
@@ -339,10 +386,10 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     def _conditioned(
         self, class_labels: Any, num_images_per_label: int, guidance_scale: Any
-    ) -> tuple[Conditions | None, torch.Tensor]:
-        """Conditions and scales for [`_predict`]: of labels for these scales, at scale 1, if guidance was distilled."""
+    ) -> tuple[Conditions, torch.Tensor]:
+        """What a [`GuidanceStep`] takes: labels for these scales, at scale 1, if guidance was distilled."""
         conditions, batch_size = self._conditions(class_labels, num_images_per_label)
-        if conditions is None and guidance_scale is not None:
+        if class_labels is None and guidance_scale is not None:
             raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
         scales = self._guidance_scales(guidance_scale, batch_size)
         if not (learned := self.config.guidance_distilled):
@@ -355,25 +402,37 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 "distilled into its weights, which draw with it in one pass per step; for another scale distil the "
                 "teacher again"
             )
-        if conditions is not None:
+        if class_labels is not None:
             labels = conditions.labels + self.num_classes * apart.argmin(dim=1)[conditions.rows]
             conditions = replace(conditions, labels=labels)
         return conditions, torch.ones_like(scales)
 
-    def _check_guidance(self, guidance_interval: Any, guidance_rescale: Any) -> None:
-        if guidance_interval is not None:
-            if not isinstance(guidance_interval, list | tuple) or len(guidance_interval) != 2:
-                raise TypeError(f"guidance_interval must be a pair (low, high), got {guidance_interval!r}")
-            for bound in guidance_interval:
+    def _rule(self, guidance: Any, class_labels: Any, scale: Any, interval: Any, rescale: Any) -> Any:
+        """The guidance rule of a call, which takes a [`GuidanceStep`]."""
+        if interval is not None:
+            if not isinstance(interval, list | tuple) or len(interval) != 2:
+                raise TypeError(f"guidance_interval must be a pair (low, high), got {interval!r}")
+            for bound in interval:
                 _check_number("guidance_interval", bound, low=0, high=1)
-            if guidance_interval[0] > guidance_interval[1]:
-                raise ValueError(f"guidance_interval must not be reversed, got {guidance_interval!r}")
-        _check_number("guidance_rescale", guidance_rescale, low=0, high=1)
-        if self.config.guidance_distilled and (guidance_interval is not None or guidance_rescale > 0):
+            if interval[0] > interval[1]:
+                raise ValueError(f"guidance_interval must not be reversed, got {interval!r}")
+        _check_number("guidance_rescale", rescale, low=0, high=1)
+        if self.config.guidance_distilled and (interval or rescale or guidance):
             raise ValueError(
-                f"guidance_interval={guidance_interval!r}, guidance_rescale={guidance_rescale!r} have no effect on "
-                "this model, whose guidance was distilled into its weights"
+                f"guidance_interval={interval!r}, guidance_rescale={rescale!r}, guidance={guidance!r} have no effect "
+                "on this model, whose guidance was distilled into its weights"
             )
+        if class_labels is None and guidance is not None:
+            raise ValueError(f"guidance needs class_labels, got guidance={guidance!r} without them")
+        if guidance is None:
+            return no_guidance if class_labels is None else partial(classifier_free_guidance, guidance_rescale=rescale)
+        if not callable(guidance):
+            raise TypeError(f"guidance must be a function of a GuidanceStep or a guider of diffusers, got {guidance!r}")
+        guider, name = hasattr(guidance, "prepare_inputs"), type(guidance).__name__
+        if rescale or (guider and scale is not None):
+            given = f"guidance_scale={scale!r}, guidance_rescale={rescale!r}"
+            raise ValueError(f"{given} have no effect with guidance={name}, which decides itself")
+        return _rule_of_guider(copy.deepcopy(guidance)) if guider else guidance
 
     def _check_callback(self, callback: Any, tensor_inputs: Sequence[str]) -> None:
         if callback is not None and not callable(callback):
@@ -435,6 +494,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         eta: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        guidance: Any = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
@@ -459,6 +519,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
             generator: one for the batch, or one per image, which then does not depend on the batch.
             latents: the noise to start from, `[B, C, H, W]` of unit variance.
+            guidance: another rule than [`classifier_free_guidance`]: a function of a [`GuidanceStep`] that gives the
+                prediction, or one of `diffusers.guiders` that asks for these two predictions alone and has a scale of
+                its own.
             output_type: `pil`, `np` (float `[B, H, W, C]` in [0, 1]), `pt` (float `[B, C, H, W]` in [0, 1]) or `latent`
                 (float `[B, C, H, W]` in [-1, 1], not clamped).
             return_dict: False returns a tuple `(images,)`.
@@ -477,19 +540,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        stream = self.stream(
-            class_labels,
-            num_images_per_label,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            eta,
-            generator,
-            latents,
-        )
+        wanted = (class_labels, num_images_per_label, guidance_scale, guidance_interval, guidance_rescale)
+        solved: tuple[Any, ...] = (num_inference_steps, timesteps, sigmas, eta, generator, latents, guidance)
+        stream = self.stream(*wanted, *solved)
         with contextlib.closing(stream):
             for done in stream:
                 if callback_on_step_end is not None:
@@ -512,6 +565,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         eta: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        guidance: Any = None,
     ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
         """Draw as a call with these arguments does, and give a [`DenoisingStep`] after each step.
 
@@ -526,7 +580,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """
         conditions, scales = self._conditioned(class_labels, num_images_per_label, guidance_scale)
         self._check_scheduler()
-        self._check_guidance(guidance_interval, guidance_rescale)
+        rule = self._rule(guidance, class_labels, guidance_scale, guidance_interval, guidance_rescale)
         self._check_steps(num_inference_steps, timesteps, sigmas)
         generator = _checked_generators(generator, len(scales))
         step_kwargs = self._step_kwargs(eta, generator)
@@ -542,17 +596,19 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
         @torch.no_grad()
         def denoise(
-            latents: torch.Tensor, conditions: Conditions | None, scales: torch.Tensor
+            latents: torch.Tensor, conditions: Conditions, scales: torch.Tensor
         ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
-            passes = 0
+            passes, total = 0, len(scheduler.timesteps)
             with contextlib.ExitStack() as stack:
                 stack.callback(self.maybe_free_model_hooks)
-                progress_bar = stack.enter_context(self.progress_bar(total=len(scheduler.timesteps)))
+                progress_bar = stack.enter_context(self.progress_bar(total=total))
                 for step, timestep in enumerate(scheduler.timesteps):
                     model_input = scheduler.scale_model_input(latents, timestep)
-                    now = self._scales_at(timestep, scales, guidance_interval)
-                    model_output = self._predict(model_input, timestep, conditions, now, guidance_rescale)
-                    passes += _count_passes(conditions, now)
+                    now = self._guided(timestep, scales, guidance_interval)
+                    guided = GuidanceStep(self, step, total, timestep, model_input, conditions, *now, passes)
+                    model_output, passes = rule(guided), guided.passes
+                    if getattr(model_output, "shape", None) != latents.shape:
+                        raise TypeError(f"guidance must give a prediction {tuple(shape)}, got {model_output!r:.100}")
                     _set_ddim_stride(scheduler, step)
                     latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
                     alpha, kind = _alpha_cumprod(scheduler, step), scheduler.config.prediction_type
@@ -594,51 +650,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         kept = (torch.stack(each).cpu() for each in (latents, predicted, timesteps))
         return TrajectoryOutput(done.images(output_type), *kept)
 
-    @torch.no_grad()
-    def interpolate(
-        self,
-        class_labels: Any,
-        num_frames: int = 8,
-        *,
-        latents: torch.Tensor | None = None,
-        generator: Any = None,
-        **arguments: Any,
-    ) -> Any:
-        """Draw images between two noises or two classes.
-
-        Args:
-            class_labels: one label, or two: then the conditional prediction is mixed from the first to the second.
-            num_frames: images, both ends included.
-            latents: the noise, `[1, C, H, W]` for all frames or `[2, C, H, W]` for the two ends; see [`slerp`].
-            generator: draws the noise if `latents` are not given: one for all frames, or two for the two ends.
-            arguments: further arguments of a call.
-
-        Returns:
-            As a call, `.images` of `num_frames` images.
-
-        Raises:
-            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
-        """
-        labels = self.label_ids(class_labels)
-        if labels is None or len(labels) > 2:
-            raise ValueError(f"class_labels must be one label or two to interpolate, got {class_labels!r}")
-        _check_count("num_frames", num_frames, low=2)
-        ends = latents
-        if ends is None:
-            found = _checked_generators(generator, 1, 2)
-            found = found if isinstance(found, list) else [found]
-            drawn = {"shape": (1, *self.image_shape), "device": self._execution_device}
-            ends = torch.cat([randn_tensor(generator=each, **drawn) for each in found])
-        elif not isinstance(ends, torch.Tensor) or len(ends) not in (1, 2):
-            raise ValueError(f"latents must be a tensor of one noise or two, got {getattr(ends, 'shape', ends)}")
-        _check_images("latents", ends, (len(ends), *self.image_shape))
-        along = torch.linspace(0, 1, int(num_frames))
-        frames = slerp(ends[0].float(), ends[-1].float(), along)
-        weights = torch.zeros(len(along), self.num_classes)
-        weights[:, labels[0]] += 1 - along
-        weights[:, labels[-1]] += along
-        return self(weights, latents=frames, **arguments)
-
     # Denoising.
 
     def _prepared_scheduler(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> Any:
@@ -678,50 +689,40 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"eta={eta!r} has no effect with {type(self.scheduler).__name__}; DDIM takes it")
         return {name: value for name, value in offered.items() if name in accepted}
 
-    def _scales_at(self, timestep: torch.Tensor, scales: torch.Tensor, interval: Any) -> torch.Tensor:
-        """The guidance scales of a step."""
+    def _guided(self, timestep: torch.Tensor, scales: torch.Tensor, interval: Any) -> tuple[bool, torch.Tensor]:
+        """Whether guidance acts in a step, and its scales."""
         low, high = self.config.guidance_interval if interval is None else interval
-        inside = low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
-        return scales if inside else scales.clamp(max=1)
-
-    def _predict(
-        self,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        conditions: Conditions | None,
-        scales: torch.Tensor,
-        guidance_rescale: float,
-    ) -> torch.Tensor:
-        """The guided prediction, float32 `[B, C, H, W]`, from one batched pass over just the rows that need it."""
-        batch_size, device = len(model_input), model_input.device
-        if conditions is None:
-            null = None if self.null_class is None else torch.full((batch_size,), self.null_class, device=device)
-            return self._unet_pass(model_input, timestep, null)
-        asked, null_rows = (scales != 0)[conditions.rows], (scales != 1).nonzero().flatten()
-        rows, shares = conditions.rows[asked].to(device), conditions.shares[asked].to(device)
-        labels = torch.cat([conditions.labels[asked], torch.full_like(null_rows, self.null_class)]).to(device)
-        null_rows, scale = null_rows.to(device), scales.to(device).view(-1, 1, 1, 1)
-        predictions = self._unet_pass(model_input[torch.cat([rows, null_rows])], timestep, labels)
-        conditional, unconditional = torch.zeros_like(model_input), torch.zeros_like(model_input)
-        conditional.index_add_(0, rows, predictions[: len(rows)] * shares.view(-1, 1, 1, 1))
-        unconditional[null_rows] = predictions[len(rows) :]
-        guided = guided_prediction(conditional, unconditional, scale)
-        if guidance_rescale > 0:
-            guided = torch.where(scale > 1, rescale_guidance(guided, conditional, guidance_rescale), guided)
-        return guided
+        acts = low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
+        return acts, scales if acts else scales.clamp(max=1)
 
     def _unet_pass(
-        self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
+        self, unet: Any, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
     ) -> torch.Tensor:
-        patches = F.pixel_unshuffle(model_input.to(self.unet.dtype), self.config.patch_size)
+        unet = self.unet if unet is None else unet
+        patches = F.pixel_unshuffle(model_input.to(unet.dtype), self.config.patch_size)
         kind = torch.float32 if timestep.is_floating_point() else torch.int64  # float64 is not known on every device
-        predicted = self.unet(patches, timestep.to(patches.device, kind), class_labels=labels, return_dict=False)[0]
+        predicted = unet(patches, timestep.to(patches.device, kind), class_labels=labels, return_dict=False)[0]
         return F.pixel_shuffle(predicted, self.config.patch_size).float()
 
 
-def _count_passes(conditions: Conditions | None, scales: torch.Tensor) -> int:
-    """Network passes of [`_predict`], over all images."""
-    return len(scales) if conditions is None else int((scales != 0)[conditions.rows].sum() + (scales != 1).sum())
+def _rule_of_guider(guider: Any) -> Callable[[GuidanceStep], torch.Tensor]:
+    """The rule of a guider of `diffusers.guiders`, which asks for predictions under the classes and under no class."""
+    name, inside = type(guider).__name__, type(guider).prepare_models.__qualname__
+    if not {"pred_cond", "pred_uncond"} >= set(guider._input_predictions) or inside != "BaseGuidance.prepare_models":
+        raise ValueError(f"guidance={name} needs other predictions than those under the classes and under no class")
+
+    def rule(step: GuidanceStep) -> torch.Tensor:
+        guider.set_state(step.step, step.num_steps, step.timestep)
+        parts = guider.prepare_inputs({"conditional": (torch.tensor(True), torch.tensor(False))})
+        if not step.acts:
+            return step.predict(True, False)[0]
+        asked = [bool(part.conditional) for part in parts]
+        predictions = step.predict(any(asked), not all(asked))
+        for part, conditional in zip(parts, asked, strict=True):
+            part.noise_pred = predictions[not conditional]
+        return guider(parts)[0]
+
+    return rule
 
 
 def _space_for_second_order(scheduler: Any) -> None:

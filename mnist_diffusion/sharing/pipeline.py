@@ -1,4 +1,4 @@
-"""The installed pipeline class: it draws as the shipped one does, inverts, and loads, saves and pushes safely."""
+"""The installed pipeline class: it draws as the shipped one does, interpolates, inverts, loads, saves and pushes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
 
 from mnist_diffusion.environment import DEFAULT_DEVICE
@@ -20,7 +21,9 @@ from mnist_diffusion.sharing import reading
 from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
 from mnist_diffusion.sharing.commit import commit_files
 
+GuidanceStep = shipped.GuidanceStep
 TrajectoryOutput = shipped.TrajectoryOutput
+guided_prediction = shipped.guided_prediction
 predicted_original_sample = shipped.predicted_original_sample
 
 CODE_FILE, CODE = f"{shipped.MODULE}.py", shipped.SOURCE
@@ -29,6 +32,19 @@ CODE_INDEX = [shipped.MODULE, reading.PIPELINE_CLASS]
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 NO_EFFECT = ("trust_remote_code", "low_cpu_mem_usage")  # no code is run, and memory is taken once, whatever they say
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation between two noises `[C, H, W]` at each of `weights` `[F]`, giving `[F, C, H, W]`.
+
+    Shoemake (1985). Unlike a straight line it keeps the norm, which for Gaussian noise is where the mass is.
+    """
+    cosine = (start * end).sum() / (start.norm() * end.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    weights = weights.to(start).view(-1, *([1] * start.ndim))
+    if angle.sin() < 1e-4:
+        return start + weights * (end - start)
+    return (((1 - weights) * angle).sin() * start + (weights * angle).sin() * end) / angle.sin()
 
 
 class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
@@ -136,15 +152,16 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         self._check_steps(num_inference_steps, None, None)
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(int(num_inference_steps))
-        conditions, _ = self._conditions(labels, 1)
+        conditions, _ = self._conditions(labels, len(images) if labels is None else 1)
+        rule = shipped.no_guidance if labels is None else shipped.classifier_free_guidance
         sample = images.to(self._execution_device, torch.float32) * 2 - 1
         before = torch.tensor(1.0)
         for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
             alpha = scheduler.alphas_cumprod[timestep]
             angle = torch.arccos(alpha.sqrt()) - torch.arccos(before.sqrt())
-            target, sample, now = sample, sample / angle.cos(), self._scales_at(timestep, scales, None)
+            target, sample, now = sample, sample / angle.cos(), self._guided(timestep, scales, None)
             for _ in range(int(num_iterations)):
-                output = self._predict(sample, timestep, conditions, now, 0.0)
+                output = rule(shipped.GuidanceStep(self, 0, 1, timestep, sample, conditions, *now))
                 clean = shipped.predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)
                 if scheduler.config.clip_sample:
                     clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
@@ -152,6 +169,51 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
                 sample = (target + angle.sin() * velocity) / angle.cos()
             before = alpha
         return sample
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        class_labels: Any,
+        num_frames: int = 8,
+        *,
+        latents: torch.Tensor | None = None,
+        generator: Any = None,
+        **arguments: Any,
+    ) -> Any:
+        """Draw images between two noises or two classes.
+
+        Args:
+            class_labels: one label, or two: then the conditional prediction is mixed from the first to the second.
+            num_frames: images, both ends included.
+            latents: the noise, `[1, C, H, W]` for all frames or `[2, C, H, W]` for the two ends; see [`slerp`].
+            generator: draws the noise if `latents` are not given: one for all frames, or two for the two ends.
+            arguments: further arguments of a call.
+
+        Returns:
+            As a call, `.images` of `num_frames` images.
+
+        Raises:
+            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
+        """
+        labels = self.label_ids(class_labels)
+        if labels is None or len(labels) > 2:
+            raise ValueError(f"class_labels must be one label or two to interpolate, got {class_labels!r}")
+        shipped._check_count("num_frames", num_frames, low=2)
+        ends = latents
+        if ends is None:
+            found = shipped._checked_generators(generator, 1, 2)
+            found = found if isinstance(found, list) else [found]
+            drawn = {"shape": (1, *self.image_shape), "device": self._execution_device}
+            ends = torch.cat([randn_tensor(generator=each, **drawn) for each in found])
+        elif not isinstance(ends, torch.Tensor) or len(ends) not in (1, 2):
+            raise ValueError(f"latents must be a tensor of one noise or two, got {getattr(ends, 'shape', ends)}")
+        shipped._check_images("latents", ends, (len(ends), *self.image_shape))
+        along = torch.linspace(0, 1, int(num_frames))
+        frames = slerp(ends[0].float(), ends[-1].float(), along)
+        weights = torch.zeros(len(along), self.num_classes)
+        weights[:, labels[0]] += 1 - along
+        weights[:, labels[-1]] += along
+        return self(weights, latents=frames, **arguments)
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write a folder that this class and plain diffusers load; push it too, if asked.

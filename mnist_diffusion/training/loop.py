@@ -218,6 +218,7 @@ class TrainingLoop:
                     self._do(due, evaluate=self._evaluate)
                     self.clock.passed()  # an evaluation's time comes on top
                     self._log(lines)
+                    self._do(due, averages=self._keep_averages)  # before the checkpoint, or a kill could lose them
                     bar.total = self.progress.planned_steps or None
                     bar.set_postfix(loss=f"{self.progress.loss:.4f}", img_s=f"{speed:.0f}")
                     if "checkpoint" in due:
@@ -268,11 +269,13 @@ class TrainingLoop:
     def _due(self, *, over: bool, interrupted: bool) -> set[str]:
         """What comes after this step."""
         train = self.config.train
-        due = {name for name in ("checkpoint", "sample", "evaluate", "snapshot") if self._passes(f"{name}_every")}
+        regular = ("checkpoint", "sample", "evaluate", "snapshot", "averages")
+        due = {name for name in regular if self._passes(f"{name}_every")}
         if any(self._epochs(self.step - 1) < epoch <= self._epochs(self.step) for epoch in train.animate_at_epochs):
             due.add("animation")
         if over:
-            due |= {"checkpoint", "sample"} | ({"evaluate"} if train.evaluate_every is not None else set())
+            due |= {"checkpoint", "sample"}
+            due |= {name for name in ("evaluate", "averages") if getattr(train, f"{name}_every") is not None}
         if "sample" in due or self._is_early():
             due.add("draw")
         if interrupted:  # who sends a signal does not want to wait for pictures
@@ -407,6 +410,10 @@ class TrainingLoop:
     def _animate(self) -> None:
         with warned_of("drawing"):
             self.draw_animation()
+
+    def _keep_averages(self) -> None:
+        if self.state.averages is not None:
+            self.state.averages.write(self.folder, self.step)
 
     def _snapshot(self) -> None:
         folder = self.folder / "snapshots" / f"step-{self.step}"

@@ -19,9 +19,10 @@ from mnist_diffusion.data.dataset import ImageData, draw_batch
 from mnist_diffusion.data.transforms import to_model_range
 from mnist_diffusion.diffusion.network import PatchedUNet, patch_size_of
 from mnist_diffusion.diffusion.objective import Batch, Objective
-from mnist_diffusion.run_folder.checkpoint import Checkpoint, optimizer_state, restore_optimizer
+from mnist_diffusion.run_folder.checkpoint import Checkpoint, CheckpointError, optimizer_state, restore_optimizer
 from mnist_diffusion.run_folder.metrics import NOISE_LEVELS
 from mnist_diffusion.seeds import mixed_seed
+from mnist_diffusion.training.averages import PowerAverages
 from mnist_diffusion.training.optimizer import build_optimizer
 
 
@@ -45,6 +46,7 @@ class TrainState:
             unet.to(memory_format=torch.channels_last)
         self.averaged_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.ema = EMAModel(unet.parameters(), decay=config.train.ema_decay, foreach=True)
+        self.averages = None if config.train.averages_every is None else PowerAverages(unet)
         self.unet, patches = unet, patch_size_of(unet, channels=data.channels)
         optimizer = build_optimizer(unet, config.train)
         model = PatchedUNet(unet, patches)
@@ -102,6 +104,8 @@ class TrainState:
             self.optimizer.step()
         if not skipped:
             self._update_average(step + 1)
+        if self.averages is not None:
+            self.averages.update(self.unet.parameters(), step + 1)
         self.optimizer.zero_grad()
         return measured
 
@@ -182,12 +186,23 @@ class TrainState:
         names = [name for name, _ in self.unet.named_parameters()]
         average = dict(zip(names, self.ema.shadow_params, strict=True))
         tensors = {"unet": dict(self.unet.state_dict()), "ema": average, "optimizer": moments}
+        if self.averages is not None:
+            tensors["averages"] = self.averages.tensors()
         steps = self.ema.optimization_step
         return tensors, {"optimizer_groups": groups, "ema_step": steps, "grad_scaler": self._scaler_state()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load the state of a checkpoint."""
+        """Load the state of a checkpoint.
+
+        Raises:
+            CheckpointError: it has no averages to go on with.
+        """
         tensors = checkpoint.tensors
+        if self.averages is not None:
+            if "averages" not in tensors:
+                asked = f"train.averages_every={self.config.train.averages_every!r}"
+                raise CheckpointError(f"{asked} needs averages from the first step on, and {checkpoint.path} has none")
+            self.averages.restore(tensors["averages"])
         self.unet.load_state_dict(tensors["unet"])
         with torch.no_grad():
             for (name, _), shadow in zip(self.unet.named_parameters(), self.ema.shadow_params, strict=True):

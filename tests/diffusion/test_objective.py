@@ -14,6 +14,7 @@ from torch import nn
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.objective import Batch, Objective, diffusion_objective, min_snr_weights, sigmoid_weights
+from mnist_diffusion.sharing.pipeline import predicted_original_sample
 from tests.conftest import make_pipeline
 
 SHAPE = (6, 1, 8, 8)
@@ -82,6 +83,49 @@ def test_weights_change_the_loss() -> None:
     alphas = build_noise_scheduler(DiffusionConfig()).alphas_cumprod
     torch.testing.assert_close(losses[1], losses[0] * min_snr_weights(alphas, "v_prediction", 5.0)[300])
     torch.testing.assert_close(losses[2], losses[0] * sigmoid_weights(alphas, 2.0)[300])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("loss_on", ["epsilon", "v_prediction", "sample"])
+def test_the_error_of_what_follows_from_the_prediction(prediction_type: Any, loss_on: Any) -> None:
+    """However wrong a prediction: the loss is the squared error of what follows from it."""
+    objective = make_objective(prediction_type=prediction_type, loss_on=loss_on)
+    batch, scheduler = make_batch(objective), build_noise_scheduler(DiffusionConfig())
+    batch = dataclasses.replace(batch, timesteps=torch.tensor([20, 200, 400, 600, 800, 950]))
+    model = Recorder()
+    loss = objective.loss(model, batch)
+    alpha = scheduler.alphas_cumprod.double()[batch.timesteps].view(-1, 1, 1, 1)
+    predicted = torch.zeros(SHAPE).double()
+    noisy = model.sample.double()
+    image = predicted_original_sample(predicted, noisy, alpha, prediction_type)
+    noise = (noisy - alpha.sqrt() * image) / (1 - alpha).sqrt()
+    found = {"epsilon": noise, "sample": image, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * image}
+    true_image, true_noise = batch.images.double(), batch.noise.double()
+    velocity = alpha.sqrt() * true_noise - (1 - alpha).sqrt() * true_image
+    wanted = {"epsilon": true_noise, "sample": true_image, "v_prediction": velocity}
+    expected = (found[loss_on] - wanted[loss_on]).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_stratified_timesteps_fall_into_each_part_of_the_time() -> None:
+    objective = make_objective(timesteps="stratified")
+    for count in (7, 64, 3000):
+        times = objective.draw((count, 1, 1, 1), seed=0, step=count, device="cpu")[1]
+        parts = torch.arange(count) * 1000 / count
+        assert ((times >= parts.floor()) & (times <= parts + 1000 / count)).all()
+    several = [objective.draw((10, 1, 1, 1), seed=0, step=step, device="cpu")[1] for step in range(500)]
+    torch.testing.assert_close(torch.stack(several).double().mean(), torch.tensor(499.5).double(), atol=3, rtol=0)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_lognormal_timesteps(zero_snr: bool) -> None:
+    objective = make_objective(timesteps="lognormal", lognormal=(-0.5, 0.8), rescale_betas_zero_snr=zero_snr)
+    times = objective.draw((20_000, 1, 1, 1), seed=0, step=0, device="cpu")[1]
+    config = DiffusionConfig(rescale_betas_zero_snr=zero_snr)
+    alphas = build_noise_scheduler(config).alphas_cumprod.double()[times]
+    ratios = ((1 - alphas) / alphas).sqrt().log()
+    assert float(ratios.mean()) == pytest.approx(-0.5, abs=0.02)
+    assert float(ratios.std()) == pytest.approx(0.8, abs=0.02)
 
 
 def test_labels_are_dropped_one_by_one() -> None:

@@ -17,8 +17,7 @@ from mnist_diffusion.config import DiffusionConfig, SamplingConfig
 from mnist_diffusion.diffusion.pipeline import generate
 from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import ConfigError
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import slerp
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline, slerp
 from tests.conftest import ALL_SAMPLERS, make_pipeline
 
 LABEL, SCALE = 3, 2.5

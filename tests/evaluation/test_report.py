@@ -92,6 +92,28 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     assert "60 images are few" in shown.replace("\n", " ")
 
 
+def test_sweep_over_guidance_rules(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Rules, intervals and scales: each is drawn and its passes are counted, those of a weaker model too."""
+    weak = tmp_path / "weak"
+    pipeline = MNISTDiffusionPipeline.from_pretrained(folders[0])
+    for parameter in pipeline.unet.parameters():
+        parameter.data.mul_(0.5)
+    pipeline.save_pretrained(weak)
+    flags: list[object] = ["--num_inference_steps", 4, "--guidance_scale", 3, "--guidance_interval", 0, 1, 0.4, 0.8]
+    flags += ["--guidance", "cfg", f"autoguidance:{weak}", "ClassifierFreeGuidance"]
+    out = evaluate(*folders, tmp_path / "out", *flags)
+    results = json.loads((out / "report.json").read_text())["results"]
+    rules = ["", f" by autoguidance:{weak}", " by ClassifierFreeGuidance"]
+    assert [each["name"] for each in results] == [
+        f"dpmpp, 4 steps, guidance 3 from {bounds}{rule}" for bounds in ("0 to 1", "0.4 to 0.8") for rule in rules
+    ]
+    assert [each["passes_per_image"] for each in results] == [8, 8, 8, 6, 6, 6]
+    images = [json.dumps(each["pixel_mean"]) for each in results]
+    assert images[0] == images[2] != images[1]
+    assert images[3] == images[5] != images[0]
+    assert len(list((out / "images").iterdir())) == 6
+
+
 def test_images_of_another_program(folders: tuple[Path, Path], tmp_path: Path) -> None:
     pipeline, evaluator = folders
     assert main(["sample", str(pipeline), "--num_images", "60", "--files", "--out", str(tmp_path / "images")]) == 0
@@ -183,7 +205,13 @@ def test_parser(folders: tuple[Path, Path], flags: list[str], capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), [("scheduler", ("euler", "oiler")), ("guidance_scale", (-1.0,)), ("num_inference_steps", (0,))]
+    ("name", "values"),
+    [
+        ("scheduler", ("euler", "oiler")),
+        ("guidance_scale", (-1.0,)),
+        ("num_inference_steps", (0,)),
+        ("guidance", ("cfg", "autoguidance:")),
+    ],
 )
 def test_request_names_option_and_value(name: str, values: tuple[object, ...]) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be .*, got {values[-1]!r}"):

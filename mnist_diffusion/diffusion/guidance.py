@@ -1,0 +1,93 @@
+"""Guidance rules beside the pipeline's own, and how a command names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from diffusers import guiders
+from torch import Tensor
+
+from mnist_diffusion.checks import AUTOGUIDANCE, PLAIN_GUIDANCE, require
+from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.sharing.pipeline import GuidanceStep, MNISTDiffusionPipeline, guided_prediction
+
+
+@dataclass(frozen=True)
+class Autoguidance:
+    """Away from what a weaker model predicts under the same classes: `weak + scale * (strong - weak)`.
+
+    Karras et al. (2024), https://arxiv.org/abs/2406.02507, equation 3. It takes two passes where the scale is neither 0
+    nor 1. (What diffusers calls AutoGuidance drops layers of one network.)
+
+    Args:
+        weak: the weaker model, such as an earlier snapshot of the same run.
+
+    Raises:
+        ValueError: from the call of a pipeline that draws other images, has other classes, or was trained for another
+            prediction or noising process.
+    """
+
+    weak: MNISTDiffusionPipeline
+
+    def __call__(self, step: GuidanceStep) -> Tensor:
+        """The guided prediction of a step, float32 `[B, C, H, W]`."""
+        if step.step == 0:
+            wanted = _kind(step.pipeline)
+            for what, found in _kind(self.weak).items():
+                if found != wanted[what]:
+                    raise ValueError(f"guidance: {what} of the weaker model must be {wanted[what]}, got {found}")
+        strong, _ = step.predict(step.scales != 0, False)
+        weak, _ = step.predict(step.scales != 1, False, unet=self.weak.unet)
+        return guided_prediction(strong, weak, step.scales.to(strong.device).view(-1, 1, 1, 1))
+
+
+def _kind(pipeline: Any) -> dict[str, Any]:
+    """What two models must have in common for one to guide the other."""
+    shared = ("num_train_timesteps", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
+    process = {name: pipeline.scheduler.config.get(name) for name in shared}
+    own = {name: getattr(pipeline, name) for name in ("image_shape", "num_classes", "device")}
+    return {**own, **{name: pipeline.config[name] for name in ("patch_size", "guidance_distilled")}, **process}
+
+
+def _works(kind: type[guiders.guider_utils.BaseGuidance]) -> bool:
+    """Whether a guider takes images, has a single scale, and needs nothing of the inside of a network."""
+    inside = kind.prepare_models is not guiders.guider_utils.BaseGuidance.prepare_models
+    asked = set(kind._input_predictions or ("none",))
+    for_images = kind.__name__ != "MagnitudeAwareGuidance"  # its norm takes no three dimensions (diffusers 0.42)
+    single = "guidance_scale" in signature(kind).parameters
+    return asked <= {"pred_cond", "pred_uncond"} and not inside and for_images and single
+
+
+GUIDERS = tuple(kind for kind in vars(guiders).values() if isinstance(kind, type) and _works(kind))
+"""The guiders of diffusers that can be named."""
+
+
+def guidance_arguments(
+    pipeline: MNISTDiffusionPipeline, name: str, scale: float | None = None, interval: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """The arguments of a call that draws by a rule named on a command line.
+
+    Args:
+        pipeline: draws.
+        name: `cfg`, `autoguidance:` with the weaker model's folder or Hub id, or a class of `diffusers.guiders`.
+        scale: the guidance scale; the pipeline's own if omitted.
+        interval: the noise levels at which guidance acts; the pipeline's own if omitted.
+
+    Raises:
+        ConfigError: there is no such rule.
+        UserError: the weaker model could not be loaded.
+    """
+    given = {"guidance_scale": scale, "guidance_interval": interval}
+    plain = {key: value for key, value in given.items() if value is not None}
+    if name == PLAIN_GUIDANCE:
+        return plain
+    if name.startswith(AUTOGUIDANCE):
+        dtype = str(pipeline.dtype).removeprefix("torch.")
+        weak = load_pipeline(name.removeprefix(AUTOGUIDANCE), device=str(pipeline.device), dtype=dtype)
+        return {**plain, "guidance": Autoguidance(weak)}
+    kinds = {kind.__name__: kind for kind in GUIDERS}
+    require(name in kinds, "guidance", name, f"{PLAIN_GUIDANCE}, {AUTOGUIDANCE}PIPELINE or one of {', '.join(kinds)}")
+    plain["guidance"] = kinds[name](guidance_scale=plain.pop("guidance_scale", pipeline.config.guidance_scale))
+    return plain

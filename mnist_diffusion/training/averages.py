@@ -1,0 +1,134 @@
+"""Averages of the weights by power functions: two are tracked while training, any other is rebuilt from them later.
+
+Karras et al. (2024), https://arxiv.org/abs/2312.02696, section 3: a step `k` counts in proportion to `k ** gamma`, so
+that at every moment an average reaches back over the same share of the training. How far is said by its relative
+standard deviation: with 0.1, over about a tenth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import replace_bytes
+
+TRACKED = (0.05, 0.1)
+"""The relative standard deviations that are tracked, those of the paper."""
+SHORTEST, LONGEST = 0.005, 0.25
+"""Bounds of those that can be asked for; an average over all steps alike has 0.289."""
+FOLDER, FILE = "averages", re.compile(r"step-(\d+)\.safetensors")
+
+
+def exponent(std: float) -> float:
+    """The gamma of the power function of this relative standard deviation.
+
+    It is `(gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)`, equation 123, solved for gamma as in algorithm 2.
+    """
+    return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
+
+
+class PowerAverages:
+    """The tracked averages of a network's weights.
+
+    Args:
+        network: its weights, in the order of `named_parameters`.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.names = [name for name, _ in network.named_parameters()]
+        self.exponents = [exponent(std) for std in TRACKED]
+        self.tracked = [[each.detach().clone() for each in network.parameters()] for _ in TRACKED]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor], step: int) -> None:
+        """Take in the weights after a step, the first of which is 1."""
+        current = list(parameters)
+        for gamma, average in zip(self.exponents, self.tracked, strict=True):
+            torch._foreach_lerp_(average, current, 1 - (1 - 1 / step) ** (gamma + 1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All averages, by `std/name`."""
+        pairs = zip(TRACKED, self.tracked, strict=True)
+        return {f"{std}/{name}": each for std, average in pairs for name, each in zip(self.names, average, strict=True)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what [`tensors`] gave."""
+        for name, average in self.tensors().items():
+            average.copy_(tensors[name])
+
+    def write(self, run: Path, step: int) -> None:
+        """Keep the averages after a step in the run folder."""
+        (run / FOLDER).mkdir(exist_ok=True)
+        contiguous = {name: each.cpu().contiguous() for name, each in self.tensors().items()}
+        replace_bytes(run / FOLDER / f"step-{step}.safetensors", save(contiguous))
+
+
+def coefficients(steps: Sequence[int], std: float) -> tuple[np.ndarray, float]:
+    """How the averages kept after `steps` sum up to one of another length after the last of them.
+
+    A sum of averages weights each step by the sum of their weights. What the others are to each step is found by least
+    squares over the cumulated weights: if weights drift at random, these are what the changes of each step enter with.
+    All coefficients sum to 1, so that what does not change is kept as it is.
+
+    Args:
+        steps: rising; both averages were kept after each.
+        std: the relative standard deviation asked for.
+
+    Returns:
+        One coefficient for each of `TRACKED` of each of `steps`, `[len(steps), 2]`; and the largest difference of the
+        cumulated weights.
+    """
+    last = steps[-1]
+    # Up to a step, an average that ends at `end` has the share (step / end) ** (gamma + 1) of its weight.
+    places = np.arange(last + 1)
+    known = [np.minimum(places / end, 1) ** (exponent(each) + 1) for end in steps for each in TRACKED]
+    wanted = (places / last) ** (exponent(std) + 1)
+    others = np.stack(known[:-1], axis=1) - known[-1][:, None]
+    found = np.linalg.lstsq(others, wanted - known[-1], rcond=None)[0]
+    error = float(np.abs(others @ found + known[-1] - wanted).max())
+    return np.append(found, 1 - found.sum()).reshape(len(steps), len(TRACKED)), error
+
+
+def kept_steps(run: Path) -> list[int]:
+    """The steps after which a run folder has averages, in rising order.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = sorted(int(match[1]) for path in (run / FOLDER).glob("*") if (match := FILE.fullmatch(path.name)))
+    if not found:
+        raise UserError(f"{run} keeps no averages: train with --train.averages_every, such as '50 steps'")
+    return found
+
+
+def rebuilt(run: Path, std: float) -> tuple[dict[str, Tensor], float]:
+    """The average of this relative standard deviation at the end of a run, from those that its folder keeps.
+
+    Returns:
+        The weights by name, float32, and the largest difference of the cumulated weights of the steps.
+
+    Raises:
+        UserError: the folder keeps no averages, or one could not be read.
+    """
+    steps = kept_steps(run)
+    shares, error = coefficients(steps, std)
+    total: dict[str, Tensor] = {}
+    for step, row in zip(steps, shares, strict=True):
+        path = run / FOLDER / f"step-{step}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    each, _, name = key.partition("/")
+                    part = file.get_tensor(key).double() * row[TRACKED.index(float(each))]
+                    total[name] = total[name] + part if name in total else part
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error_of_file:
+            raise UserError(f"{path} could not be read: {error_of_file}") from error_of_file
+    return {name: each.float() for name, each in total.items()}, error

@@ -1,0 +1,199 @@
+"""Guidance rules: functions of one's own, a weaker model, and diffusers' guiders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    DiffusionPipeline,
+    SkipLayerGuidance,
+)
+from torch import Tensor
+
+from mnist_diffusion.config import DiffusionConfig
+from mnist_diffusion.diffusion.guidance import GUIDERS, Autoguidance, guidance_arguments
+from mnist_diffusion.errors import ConfigError
+from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
+from mnist_diffusion.sharing.pipeline import GuidanceStep, MNISTDiffusionPipeline
+from tests.conftest import make_pipeline
+from tests.sharing.test_pipeline import CountingUNet, draw
+from tests.studio.test_studio import make_student
+
+
+@pytest.fixture
+def weak() -> MNISTDiffusionPipeline:
+    return make_pipeline(seed=1)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_the_plain_rule_draws_the_same_bits(pipeline: MNISTDiffusionPipeline, scale: float) -> None:
+    counter, counts, images = CountingUNet(pipeline), [], []
+    for rule in (None, shipped.classifier_free_guidance):
+        images.append(draw(pipeline, 1, 2, guidance_scale=scale, guidance_interval=(0.3, 0.7), guidance=rule))
+        counts.append(counter.passes)
+    assert torch.equal(*images)
+    assert counts[1] == 2 * counts[0]
+
+
+def test_a_rule_of_ones_own(pipeline: MNISTDiffusionPipeline) -> None:
+    """It sees the step, asks for what it needs, and its passes are counted, in plain diffusers too."""
+    seen: list[GuidanceStep] = []
+
+    def rule(step: GuidanceStep) -> Tensor:
+        seen.append(step)
+        conditional, unconditional = step.predict(step.scales > 2, True)
+        assert (conditional[step.scales <= 2] == 0).all()
+        return unconditional
+
+    arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance": rule}
+    *_, last = pipeline.stream([1, 2, 3], guidance_scale=[1.0, 3.0, 4.0], guidance_interval=(0.5, 1), **arguments)
+    assert [(step.step, step.num_steps) for step in seen] == [(index, 4) for index in range(4)]
+    levels = [float(step.timestep) / 1000 for step in seen]
+    for step, level in zip(seen, levels, strict=True):
+        assert step.scales.tolist() == ([1, 3, 4] if level >= 0.5 else [1, 1, 1])
+    assert last.passes == sum(3 + (2 if level >= 0.5 else 0) for level in levels)
+    torch.testing.assert_close(
+        draw(pipeline, 1, guidance=lambda step: step.predict(False)[1]), draw(pipeline, 1, guidance_scale=0)
+    )
+
+
+def test_mixed_classes(pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline) -> None:
+    weights = torch.zeros(1, 10)
+    weights[0, [3, 8]] = 0.5
+    for rule, passes in ((None, 3), (Autoguidance(weak), 4)):
+        *_, last = pipeline.stream(weights, guidance_scale=2, num_inference_steps=2, guidance=rule)
+        assert last.passes == 2 * passes
+
+
+class TestAutoguidance:
+    def test_formula(self, pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline) -> None:
+        noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        [done] = pipeline.stream(
+            [4], guidance_scale=3, num_inference_steps=1, latents=noise, guidance=Autoguidance(weak)
+        )
+        with torch.no_grad():
+            strong, bad = (each.unet(noise, 999, torch.tensor([4])).sample for each in (pipeline, weak))
+        torch.testing.assert_close(done.model_output, bad + 3 * (strong - bad), atol=1e-5, rtol=1e-5)
+        assert (strong - bad).abs().max() > 1e-3
+        assert done.passes == 2
+
+    def test_passes_and_ends(self, pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline) -> None:
+        """At scale 1 it is the strong model, at 0 the weak one, with one pass each; by itself a model is itself."""
+        counters = [CountingUNet(each) for each in (pipeline, weak)]
+        for scale, model, passes in ((1, pipeline, [2, 0]), (0, weak, [0, 2])):
+            before = [counter.passes for counter in counters]
+            images = draw(pipeline, 1, guidance_scale=scale, num_inference_steps=2, guidance=Autoguidance(weak))
+            assert [counter.passes - start for counter, start in zip(counters, before, strict=True)] == passes
+            torch.testing.assert_close(images, draw(model, 1, guidance_scale=1, num_inference_steps=2))
+        own = draw(pipeline, 1, guidance_scale=4, guidance=Autoguidance(pipeline))
+        torch.testing.assert_close(own, draw(pipeline, 1, guidance_scale=1))
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            ({"channels": 3}, r"image_shape of the weaker model must be \(1, 8, 8\), got \(3, 8, 8\)"),
+            ({"conditional": False}, "num_classes of the weaker model must be 10, got None"),
+            (
+                {"diffusion": DiffusionConfig(prediction_type="epsilon")},
+                "prediction_type of the weaker model must be v_prediction, got epsilon",
+            ),
+        ],
+    )
+    def test_models_that_do_not_fit(
+        self, pipeline: MNISTDiffusionPipeline, other: dict[str, Any], message: str
+    ) -> None:
+        counter = CountingUNet(pipeline)
+        with pytest.raises(ValueError, match=message):
+            pipeline([1], guidance=Autoguidance(make_pipeline(**other)))
+        assert counter.passes == 0
+
+
+class TestGuiders:
+    def test_classifier_free(self, pipeline: MNISTDiffusionPipeline) -> None:
+        """Scale, steps and passes are the guider's own, within the interval; the pixels are ours."""
+        counter = CountingUNet(pipeline)
+        arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_interval": (0.4, 0.8)}
+        theirs = draw(pipeline, 1, 2, guidance=ClassifierFreeGuidance(guidance_scale=3.0), **arguments)
+        assert counter.passes == 2 * (1 + 2 + 2 + 1)
+        torch.testing.assert_close(theirs, draw(pipeline, 1, 2, guidance_scale=3, **arguments))
+        early = draw(pipeline, 1, 2, guidance=ClassifierFreeGuidance(guidance_scale=3.0, stop=0.5), **arguments)
+        assert counter.passes == 2 * (6 + 6) + 2 * (1 + 2 + 1 + 1)
+        assert not torch.equal(early, theirs)
+
+    @pytest.mark.parametrize("kind", GUIDERS, ids=lambda kind: kind.__name__)
+    def test_every_guider_that_can_be_named(self, pipeline: MNISTDiffusionPipeline, kind: Any) -> None:
+        plain = draw(pipeline, 1, guidance_scale=1)
+        named = guidance_arguments(pipeline, kind.__name__, 4.0, (0.0, 1.0))
+        found = draw(pipeline, 1, **named)
+        assert torch.isfinite(found).all()
+        assert not torch.allclose(found, plain, atol=1e-3)
+
+    def test_a_guider_remembers_nothing_from_call_to_call(self, pipeline: MNISTDiffusionPipeline) -> None:
+        guider = AdaptiveProjectedGuidance(guidance_scale=4.0, adaptive_projected_guidance_momentum=-0.5)
+        later: dict[str, Any] = {"guidance_interval": (0, 0.8), "num_inference_steps": 5}
+        first = draw(pipeline, 1, guidance=guider, **later)
+        assert torch.equal(draw(pipeline, 1, guidance=guider, **later), first)
+        assert guider.momentum_buffer is None
+        forgetful = AdaptiveProjectedGuidance(guidance_scale=4.0)
+        assert not torch.equal(draw(pipeline, 1, guidance=forgetful, **later), first)  # though not asked at step 0
+
+    def test_in_plain_diffusers(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+        pipeline.save_pretrained(tmp_path)
+        loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+        guider = ClassifierFreeGuidance(guidance_scale=3.0)
+        assert torch.equal(draw(loaded, 1, guidance=guider), draw(pipeline, 1, guidance=guider))
+
+    @pytest.mark.parametrize(
+        "guider",
+        [SkipLayerGuidance(skip_layer_guidance_layers=[0]), AutoGuidance(auto_guidance_layers=[0], dropout=0.1)],
+        ids=lambda guider: type(guider).__name__,
+    )
+    def test_those_that_need_the_inside_of_a_network(self, pipeline: MNISTDiffusionPipeline, guider: Any) -> None:
+        with pytest.raises(ValueError, match=f"guidance={type(guider).__name__} needs other predictions"):
+            pipeline([1], guidance=guider)
+
+
+def nothing(step: GuidanceStep) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"guidance": "cfg"}, TypeError, "guidance must be a function of a GuidanceStep or a guider of diffusers"),
+        ({"guidance": nothing}, TypeError, r"guidance must give a prediction \(1, 1, 8, 8\), got None"),
+        ({"guidance": nothing, "class_labels": None}, ValueError, "guidance needs class_labels"),
+        ({"guidance": nothing, "guidance_rescale": 0.5}, ValueError, "no effect with guidance=function"),
+        ({"guidance": ClassifierFreeGuidance(), "guidance_scale": 2}, ValueError, "no effect with guidance=Classifier"),
+    ],
+)
+def test_bad_rules(
+    pipeline: MNISTDiffusionPipeline, arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    counter = CountingUNet(pipeline)
+    with pytest.raises(kind, match=message):
+        pipeline(**{"class_labels": [1], **arguments})
+    assert counter.passes == 0
+
+
+def test_a_student_has_its_guidance_in_the_weights() -> None:
+    with pytest.raises(ValueError, match="guidance was distilled into its weights"):
+        make_student(make_pipeline())([1], guidance=shipped.classifier_free_guidance)
+
+
+def test_names(pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+    weak.save_pretrained(tmp_path)
+    assert guidance_arguments(pipeline, "cfg") == {}
+    named = guidance_arguments(pipeline, f"autoguidance:{tmp_path}", 2.0, (0.1, 0.9))
+    assert {**named, "guidance": None} == {"guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "guidance": None}
+    assert torch.equal(draw(pipeline, 1, **named), draw(pipeline, 1, **{**named, "guidance": Autoguidance(weak)}))
+    named = guidance_arguments(pipeline, "AdaptiveProjectedGuidance", interval=(0.3, 0.9))
+    assert (named.pop("guidance").guidance_scale, named) == (1.9, {"guidance_interval": (0.3, 0.9)})
+    with pytest.raises(ConfigError, match="guidance must be cfg, autoguidance:PIPELINE or one of AdaptiveProjected"):
+        guidance_arguments(pipeline, "SkipLayerGuidance")
