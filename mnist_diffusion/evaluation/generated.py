@@ -27,7 +27,7 @@ from mnist_diffusion.ranks import make_together
 from mnist_diffusion.seeds import mixed_seed
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
-IMAGES_PER_PART = 500
+IMAGES_PER_PART = 250
 MIN_IMAGES = 50
 MAX_PART_BYTES = 2**31
 

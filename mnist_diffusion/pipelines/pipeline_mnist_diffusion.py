@@ -84,8 +84,8 @@ class GuidanceStep:
     def predict(self, conditional: Any = True, unconditional: Any = True, *, unet: Any = None) -> Any:
         """The predictions under the classes and under the null class, float32 `[B, C, H, W]` each, from one pass.
 
-        Each is asked for, or for some of the images alone (bool `[B]`), and zero elsewhere. `unet` is a network in place
-        of the pipeline's.
+        Each is asked for, or for some of the images alone (bool `[B]`), and zero elsewhere. `unet` takes the place of
+        the pipeline's own network.
         """
         found = self.model_input.new_zeros(2, *self.model_input.shape)
         asked, null = (torch.as_tensor(each).expand(len(found[0])) for each in (conditional, unconditional))

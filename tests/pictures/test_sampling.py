@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
+from mnist_diffusion.pictures import sampling
 from mnist_diffusion.pictures.sampling import Samples
 from tests.conftest import make_pipeline
 
@@ -84,6 +86,35 @@ def test_labelled_data_set_comes_back(folder: str, tmp_path: Path) -> None:
     data = load_images(DataConfig(source=str(out)), seed=0)
     assert len(data.train) + len(data.test) == 23
     assert data.class_names == tuple("abcdefghij")
+
+
+def test_a_data_set_in_shards(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards are of the same images as one file, indexed by a card, taken up again, and never mixed with others."""
+    monkeypatch.setattr(sampling, "IMAGES_PER_SHARD", 10)
+    flags: list[Any] = ["--as_dataset", "--num_images", 23]
+    out = sample(folder, tmp_path / "set", *flags)
+    shards = sorted(out.glob("*.parquet"))
+    assert [path.name for path in shards] == [f"train-0000{place}-of-00003.parquet" for place in range(3)]
+    written = [path.read_bytes() for path in shards]
+    loaded = datasets.load_dataset(str(out), split="train")
+    assert loaded.features["label"].names == list("abcdefghij")
+    assert loaded["label"] == [place % 10 for place in range(23)]
+    assert "num_examples: 23" in (out / "README.md").read_text()
+    shards[1].unlink()
+    sample(folder, out, *flags, "--batch_size", 3)
+    assert [path.read_bytes() for path in shards][::2] == written[::2]
+    again = datasets.load_dataset("parquet", data_files=[str(path) for path in shards], split="train")
+    for one, other in zip(loaded["image"], again["image"], strict=True):
+        assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
+    sample(folder, out, *flags, "--seed", 1, code=2)
+    assert "holds a data set that was drawn otherwise" in capsys.readouterr().err
+    (out / ".request.json").unlink()
+    sample(folder, out, *flags, code=2)
+    assert "holds a data set already" in capsys.readouterr().err
+    sample(folder, tmp_path / "pictures", "--processes", 2, code=2)
+    assert "processes must be 1 without as_dataset, got 2" in capsys.readouterr().err
 
 
 def test_a_labelled_data_set_is_whole_or_not_there(
