@@ -100,6 +100,9 @@ class EvaluationRequest(DrawingRequest):
     """The run's train.seed, where data.source has no test split; null takes that of the first source's run, or 0."""
     evaluator: Path | None = None
     """A folder that train_evaluator left, in place of the data set's own evaluator."""
+    second_opinion: bool = False
+    """Also the distance by a second evaluator and by random features, each over that of held-out images, and the
+    geometric mean of all three."""
     train_on_synthetic: bool = False
     """Also train a classifier on the images and test it on real ones."""
     imagenet_fid: bool = False

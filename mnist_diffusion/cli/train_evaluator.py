@@ -18,6 +18,12 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         prog=prog, description="Train the classifier that evaluations use, on the training split of labelled images."
     )
     parser.add_class_arguments(ImagesConfig, "data")
+    parser.add_argument(
+        "--architecture",
+        choices=("convolutions", "transformer"),
+        default="convolutions",
+        help="convolutions, or the transformer of a second opinion",
+    )
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of weights, order and augmentation")
     parser.add_argument(
         "--split_seed", type=NonNegativeInt, default=0, help="the run's train.seed, if data.source has no test split"
@@ -33,7 +39,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     set_num_threads()
     data = load_images(values.data, seed=values.split_seed)
     print(data.describe())
-    model = evaluator.train_evaluator(data, seed=values.seed)
+    model = evaluator.train_evaluator(data, architecture=values.architecture, seed=values.seed)
     evaluator.save_evaluator(model, values.out)
     share = evaluator.accuracy(model, data.test)
     print(f"{share:.2%} of {len(data.test)} held-out images classified correctly; in {values.out}")

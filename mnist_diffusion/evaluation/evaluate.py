@@ -18,7 +18,13 @@ from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, package_versions
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.evaluation.evaluator import accuracy, evaluator_for, load_evaluator
+from mnist_diffusion.evaluation.evaluator import (
+    TrustedEvaluator,
+    accuracy,
+    evaluator_for,
+    load_evaluator,
+    random_features,
+)
 from mnist_diffusion.evaluation.external import read_sample
 from mnist_diffusion.evaluation.generated import ImageGenerator
 from mnist_diffusion.evaluation.inception import ImageNetDistance
@@ -65,7 +71,9 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
             draw()
         return {}
     evaluator = evaluator_for(data) if request.evaluator is None else load_evaluator(request.evaluator, data)
-    reference, reached = Reference(data, evaluator.model, seed=request.seed), accuracy(evaluator.model, data.test)
+    judges = {name: judge.model for name, judge in _judges(data).items()} if request.second_opinion else {}
+    reference = Reference(data, evaluator.model, seed=request.seed, judges=judges)
+    reached = accuracy(evaluator.model, data.test)
     if reached < TRUSTED_ACCURACY:
         print(f"warning: the evaluator classifies {reached:.1%} of the held-out images correctly: figures say little")
     if imagenet is not None:
@@ -101,6 +109,12 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         # After each result, so that an interrupted sweep has a report of what is done.
         write_report(report, pictures, request.out)
     return report
+
+
+def _judges(data: ImageData) -> dict[str, TrustedEvaluator]:
+    """The networks of a second opinion, by the names of their distances."""
+    nothing_learned = TrustedEvaluator(random_features(data), "", "random weights")
+    return {"second_fid": evaluator_for(data, "transformer"), "random_fid": nothing_learned}
 
 
 def _device(name: str | None) -> torch.device:

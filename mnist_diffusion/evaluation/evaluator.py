@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
@@ -30,10 +30,12 @@ from mnist_diffusion.files import file_within, give_mode_of, open_file, read_jso
 from mnist_diffusion.seeds import indices_of_step, mixed_seed, torch_generator
 from mnist_diffusion.sharing.reading import require_weights
 
-SHIPPED = Path(__file__).parent / "mnist"
+Architecture = Literal["convolutions", "transformer"]
+SHIPPED = {"convolutions": Path(__file__).parent / "mnist", "transformer": Path(__file__).parent / "mnist_transformer"}
+"""The evaluators of MNIST that come with the package."""
 STEPS, MIN_STEPS, EPOCHS = 4000, 300, 40
 BATCH_SIZE = 128
-PEAK_LEARNING_RATE = 6e-3
+PEAK_LEARNING_RATE = {"convolutions": 6e-3, "transformer": 2e-3}
 WEIGHT_DECAY = 1e-2
 MAX_ROTATION_DEGREES = 12.0
 MAX_SHIFT = 0.1
@@ -81,7 +83,7 @@ class ImageEvaluator(PreTrainedModel):
         self.head = nn.Linear(before, config.num_labels)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
         """Classify images.
 
         Args:
@@ -102,40 +104,54 @@ def evaluator_steps(data: ImageData) -> int:
     return min(STEPS, max(MIN_STEPS, math.ceil(EPOCHS * len(data.train) / BATCH_SIZE)))
 
 
+def _build(architecture: Architecture, data: ImageData) -> PreTrainedModel:
+    """An evaluator with random weights."""
+    names = dict(enumerate(data.class_names))
+    about: dict[str, Any] = {"id2label": names, "num_labels": len(names), "data_fingerprint": data.fingerprint}
+    if architecture == "transformer":
+        shape = {
+            "image_size": data.image_size,
+            "patch_size": max(1, data.image_size // 7),
+            "num_channels": data.channels,
+        }
+        size = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+        return ViTForImageClassification(ViTConfig(**shape, **size, **about))
+    # Larger images are halved once more, so that the last convolutions see the whole of them.
+    strides = (2, 1, 2, 1, 1) if data.image_size <= 32 else (2, 1, 2, 1, 2)
+    return ImageEvaluator(EvaluatorConfig(channels=data.channels, image_size=data.image_size, strides=strides, **about))
+
+
 def train_evaluator(
-    data: ImageData, *, steps: int | None = None, seed: int = 0, progress: bool = True
-) -> ImageEvaluator:
+    data: ImageData,
+    *,
+    architecture: Architecture = "convolutions",
+    steps: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Any:
     """Train an evaluator on the training split: AdamW, one-cycle learning rate, small random affine changes.
 
     Args:
         data: the images; the held-out split is not touched.
+        architecture: convolutions, or the transformer of a second opinion.
         steps: updates of 128 images; as many as the data set needs if omitted.
         seed: of weights, order and augmentation.
         progress: show a bar.
     """
     steps = evaluator_steps(data) if steps is None else steps
-    labels = dict(enumerate(data.class_names))
-    config = EvaluatorConfig(
-        channels=data.channels,
-        image_size=data.image_size,
-        # Larger images are halved once more, so that the last convolutions see the whole of them.
-        strides=(2, 1, 2, 1, 1) if data.image_size <= 32 else (2, 1, 2, 1, 2),
-        data_fingerprint=data.fingerprint,
-        id2label=labels,
-        num_labels=len(labels),
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(seed, "init"))
-        model = ImageEvaluator(config)
+        model: Any = _build(architecture, data)
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2)
+    peak = PEAK_LEARNING_RATE[architecture]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=WEIGHT_DECAY, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.2)
     model.train()
     for step in tqdm(range(steps), unit="step", disable=not progress, desc="evaluator"):
         chosen = torch.from_numpy(indices_of_step(seed, step, BATCH_SIZE, len(data.train))[0])
         generator = torch_generator("cpu", seed, "augment", step)
         images = _random_affine(to_model_range(data.train.images[chosen]), generator)
-        loss = model(images, data.train.labels[chosen]).loss
+        loss = model(pixel_values=images, labels=data.train.labels[chosen]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -156,13 +172,29 @@ def _random_affine(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def logits_and_features(model: ImageEvaluator, images: Tensor, *, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+def logits_and_features(model: Any, images: Tensor, *, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """Logits `[N, classes]` and features `[N, D]`, float32, of uint8 images `[N, C, H, W]`."""
-    outputs = [model(to_model_range(part.to(model.device))) for part in images.split(batch_size)]
-    return torch.cat([o.logits.cpu() for o in outputs]), torch.cat([o.hidden_states[0].cpu() for o in outputs])
+    logits, features = [], []
+    for part in images.split(batch_size):
+        output = model(pixel_values=to_model_range(part.to(model.device)), output_hidden_states=True)
+        last = output.hidden_states[-1]
+        logits.append(output.logits.cpu())
+        features.append((last.mean(dim=1) if last.ndim == 3 else last).cpu())  # of a transformer, over its patches
+    return torch.cat(logits), torch.cat(features)
 
 
-def accuracy(model: ImageEvaluator, split: ImageSplit) -> float:
+def random_features(data: ImageData, seed: int = 0) -> ImageEvaluator:
+    """An evaluator that has learned nothing, of convolutions with random weights; its features have no favourites."""
+    shape: dict[str, Any] = {"widths": (32, 64, 128), "kernel_sizes": (5, 3, 3), "strides": (2, 2, 1)}
+    model = ImageEvaluator(EvaluatorConfig(channels=data.channels, image_size=data.image_size, **shape))
+    generator = torch_generator("cpu", seed, "init")
+    for parameter in model.features.parameters():
+        if parameter.ndim == 4:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * (2 / parameter[0].numel()) ** 0.5
+    return model.eval()
+
+
+def accuracy(model: Any, split: ImageSplit) -> float:
     """Share of a split's images that the evaluator classifies as labelled."""
     logits, _ = logits_and_features(model, split.tensor)
     return float((logits.argmax(dim=1) == split.labels).float().mean())
@@ -172,7 +204,7 @@ def accuracy(model: ImageEvaluator, split: ImageSplit) -> float:
 class TrustedEvaluator:
     """An evaluator, the SHA-256 of its weights, and where it comes from."""
 
-    model: ImageEvaluator
+    model: Any
     sha256: str
     origin: str
 
@@ -229,8 +261,8 @@ def _evaluator_config(values: dict[str, Any]) -> EvaluatorConfig:
     return EvaluatorConfig(**shape, **plain, id2label=labels, label2id=ids)
 
 
-def evaluator_for(data: ImageData) -> TrustedEvaluator:
-    """The evaluator of a data set: for MNIST the one that ships with the package, else one that is trained once.
+def evaluator_for(data: ImageData, architecture: Architecture = "convolutions") -> TrustedEvaluator:
+    """The evaluator of a data set: for MNIST one that ships with the package, else one that is trained once.
 
     It is kept in the Hugging Face cache, by the data's fingerprint and the settings of its training.
 
@@ -239,15 +271,15 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
     """
     if data.num_classes < 2:
         raise UserError(f"an evaluator needs images of two classes or more, and data.source has {data.num_classes}")
-    shipped = EvaluatorConfig.from_pretrained(SHIPPED)
-    if shipped.data_fingerprint == data.fingerprint:
-        return replace(load_evaluator(SHIPPED, data), origin="shipped with the package")
+    shipped = SHIPPED[architecture]
+    if read_json(shipped / "config.json")["data_fingerprint"] == data.fingerprint:
+        return replace(_load(shipped, data, architecture), origin="shipped with the package")
     shape = EvaluatorConfig()
     recipe = (
         *(
             evaluator_steps(data),
             BATCH_SIZE,
-            PEAK_LEARNING_RATE,
+            PEAK_LEARNING_RATE[architecture],
             WEIGHT_DECAY,
             MAX_ROTATION_DEGREES,
             MAX_SHIFT,
@@ -255,7 +287,8 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
         ),
         *(shape.widths, shape.kernel_sizes),
     )
-    key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
+    name = "" if architecture == "convolutions" else f"-{architecture}"
+    key = f"{data.fingerprint[:16]}{name}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     folder = Path(HF_HOME) / "mnist_diffusion" / "evaluators" / key
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -263,11 +296,20 @@ def evaluator_for(data: ImageData) -> TrustedEvaluator:
         with FileLock(folder.parent.with_suffix(".lock")):  # another evaluation may be training it
             if not weights.is_file():
                 print(f"Training an evaluator on these images first, once: {evaluator_steps(data)} steps", flush=True)
-                save_evaluator(train_evaluator(data), folder)
-    return replace(load_evaluator(folder, data), origin="trained on the training split")
+                save_evaluator(train_evaluator(data, architecture=architecture), folder)
+    return replace(_load(folder, data, architecture), origin="trained on the training split")
 
 
-def save_evaluator(model: ImageEvaluator, folder: Path) -> None:
+def _load(folder: Path, data: ImageData, architecture: Architecture) -> TrustedEvaluator:
+    """An evaluator of this package's own folders."""
+    if architecture == "convolutions":
+        return load_evaluator(folder, data)
+    model = ViTForImageClassification.from_pretrained(folder, local_files_only=True)
+    with open_file(folder / "model.safetensors") as file:
+        return TrustedEvaluator(model.eval(), hashlib.file_digest(file, "sha256").hexdigest(), str(folder))
+
+
+def save_evaluator(model: PreTrainedModel, folder: Path) -> None:
     """Save an evaluator as a transformers folder, in place of the one that may be there."""
 
     def write(temporary: Path) -> None:

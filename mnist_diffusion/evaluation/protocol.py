@@ -6,6 +6,8 @@ function: no model can be expected to do better.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,12 +35,13 @@ SPREADS = ("accuracy_low", "accuracy_high", "class_accuracy", "fid_standard_erro
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """Images with the evaluator's logits `[N, classes]` and features `[N, D]`."""
+    """Images with the evaluator's logits `[N, classes]` and features `[N, D]`, and features of other judges."""
 
     images: Tensor
     labels: Tensor | None
     logits: Tensor
     features: Tensor
+    others: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,7 +49,8 @@ class EvaluatedImages:
     def subset(self, indices: Tensor) -> EvaluatedImages:
         """Some of the images."""
         labels = None if self.labels is None else self.labels[indices]
-        return EvaluatedImages(self.images[indices], labels, self.logits[indices], self.features[indices])
+        others = tuple(each[indices] for each in self.others)
+        return EvaluatedImages(self.images[indices], labels, self.logits[indices], self.features[indices], others)
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,18 @@ class Measured:
     """The training images nearest to those, and how near they are."""
 
 
-def evaluate_images(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> EvaluatedImages:
-    """Run the evaluator over uint8 images `[N, C, H, W]`.
+def evaluate_images(
+    evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None, judges: Sequence[Any] = ()
+) -> EvaluatedImages:
+    """Run the evaluator, and other judges, over uint8 images `[N, C, H, W]`.
 
     Raises:
         DataError: every pixel of every image has the same value.
     """
     if images.min() == images.max():
         raise DataError(f"all {len(images)} images are of one value, {int(images.min())} of 255: nothing to measure")
-    return EvaluatedImages(images, labels, *logits_and_features(evaluator, images))
+    others = tuple(logits_and_features(judge, images)[1] for judge in judges)
+    return EvaluatedImages(images, labels, *logits_and_features(evaluator, images), others)
 
 
 class Reference:
@@ -81,20 +88,25 @@ class Reference:
         data: the real images.
         evaluator: gives logits and features.
         seed: chooses subsets.
+        judges: other networks, by the names of their distances: a set of images that was made to please the evaluator
+            does not please them.
 
     Raises:
         DataError: there are too few held-out images.
     """
 
-    def __init__(self, data: ImageData, evaluator: ImageEvaluator, *, seed: int = 0):
-        self.data, self.evaluator, self.seed = data, evaluator, seed
+    def __init__(
+        self, data: ImageData, evaluator: ImageEvaluator, *, seed: int = 0, judges: Mapping[str, Any] | None = None
+    ):
+        self.data, self.evaluator, self.seed, self.judges = data, evaluator, seed, judges or {}
         if len(data.test) < MIN_HELD_OUT:
             raise DataError(
                 f"data.source has {len(data.test)} held-out images, too few for a floor; there must be at least "
                 f"{MIN_HELD_OUT}"
             )
-        self.train = evaluate_images(evaluator, data.train.tensor, data.train.labels)
-        self.held_out = evaluate_images(evaluator, data.test.tensor, data.test.labels)
+        others = list(self.judges.values())
+        self.train = evaluate_images(evaluator, data.train.tensor, data.train.labels, others)
+        self.held_out = evaluate_images(evaluator, data.test.tensor, data.test.labels, others)
         self._floors: dict[int, Measured] = {}
 
     def floor(self, num_images: int) -> Measured:
@@ -124,7 +136,8 @@ class Reference:
         copies = metrics.wilson_share(int(copied.sum()), len(copied))
         entry = dict(measured.values)
         entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in entry.keys() - SPREADS}
-        entry["fid_ratio"] = entry["fid"] / entry["fid_floor"]
+        ratios = {f"{name}_ratio": entry[name] / entry[f"{name}_floor"] for name in ("fid", *self.judges)}
+        entry |= {**ratios, **({"mean_ratio": statistics.geometric_mean(ratios.values())} if self.judges else {})}
         entry |= {"copied_share": copies.value, "copied_share_floor": COPY_QUANTILE}
         entry["copies_suspected"] = copies.low > 5 * COPY_QUANTILE
         if train_on_synthetic:
@@ -152,6 +165,8 @@ class Reference:
             **metrics.pixel_statistics(real.images, evaluated.images),
             "nearest_distance": float(np.median(nearest.distances)),
         }
+        for name, ours, theirs in zip(self.judges, real.others, evaluated.others, strict=True):
+            values[name] = metrics.frechet_distance(ours, theirs)
         return Measured(values, evaluated.logits.argmax(dim=1), checked, nearest)
 
     def _class_accuracy(self, evaluated: EvaluatedImages) -> dict[str, Any]:
@@ -186,7 +201,7 @@ class Reference:
 
     def evaluated(self, sample: Sample) -> EvaluatedImages:
         """Run the evaluator over a sample."""
-        return evaluate_images(self.evaluator, sample.images, sample.labels)
+        return evaluate_images(self.evaluator, sample.images, sample.labels, list(self.judges.values()))
 
     def matched(self, evaluated: EvaluatedImages) -> EvaluatedImages:
         """The largest part of the training split with the class proportions of `evaluated`; all without labels."""

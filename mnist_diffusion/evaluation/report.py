@@ -31,6 +31,9 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "fid": ("FID", "{:.3f}"),
     "fid_standard_error": ("± s.e.", "{:.3f}"),
     "fid_ratio": ("ratio to floor", "{:.1f}"),
+    "second_fid_ratio": ("by a second evaluator", "{:.1f}"),
+    "random_fid_ratio": ("by random features", "{:.1f}"),
+    "mean_ratio": ("geometric mean", "{:.1f}"),
     "thousand_kernel_distance": ("1000 KID", "{:.2f}"),
     "imagenet_fid": ("ImageNet FID", "{:.2f}"),
     "precision": ("precision", "{:.1%}"),
@@ -52,11 +55,15 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the table shows: one row for as many real images, then one for each result."""
     first = report["results"][0]
     floor = {name: first.get(f"{name}_floor") for name in COLUMNS}
-    floor |= {"name": "held-out real images", "fid_ratio": 1.0, "kernel_distance": first["kernel_distance_floor"]}
+    floor |= {"name": "held-out real images", "kernel_distance": first["kernel_distance_floor"]}
+    floor |= {name: 1.0 for name in COLUMNS if name.endswith("_ratio") and name in first}
     return [row | {"thousand_kernel_distance": 1000 * row["kernel_distance"]} for row in (floor, *report["results"])]
 
 
-ON_SCREEN = ("name", "passes_per_image", "accuracy", "fid", "fid_standard_error", "fid_ratio", "precision", "recall")
+ON_SCREEN = (
+    *("name", "passes_per_image", "accuracy", "fid", "fid_standard_error"),
+    *("fid_ratio", "mean_ratio", "precision", "recall"),
+)
 
 
 def cells(report: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -> tuple[list[str], list[list[str]]]:

@@ -11,7 +11,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.pictures import DataError
-from mnist_diffusion.evaluation.evaluator import evaluator_for
+from mnist_diffusion.data.transforms import to_uint8
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, evaluator_for, logits_and_features, random_features
 from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.protocol import Reference, evaluate_images
 
@@ -24,6 +25,38 @@ def part_of_mnist(mnist_data: ImageData) -> Reference:
     """A tenth of the training images, which the evaluator classifies in a tenth of the time."""
     train = ImageSplit(mnist_data.train.tensor[:6000], mnist_data.train.labels[:6000])
     return Reference(dataclasses.replace(mnist_data, train=train), evaluator_for(mnist_data).model)
+
+
+def made_for(model: ImageEvaluator, real: Tensor, steps: int = 150) -> Tensor:
+    """Images that begin as noise, and are changed until the evaluator's features are those of real ones, uint8."""
+    wanted = logits_and_features(model, real)[1]
+    pixels = torch.randn(real.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = torch.optim.Adam([pixels], lr=0.05)
+    for _ in range(steps):
+        features = model(pixel_values=pixels.tanh()).hidden_states[0]
+        (features - wanted).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return to_uint8(pixels.detach().tanh())
+
+
+@pytest.mark.slow
+def test_images_made_for_one_evaluator_do_not_pass(mnist_data: ImageData) -> None:
+    """Held-out images score about 1 with each judge, what was made to please the evaluator with this one alone."""
+    train = ImageSplit(mnist_data.train.tensor[:6000], mnist_data.train.labels[:6000])
+    test = ImageSplit(mnist_data.test.tensor[::2], mnist_data.test.labels[::2])
+    data, evaluator = dataclasses.replace(mnist_data, train=train, test=test), evaluator_for(mnist_data).model
+    judges = {"second_fid": evaluator_for(mnist_data, "transformer").model, "random_fid": random_features(data)}
+    reference = Reference(data, evaluator, judges=judges)
+    real = mnist_data.test.tensor[1::2][:1000:2], mnist_data.test.labels[1::2][:1000:2]
+    honest = reference.report(Sample(*real)).values
+    made = reference.report(Sample(made_for(evaluator, real[0]), real[1])).values
+    for name in ("fid_ratio", "second_fid_ratio", "random_fid_ratio", "mean_ratio"):
+        assert 0.4 < honest[name] < 2.5, name
+    assert made["accuracy"] > 0.95
+    assert made["second_fid_ratio"] > 5 * made["fid_ratio"]
+    assert made["random_fid_ratio"] > 5 * made["fid_ratio"]
+    assert made["mean_ratio"] > 10 * honest["mean_ratio"]
 
 
 def held_out(reference: Reference, count: int = 1000) -> Sample:

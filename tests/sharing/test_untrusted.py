@@ -354,7 +354,7 @@ def test_an_evaluators_folder(
     change: Callable[[Path, Path], None], message: str, tmp_path: Path, digits: ImageData
 ) -> None:
     folder, canary = tmp_path / "evaluator", tmp_path / "canary"
-    shutil.copytree(SHIPPED, folder)
+    shutil.copytree(SHIPPED["convolutions"], folder)
     (folder / "unet").mkdir()
     (folder / "scheduler").mkdir()
     change(folder, canary)
