@@ -224,6 +224,11 @@ class DiffusionConfig:
         bias, gamma = self.sigmoid_bias, self.min_snr_gamma
         require(bias is None or math.isfinite(bias), "diffusion.sigmoid_bias", bias, "a finite number or null")
         require(bias is None or gamma is None, "diffusion.sigmoid_bias", bias, f"null with min_snr_gamma={gamma}")
+        if self.prediction_type == "epsilon" and self.loss_on not in ("prediction", "epsilon"):
+            rule = (
+                "prediction or epsilon with diffusion.prediction_type epsilon, which tells nothing else in pure noise"
+            )
+            raise ConfigError(f"diffusion.loss_on must be {rule}, got {self.loss_on!r}")
         own = self.loss_on == "prediction"
         require(own or gamma is None, "diffusion.loss_on", self.loss_on, f"prediction with min_snr_gamma={gamma}")
         possible = all(map(math.isfinite, self.lognormal)) and self.lognormal[1] > 0

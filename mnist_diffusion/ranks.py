@@ -20,11 +20,17 @@ from tqdm.auto import tqdm
 from mnist_diffusion.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 0.2
+PARENT = os.getppid()
 
 
 def rank() -> int:
     """Which of the processes this is; 0 is the one that reports."""
     return int(os.environ.get("RANK") or 0)
+
+
+def num_processes() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def make_together(paths: Sequence[Path], make: Callable[[Path], object]) -> None:
@@ -36,16 +42,20 @@ def make_together(paths: Sequence[Path], make: Callable[[Path], object]) -> None
         paths: the files, in folders that exist.
         make: makes one of them whole.
     """
-    first = rank() * len(paths) // int(os.environ.get("WORLD_SIZE") or 1)  # each begins where no other does
+    first = rank() * len(paths) // num_processes()  # each begins where no other does
     missing = [*paths[first:], *paths[:first]]
     with tqdm(total=len(paths), desc="drawing", unit="part", leave=False, disable=rank() > 0) as bar:
         while missing := [path for path in missing if not path.exists()]:
+            bar.update(len(paths) - len(missing) - bar.n)
             for path in missing:
+                if rank() > 0 and os.getppid() != PARENT:  # nobody waits for the work any more
+                    return
+                if path.exists():
+                    continue
                 with contextlib.suppress(Timeout), FileLock(_lock(path)).acquire(timeout=0):
                     if not path.exists():
                         make(path)
-                bar.n = sum(path.exists() for path in paths)
-                bar.refresh()
+                        bar.update()
             if rank() > 0:
                 return
             if not all(path.exists() for path in missing):

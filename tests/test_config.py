@@ -48,6 +48,10 @@ BAD_FLAGS = [
         ["--diffusion.min_snr_gamma", "5", "--diffusion.sigmoid_bias", "null", "--diffusion.loss_on", "epsilon"],
         "diffusion.loss_on must be prediction with min_snr_gamma=5.0, got 'epsilon'",
     ),
+    (
+        ["--diffusion.prediction_type", "epsilon", "--diffusion.loss_on", "sample"],
+        "diffusion.loss_on must be prediction or epsilon with diffusion.prediction_type epsilon",
+    ),
     (["--diffusion.lognormal", "[0, 0]"], "diffusion.lognormal must be a mean and a positive standard deviation"),
     (["--diffusion.min_snr_gamma", "0"], "diffusion.min_snr_gamma must be a positive number, got 0"),
     (["--train.checkpoint_every", "often"], "train.checkpoint_every must be null, or so many steps or epochs"),

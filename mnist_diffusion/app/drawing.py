@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import itertools
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ OWN = "its own"
 """The sampler that a pipeline comes with."""
 SAMPLER_NAMES = (OWN, *SAMPLERS)
 INVERSION_STEPS = 50
+Load = Callable[[str], MNISTDiffusionPipeline]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ class Settings:
         if self.scheduler != OWN:
             require_sampler("sampler", self.scheduler)
 
-    def call(self, pipeline: MNISTDiffusionPipeline) -> dict[str, Any]:
-        """Arguments of a call of this pipeline.
+    def call(self, pipeline: MNISTDiffusionPipeline, load: Load | None = None) -> dict[str, Any]:
+        """Arguments of a call of this pipeline; `load` gives the model by which autoguidance is done.
 
         Raises:
             UserError: it has no such classes.
@@ -85,7 +87,7 @@ class Settings:
         call: dict[str, Any] = {"class_labels": labels, "num_images_per_label": self.num_images}
         if labels is not None:
             interval = None if pipeline.config.guidance_distilled else self.guidance_interval
-            call |= guidance_arguments(pipeline, self.guidance, self.guidance_scale, interval)
+            call |= guidance_arguments(pipeline, self.guidance, self.guidance_scale, interval, load=load)
         # A seed for each image, as everywhere in this package.
         generators = [torch.Generator().manual_seed(self.seed + index) for index in range(count)]
         return {**call, "num_inference_steps": self.num_inference_steps, "generator": generators}
@@ -94,26 +96,26 @@ class Settings:
         """The pipeline with the sampler that was chosen."""
         return pipeline if self.scheduler == OWN else with_sampler(pipeline, self.scheduler)
 
-    def code(self, pipeline: MNISTDiffusionPipeline, source: str) -> str:
-        """Python that draws the same images."""
-        call = self.call(pipeline)
+    def code(self, pipeline: MNISTDiffusionPipeline, where: Callable[[str], str], name: str) -> str:
+        """Python that draws the same images; `where` says from where a model is."""
+        call = dataclasses.replace(self, guidance=PLAIN_GUIDANCE).call(pipeline)
         seeds = f"range({self.seed}, {self.seed + len(call.pop('generator'))})"
         lines = [
             "import torch",
             "from mnist_diffusion import MNISTDiffusionPipeline",
-            f"pipeline = MNISTDiffusionPipeline.from_pretrained({source!r})",
+            f"pipeline = MNISTDiffusionPipeline.from_pretrained({where(name)!r})",
         ]
         if self.scheduler != OWN:
             lines.insert(2, "from mnist_diffusion.diffusion.samplers import build_sampler")
             lines.append(f"pipeline.scheduler = build_sampler({self.scheduler!r}, pipeline.scheduler.config)")
         lines.append(f"generators = [torch.Generator().manual_seed(seed) for seed in {seeds}]")
-        if call.pop("guidance", None) is not None:
-            lines.insert(2, "from mnist_diffusion.diffusion.guidance import guidance_arguments")
-            rule = (self.guidance, self.guidance_scale, self.guidance_interval)
-            lines.append(f"guidance = guidance_arguments(pipeline, *{rule!r})")
-            call = {name: value for name, value in call.items() if not name.startswith("guidance")}
         arguments = [f"{name}={value!r}" for name, value in call.items()]
-        arguments += ["**guidance"] if lines[-1].startswith("guidance") else []
+        if self.guidance != PLAIN_GUIDANCE:
+            rule, _, weaker = self.guidance.partition(":")
+            asked = (f"{rule}:{where(weaker)}" if weaker else rule, self.guidance_scale, self.guidance_interval)
+            lines.insert(2, "from mnist_diffusion.diffusion.guidance import guidance_arguments")
+            lines.append(f"guidance = guidance_arguments(pipeline, *{asked!r})")
+            arguments = [text for text in arguments if not text.startswith("guidance")] + ["**guidance"]
         return "\n".join([*lines, f"images = pipeline({', '.join(arguments)}, generator=generators).images"])
 
 
@@ -179,7 +181,7 @@ class Film:
         return {name: getattr(self, name) for name in shown}
 
 
-def films(pipeline: MNISTDiffusionPipeline, settings: Settings) -> Iterator[Film]:
+def films(pipeline: MNISTDiffusionPipeline, settings: Settings, load: Load | None = None) -> Iterator[Film]:
     """Draw, and give the film after each step.
 
     Raises:
@@ -187,7 +189,7 @@ def films(pipeline: MNISTDiffusionPipeline, settings: Settings) -> Iterator[Film
     """
     film = _film(settings, pipeline)
     pipeline, deadline = settings.sampler(pipeline), time.monotonic() + MAX_SECONDS
-    for done in pipeline.stream(**settings.call(pipeline)):
+    for done in pipeline.stream(**settings.call(pipeline, load)):
         film.add(done, pipeline.num_timesteps)
         yield film
         require_time(deadline)

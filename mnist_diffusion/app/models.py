@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from mnist_diffusion.checks import AUTOGUIDANCE, PLAIN_GUIDANCE
-from mnist_diffusion.diffusion.guidance import GUIDERS
+from mnist_diffusion.checks import AUTOGUIDANCE, GUIDERS, PLAIN_GUIDANCE
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
@@ -53,12 +53,12 @@ class Models:
         """In the order they were added."""
         return list(self._loaded)
 
-    @property
-    def rules(self) -> dict[str, str]:
-        """The guidance rules that a visitor may choose, by what they are called."""
-        own = {kind.__name__.removesuffix("Guidance"): kind.__name__ for kind in GUIDERS}
-        others = {f"autoguidance by {other}": f"{AUTOGUIDANCE}{self.source(other)}" for other in self.names}
-        return {CLASSIFIER_FREE: PLAIN_GUIDANCE, **own, **others}
+    def rules(self, pipeline: Any) -> dict[str, str]:
+        """The guidance rules that a visitor may choose for a pipeline, by what they are called."""
+        guiders = {name.removesuffix("Guidance"): name for name in GUIDERS}
+        others = [name for name, (_, model) in self._loaded.items() if model is not pipeline]
+        weaker = {f"autoguidance by {name}": f"{AUTOGUIDANCE}{name}" for name in others}
+        return {CLASSIFIER_FREE: PLAIN_GUIDANCE, **guiders, **weaker}
 
     def source(self, name: str) -> str:
         """Where a pipeline is from."""

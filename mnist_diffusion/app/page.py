@@ -176,7 +176,7 @@ def _generate(models: Models, controls: Controls) -> None:
             )
             high = controls.bound(1, label="Guidance to", info="Guidance acts up to this time; 1 is pure noise.")
             look = {"label": "Guidance rule", "info": "What the class is told apart from, and how."}
-            rule = controls.add(gr.Dropdown, lambda _: _rules(models), **look)
+            rule = controls.add(gr.Dropdown, partial(_rules, models), **look)
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             draw = gr.Button("Draw", variant="primary")
         with gr.Column():
@@ -196,7 +196,8 @@ def _generate(models: Models, controls: Controls) -> None:
         seed: Any,
     ) -> Iterator[tuple[Any, str]]:
         with told_kindly():
-            require(rule in (rules := models.rules), "guidance rule", str(rule)[:100], f"one of {', '.join(rules)}")
+            rules = models.rules(models[name])
+            require(rule in rules, "guidance rule", str(rule)[:100], f"one of {', '.join(rules)}")
             settings = Settings(
                 class_labels=tuple(classes or ()),
                 num_images=count,
@@ -208,16 +209,16 @@ def _generate(models: Models, controls: Controls) -> None:
                 seed=seed,
             )
             pipeline = models[name]
-            python = settings.code(pipeline, models.source(name))
-            for film in drawing.films(pipeline, settings):
+            python = settings.code(pipeline, models.source, name)
+            for film in drawing.films(pipeline, settings, models.__getitem__):
                 yield film.value(), python
 
     asked = [controls.pipeline, classes, count, scale, steps, sampler, low, high, rule, seed]
     draw.click(generate, asked, [film, code], api_name="generate", **ONE_AT_A_TIME)
 
 
-def _rules(models: Models) -> dict[str, Any]:
-    return {"choices": list(models.rules), "value": CLASSIFIER_FREE}
+def _rules(models: Models, pipeline: Any) -> dict[str, Any]:
+    return {"choices": list(models.rules(pipeline)), "value": CLASSIFIER_FREE}
 
 
 def _steer(models: Models, controls: Controls) -> None:

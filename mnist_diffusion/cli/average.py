@@ -9,6 +9,9 @@ from mnist_diffusion.checks import require
 from mnist_diffusion.cli.options import Parser, parse
 from mnist_diffusion.errors import UserError
 
+TOO_FAR_OFF = 0.01
+"""How much of its weight a rebuilt average may give to other steps than it should."""
+
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Write a pipeline folder for each length."""
@@ -42,5 +45,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
             raise UserError(f"{values.run} keeps averages of another network than its pipeline's: {wrong}") from wrong
         folder = values.run / f"average-{std:g}"
         replace_folder(folder, pipeline.save_pretrained)
-        print(f"{folder}: from {len(steps)} moments up to step {steps[-1]}; shares of the steps within {error:.1e}")
+        print(f"{folder}: from {len(steps)} moments up to step {steps[-1]}; the weight of steps is off by {error:.1e}")
+        if error > TOO_FAR_OFF:
+            print(f"warning: {len(steps)} moments are few for std {std:g}; keep more with train.averages_every")
     return 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
+from functools import partial
 from typing import Any
 
 from diffusers import guiders
 from torch import Tensor
 
-from mnist_diffusion.checks import AUTOGUIDANCE, PLAIN_GUIDANCE, require
+from mnist_diffusion.checks import AUTOGUIDANCE, PLAIN_GUIDANCE, require_guidance
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.sharing.pipeline import GuidanceStep, MNISTDiffusionPipeline, guided_prediction
 
@@ -51,21 +52,13 @@ def _kind(pipeline: Any) -> dict[str, Any]:
     return {**own, **{name: pipeline.config[name] for name in ("patch_size", "guidance_distilled")}, **process}
 
 
-def _works(kind: type[guiders.guider_utils.BaseGuidance]) -> bool:
-    """Whether a guider takes images, has a single scale, and needs nothing of the inside of a network."""
-    inside = kind.prepare_models is not guiders.guider_utils.BaseGuidance.prepare_models
-    asked = set(kind._input_predictions or ("none",))
-    for_images = kind.__name__ != "MagnitudeAwareGuidance"  # its norm takes no three dimensions (diffusers 0.42)
-    single = "guidance_scale" in signature(kind).parameters
-    return asked <= {"pred_cond", "pred_uncond"} and not inside and for_images and single
-
-
-GUIDERS = tuple(kind for kind in vars(guiders).values() if isinstance(kind, type) and _works(kind))
-"""The guiders of diffusers that can be named."""
-
-
 def guidance_arguments(
-    pipeline: MNISTDiffusionPipeline, name: str, scale: float | None = None, interval: tuple[float, float] | None = None
+    pipeline: MNISTDiffusionPipeline,
+    name: str,
+    scale: float | None = None,
+    interval: tuple[float, float] | None = None,
+    *,
+    load: Callable[[str], MNISTDiffusionPipeline] | None = None,
 ) -> dict[str, Any]:
     """The arguments of a call that draws by a rule named on a command line.
 
@@ -74,20 +67,23 @@ def guidance_arguments(
         name: `cfg`, `autoguidance:` with the weaker model's folder or Hub id, or a class of `diffusers.guiders`.
         scale: the guidance scale; the pipeline's own if omitted.
         interval: the noise levels at which guidance acts; the pipeline's own if omitted.
+        load: gives the weaker model; it is loaded beside the pipeline if omitted.
 
     Raises:
         ConfigError: there is no such rule.
         UserError: the weaker model could not be loaded.
     """
+    require_guidance("guidance", name)
     given = {"guidance_scale": scale, "guidance_interval": interval}
-    plain = {key: value for key, value in given.items() if value is not None}
-    if name == PLAIN_GUIDANCE:
-        return plain
+    plain: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if name.startswith(AUTOGUIDANCE):
-        dtype = str(pipeline.dtype).removeprefix("torch.")
-        weak = load_pipeline(name.removeprefix(AUTOGUIDANCE), device=str(pipeline.device), dtype=dtype)
-        return {**plain, "guidance": Autoguidance(weak)}
-    kinds = {kind.__name__: kind for kind in GUIDERS}
-    require(name in kinds, "guidance", name, f"{PLAIN_GUIDANCE}, {AUTOGUIDANCE}PIPELINE or one of {', '.join(kinds)}")
-    plain["guidance"] = kinds[name](guidance_scale=plain.pop("guidance_scale", pipeline.config.guidance_scale))
+        plain["guidance"] = Autoguidance((load or partial(load_beside, pipeline))(name.removeprefix(AUTOGUIDANCE)))
+    elif name != PLAIN_GUIDANCE:
+        own = plain.pop("guidance_scale", pipeline.config.guidance_scale)
+        plain["guidance"] = getattr(guiders, name)(guidance_scale=own)
     return plain
+
+
+def load_beside(pipeline: MNISTDiffusionPipeline, source: str) -> MNISTDiffusionPipeline:
+    """A second pipeline on the device and in the precision of the first."""
+    return load_pipeline(source, device=str(pipeline.device), dtype=str(pipeline.dtype).removeprefix("torch."))

@@ -73,14 +73,15 @@ class Objective:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Noise, timesteps and dropped labels of a step, for a global batch of `shape` `[B, C, H, W]`.
 
-        Each has a stream of its own. With `held_out` they come from other streams, and no label is dropped.
+        Each has a stream of its own. With `held_out` they come from other streams, all timesteps are alike, and no
+        label is dropped.
         """
 
         def generator(purpose: Purpose) -> torch.Generator:
             return torch_generator(device, seed, purpose, 0 if held_out else 1, step)
 
         noise = torch.randn(shape, generator=generator("noise"), device=device, dtype=torch.float32)
-        if self.draw_timesteps is None:
+        if self.draw_timesteps is None or held_out:
             timesteps = torch.randint(self.num_timesteps, shape[:1], generator=generator("timesteps"), device=device)
         else:
             timesteps = self.draw_timesteps(shape[0], generator("timesteps"))
@@ -141,9 +142,9 @@ def timestep_distribution(
 ) -> Callable[[int, torch.Generator], Tensor] | None:
     """What draws the timesteps of a batch, as an `Objective` takes it.
 
-    Stratified: one from each of as many equal parts as there are images (Kingma et al., 2021,
-    https://arxiv.org/abs/2107.00630, appendix I.1). Log-normal: Karras et al. (2022), https://arxiv.org/abs/2206.00364,
-    table 1, whose noise level is the ratio of noise to signal, at the timestep with the nearest ratio.
+    Stratified: one from each of as many equal parts as there are images. Log-normal: Karras et al. (2022),
+    https://arxiv.org/abs/2206.00364, table 1, whose noise level is the ratio of noise to signal, at the timestep with
+    the nearest ratio.
     """
     steps, (mean, std) = config.num_train_timesteps, config.lognormal
     levels = -torch.logit(alphas_cumprod.double()) / 2
@@ -169,11 +170,11 @@ def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, nu
         null_class: the label that stands for no class; None for an unconditional network.
     """
     alphas, kind = scheduler.alphas_cumprod, config.prediction_type
-    weights = torch.ones_like(alphas)
+    weights: Tensor | None = None
     if config.loss_on not in ("prediction", kind):
         weights = error_scale(alphas, config.loss_on) / error_scale(alphas, kind)
     if config.sigmoid_bias is not None:
-        weights = weights * sigmoid_weights(alphas, config.sigmoid_bias)
+        weights = sigmoid_weights(alphas, config.sigmoid_bias) * (1 if weights is None else weights)
     if config.min_snr_gamma is not None:
         weights = min_snr_weights(alphas, kind, config.min_snr_gamma)
 
@@ -182,7 +183,7 @@ def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, nu
         prediction = model(noisy, batch.timesteps, class_labels=batch.conditions(null_class), return_dict=False)[0]
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         errors = (prediction - diffusion_target(scheduler, batch)).square().mean(dim=(1, 2, 3))
-        return errors * weights.to(errors.device)[batch.timesteps]
+        return errors if weights is None else errors * weights.to(errors.device)[batch.timesteps]
 
     times = timestep_distribution(config, alphas)
     steps, name = config.num_train_timesteps, "denoising diffusion"

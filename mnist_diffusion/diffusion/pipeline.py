@@ -108,7 +108,14 @@ def one_per_seed(class_labels: Sequence[int] | None, seeds: Sequence[int]) -> di
     # Generators on the CPU make the noise independent of the device that denoises it.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     asked = {"num_images_per_label": len(seeds)} if class_labels is None else {"class_labels": list(class_labels)}
-    return {**asked, "generator": generators, "output_type": "pt"}
+    return {**asked, "generator": generators}
+
+
+def batches(pipeline: MNISTDiffusionPipeline, count: int, size: int | None = None) -> Iterator[slice]:
+    """Which of `count` images are drawn together: `size`, or as many as suit their size and the device."""
+    size = size or max(1, PIXELS_TOGETHER[pipeline.device.type != "cpu"] // math.prod(pipeline.image_shape))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def generate_batches(
@@ -133,11 +140,9 @@ def generate_batches(
     """
     if class_labels is not None and len(class_labels) != len(seeds):
         raise ValueError(f"class_labels must be one for each of the {len(seeds)} seeds, got {len(class_labels)}")
-    batch_size = batch_size or max(1, PIXELS_TOGETHER[pipeline.device.type != "cpu"] // math.prod(pipeline.image_shape))
-    for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
-        labels = None if class_labels is None else class_labels[part]
-        yield pipeline(**one_per_seed(labels, seeds[part]), **call_arguments).images.cpu()
+    for part in batches(pipeline, len(seeds), batch_size):
+        arguments = one_per_seed(None if class_labels is None else class_labels[part], seeds[part])
+        yield pipeline(**arguments, output_type="pt", **call_arguments).images.cpu()
 
 
 def generate(

@@ -31,7 +31,7 @@ from mnist_diffusion.evaluation.inception import ImageNetDistance
 from mnist_diffusion.evaluation.protocol import Reference
 from mnist_diffusion.evaluation.report import misclassified_grid, nearest_grid, sample_grid, write_report
 from mnist_diffusion.files import pipeline_folder
-from mnist_diffusion.ranks import rank
+from mnist_diffusion.ranks import num_processes, rank
 from mnist_diffusion.requests import EvaluationRequest
 from mnist_diffusion.run_folder.read import images_beside
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
@@ -61,7 +61,9 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     request.out.mkdir(parents=True, exist_ok=True)
     # Its sums are of float64, which Apple's GPUs do not know.
     imagenet = (
-        ImageNetDistance(torch.device("cpu") if device.type == "mps" else device) if request.imagenet_fid else None
+        ImageNetDistance(torch.device("cpu") if device.type == "mps" else device)
+        if request.imagenet_fid and rank() == 0
+        else None
     )
     data = load_images(request.data, seed=request.split_seed or 0).in_memory()
     print(data.banner, end="")
@@ -89,6 +91,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         "seed": request.seed,
         "dtype": request.dtype,
         "machine": machine_description(device, 1),
+        "processes": num_processes(),
         "versions": package_versions(),
         "results": (results := []),
     }

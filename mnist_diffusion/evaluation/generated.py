@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from mnist_diffusion.checks import PLAIN_GUIDANCE
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.diffusion.guidance import Autoguidance, guidance_arguments
-from mnist_diffusion.diffusion.pipeline import fingerprint, generate, require_fit, stop_after_step
+from mnist_diffusion.diffusion.guidance import Autoguidance, guidance_arguments, load_beside
+from mnist_diffusion.diffusion.pipeline import batches, fingerprint, one_per_seed, require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import open_file, replace_file
 from mnist_diffusion.ranks import make_together
 from mnist_diffusion.seeds import mixed_seed
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.sharing.pipeline import DenoisingStep, MNISTDiffusionPipeline
 
 IMAGES_PER_PART = 250
 MIN_IMAGES = 50
@@ -95,7 +95,7 @@ class ImageGenerator:
         self.pipeline, self.num_images, self.seed = pipeline, num_images, seed
         self.batch_size, self.folder, self.classes = batch_size, folder, pipeline.num_classes
         self.training_config = pipeline.scheduler.config
-        self._arguments = functools.cache(self._guidance_arguments)
+        self._weaker = functools.cache(functools.partial(load_beside, pipeline))
         self._identity = functools.cache(self._name)
         require_fit(pipeline, data)
         if num_images < MIN_IMAGES:
@@ -121,9 +121,9 @@ class ImageGenerator:
         name = scheduler or sampler_name(self.pipeline.scheduler)
         return SamplingSettings(name, steps, guidance_scale, guidance_interval, guidance)
 
-    def _guidance_arguments(self, settings: SamplingSettings) -> dict[str, Any]:
+    def _guidance(self, settings: SamplingSettings) -> dict[str, Any]:
         asked = settings.guidance, settings.guidance_scale, settings.guidance_interval
-        return guidance_arguments(self.pipeline, *asked)
+        return guidance_arguments(self.pipeline, *asked, load=self._weaker)
 
     def check(self, settings: SamplingSettings) -> None:
         """Take the first step of one image, so that what cannot work fails before others are drawn.
@@ -132,7 +132,7 @@ class ImageGenerator:
             UserError: the settings cannot work.
         """
         with self._sampler(settings):
-            self._generate(settings, range(1), callback_on_step_end=stop_after_step)
+            next(self._stream(settings, range(1)))
 
     @contextmanager
     def _sampler(self, settings: SamplingSettings) -> Iterator[None]:
@@ -147,16 +147,11 @@ class ImageGenerator:
         finally:
             self.pipeline.scheduler = own
 
-    def _generate(self, settings: SamplingSettings, indices: range, **options: Any) -> Tensor:
-        return generate(
-            self.pipeline,
-            self._labels(indices),
-            [mixed_seed(self.seed, "eval", index) for index in indices],
-            batch_size=self.batch_size,
-            num_inference_steps=settings.num_inference_steps,
-            **self._arguments(settings),
-            **options,
-        )
+    def _stream(self, settings: SamplingSettings, indices: range) -> Iterator[DenoisingStep]:
+        """The steps of drawing some of the images together."""
+        labels, seeds = self._labels(indices), [mixed_seed(self.seed, "eval", index) for index in indices]
+        steps, arguments = settings.num_inference_steps, one_per_seed(labels, seeds)
+        return self.pipeline.stream(**arguments, num_inference_steps=steps, **self._guidance(settings))
 
     def _labels(self, indices: range) -> list[int] | None:
         return None if self.classes is None else [index % self.classes for index in indices]
@@ -199,27 +194,16 @@ class ImageGenerator:
             path = self._path(settings, indices)
             if (kept := _read_part(path, (len(indices), *self.pipeline.image_shape))) is not None:
                 return kept
-        passes = 0
-
-        def count(module: Any, arguments: tuple[Any, ...]) -> None:
-            nonlocal passes
-            passes += len(arguments[0])
-
-        def check_finite(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            # Before the images are clipped to [0, 1], which makes infinity white.
-            if not torch.isfinite(values["latents"]).all():
-                raise ValueError(f"values that are not finite (NaN or infinity) in step {step + 1}")
-            return values
-
-        rule = self._arguments(settings).get("guidance")
-        networks = [self.pipeline.unet, *([rule.weak.unet] if isinstance(rule, Autoguidance) else [])]
-        started = time.perf_counter()
-        with ExitStack() as hooks:
-            for network in networks:
-                hooks.enter_context(network.register_forward_pre_hook(count))
-            images = self._generate(settings, indices, callback_on_step_end=check_finite)
+        passes, images, started = 0, [], time.perf_counter()
+        for batch in batches(self.pipeline, len(indices), self.batch_size):
+            for done in self._stream(settings, indices[batch]):
+                # Before the images are clipped to [0, 1], which makes infinity white.
+                if not torch.isfinite(done.latents).all():
+                    raise ValueError(f"values that are not finite (NaN or infinity) in step {done.step + 1}")
+            images.append((done.images("pt").cpu() * 255).round().byte())
+            passes += done.passes
         part = {
-            "images": (images * 255).round().byte().numpy(),
+            "images": torch.cat(images).numpy(),
             "passes": np.array(passes),
             "seconds": np.array(time.perf_counter() - started),
         }
@@ -229,7 +213,7 @@ class ImageGenerator:
 
     def _name(self, settings: SamplingSettings) -> str:
         """A name for what decides the images: weights, sampler, steps, guidance and seed."""
-        pipeline, rule = self.pipeline, self._arguments(settings).get("guidance")
+        pipeline, rule = self.pipeline, self._guidance(settings).get("guidance")
         network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
         drawn = [fingerprint(pipeline), type(pipeline.scheduler).__name__, repr(settings), self.seed]
         drawn += [fingerprint(rule.weak)] if isinstance(rule, Autoguidance) else []

@@ -55,7 +55,7 @@ def predicted_frames(
     **call: Any,
 ) -> list[Image.Image]:
     """For each step of the sampler, a grid of the clean images that the network predicts there."""
-    trajectory = pipeline.sample_trajectory(**one_per_seed(labels, seeds), **call)
+    trajectory = pipeline.sample_trajectory(**one_per_seed(labels, seeds), output_type="pt", **call)
     return [image_grid(step / 2 + 0.5, columns, row_labels=row_labels) for step in trajectory.pred_original_samples]
 
 
@@ -72,5 +72,5 @@ def denoised(pipeline: MNISTDiffusionPipeline, class_names: Sequence[str], *, se
     labels = None if names is None else range(count)
     drawn = one_per_seed(labels, [mixed_seed(seed, "samples", index) for index in range(count)])
     noise = torch.stack([torch.randn(pipeline.image_shape, generator=each) for each in drawn["generator"]])
-    trajectory = pipeline.sample_trajectory(**drawn, latents=noise.to(pipeline.device), **call)
+    trajectory = pipeline.sample_trajectory(**drawn, latents=noise.to(pipeline.device), output_type="pt", **call)
     return denoising_strip(torch.cat([noise[None], trajectory.latents]), trajectory.timesteps, row_labels=names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from mnist_diffusion.checks import pairs_of_levels
 from mnist_diffusion.data.transforms import filled_rows
-from mnist_diffusion.diffusion.guidance import guidance_arguments
+from mnist_diffusion.diffusion.guidance import Autoguidance, guidance_arguments, load_beside
 from mnist_diffusion.diffusion.pipeline import (
     class_names,
     fingerprint,
@@ -37,7 +38,7 @@ from mnist_diffusion.seeds import mixed_seed
 
 SHEET_STEPS = (5, 10, 20, 50)
 ANIMATION_IMAGES = 64
-IMAGES_PER_SHARD = 5000
+IMAGES_PER_SHARD = 2000
 
 
 class Samples:
@@ -55,6 +56,7 @@ class Samples:
         self.pipeline = load_pipeline(request.pipeline, device=request.device, dtype=request.dtype)
         if request.scheduler is not None:
             self.pipeline = with_sampler(self.pipeline, request.scheduler)
+        self._weaker = functools.cache(functools.partial(load_beside, self.pipeline))
         chosen = {name: getattr(request, name) for name in ("num_inference_steps", "eta")}
         self.arguments = {name: value for name, value in chosen.items() if value is not None}
         self.arguments |= self._guidance(request.guidance_scale)
@@ -67,7 +69,7 @@ class Samples:
     def _guidance(self, scale: float | None) -> dict[str, Any]:
         """Arguments of a call, by the rule that was asked for."""
         intervals = pairs_of_levels("guidance_interval", self.request.guidance_interval)
-        return guidance_arguments(self.pipeline, self.request.guidance, scale, *intervals)
+        return guidance_arguments(self.pipeline, self.request.guidance, scale, *intervals, load=self._weaker)
 
     def _labels(self) -> list[int] | None:
         """The classes asked for, by number; all if none is named; None for an unconditional model."""
@@ -216,21 +218,27 @@ class Samples:
             info = datasets.DatasetInfo(features=features, splits=datasets.SplitDict({"train": split}))
             card = DatasetCardData(configs=[{"config_name": "default", "data_files": "train-*.parquet"}])
             datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(card)
-            about = f"{count} images drawn by `{self.request.pipeline}` with seed {self.request.seed}."
+            about = f"{count} images drawn by `mnist-diffusion sample` with seed {self.request.seed}."
             replace_text(folder / "README.md", f"---\n{card}\n---\n\n{about}\n")
 
     def _begin_dataset(self, folder: Path) -> None:
         """Note what is drawn into a folder, or find it noted there."""
         request = dataclasses.replace(self.request, processes=1, device=None, batch_size=None, pipeline="")
-        drawn = json.dumps({"pipeline": fingerprint(self.pipeline), **dataclasses.asdict(request)}, sort_keys=True)
+        rule = self.arguments.get("guidance")
+        drawn_by = [fingerprint(self.pipeline), *([fingerprint(rule.weak)] if isinstance(rule, Autoguidance) else [])]
+        defaults = {name: self.pipeline.config[name] for name in ("num_inference_steps", "guidance_scale", "id2label")}
+        about = {"drawn_by": drawn_by, "sampler": type(self.pipeline.scheduler).__name__, "defaults": defaults}
+        wanted = json.dumps({**about, "request": dataclasses.asdict(request)}, sort_keys=True)
         folder.mkdir(parents=True, exist_ok=True)
-        noted = folder / ".request.json"
+        noted, held = (
+            folder / ".request.json",
+            sorted(folder.glob("train-*.parquet")) + sorted(folder.glob("README.md")),
+        )
         with FileLock(folder / ".request.lock"):
-            if not noted.exists() and list(folder.glob("train-*.parquet")):
-                raise UserError(f"{folder} holds a data set already; name another --out")
-            if noted.exists() and read_text(noted) != drawn:
-                raise UserError(f"{folder} holds a data set that was drawn otherwise; name another --out")
-            replace_text(noted, drawn)
+            if held and not (noted.exists() and read_text(noted) == wanted):
+                other = f"{folder} holds {held[0].name}, which was not drawn by this request"
+                raise UserError(f"{other}; name another --out")
+            replace_text(noted, wanted)
 
 
 def _sheet(rows: Sequence[tuple[str, Tensor]], title: str, columns: Sequence[str] | None) -> Image.Image:

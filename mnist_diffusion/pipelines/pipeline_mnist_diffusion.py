@@ -399,8 +399,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             other = float(scales[apart.amin(dim=1).argmax()])
             raise ValueError(
                 f"guidance_scale must be one of {learned} for this model, got {other:g}: guidance at these scales was "
-                "distilled into its weights, which draw with it in one pass per step; for another scale distil the "
-                "teacher again"
+                "distilled into its weights; for another scale distil the teacher again"
             )
         if class_labels is not None:
             labels = conditions.labels + self.num_classes * apart.argmin(dim=1)[conditions.rows]
@@ -417,21 +416,21 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             if interval[0] > interval[1]:
                 raise ValueError(f"guidance_interval must not be reversed, got {interval!r}")
         _check_number("guidance_rescale", rescale, low=0, high=1)
+        rule, guider = type(guidance).__name__, hasattr(guidance, "prepare_inputs")
         if self.config.guidance_distilled and (interval or rescale or guidance):
             raise ValueError(
-                f"guidance_interval={interval!r}, guidance_rescale={rescale!r}, guidance={guidance!r} have no effect "
-                "on this model, whose guidance was distilled into its weights"
+                f"guidance_interval={interval!r}, guidance_rescale={rescale!r}, guidance={rule} have no effect on this "
+                "model, whose guidance was distilled into its weights"
             )
-        if class_labels is None and guidance is not None:
-            raise ValueError(f"guidance needs class_labels, got guidance={guidance!r} without them")
         if guidance is None:
-            return no_guidance if class_labels is None else partial(classifier_free_guidance, guidance_rescale=rescale)
-        if not callable(guidance):
+            return partial(classifier_free_guidance, guidance_rescale=rescale)
+        if class_labels is None:
+            raise ValueError(f"guidance needs class_labels, got guidance={rule} without them")
+        if not callable(guidance) or isinstance(guidance, type):
             raise TypeError(f"guidance must be a function of a GuidanceStep or a guider of diffusers, got {guidance!r}")
-        guider, name = hasattr(guidance, "prepare_inputs"), type(guidance).__name__
-        if rescale or (guider and scale is not None):
-            given = f"guidance_scale={scale!r}, guidance_rescale={rescale!r}"
-            raise ValueError(f"{given} have no effect with guidance={name}, which decides itself")
+        for name, value in (("guidance_rescale", rescale or None), ("guidance_scale", scale if guider else None)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} has no effect with guidance={rule}, which decides itself")
         return _rule_of_guider(copy.deepcopy(guidance)) if guider else guidance
 
     def _check_callback(self, callback: Any, tensor_inputs: Sequence[str]) -> None:
@@ -494,11 +493,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         eta: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        guidance: Any = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance: Any = None,
     ) -> Any:
         """Draw one image for each class label.
 
@@ -519,15 +518,15 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
             generator: one for the batch, or one per image, which then does not depend on the batch.
             latents: the noise to start from, `[B, C, H, W]` of unit variance.
-            guidance: another rule than [`classifier_free_guidance`]: a function of a [`GuidanceStep`] that gives the
-                prediction, or one of `diffusers.guiders` that asks for these two predictions alone and has a scale of
-                its own.
             output_type: `pil`, `np` (float `[B, H, W, C]` in [0, 1]), `pt` (float `[B, C, H, W]` in [0, 1]) or `latent`
                 (float `[B, C, H, W]` in [-1, 1], not clamped).
             return_dict: False returns a tuple `(images,)`.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; what it
                 returns replaces `latents`; setting `pipeline._interrupt = True` ends the loop.
             callback_on_step_end_tensor_inputs: which of `latents`, `model_output`, `pred_original_sample` it gets.
+            guidance: another rule than [`classifier_free_guidance`]: a function of a [`GuidanceStep`] that gives the
+                prediction; or a guider, one of `diffusers.guiders` that asks for these two predictions alone and has a
+                scale of its own.
 
         Returns:
             `ImagePipelineOutput` with `.images`, or the tuple.
@@ -606,7 +605,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     model_input = scheduler.scale_model_input(latents, timestep)
                     now = self._guided(timestep, scales, guidance_interval)
                     guided = GuidanceStep(self, step, total, timestep, model_input, conditions, *now, passes)
-                    model_output, passes = rule(guided), guided.passes
+                    model_output = rule(guided) if len(conditions.rows) else no_guidance(guided)
+                    passes = guided.passes
                     if getattr(model_output, "shape", None) != latents.shape:
                         raise TypeError(f"guidance must give a prediction {tuple(shape)}, got {model_output!r:.100}")
                     _set_ddim_stride(scheduler, step)
@@ -625,6 +625,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                         raise ValueError(f"a stream takes class_labels and guidance_scale, got {sorted(unknown)}")
                     asked.update(changes)
                     conditions, scales = self._conditioned(*asked.values())
+                    self._rule(guidance, asked["class_labels"], asked["guidance_scale"], None, 0)  # which checks
                     if len(scales) != len(latents):
                         raise ValueError(f"class_labels must be for {len(latents)} images, got {changes!r:.200}")
 
@@ -708,13 +709,14 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 def _rule_of_guider(guider: Any) -> Callable[[GuidanceStep], torch.Tensor]:
     """The rule of a guider of `diffusers.guiders`, which asks for predictions under the classes and under no class."""
     name, inside = type(guider).__name__, type(guider).prepare_models.__qualname__
-    if not {"pred_cond", "pred_uncond"} >= set(guider._input_predictions) or inside != "BaseGuidance.prepare_models":
+    other = not {"pred_cond", "pred_uncond"} >= set(guider._input_predictions) or name == "MagnitudeAwareGuidance"
+    if other or inside != "BaseGuidance.prepare_models":  # MagnitudeAwareGuidance takes no images, in diffusers 0.42
         raise ValueError(f"guidance={name} needs other predictions than those under the classes and under no class")
 
     def rule(step: GuidanceStep) -> torch.Tensor:
         guider.set_state(step.step, step.num_steps, step.timestep)
         parts = guider.prepare_inputs({"conditional": (torch.tensor(True), torch.tensor(False))})
-        if not step.acts:
+        if not step.acts:  # after the line above, with which a guider begins its memory at step 0
             return step.predict(True, False)[0]
         asked = [bool(part.conditional) for part in parts]
         predictions = step.predict(any(asked), not all(asked))

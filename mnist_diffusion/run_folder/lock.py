@@ -18,7 +18,7 @@ LOCK = ".lock"
 RUN_ID = "run_id"
 RESULTS = ("pipeline", "pipeline_best", "snapshots", "summary.json")
 """What a run leaves that training again would overwrite."""
-PLACES = ("samples", "pictures", "snapshots")
+PLACES = ("samples", "pictures", "snapshots", "averages")
 """Folders in a run folder into which the run writes."""
 
 

@@ -74,7 +74,7 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     if not EVALUATION_SECTION.search(content):
         content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"
     card = parse_card(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))
-    settings = ("scheduler", "num_inference_steps", "guidance_scale", "num_images")
+    settings = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance", "num_images")
     measured = [
         EvalResult(
             task_type="unconditional-image-generation",
@@ -83,7 +83,7 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
             metric_type=metric,
             metric_name=name,
             metric_value=round(result[metric], 5),
-            metric_args={key: result[key] for key in settings if result[key] is not None},
+            metric_args={key: result[key] for key in settings if result.get(key) is not None},
         )
         for result in report["results"]
         for metric, name in CARD_METRICS.items()

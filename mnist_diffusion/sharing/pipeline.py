@@ -21,6 +21,7 @@ from mnist_diffusion.sharing import reading
 from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, short_card
 from mnist_diffusion.sharing.commit import commit_files
 
+DenoisingStep = shipped.DenoisingStep
 GuidanceStep = shipped.GuidanceStep
 TrajectoryOutput = shipped.TrajectoryOutput
 guided_prediction = shipped.guided_prediction

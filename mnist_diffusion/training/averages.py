@@ -24,6 +24,7 @@ TRACKED = (0.05, 0.1)
 """The relative standard deviations that are tracked, those of the paper."""
 SHORTEST, LONGEST = 0.005, 0.25
 """Bounds of those that can be asked for; an average over all steps alike has 0.289."""
+MAX_PLACES = 4000
 FOLDER, FILE = "averages", re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -88,13 +89,20 @@ def coefficients(steps: Sequence[int], std: float) -> tuple[np.ndarray, float]:
     """
     last = steps[-1]
     # Up to a step, an average that ends at `end` has the share (step / end) ** (gamma + 1) of its weight.
-    places = np.arange(last + 1)
+    places = np.linspace(0, last, min(last, MAX_PLACES) + 1)
     known = [np.minimum(places / end, 1) ** (exponent(each) + 1) for end in steps for each in TRACKED]
     wanted = (places / last) ** (exponent(std) + 1)
     others = np.stack(known[:-1], axis=1) - known[-1][:, None]
     found = np.linalg.lstsq(others, wanted - known[-1], rcond=None)[0]
     error = float(np.abs(others @ found + known[-1] - wanted).max())
     return np.append(found, 1 - found.sum()).reshape(len(steps), len(TRACKED)), error
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Remove what was kept after later steps than this, from which a run goes on otherwise than before."""
+    for path in (run / FOLDER).glob("*"):
+        if (match := FILE.fullmatch(path.name)) and int(match[1]) > step:
+            path.unlink()
 
 
 def kept_steps(run: Path) -> list[int]:

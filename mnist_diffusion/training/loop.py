@@ -37,6 +37,7 @@ from mnist_diffusion.run_folder.lock import RunFolder
 from mnist_diffusion.run_folder.metrics import append_metrics, cut_metrics
 from mnist_diffusion.run_folder.read import OBJECTIVE
 from mnist_diffusion.training import length, report
+from mnist_diffusion.training.averages import forget_after
 from mnist_diffusion.training.launch import Launch
 from mnist_diffusion.training.probe import choose_threads, expected_cost
 from mnist_diffusion.training.processes import Processes
@@ -189,6 +190,7 @@ class TrainingLoop:
         """Step, report, save, until done; the exit code."""
         self.processes.on_main(self.write_config)
         self.processes.on_main(lambda: cut_metrics(self.log, self.step))
+        self.processes.on_main(lambda: forget_after(self.folder, self.step))
         report.start_trackers(self)
         if self.step == 0:
             self.processes.on_main(self._draw_first)

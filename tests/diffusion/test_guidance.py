@@ -14,10 +14,12 @@ from diffusers import (
     DiffusionPipeline,
     SkipLayerGuidance,
 )
+from diffusers.guiders import MagnitudeAwareGuidance
 from torch import Tensor
 
+from mnist_diffusion.checks import GUIDERS
 from mnist_diffusion.config import DiffusionConfig
-from mnist_diffusion.diffusion.guidance import GUIDERS, Autoguidance, guidance_arguments
+from mnist_diffusion.diffusion.guidance import Autoguidance, guidance_arguments
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
 from mnist_diffusion.sharing.pipeline import GuidanceStep, MNISTDiffusionPipeline
@@ -61,6 +63,24 @@ def test_a_rule_of_ones_own(pipeline: MNISTDiffusionPipeline) -> None:
     torch.testing.assert_close(
         draw(pipeline, 1, guidance=lambda step: step.predict(False)[1]), draw(pipeline, 1, guidance_scale=0)
     )
+
+
+def test_a_stream_may_lose_and_gain_its_class(pipeline: MNISTDiffusionPipeline) -> None:
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for begins, goes_on in (([1], None), (None, [1])):
+        scale: dict[str, Any] = {} if begins is None else {"guidance_scale": 3.0}
+        stream = pipeline.stream(begins, latents=noise, num_inference_steps=2, **scale)
+        first = next(stream)
+        second = stream.send({"class_labels": goes_on, "guidance_scale": None if goes_on is None else 3.0})
+        with torch.no_grad():
+            predicted = {label: pipeline.unet(first.latents, 499, torch.tensor([label])).sample for label in (1, 10)}
+        guided = predicted[10] + 3 * (predicted[1] - predicted[10])
+        wanted = predicted[10] if goes_on is None else guided
+        torch.testing.assert_close(second.model_output, wanted, atol=1e-4, rtol=1e-4)
+    stream = pipeline.stream([1], guidance=ClassifierFreeGuidance(), num_inference_steps=2)
+    next(stream)
+    with pytest.raises(ValueError, match="guidance_scale=2 has no effect with guidance=ClassifierFreeGuidance"):
+        stream.send({"guidance_scale": 2})
 
 
 def test_mixed_classes(pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline) -> None:
@@ -126,10 +146,10 @@ class TestGuiders:
         assert counter.passes == 2 * (6 + 6) + 2 * (1 + 2 + 1 + 1)
         assert not torch.equal(early, theirs)
 
-    @pytest.mark.parametrize("kind", GUIDERS, ids=lambda kind: kind.__name__)
-    def test_every_guider_that_can_be_named(self, pipeline: MNISTDiffusionPipeline, kind: Any) -> None:
+    @pytest.mark.parametrize("name", GUIDERS)
+    def test_every_guider_that_can_be_named(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
         plain = draw(pipeline, 1, guidance_scale=1)
-        named = guidance_arguments(pipeline, kind.__name__, 4.0, (0.0, 1.0))
+        named = guidance_arguments(pipeline, name, 4.0, (0.0, 1.0))
         found = draw(pipeline, 1, **named)
         assert torch.isfinite(found).all()
         assert not torch.allclose(found, plain, atol=1e-3)
@@ -166,11 +186,12 @@ def nothing(step: GuidanceStep) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
+        ({"guidance": ClassifierFreeGuidance}, TypeError, "guidance must be a function of a GuidanceStep or a guider"),
         ({"guidance": "cfg"}, TypeError, "guidance must be a function of a GuidanceStep or a guider of diffusers"),
         ({"guidance": nothing}, TypeError, r"guidance must give a prediction \(1, 1, 8, 8\), got None"),
         ({"guidance": nothing, "class_labels": None}, ValueError, "guidance needs class_labels"),
-        ({"guidance": nothing, "guidance_rescale": 0.5}, ValueError, "no effect with guidance=function"),
-        ({"guidance": ClassifierFreeGuidance(), "guidance_scale": 2}, ValueError, "no effect with guidance=Classifier"),
+        ({"guidance": nothing, "guidance_rescale": 0.5}, ValueError, "guidance_rescale=0.5 has no effect"),
+        ({"guidance": ClassifierFreeGuidance(), "guidance_scale": 2}, ValueError, "guidance_scale=2 has no effect"),
     ],
 )
 def test_bad_rules(
@@ -197,3 +218,5 @@ def test_names(pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline, t
     assert (named.pop("guidance").guidance_scale, named) == (1.9, {"guidance_interval": (0.3, 0.9)})
     with pytest.raises(ConfigError, match="guidance must be cfg, autoguidance:PIPELINE or one of AdaptiveProjected"):
         guidance_arguments(pipeline, "SkipLayerGuidance")
+    with pytest.raises(ValueError, match="guidance=MagnitudeAwareGuidance needs other predictions"):
+        pipeline([1], guidance=MagnitudeAwareGuidance())

@@ -38,7 +38,7 @@ def test_shipped_second_evaluator_reads_mnist(mnist_data: ImageData) -> None:
     found = evaluator_for(mnist_data, "transformer")
     assert found.origin == "shipped with the package"
     some = ImageSplit(mnist_data.test.tensor[::5], mnist_data.test.labels[::5])
-    assert accuracy(found.model, some) >= 0.98
+    assert accuracy(found.model, some) >= 0.97
 
 
 def test_second_opinions(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,12 @@ class TestSharing:
             ranks.make_together(paths, made.append)
         assert made == [paths[2], paths[0], paths[1]]
 
+    def test_a_helper_whose_parent_has_ended_leaves(self, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setattr(ranks, "PARENT", 0)
+        ranks.make_together(paths, lambda path: path.write_text(""))
+        assert not any(path.exists() for path in paths)
+
     def test_helpers_under_a_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(UserError, match="processes=2 must be 1 under a launcher"), ranks.helpers(2, ["evaluate"]):

@@ -98,12 +98,16 @@ def test_a_run_keeps_them_through_a_resume_and_makes_pipelines(
     assert train_cfg.main([*FLAGS, "--output_dir", str(resumed), "--train.max_steps", "8"]) == 0
     for step in (3, 6, 8):
         (resumed / "averages" / f"step-{step}.safetensors").rename(tmp_path / f"{step}")
+    (resumed / "averages" / "step-99.safetensors").write_bytes(b"of a branch that was left")
     assert train_cfg.main([*FLAGS, "--output_dir", str(resumed), "--train.resume", "true"]) == 0
+    assert not (resumed / "averages" / "step-99.safetensors").exists()
     for step in (9, 12):
         name = f"averages/step-{step}.safetensors"
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
     assert main(["average", str(whole), "--std", "0.1", "0.15"]) == 0
-    assert "average-0.15: from 4 moments up to step 12" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "average-0.15: from 4 moments up to step 12" in said
+    assert "warning: 4 moments are few for std 0.15; keep more with train.averages_every" in said
     tracked = load_file(whole / "averages" / "step-12.safetensors")
     pipeline = MNISTDiffusionPipeline.from_pretrained(whole / "average-0.1")
     for name, weight in pipeline.unet.state_dict().items():
