@@ -170,13 +170,13 @@ def _generate(models: Models, controls: Controls) -> None:
             classes = controls.classes(gr.CheckboxGroup, place=3, label="Classes", info="What to draw.")
             count = gr.Slider(1, 16, 8, step=1, label="Images of each")
             scale, steps = controls.guidance(), controls.steps()
-            sampler = gr.Dropdown(list(SAMPLER_NAMES), value=OWN, label="Sampler", info="How noise becomes images.")
-            low = controls.bound(
-                0, label="Guidance from", info="Guidance acts from this time; 0 is the finished image."
-            )
-            high = controls.bound(1, label="Guidance to", info="Guidance acts up to this time; 1 is pure noise.")
-            look = {"label": "Guidance rule", "info": "What the class is told apart from, and how."}
-            rule = controls.add(gr.Dropdown, partial(_rules, models), **look)
+            with gr.Row():
+                sampler = gr.Dropdown(list(SAMPLER_NAMES), value=OWN, label="Sampler", info="How noise becomes images.")
+                look = {"label": "Guidance rule", "info": "Away from no class, or from a weaker model's images."}
+                rule = controls.add(gr.Dropdown, partial(_rules, models), **look)
+            with gr.Row():
+                low = controls.bound(0, label="Guidance from", info="0: the finished image.")
+                high = controls.bound(1, label="Guidance to", info="1: pure noise.")
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             draw = gr.Button("Draw", variant="primary")
         with gr.Column():

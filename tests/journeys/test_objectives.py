@@ -1,4 +1,4 @@
-"""Every objective that the configuration offers goes all the way: train, resume, export, plain load, distil, evaluate."""
+"""Every objective of the configuration goes all the way: train, resume, export, plain load, distil, evaluate."""
 
 from __future__ import annotations
 
