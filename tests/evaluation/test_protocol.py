@@ -46,8 +46,8 @@ def test_images_made_for_one_evaluator_do_not_pass(mnist_data: ImageData) -> Non
     train, test, real = (
         ImageSplit(split.tensor[chosen], split.labels[chosen])
         for split, chosen in (
-            (mnist_data.train, slice(0, None, 20)),
-            (mnist_data.test, slice(0, None, 10)),
+            (mnist_data.train, slice(0, None, 40)),
+            (mnist_data.test, slice(0, None, 20)),
             (mnist_data.test, slice(5, None, 30)),
         )
     )

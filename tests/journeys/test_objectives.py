@@ -36,6 +36,7 @@ def evaluator(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> st
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_all_the_way(objective: list[str], tmp_path: Path, evaluator: str) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
