@@ -110,7 +110,7 @@ def found(out: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
 @pytest.fixture(scope="module")
 def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[np.ndarray]]:
     out = tmp_path_factory.mktemp("alone")
-    assert start(command, out).wait() == 0
+    assert main([*command[1:], "--out", str(out)]) == 0
     return found(out)
 
 
@@ -137,13 +137,7 @@ def test_a_process_that_is_killed(command: list[str], alone: Any, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_four_processes(command: list[str], alone: Any, tmp_path: Path) -> None:
-    assert start(command, tmp_path, "--processes", "4").wait() == 0
-    require_equal(found(tmp_path), alone)
-
-
-@pytest.mark.slow
-def test_torchrun(command: list[str], alone: Any, tmp_path: Path) -> None:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+def test_four_by_torchrun(command: list[str], alone: Any, tmp_path: Path) -> None:
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m")
     assert start(command, tmp_path, launcher=launcher).wait() == 0
     require_equal(found(tmp_path), alone)

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.pictures import DataError
@@ -15,9 +14,6 @@ from mnist_diffusion.data.transforms import to_uint8
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, evaluator_for, logits_and_features, random_features
 from mnist_diffusion.evaluation.generated import Sample
 from mnist_diffusion.evaluation.protocol import Reference, evaluate_images
-
-WORSE_WHEN_HIGHER = ("fid", "kernel_distance", "pixel_histogram_distance")
-WORSE_WHEN_LOWER = ("recall", "coverage", "density")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,7 @@ def test_images_made_for_one_evaluator_do_not_pass(mnist_data: ImageData) -> Non
         for split, chosen in (
             (mnist_data.train, slice(0, None, 40)),
             (mnist_data.test, slice(0, None, 20)),
-            (mnist_data.test, slice(5, None, 30)),
+            (mnist_data.test, slice(5, None, 100)),
         )
     )
     data, evaluator = dataclasses.replace(mnist_data, train=train, test=test), evaluator_for(mnist_data).model
@@ -73,28 +69,6 @@ def held_out(reference: Reference, count: int = 1000) -> Sample:
 
 def noise(images: Tensor) -> Tensor:
     return torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).byte()
-
-
-@pytest.mark.slow
-def test_order_of_damage_on_mnist(part_of_mnist: Reference) -> None:
-    sample = held_out(part_of_mnist)
-    levels = [
-        sample.images,
-        gaussian_blur(sample.images, 5, 0.7),
-        gaussian_blur(sample.images, 7, 1.5),
-        noise(sample.images),
-    ]
-    evaluated = [evaluate_images(part_of_mnist.evaluator, images, sample.labels) for images in levels]
-    values = [part_of_mnist.measure(each).values for each in evaluated]
-    for name in WORSE_WHEN_HIGHER:
-        measured = [value[name] for value in values]
-        assert measured == sorted(measured), (name, measured)
-    for name in WORSE_WHEN_LOWER:
-        measured = [value[name] for value in values]
-        assert measured == sorted(measured, reverse=True), (name, measured)
-    # A slight blur leaves digits as readable as they were.
-    _, slight, strong, nothing = (value["accuracy"] for value in values)
-    assert slight > strong > nothing
 
 
 def test_floor_is_held_out_images_of_the_same_number(digits_reference: Reference) -> None:

@@ -16,10 +16,14 @@ from mnist_diffusion.evaluation.evaluator import save_evaluator, train_evaluator
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 
 OBJECTIVES = {
-    "the image, by the velocity": ["--diffusion.prediction_type", "sample", "--diffusion.loss_on", "v_prediction"],
-    "the noise, min-SNR": ["--diffusion.prediction_type", "epsilon", "--diffusion.min_snr_gamma", "5"],
-    "log-normal timesteps": ["--diffusion.timesteps", "lognormal", "--diffusion.sigmoid_bias", "1"],
-    "stratified timesteps": ["--diffusion.timesteps", "stratified", "--diffusion.prediction_type", "sample"],
+    "the image, by the velocity, stratified": [
+        *("--diffusion.prediction_type", "sample", "--diffusion.loss_on", "v_prediction"),
+        *("--diffusion.timesteps", "stratified", "--diffusion.sigmoid_bias", "1"),
+    ],
+    "the noise, min-SNR, log-normal": [
+        *("--diffusion.prediction_type", "epsilon", "--diffusion.min_snr_gamma", "5"),
+        *("--diffusion.timesteps", "lognormal"),
+    ],
 }
 FLAGS = [
     *("--config", "tiny", "--data.source", "digits", "--train.pictures", "false", "--train.num_eval_images", "16"),

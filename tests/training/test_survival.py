@@ -65,18 +65,13 @@ class TestKills:
         assert result["different"] == []
         assert result["kills"] >= len(deaths) + 2
 
-    @pytest.mark.parametrize(
-        "flags",
-        [
-            ["--train.mixed_precision", "bf16", "--data.augment.shift", "0.1", "--model.dropout", "0.2"],
-            [
-                *("--train.gradient_accumulation_steps", "2", "--train.checkpoint_every", "2 steps"),
-                *("--train.channels_last", "true", "--train.keep_checkpoints", "1"),
-            ],
-        ],
-        ids=["bf16, dropout, augmentation", "accumulation, channels last, one checkpoint kept"],
-    )
-    def test_other_settings(self, nursery: Nursery, tmp_path: Path, flags: list[str]) -> None:
+    def test_other_settings(self, nursery: Nursery, tmp_path: Path) -> None:
+        """bf16, dropout, augmentation, accumulation, channels-last, a single checkpoint kept."""
+        flags = [
+            *("--train.mixed_precision", "bf16", "--data.augment.shift", "0.1", "--model.dropout", "0.2"),
+            *("--train.gradient_accumulation_steps", "2", "--train.checkpoint_every", "2 steps"),
+            *("--train.channels_last", "true", "--train.keep_checkpoints", "1"),
+        ]
         deaths: list[Death | None] = [Death(1, 5, after=True), Death(1, 12, after=False), None]
         result = chain_of_kills(nursery, tmp_path, deaths, flags)
         assert (result["kills"], result["different"]) == (3, [])
