@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from mnist_diffusion.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 0.2
-PARENT = os.getppid()
+HELPED = "MNIST_DIFFUSION_HELPED_PROCESS"
+"""Names the process that [`helpers`] has started this one for."""
 
 
 def rank() -> int:
@@ -48,7 +49,7 @@ def make_together(paths: Sequence[Path], make: Callable[[Path], object]) -> None
         while missing := [path for path in missing if not path.exists()]:
             bar.update(len(paths) - len(missing) - bar.n)
             for path in missing:
-                if rank() > 0 and os.getppid() != PARENT:  # nobody waits for the work any more
+                if os.environ.get(HELPED) not in (None, str(os.getppid())):  # nobody waits for the work any more
                     return
                 if path.exists():
                     continue
@@ -91,7 +92,7 @@ def helpers(count: int, command: Sequence[str]) -> Iterator[None]:
     os.environ |= {**size, "RANK": "0"}
     try:
         for index in range(1, count):
-            environment = {**os.environ, "RANK": str(index), "LOCAL_RANK": str(index)}
+            environment = {**os.environ, "RANK": str(index), "LOCAL_RANK": str(index), HELPED: str(os.getpid())}
             line = [sys.executable, "-m", "mnist_diffusion", *command, "--processes", "1"]
             started.append(subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL))
         yield

@@ -21,6 +21,7 @@ from mnist_diffusion.cli import main
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
 from tests.conftest import REPOSITORY
+from tests.support.survival import Nursery
 
 NUM_IMAGES, PARTS = 1000, 4
 
@@ -69,7 +70,7 @@ class TestSharing:
 
     def test_a_helper_whose_parent_has_ended_leaves(self, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RANK", "1")
-        monkeypatch.setattr(ranks, "PARENT", 0)
+        monkeypatch.setenv(ranks.HELPED, "0")
         ranks.make_together(paths, lambda path: path.write_text(""))
         assert not any(path.exists() for path in paths)
 
@@ -91,8 +92,8 @@ def command(tmp_path_factory: pytest.TempPathFactory, digits_evaluator: ImageEva
     return ["mnist_diffusion", "evaluate", str(root / "run"), *flags]
 
 
-def start(command: list[str], out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", *launcher, *command, "--out", str(out), *flags]
+def start(command: list[str], out: Path, *flags: str) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", *command, "--out", str(out), *flags]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(line, cwd=REPOSITORY, env=environment)
 
@@ -137,7 +138,9 @@ def test_a_process_that_is_killed(command: list[str], alone: Any, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_four_by_torchrun(command: list[str], alone: Any, tmp_path: Path) -> None:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m")
-    assert start(command, tmp_path, launcher=launcher).wait() == 0
+def test_four_processes(command: list[str], alone: Any, tmp_path: Path) -> None:
+    """As a launcher starts them."""
+    evaluate = [*command[1:], "--out", str(tmp_path)]
+    assert Nursery().finish(evaluate, log=tmp_path / "log.txt", ranks=4, work=main) == [0] * 4
     require_equal(found(tmp_path), alone)
+    assert (tmp_path / "log.txt").read_text().count("The report is in") == 1
