@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from diffusers import guiders
 from torch import Tensor
 
 from mnist_diffusion.checks import AUTOGUIDANCE, PLAIN_GUIDANCE, require_guidance
-from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.diffusion.pipeline import fingerprint, load_pipeline
 from mnist_diffusion.sharing.pipeline import GuidanceStep, MNISTDiffusionPipeline, guided_prediction
 
 
@@ -82,6 +82,12 @@ def guidance_arguments(
         own = plain.pop("guidance_scale", pipeline.config.guidance_scale)
         plain["guidance"] = getattr(guiders, name)(guidance_scale=own)
     return plain
+
+
+def fingerprints(pipeline: MNISTDiffusionPipeline, arguments: Mapping[str, Any]) -> list[str]:
+    """Those of the networks with which a call with these arguments draws."""
+    rule = arguments.get("guidance")
+    return [fingerprint(each) for each in (pipeline, *([rule.weak] if isinstance(rule, Autoguidance) else []))]
 
 
 def load_beside(pipeline: MNISTDiffusionPipeline, source: str) -> MNISTDiffusionPipeline:

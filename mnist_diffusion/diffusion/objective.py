@@ -148,6 +148,7 @@ def timestep_distribution(
     """
     steps, (mean, std) = config.num_train_timesteps, config.lognormal
     levels = -torch.logit(alphas_cumprod.double()) / 2
+    between = (levels[1:] + levels[:-1]) / 2
 
     def stratified(count: int, generator: torch.Generator) -> Tensor:
         within = torch.rand(count, generator=generator, device=generator.device)
@@ -156,7 +157,7 @@ def timestep_distribution(
 
     def lognormal(count: int, generator: torch.Generator) -> Tensor:
         asked = mean + std * torch.randn(count, generator=generator, device=generator.device)
-        return torch.searchsorted(((levels[1:] + levels[:-1]) / 2).to(asked), asked)
+        return torch.searchsorted(between.to(asked), asked)
 
     return {"uniform": None, "stratified": stratified, "lognormal": lognormal}[config.timesteps]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mnist_diffusion.checks import PLAIN_GUIDANCE
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.diffusion.guidance import Autoguidance, guidance_arguments, load_beside
-from mnist_diffusion.diffusion.pipeline import batches, fingerprint, one_per_seed, require_fit
+from mnist_diffusion.diffusion.guidance import fingerprints, guidance_arguments, load_beside
+from mnist_diffusion.diffusion.pipeline import batches, one_per_seed, require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import open_file, replace_file
@@ -213,10 +213,10 @@ class ImageGenerator:
 
     def _name(self, settings: SamplingSettings) -> str:
         """A name for what decides the images: weights, sampler, steps, guidance and seed."""
-        pipeline, rule = self.pipeline, self._guidance(settings).get("guidance")
+        pipeline = self.pipeline
         network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
-        drawn = [fingerprint(pipeline), type(pipeline.scheduler).__name__, repr(settings), self.seed]
-        drawn += [fingerprint(rule.weak)] if isinstance(rule, Autoguidance) else []
+        networks = fingerprints(pipeline, self._guidance(settings))
+        drawn = [*networks, type(pipeline.scheduler).__name__, repr(settings), self.seed]
         identity = json.dumps([*drawn, network], sort_keys=True, default=str)
         digest = hashlib.sha256(identity.encode()).hexdigest()
         guided = "" if settings.guidance_scale is None else f"-{settings.guidance_scale:g}"

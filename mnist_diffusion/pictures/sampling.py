@@ -19,15 +19,8 @@ from tqdm.auto import tqdm
 
 from mnist_diffusion.checks import pairs_of_levels
 from mnist_diffusion.data.transforms import filled_rows
-from mnist_diffusion.diffusion.guidance import Autoguidance, guidance_arguments, load_beside
-from mnist_diffusion.diffusion.pipeline import (
-    class_names,
-    fingerprint,
-    generate,
-    generate_batches,
-    load_pipeline,
-    with_sampler,
-)
+from mnist_diffusion.diffusion.guidance import fingerprints, guidance_arguments, load_beside
+from mnist_diffusion.diffusion.pipeline import class_names, generate, generate_batches, load_pipeline, with_sampler
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import read_text, replace_file, replace_picture, replace_text
 from mnist_diffusion.pictures.grids import drawable, file_names, image_grid, save_animation, to_pictures
@@ -224,16 +217,16 @@ class Samples:
     def _begin_dataset(self, folder: Path) -> None:
         """Note what is drawn into a folder, or find it noted there."""
         request = dataclasses.replace(self.request, processes=1, device=None, batch_size=None, pipeline="")
-        rule = self.arguments.get("guidance")
-        drawn_by = [fingerprint(self.pipeline), *([fingerprint(rule.weak)] if isinstance(rule, Autoguidance) else [])]
         defaults = {name: self.pipeline.config[name] for name in ("num_inference_steps", "guidance_scale", "id2label")}
-        about = {"drawn_by": drawn_by, "sampler": type(self.pipeline.scheduler).__name__, "defaults": defaults}
+        about = {
+            "drawn_by": fingerprints(self.pipeline, self.arguments),
+            "sampler": type(self.pipeline.scheduler).__name__,
+            "defaults": defaults,
+        }
         wanted = json.dumps({**about, "request": dataclasses.asdict(request)}, sort_keys=True)
         folder.mkdir(parents=True, exist_ok=True)
-        noted, held = (
-            folder / ".request.json",
-            sorted(folder.glob("train-*.parquet")) + sorted(folder.glob("README.md")),
-        )
+        noted = folder / ".request.json"
+        held = [*sorted(folder.glob("train-*.parquet")), *folder.glob("README.md")]
         with FileLock(folder / ".request.lock"):
             if held and not (noted.exists() and read_text(noted) == wanted):
                 other = f"{folder} holds {held[0].name}, which was not drawn by this request"
