@@ -13,15 +13,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from mnist_diffusion.cli.options import parse_train_arguments, reporting_errors
 from mnist_diffusion.config import Config
 from mnist_diffusion.diffusion.distillation import pseudo_huber
 from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import Batch, Objective, diffusion_target, null_class
+from mnist_diffusion.diffusion.noise import NoisingProcess, build_noise_scheduler
+from mnist_diffusion.diffusion.objective import Batch, Objective, null_class, prediction_errors
 from mnist_diffusion.diffusion.pipeline import build_pipeline
 from mnist_diffusion.training.launch import launch
 from mnist_diffusion.training.trainer import Trainer
@@ -30,13 +29,11 @@ HUBER_C = 0.1
 """Where the loss of a pixel turns from square to linear."""
 
 
-def huber_objective(config: Config, scheduler: DDPMScheduler, *, null_class: int | None) -> Objective:
+def huber_objective(config: Config, process: NoisingProcess, *, null_class: int | None) -> Objective:
     """Pseudo-Huber loss on what the network predicts, mean over pixels."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-        prediction = model(noisy, batch.timesteps, class_labels=batch.conditions(null_class), return_dict=False)[0]
-        errors = prediction.float() - diffusion_target(scheduler, batch)
+        errors = prediction_errors(model, batch, process, null_class)
         return pseudo_huber(errors, HUBER_C).mean(dim=(1, 2, 3))
 
     diffusion = config.diffusion
@@ -58,7 +55,7 @@ def run(config: Config, *, dry_run: bool = False) -> int:
     shape = {"image_size": images.image_size, "channels": images.channels, "num_classes": images.num_classes}
     unet = build_unet(config.model, **shape, seed=config.train.seed)
     scheduler = build_noise_scheduler(config.diffusion)
-    learned = huber_objective(config, scheduler, null_class=null_class(unet))
+    learned = huber_objective(config, NoisingProcess.of(scheduler), null_class=null_class(unet))
     exported = partial(
         build_pipeline, scheduler, config.sampling, images.class_names, patch_size=config.model.patch_size
     )

@@ -22,6 +22,15 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
 }
 """The diffusers class of each short name, and the arguments that make it this sampler."""
+FLOW = "flow_prediction"
+"""What a network predicts that is trained by flow matching, as diffusers calls it."""
+FLOW_SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    **{name: SAMPLERS[name] for name in ("dpmpp", "dpmpp-sde", "unipc")},
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "lcm": ("FlowMatchLCMScheduler", {}),
+}
+"""The same for models trained by flow matching; the other short names are of samplers that do not follow its paths."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:

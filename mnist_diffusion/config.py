@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
 import yaml
@@ -26,6 +26,7 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 MOST, MOST_PIXELS, MOST_CHANNELS = 100_000, 4096, 16_384
 """Bounds out of all proportion, beyond which a number is a slip."""
 MOST_SCALES = 100
+BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "clip_sample")
 Background = Literal["black", "white", "edge"]
 Fit = Literal["contain", "pad", "resize"]
 
@@ -184,13 +185,14 @@ class DiffusionConfig:
     """Last beta of the linear schedules."""
     trained_betas: tuple[float, ...] | None = None
     """Custom betas, one per step, in place of a named schedule."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
-    """What the network predicts: the noise, the velocity, or the clean image."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "v_prediction"
+    """What the network predicts: the noise, the velocity, or the clean image; or, for flow matching, the difference
+    between noise and image, where each image goes to its noise in a straight line, whatever the betas."""
     rescale_betas_zero_snr: bool = False
     """Rescale the betas so that the last step is pure noise (zero terminal SNR)."""
-    loss_on: Literal["prediction", "epsilon", "v_prediction", "sample"] = "prediction"
-    """Whose squared error is the loss: of what the network predicts, or of the noise, the velocity or the image that
-    follow from it."""
+    loss_on: Literal["prediction", "epsilon", "v_prediction", "sample", "flow_prediction"] = "prediction"
+    """Whose squared error is the loss: of what the network predicts, or of the noise, the velocity, the image or the
+    flow that follow from it."""
     timesteps: Literal["uniform", "stratified", "lognormal"] = "uniform"
     """How timesteps are drawn for training: all alike; all alike and evenly over each batch; or so that the ratio of
     noise to signal is log-normal."""
@@ -229,6 +231,10 @@ class DiffusionConfig:
                 "prediction or epsilon with diffusion.prediction_type epsilon, which tells nothing else in pure noise"
             )
             raise ConfigError(f"diffusion.loss_on must be {rule}, got {self.loss_on!r}")
+        if self.prediction_type == checks.FLOW:
+            for each in fields(self):
+                value, rule = getattr(self, each.name), f"left out with diffusion.prediction_type {checks.FLOW}"
+                require(each.name not in BETAS or value == each.default, f"diffusion.{each.name}", value, rule)
         own = self.loss_on == "prediction"
         require(own or gamma is None, "diffusion.loss_on", self.loss_on, f"prediction with min_snr_gamma={gamma}")
         possible = all(map(math.isfinite, self.lognormal)) and self.lognormal[1] > 0

@@ -32,8 +32,8 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 def test_the_known_systems_are_here() -> None:
     assert set(NAMES) == {
-        *("compact_500", "ddpm_1000", "ddpm_1000_unconditional", "ddpm_200", "default", "guided_300"),
-        *("quality", "rgb32_attention", "tiny"),
+        *("compact_500", "ddpm_1000", "ddpm_1000_unconditional", "ddpm_200", "default", "flow_matching"),
+        *("guided_300", "quality", "rgb32_attention", "tiny"),
     }
 
 

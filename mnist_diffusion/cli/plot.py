@@ -30,23 +30,21 @@ def curves(values: Namespace) -> dict[str, Any]:
 
 def schedule(values: Namespace) -> dict[str, Any]:
     """Betas, alpha bar and signal-to-noise ratio of configurations."""
-    from mnist_diffusion.diffusion.noise import build_noise_scheduler
     from mnist_diffusion.pictures import plots
 
     sources = {_name(source): source for source in values.source}
     if len(sources) < len(values.source):
         sources = {source: source for source in values.source}
-    schedulers = {name: build_noise_scheduler(_config(source).diffusion) for name, source in sources.items()}
-    return {"noise_schedule": plots.to_picture(plots.noise_schedules(schedulers))}
+    processes = {name: _process(source) for name, source in sources.items()}
+    return {"noise_schedule": plots.to_picture(plots.noise_schedules(processes))}
 
 
 def forward(values: Namespace) -> dict[str, Any]:
     """A few training images on their way to noise, by a configuration."""
-    from mnist_diffusion.diffusion.noise import build_noise_scheduler
     from mnist_diffusion.pictures import pipelines
 
-    scheduler = build_noise_scheduler(_config(values.source[0]).diffusion)
-    return {"forward_noising": pipelines.noised(_data(values), scheduler, seed=values.seed)}
+    process = _process(values.source[0])
+    return {"forward_noising": pipelines.noised(_data(values), process, seed=values.seed)}
 
 
 def denoising(values: Namespace) -> dict[str, Any]:
@@ -179,6 +177,13 @@ def _config(source: str) -> Config:
     path = Path(source)
     arguments = ["--config", str(path / "config.yaml" if path.is_dir() else path)]
     return parse_train_arguments(arguments, prog="mnist-diffusion plot").config
+
+
+def _process(source: str) -> Any:
+    """The noising process of a configuration."""
+    from mnist_diffusion.diffusion.noise import NoisingProcess, build_noise_scheduler
+
+    return NoisingProcess.of(build_noise_scheduler(_config(source).diffusion))
 
 
 def _name(source: str) -> str:

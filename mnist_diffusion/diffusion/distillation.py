@@ -19,8 +19,10 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from mnist_diffusion.checks import FLOW
 from mnist_diffusion.config import DistillationConfig, DistillConfig
 from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.diffusion.noise import NoisingProcess
 from mnist_diffusion.diffusion.objective import Batch, Objective
 from mnist_diffusion.diffusion.pipeline import fingerprint, load_pipeline, require_fit
 from mnist_diffusion.diffusion.samplers import build_sampler
@@ -103,14 +105,18 @@ def student_of(teacher: MNISTDiffusionPipeline, num_scales: int = 1) -> UNet2DMo
     return student
 
 
-def student_scheduler(teacher: MNISTDiffusionPipeline) -> DDPMScheduler:
+def student_scheduler(teacher: MNISTDiffusionPipeline) -> Any:
     """The teacher's noising process, for a student: it predicts the velocity, and its samples are clipped.
+
+    A student of flow matching predicts the flow, as its teacher does.
 
     From a prediction of the noise the image at the last, noisiest timestep is `(x - sigma eps) / alpha` with an alpha
     near 0, which no network can learn; the velocity there is just minus the image.
 
     LCM and TCD may take any of its timesteps, so that they start at the noisiest whatever the number of steps.
     """
+    if teacher.config.flow_matching:
+        return build_sampler("euler", teacher.scheduler.config)
     noise_scheduler = build_sampler("ddpm", teacher.scheduler.config)
     scheduler = DDPMScheduler.from_config(
         noise_scheduler.config, prediction_type="v_prediction", clip_sample=True, clip_sample_range=1.0
@@ -146,7 +152,8 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         config: guidance, steps and loss.
         teacher: draws the trajectories; not trained.
     """
-    alphas_cumprod, null_class = teacher.scheduler.alphas_cumprod, teacher.null_class
+    process, null_class = NoisingProcess.of(teacher.scheduler), teacher.null_class
+    kind = FLOW if teacher.config.flow_matching else "v_prediction"
     num_scales = len(config.guidance_scales)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -155,16 +162,19 @@ def distillation_objective(config: DistillationConfig, teacher: MNISTDiffusionPi
         chosen = chosen_points(config, batch.timesteps)
         points = torch.cat([batch.noise[None], trajectory.latents[:-1].to(device)])
         points = points[chosen, torch.arange(count, device=device)].flatten(0, 1)
-        timesteps = trajectory.timesteps.to(device, torch.int64)[chosen].flatten()
+        timesteps = trajectory.timesteps.to(torch.int64) - process.times[0]
+        timesteps[0] = len(process.times) - 1  # where the noise is, wherever the sampler says that it begins
+        timesteps = timesteps.to(device)[chosen].flatten()
         labels = None
         if null_class is not None:
             labels = torch.where(
                 batch.dropped, num_scales * null_class, batch.labels + null_class * scale_indices(batch, num_scales)
             )
             labels = labels.repeat(len(chosen))
-        prediction = model(points, timesteps, class_labels=labels, return_dict=False)[0].float()
-        alpha = alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
-        images = predicted_original_sample(prediction, points, alpha, "v_prediction")
+        times = process.times.to(device)[timesteps]
+        prediction = model(points, times, class_labels=labels, return_dict=False)[0].float()
+        alpha = process.alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
+        images = predicted_original_sample(prediction, points, alpha, kind)
         target = cleaned(trajectory.latents[-1].to(device), config.clean_within)
         errors = clipped_error(images, target.repeat(len(chosen), 1, 1, 1))
         return pseudo_huber(errors, config.huber_c).mean(dim=(1, 2, 3)).view(len(chosen), count).mean(dim=0)

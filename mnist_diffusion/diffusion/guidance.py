@@ -49,7 +49,11 @@ def _kind(pipeline: Any) -> dict[str, Any]:
     shared = ("num_train_timesteps", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
     process = {name: pipeline.scheduler.config.get(name) for name in shared}
     own = {name: getattr(pipeline, name) for name in ("image_shape", "num_classes", "device")}
-    return {**own, **{name: pipeline.config[name] for name in ("patch_size", "guidance_distilled")}, **process}
+    return {
+        **own,
+        **{name: pipeline.config[name] for name in ("patch_size", "guidance_distilled", "flow_matching")},
+        **process,
+    }
 
 
 def guidance_arguments(

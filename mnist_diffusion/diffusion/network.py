@@ -16,6 +16,7 @@ from mnist_diffusion.diffusion.pipeline import class_names as pipeline_class_nam
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.seeds import mixed_seed
+from mnist_diffusion.sharing.pipeline import prediction_type_of
 
 CLASS_EMBEDDING = "class_embedding.weight"
 FREE = ("sample_size", "num_class_embeds", "dropout")
@@ -111,7 +112,7 @@ def initialise(unet: UNet2DModel, source: str, *, class_names: tuple[str, ...], 
     different = [
         f"{name} is {theirs[name]!r} there, {value!r} here" for name, value in ours.items() if theirs[name] != value
     ]
-    predicts = pipeline.scheduler.config.prediction_type
+    predicts = prediction_type_of(pipeline.scheduler)
     if predicts != prediction_type:
         different.append(f"it predicts {predicts!r}, and diffusion.prediction_type is {prediction_type!r}")
     if different:

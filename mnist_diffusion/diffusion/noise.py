@@ -1,19 +1,28 @@
-"""Build the training scheduler, which defines the noising process."""
+"""The noising process: the training scheduler that defines it, and how much of image and noise there is when."""
 
 from __future__ import annotations
 
-from diffusers import DDPMScheduler
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from mnist_diffusion.checks import FLOW
 from mnist_diffusion.config import DiffusionConfig
+from mnist_diffusion.sharing.pipeline import prediction_type_of
 
 
-def build_noise_scheduler(config: DiffusionConfig) -> DDPMScheduler:
+def build_noise_scheduler(config: DiffusionConfig) -> Any:
     """The training scheduler, with every argument given.
 
     What is left at its default is dropped when another scheduler is made from this one's configuration, and that
     one's own default takes its place; nothing may be left to that. Timesteps are spaced `trailing`, which starts
     few-step sampling at the last, noisiest step.
     """
+    if config.prediction_type == FLOW:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=1.0)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,
@@ -35,3 +44,64 @@ def build_noise_scheduler(config: DiffusionConfig) -> DDPMScheduler:
     # Diffusion: end on the clean image, and let PNDM start without Runge-Kutta steps.
     scheduler.register_to_config(set_alpha_to_one=True, skip_prk_steps=True)
     return scheduler
+
+
+@dataclass(frozen=True)
+class NoisingProcess:
+    """At timestep `t` an image has become `signal[t] * image + noise[t] * e`, with standard normal `e`.
+
+    Args:
+        alphas_cumprod: the signal's share of the variance, float32 `[T]`.
+        signal: what is left of the image, float32 `[T]`.
+        noise: how much noise there is, float32 `[T]`.
+        times: what the network is told, `[T]`.
+        prediction_type: what it should predict.
+    """
+
+    alphas_cumprod: Tensor
+    signal: Tensor
+    noise: Tensor
+    times: Tensor
+    prediction_type: str
+
+    @classmethod
+    def of(cls, scheduler: Any) -> NoisingProcess:
+        """That of a training scheduler, or of a sampler made from it.
+
+        Either diffusion (Ho et al., 2020, https://arxiv.org/abs/2006.11239, equation 4), or the straight paths of flow
+        matching, `signal = 1 - noise` (Lipman et al., 2022, https://arxiv.org/abs/2210.02747, equation 22; Liu et al.,
+        2022, https://arxiv.org/abs/2209.03003).
+        """
+        if (kind := prediction_type_of(scheduler)) == FLOW:
+            times = torch.arange(1, scheduler.config.num_train_timesteps + 1)
+            noise = times / len(times)
+            signal = 1 - noise
+            return cls(signal**2 / (signal**2 + noise**2), signal, noise, times, kind)
+        alphas = scheduler.alphas_cumprod.cpu()
+        return cls(alphas, alphas.sqrt(), (1 - alphas).sqrt(), torch.arange(len(alphas)), kind)
+
+    def noisy(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` with their noise at int64 timesteps `[B]`, or `[1]` for all."""
+        return self._at(self.signal, timesteps, images) * images + self._at(self.noise, timesteps, images) * noise
+
+    def target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict, `[B, C, H, W]`: the noise, the image, the velocity, or the flow.
+
+        Ho et al. (2020), algorithm 1; Salimans and Ho (2022), https://arxiv.org/abs/2202.00512, section 4 for the
+        velocity; Lipman et al. (2022), equation 23 for the flow, which here leads from the image to the noise.
+        """
+        match self.prediction_type:
+            case "epsilon":
+                return noise
+            case "sample":
+                return images
+            case "v_prediction":
+                return (
+                    self._at(self.signal, timesteps, images) * noise - self._at(self.noise, timesteps, images) * images
+                )
+            case _:
+                return noise - images
+
+    @staticmethod
+    def _at(table: Tensor, timesteps: Tensor, images: Tensor) -> Tensor:
+        return table.to(images)[timesteps].view(-1, *([1] * (images.ndim - 1)))

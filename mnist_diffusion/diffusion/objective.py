@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from mnist_diffusion.checks import FLOW
 from mnist_diffusion.config import DiffusionConfig
+from mnist_diffusion.diffusion.noise import NoisingProcess
 from mnist_diffusion.seeds import Purpose, torch_generator
 
 
@@ -95,28 +98,15 @@ def null_class(unet: UNet2DModel) -> int | None:
     return None if embeddings is None else embeddings - 1
 
 
-def diffusion_target(scheduler: DDPMScheduler, batch: Batch) -> Tensor:
-    """What the network should predict, `[B, C, H, W]`: the noise, the image, or the velocity.
-
-    Ho et al. (2020), https://arxiv.org/abs/2006.11239, algorithm 1; Salimans and Ho (2022),
-    https://arxiv.org/abs/2202.00512, section 4 for the velocity.
-    """
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return batch.noise
-        case "sample":
-            return batch.images
-        case _:
-            return scheduler.get_velocity(batch.images, batch.noise, batch.timesteps)
-
-
 def error_scale(alphas_cumprod: Tensor, kind: str) -> Tensor:
-    """The squared error of a noise, velocity or image at each timestep, `[T]`, if that of the image is 1.
+    """The squared error of a noise, velocity, flow or image at each timestep, `[T]`, if that of the image is 1.
 
     Salimans and Ho (2022), https://arxiv.org/abs/2202.00512, section 4: SNR for `epsilon`, SNR + 1 for `v_prediction`.
+    For the flow it is `1 / sigma^2`, where the ratio of signal to noise is `(1 - sigma) / sigma`.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
+    scales = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr), FLOW: (snr.sqrt() + 1) ** 2}
+    return scales[kind]
 
 
 def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:
@@ -144,7 +134,8 @@ def timestep_distribution(
 
     Stratified: one from each of as many equal parts as there are images. Log-normal: Karras et al. (2022),
     https://arxiv.org/abs/2206.00364, table 1, whose noise level is the ratio of noise to signal, at the timestep with
-    the nearest ratio.
+    the nearest ratio. With straight paths this is the logit-normal distribution of Esser et al. (2024),
+    https://arxiv.org/abs/2403.03206, section 3.1.
     """
     steps, (mean, std) = config.num_train_timesteps, config.lognormal
     levels = -torch.logit(alphas_cumprod.double()) / 2
@@ -162,15 +153,24 @@ def timestep_distribution(
     return {"uniform": None, "stratified": stratified, "lognormal": lognormal}[config.timesteps]
 
 
-def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, null_class: int | None) -> Objective:
-    """Denoising diffusion: mean squared error, weighted over timesteps.
+def prediction_errors(model: nn.Module, batch: Batch, process: NoisingProcess, null_class: int | None) -> Tensor:
+    """What is wrong with the predictions of a network for a batch, at least float32 `[B, C, H, W]`."""
+    drawn, labels = (batch.images, batch.noise, batch.timesteps), batch.conditions(null_class)
+    times = process.times.to(batch.timesteps.device)[batch.timesteps]
+    prediction = model(process.noisy(*drawn), times, class_labels=labels, return_dict=False)[0]
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - process.target(*drawn)
+
+
+def diffusion_objective(config: DiffusionConfig, scheduler: Any, *, null_class: int | None) -> Objective:
+    """Denoising diffusion, or flow matching: mean squared error, weighted over timesteps.
 
     Args:
         config: label dropout, timesteps, whose error it is, and weighting.
         scheduler: the training scheduler.
         null_class: the label that stands for no class; None for an unconditional network.
     """
-    alphas, kind = scheduler.alphas_cumprod, config.prediction_type
+    process = NoisingProcess.of(scheduler)
+    alphas, kind = process.alphas_cumprod, process.prediction_type
     weights: Tensor | None = None
     if config.loss_on not in ("prediction", kind):
         weights = error_scale(alphas, config.loss_on) / error_scale(alphas, kind)
@@ -180,12 +180,9 @@ def diffusion_objective(config: DiffusionConfig, scheduler: DDPMScheduler, *, nu
         weights = min_snr_weights(alphas, kind, config.min_snr_gamma)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-        prediction = model(noisy, batch.timesteps, class_labels=batch.conditions(null_class), return_dict=False)[0]
-        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        errors = (prediction - diffusion_target(scheduler, batch)).square().mean(dim=(1, 2, 3))
+        errors = prediction_errors(model, batch, process, null_class).square().mean(dim=(1, 2, 3))
         return errors if weights is None else errors * weights.to(errors.device)[batch.timesteps]
 
     times = timestep_distribution(config, alphas)
-    steps, name = config.num_train_timesteps, "denoising diffusion"
+    steps, name = config.num_train_timesteps, "flow matching" if kind == FLOW else "denoising diffusion"
     return Objective(loss, config.label_dropout, steps, name=name, draw_timesteps=times)

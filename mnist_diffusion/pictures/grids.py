@@ -9,12 +9,12 @@ from typing import Any
 
 import matplotlib
 import torch
-from diffusers import DDPMScheduler
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mnist_diffusion.diffusion.noise import NoisingProcess
 from mnist_diffusion.files import replace_picture
 
 SHEETS = ("grid.png", "schedulers.png", "guidance.png", "interpolation.png")
@@ -148,21 +148,21 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def forward_noising(
-    images: Tensor, scheduler: DDPMScheduler, *, columns: int = 10, generator: torch.Generator | None = None
+    images: Tensor, process: NoisingProcess, *, columns: int = 10, generator: torch.Generator | None = None
 ) -> Image.Image:
     """Images on their way to noise: one row per image, one column per timestep, the same noise along a row.
 
     Args:
         images: float `[N, C, H, W]` in [-1, 1].
-        scheduler: the noising process.
+        process: gives them their noise.
         columns: how many timesteps, evenly spread, after the image itself.
         generator: draws the noise.
     """
     noise = torch.randn(images.shape, generator=generator)
-    timesteps = evenly(scheduler.config.num_train_timesteps, columns)
-    noisy = [scheduler.add_noise(images, noise, torch.tensor([timestep])) for timestep in timesteps]
+    timesteps = evenly(len(process.times), columns)
+    noisy = [process.noisy(images, noise, torch.tensor([timestep])) for timestep in timesteps]
     tiles = to_unit(torch.stack([images, *noisy], dim=1)).flatten(0, 1)
-    names = ["image", *(f"t = {timestep}" for timestep in timesteps)]
+    names = ["image", *(f"t = {int(process.times[timestep])}" for timestep in timesteps)]
     return image_grid(tiles, len(names), column_labels=names, title="Forward noising, by timestep")
 
 

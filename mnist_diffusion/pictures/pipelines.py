@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.transforms import to_model_range
+from mnist_diffusion.diffusion.noise import NoisingProcess
 from mnist_diffusion.diffusion.pipeline import generate, one_per_seed
 from mnist_diffusion.pictures.grids import denoising_strip, forward_noising, image_grid
 from mnist_diffusion.seeds import mixed_seed, torch_generator
@@ -59,10 +59,10 @@ def predicted_frames(
     return [image_grid(step / 2 + 0.5, columns, row_labels=row_labels) for step in trajectory.pred_original_samples]
 
 
-def noised(data: ImageData, scheduler: DDPMScheduler, *, seed: int) -> Image.Image:
+def noised(data: ImageData, process: NoisingProcess, *, seed: int) -> Image.Image:
     """A few training images on their way to noise."""
     images = to_model_range(data.train.spread(FORWARD_ROWS)[0])
-    return forward_noising(images, scheduler, generator=torch_generator("cpu", seed, "samples"))
+    return forward_noising(images, process, generator=torch_generator("cpu", seed, "samples"))
 
 
 def denoised(pipeline: MNISTDiffusionPipeline, class_names: Sequence[str], *, seed: int, **call: Any) -> Image.Image:

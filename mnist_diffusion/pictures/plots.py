@@ -11,12 +11,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 from cycler import cycler
-from diffusers import DDPMScheduler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 from torch import Tensor
+
+from mnist_diffusion.diffusion.noise import NoisingProcess
 
 # Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, black first.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
@@ -134,26 +135,30 @@ def compared_curves(groups: Sequence[Mapping[str, Lines]], *, title: str = "Runs
     return figure
 
 
-def noise_schedules(schedulers: Mapping[str, DDPMScheduler], *, title: str = "Noise schedule") -> Figure:
-    """Beta, the share of the image's variance that is left (alpha bar), and the signal-to-noise ratio, by timestep.
+def noise_schedules(processes: Mapping[str, NoisingProcess], *, title: str = "Noise schedule") -> Figure:
+    """Beta, the share of the image in the variance (alpha bar), and the signal-to-noise ratio, by timestep.
 
     Where the schedules have different numbers of timesteps, these are given as shares of all.
     """
     figure, (betas, left, ratio) = figure_of_panels(1, 3, title=title)
-    relative = len({len(scheduler.betas) for scheduler in schedulers.values()}) > 1
-    for index, (name, scheduler) in enumerate(schedulers.items()):
+    relative = len({len(process.times) for process in processes.values()}) > 1
+    for index, (name, process) in enumerate(processes.items()):
         style = LINE_STYLES[index % len(LINE_STYLES)]
-        # From the betas, which stay where they are: a scheduler takes its table of alpha bar along to a GPU.
-        alpha_bar = (1 - scheduler.betas.double()).cumprod(0).numpy()
+        alpha_bar = process.alphas_cumprod.double().numpy()
         steps = np.arange(len(alpha_bar)) * (100 / len(alpha_bar) if relative else 1)
-        betas.plot(steps, scheduler.betas.numpy(), style, label=f"{name}, {len(alpha_bar)} steps" if relative else name)
+        betas.plot(
+            steps,
+            1 - alpha_bar / np.array([1, *alpha_bar[:-1]]),
+            style,
+            label=f"{name}, {len(alpha_bar)} steps" if relative else name,
+        )
         left.plot(steps, alpha_bar, style)
         with np.errstate(divide="ignore"):
             ratio.plot(steps, 10 * np.log10(alpha_bar / (1 - alpha_bar)), style)
     across = "timestep, % of all" if relative else "timestep"
     betas.set(xlabel=across, ylabel="beta (variance added)")
     log_scale(betas)
-    left.set(xlabel=across, ylabel="alpha bar (image's variance left)")
+    left.set(xlabel=across, ylabel="alpha bar (image's share of the variance)")
     ratio.set(xlabel=across, ylabel="signal-to-noise ratio, dB")
     ratio.axhline(0, color="0.6", linewidth=0.8)
     betas.legend(fontsize="small")

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 SOURCE = Path(__file__).read_bytes()
@@ -37,6 +36,7 @@ MODULE = f"pipeline_mnist_diffusion_{hashlib.sha256(SOURCE).hexdigest()[:12]}"
 """The name of this file in a pipeline folder. To diffusers, files of one name are one module, which the last one loaded
 replaces, so that two versions in one process must have two names."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+FLOW = "flow_prediction"
 SECOND_ORDER_IN_SIGMA = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 LARGEST_SIGMA = 80.0
 
@@ -126,37 +126,28 @@ def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_r
     return guidance_rescale * rescaled + (1 - guidance_rescale) * guided
 
 
+def prediction_type_of(scheduler: Any) -> Any:
+    """What a network should predict for a scheduler: those of flow matching do not say so themselves."""
+    return FLOW if type(scheduler).__name__.startswith("FlowMatch") else scheduler.config.get("prediction_type")
+
+
 def predicted_original_sample(
     model_output: torch.Tensor, sample: torch.Tensor, alpha_cumprod: torch.Tensor | float, prediction_type: str
 ) -> torch.Tensor:
-    """The clean image that a prediction at a variance-preserving `sample` implies, all `[B, C, H, W]`.
+    """The clean image that a prediction at `sample` implies, all `[B, C, H, W]`.
 
     DDPM, equation 15 for `epsilon`; Salimans and Ho (2022), https://arxiv.org/abs/2202.00512, appendix D for
-    `v_prediction`.
+    `v_prediction`. For `flow_prediction` the sample is on a straight path (Lipman et al., 2022,
+    https://arxiv.org/abs/2210.02747), elsewhere its variance is 1; `alpha_cumprod` is the signal's share of it.
     """
     if prediction_type == "sample":
         return model_output
     signal, noise = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+    if prediction_type == FLOW:
+        return sample - noise / (signal + noise) * model_output
     if prediction_type == "v_prediction":
         return signal * sample - noise * model_output
     return (sample - noise * model_output) / signal
-
-
-@dataclass
-class TrajectoryOutput(BaseOutput):
-    """A denoising trajectory of `S` steps.
-
-    Args:
-        images: the results, as `output_type` asks.
-        latents: the samples after each step, float32 `[S, B, C, H, W]` on the CPU.
-        pred_original_samples: the clean image predicted at each step, float32 `[S, B, C, H, W]` on the CPU.
-        timesteps: the timesteps, `[S]`.
-    """
-
-    images: Any
-    latents: torch.Tensor
-    pred_original_samples: torch.Tensor
-    timesteps: torch.Tensor
 
 
 @dataclass
@@ -212,6 +203,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         guidance_distilled: scales at which the network has learned to draw as if guided, in one pass per step. Others
             cannot be asked for then. It has embeddings for all classes at each of them, one scale after the other, and
             then the null class. `True` stands for `guidance_scale` alone.
+        flow_matching: whether the network was trained by flow matching; as the scheduler is, if left out.
     """
 
     model_cpu_offload_seq = "unet"
@@ -228,6 +220,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         eta: float = 0.0,
         patch_size: int = 1,
         guidance_distilled: bool | Sequence[float] = (),
+        flow_matching: bool | None = None,
     ):
         super().__init__()
         scales = [guidance_scale] if guidance_distilled is True else list(guidance_distilled or ())
@@ -250,6 +243,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             eta=eta,
             patch_size=patch_size,
             guidance_distilled=scales or False,  # not an empty list, which diffusers takes for a component's
+            flow_matching=prediction_type_of(scheduler) == FLOW if flow_matching is None else flow_matching,
         )
         self._interrupt = False
 
@@ -444,7 +438,15 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     def _check_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
         arguments = inspect.signature(type(self.scheduler).__init__).parameters
-        if "beta_schedule" not in arguments or "prediction_type" not in arguments:
+        flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+        if not flow == (prediction_type_of(self.scheduler) == FLOW) == self.config.flow_matching:
+            raise ValueError(
+                f"scheduler: {name} with prediction_type={config.get('prediction_type')!r} does not fit a model with "
+                f"flow_matching={self.config.flow_matching}; for flow matching take one whose name begins with "
+                f"FlowMatch, or DPMSolverMultistepScheduler with use_flow_sigmas=True, prediction_type={FLOW!r}, for "
+                "others one made from the model's own scheduler's configuration"
+            )
+        if not flow and not {"beta_schedule", "prediction_type"} <= arguments.keys():
             raise ValueError(
                 f"scheduler: {name} ignores the betas or the prediction type that the model was trained with; use one "
                 "that is made from them, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler"
@@ -589,7 +591,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         scheduler, device = self._prepared_scheduler(num_inference_steps, timesteps, sigmas), self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32) * scheduler.init_noise_sigma
+        latents = latents.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1)
+        scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # not so for flow matching
         self._interrupt = False
         asked = {"class_labels": class_labels, "repeats": num_images_per_label, "guidance_scale": guidance_scale}
 
@@ -602,7 +605,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 stack.callback(self.maybe_free_model_hooks)
                 progress_bar = stack.enter_context(self.progress_bar(total=total))
                 for step, timestep in enumerate(scheduler.timesteps):
-                    model_input = scheduler.scale_model_input(latents, timestep)
+                    model_input = scaled(latents, timestep)
                     now = self._guided(timestep, scales, guidance_interval)
                     guided = GuidanceStep(self, step, total, timestep, model_input, conditions, *now, passes)
                     model_output = rule(guided) if len(conditions.rows) else no_guidance(guided)
@@ -611,7 +614,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                         raise TypeError(f"guidance must give a prediction {tuple(shape)}, got {model_output!r:.100}")
                     _set_ddim_stride(scheduler, step)
                     latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
-                    alpha, kind = _alpha_cumprod(scheduler, step), scheduler.config.prediction_type
+                    alpha, kind = _alpha_cumprod(scheduler, step), prediction_type_of(scheduler)
                     clean = predicted_original_sample(model_output, model_input, alpha, kind)
                     progress_bar.update()
                     done = DenoisingStep(step, timestep, latents, model_output, clean, passes)
@@ -631,26 +634,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
         return denoise(latents, conditions, scales)
 
-    def sample_trajectory(
-        self, class_labels: Any = None, *, output_type: str = "pil", **arguments: Any
-    ) -> TrajectoryOutput:
-        """Draw images, and keep the samples and predictions of every step.
-
-        Args:
-            class_labels: as in a call.
-            output_type: as in a call.
-            arguments: further arguments of [`stream`].
-        """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        latents, predicted, timesteps = [], [], []
-        for done in self.stream(class_labels, **arguments):
-            timesteps.append(done.timestep)
-            latents.append(done.latents)
-            predicted.append(done.pred_original_sample)
-        kept = (torch.stack(each).cpu() for each in (latents, predicted, timesteps))
-        return TrajectoryOutput(done.images(output_type), *kept)
-
     # Denoising.
 
     def _prepared_scheduler(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> Any:
@@ -665,11 +648,13 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             chosen = {"sigmas": [float(sigma) for sigma in sigmas]}
         scheduler = copy.deepcopy(self.scheduler)
         if "num_inference_steps" in chosen:
-            _space_for_second_order(scheduler)
+            _space(scheduler, chosen["num_inference_steps"])
         try:
             scheduler.set_timesteps(**chosen)
         except (ValueError, AssertionError) as error:
             raise ValueError(f"{chosen} does not work with {type(scheduler).__name__}: {error}") from error
+        if prediction_type_of(scheduler) == FLOW:  # as some round down
+            scheduler.timesteps = scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
@@ -727,13 +712,18 @@ def _rule_of_guider(guider: Any) -> Callable[[GuidanceStep], torch.Tensor]:
     return rule
 
 
-def _space_for_second_order(scheduler: Any) -> None:
-    """Space the noise levels of Heun and KDPM2 as Karras et al. (2022) do, equation 5, from sigma 80 at the most.
+def _space(scheduler: Any, num_inference_steps: int) -> None:
+    """Space the noise levels of flow matching evenly, and those of Heun and KDPM2 as Karras et al. (2022) do.
+
+    The schedulers of flow matching end on a step from sigma 0.001, which is wasted.
+    Heun and KDPM2: equation 5, from sigma 80 at the most.
 
     These solvers take a second look at the end of each step, which is worth something only where sigma falls smoothly;
     on the cosine schedule the default spacing's first step falls from sigma 20,000 to 13. A spacing chosen in the
     scheduler's configuration is kept.
     """
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        scheduler.sigma_min = 1 / num_inference_steps
     chosen = any(scheduler.config.get(f"use_{name}_sigmas") for name in ("karras", "exponential", "beta"))
     if not chosen and type(scheduler).__name__ in SECOND_ORDER_IN_SIGMA:
         alpha_cumprod = float(scheduler.alphas_cumprod[-1])
@@ -743,7 +733,10 @@ def _space_for_second_order(scheduler: Any) -> None:
 
 def _alpha_cumprod(scheduler: Any, step: int) -> float:
     """The share of signal, squared, in the network's input at a step: by the solver's own sigma if it has one."""
-    sigmas = getattr(scheduler, "sigmas", None)
+    sigmas: Any = getattr(scheduler, "sigmas", None)
+    if prediction_type_of(scheduler) == FLOW:
+        noise = float(sigmas[step])
+        return (1 - noise) ** 2 / ((1 - noise) ** 2 + noise**2)
     if sigmas is None or hasattr(scheduler, "mid_point_sigma"):
         return float(scheduler.alphas_cumprod[round(float(scheduler.timesteps[step]))])
     if step % 2 and hasattr(scheduler, "sigmas_interpol"):  # KDPM2 looks between two levels at every other step

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
 
@@ -23,9 +25,9 @@ from mnist_diffusion.sharing.commit import commit_files
 
 DenoisingStep = shipped.DenoisingStep
 GuidanceStep = shipped.GuidanceStep
-TrajectoryOutput = shipped.TrajectoryOutput
 guided_prediction = shipped.guided_prediction
 predicted_original_sample = shipped.predicted_original_sample
+prediction_type_of = shipped.prediction_type_of
 
 CODE_FILE, CODE = f"{shipped.MODULE}.py", shipped.SOURCE
 """The pipeline code that every exported and pushed folder holds."""
@@ -46,6 +48,23 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weights: torch.Tensor) -> torc
     if angle.sin() < 1e-4:
         return start + weights * (end - start)
     return (((1 - weights) * angle).sin() * start + (weights * angle).sin() * end) / angle.sin()
+
+
+@dataclass
+class TrajectoryOutput(BaseOutput):
+    """A denoising trajectory of `S` steps.
+
+    Args:
+        images: the results, as `output_type` asks.
+        latents: the samples after each step, float32 `[S, B, C, H, W]` on the CPU.
+        pred_original_samples: the clean image predicted at each step, float32 `[S, B, C, H, W]` on the CPU.
+        timesteps: the timesteps, `[S]`.
+    """
+
+    images: Any
+    latents: torch.Tensor
+    pred_original_samples: torch.Tensor
+    timesteps: torch.Tensor
 
 
 class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
@@ -135,6 +154,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         Raises:
             TypeError, ValueError: an argument cannot work; nothing has been computed yet.
         """
+        if self.config.flow_matching:
+            raise ValueError("images cannot be inverted with a model of flow matching: there is no DDIM for it")
         if self.config.guidance_distilled:
             raise ValueError(
                 "images cannot be inverted with a distilled model, which has not learned the velocity; use its teacher"
@@ -170,6 +191,26 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
                 sample = (target + angle.sin() * velocity) / angle.cos()
             before = alpha
         return sample
+
+    def sample_trajectory(
+        self, class_labels: Any = None, *, output_type: str = "pil", **arguments: Any
+    ) -> TrajectoryOutput:
+        """Draw images, and keep the samples and predictions of every step.
+
+        Args:
+            class_labels: as in a call.
+            output_type: as in a call.
+            arguments: further arguments of [`stream`].
+        """
+        if output_type not in shipped.OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {shipped.OUTPUT_TYPES}, got {output_type!r}")
+        latents, predicted, timesteps = [], [], []
+        for done in self.stream(class_labels, **arguments):
+            timesteps.append(done.timestep)
+            latents.append(done.latents)
+            predicted.append(done.pred_original_sample)
+        kept = (torch.stack(each).cpu() for each in (latents, predicted, timesteps))
+        return TrajectoryOutput(done.images(output_type), *kept)
 
     @torch.no_grad()
     def interpolate(

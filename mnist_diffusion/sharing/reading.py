@@ -195,6 +195,8 @@ def _require_index_values(path: Path, values: Mapping[str, Any]) -> None:
     pair = isinstance(interval, list) and len(interval) == 2 and all(type(end) in (int, float) for end in interval)
     if not pair or not 0 <= interval[0] <= interval[1] <= 1:
         raise FileError(f"{path}: guidance_interval must be a rising pair from 0 to 1, got {str(interval)[:100]}")
+    if not isinstance(flow := values.get("flow_matching"), bool | None):
+        raise FileError(f"{path}: flow_matching must be true or false, got {str(flow)[:100]}")
     scales = values.get("guidance_distilled", False)
     if not isinstance(scales, bool) and not (
         isinstance(scales, list)

@@ -36,7 +36,7 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         PlanError: the steps are not such sums, or the samples are not of unit variance.
     """
     name = type(pipeline.scheduler).__name__
-    if pipeline.scheduler.init_noise_sigma != 1:
+    if getattr(pipeline.scheduler, "init_noise_sigma", 1) != 1:
         raise PlanError(f"{name} works on samples that are not of unit variance; use dpmpp, ddim, ddpm or lcm")
     generators = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
     again = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]

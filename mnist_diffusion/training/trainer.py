@@ -14,8 +14,8 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from mnist_diffusion.data.transforms import to_uint8
+from mnist_diffusion.diffusion.noise import NoisingProcess
 from mnist_diffusion.diffusion.pipeline import generate, require_fit, stop_after_step
-from mnist_diffusion.diffusion.samplers import build_sampler
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import read_json, read_picture, read_yaml, replace_picture
 from mnist_diffusion.pictures import pipelines, plots
@@ -161,9 +161,9 @@ class Trainer(TrainingLoop):
     def draw_before(self) -> None:
         """The noise schedule, and what it does to the first images of the training split."""
         if self.config.train.pictures:
-            scheduler = build_sampler("ddpm", self.average.scheduler.config)
-            self._show("noise_schedule", plots.to_picture(plots.noise_schedules({"this run": scheduler})))
-            self._show("forward_noising", pipelines.noised(self.data, scheduler, seed=self.config.train.seed))
+            process = NoisingProcess.of(self.average.scheduler)
+            self._show("noise_schedule", plots.to_picture(plots.noise_schedules({"this run": process})))
+            self._show("forward_noising", pipelines.noised(self.data, process, seed=self.config.train.seed))
 
     def draw_samples(self) -> None:
         """The sample sheet of this step; how images form, and pixel values of real and generated images."""

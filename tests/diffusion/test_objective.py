@@ -86,7 +86,7 @@ def test_weights_change_the_loss() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-@pytest.mark.parametrize("loss_on", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("loss_on", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_the_error_of_what_follows_from_the_prediction(prediction_type: Any, loss_on: Any) -> None:
     """However wrong a prediction: the loss is the squared error of what follows from it."""
     objective = make_objective(prediction_type=prediction_type, loss_on=loss_on)
@@ -99,10 +99,12 @@ def test_the_error_of_what_follows_from_the_prediction(prediction_type: Any, los
     noisy = model.sample.double()
     image = predicted_original_sample(predicted, noisy, alpha, prediction_type)
     noise = (noisy - alpha.sqrt() * image) / (1 - alpha).sqrt()
-    found = {"epsilon": noise, "sample": image, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * image}
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * image
+    found = {"epsilon": noise, "sample": image, "v_prediction": velocity, "flow_prediction": noise - image}
     true_image, true_noise = batch.images.double(), batch.noise.double()
     velocity = alpha.sqrt() * true_noise - (1 - alpha).sqrt() * true_image
-    wanted = {"epsilon": true_noise, "sample": true_image, "v_prediction": velocity}
+    flow = true_noise - true_image
+    wanted = {"epsilon": true_noise, "sample": true_image, "v_prediction": velocity, "flow_prediction": flow}
     expected = (found[loss_on] - wanted[loss_on]).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-3)
 

@@ -24,6 +24,7 @@ OBJECTIVES = {
         *("--diffusion.prediction_type", "epsilon", "--diffusion.min_snr_gamma", "5"),
         *("--diffusion.timesteps", "lognormal"),
     ],
+    "the flow": ["--diffusion.prediction_type", "flow_prediction", "--diffusion.sigmoid_bias", "null"],
 }
 FLAGS = [
     *("--config", "tiny", "--data.source", "digits", "--train.pictures", "false", "--train.num_eval_images", "16"),

@@ -18,7 +18,7 @@ import train_cfg
 from mnist_diffusion.cli import main
 from mnist_diffusion.cli.plot import PLOTS
 from mnist_diffusion.config import DiffusionConfig
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
+from mnist_diffusion.diffusion.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.pictures.compare import sheet_of_epochs
 from mnist_diffusion.pictures.grids import (
@@ -104,9 +104,9 @@ class TestSheets:
 
 class TestWays:
     def test_forward_noising_goes_from_image_to_noise(self) -> None:
-        scheduler = build_noise_scheduler(DiffusionConfig(num_train_timesteps=100))
+        process = NoisingProcess.of(build_noise_scheduler(DiffusionConfig(num_train_timesteps=100)))
         images = torch.full((2, 1, 40, 40), -1.0)
-        pixels = np.asarray(forward_noising(images, scheduler, columns=4, generator=torch.Generator().manual_seed(0)))
+        pixels = np.asarray(forward_noising(images, process, columns=4, generator=torch.Generator().manual_seed(0)))
         cells = pixels[-84:, 2:].reshape(84, -1)
         spreads = [cells[:, column * 42 : column * 42 + 40].std() for column in range(5)]
         assert spreads[0] == 0
@@ -165,15 +165,15 @@ class TestFigures:
 
     def test_noise_schedule_against_its_definition(self) -> None:
         scheduler = build_noise_scheduler(DiffusionConfig(num_train_timesteps=50, beta_schedule="linear"))
-        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("meta")  # training leaves it on its device
-        betas, left, ratio = noise_schedules({"x": scheduler}).axes
+        process = NoisingProcess.of(scheduler)
+        betas, left, ratio = noise_schedules({"x": process}).axes
         expected = np.linspace(0.0001, 0.02, 50)
-        np.testing.assert_allclose(drawn(betas, 0)[1], expected, rtol=1e-5)
+        np.testing.assert_allclose(drawn(betas, 0)[1], expected, rtol=1e-3)
         alpha_bar = np.cumprod(1 - expected)
         np.testing.assert_allclose(drawn(left, 0)[1], alpha_bar, rtol=1e-5)
         np.testing.assert_allclose(drawn(ratio, 0)[1], 10 * np.log10(alpha_bar / (1 - alpha_bar)), rtol=1e-3)
-        longer = build_noise_scheduler(DiffusionConfig(num_train_timesteps=200, beta_schedule="linear"))
-        for panel in noise_schedules({"x": scheduler, "longer": longer}).axes:
+        longer = DiffusionConfig(num_train_timesteps=200, prediction_type="flow_prediction")
+        for panel in noise_schedules({"x": process, "longer": NoisingProcess.of(build_noise_scheduler(longer))}).axes:
             assert panel.get_xlabel() == "timestep, % of all"
             assert [round(drawn(panel, line)[0][-1], 1) for line in (0, 1)] == [98.0, 99.5]
 

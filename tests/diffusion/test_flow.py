@@ -1,0 +1,167 @@
+"""Flow matching: straight paths from images to noise, and the samplers that go back along them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from mnist_diffusion.checks import FLOW_SAMPLERS
+from mnist_diffusion.config import DiffusionConfig, SamplingConfig
+from mnist_diffusion.diffusion.noise import NoisingProcess, build_noise_scheduler
+from mnist_diffusion.diffusion.objective import Batch, diffusion_objective
+from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
+from mnist_diffusion.errors import ConfigError
+from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from tests.conftest import make_pipeline
+
+CONFIG = DiffusionConfig(prediction_type="flow_prediction", sigmoid_bias=None)
+SHAPE = (6, 1, 8, 8)
+
+
+@pytest.fixture
+def pipeline() -> MNISTDiffusionPipeline:
+    """One of an untrained network, which predicts the flow."""
+    return make_pipeline(diffusion=CONFIG, sampling=SamplingConfig(scheduler="euler"))
+
+
+def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def solve_exactly(pipeline: MNISTDiffusionPipeline, mean: Tensor, std: float) -> None:
+    """Give the pipeline the flow of images that are normal around a mean.
+
+    On a straight path the image is expected at `mean + (1 - s) std^2 / ((1 - s)^2 std^2 + s^2) (x - (1 - s) mean)`.
+    """
+
+    def forward(sample: Tensor, timestep: Tensor, *_: object, **__: object) -> Any:
+        level = timestep.double() / 1000
+        gain = (1 - level) * std**2 / ((1 - level) ** 2 * std**2 + level**2)
+        image = mean + gain * (sample.double() - (1 - level) * mean)
+        return (((sample - image) / level).to(sample),)
+
+    pipeline.unet.forward = forward
+
+
+def test_the_loss_is_the_square_of_the_flow_on_diffusers_paths() -> None:
+    scheduler = build_noise_scheduler(CONFIG)
+    objective = diffusion_objective(CONFIG, scheduler, null_class=10)
+    images, noise, timesteps = normal(0), normal(1), torch.tensor([0, 1, 499, 500, 998, 999])
+    batch = Batch(images, torch.arange(6), noise, timesteps, torch.zeros(6, dtype=torch.bool))
+    seen: dict[str, Tensor] = {}
+
+    def model(sample: Tensor, times: Tensor, **_: object) -> tuple[Tensor]:
+        seen.update(sample=sample, times=times)
+        return (torch.zeros_like(sample),)
+
+    loss = objective.loss(model, batch)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, (noise - images).square().mean(dim=(1, 2, 3)))
+    assert seen["times"].tolist() == [1, 2, 500, 501, 999, 1000]
+    torch.testing.assert_close(seen["sample"], scheduler.scale_noise(images, seen["times"].float(), noise))
+    assert torch.equal(seen["sample"][-1], noise[-1])
+
+
+def test_signal_and_weights() -> None:
+    process = NoisingProcess.of(build_noise_scheduler(CONFIG))
+    torch.testing.assert_close(process.signal + process.noise, torch.ones(1000))
+    ratio = (process.signal / process.noise) ** 2
+    torch.testing.assert_close(process.alphas_cumprod, ratio / (1 + ratio))
+    objective, weighted = (
+        diffusion_objective(config, build_noise_scheduler(config), null_class=None)
+        for config in (CONFIG, DiffusionConfig(prediction_type="flow_prediction", loss_on="sample", sigmoid_bias=None))
+    )
+    timesteps = torch.tensor([0, 200, 400, 600, 800, 999])
+    batch = Batch(normal(0), torch.arange(6), normal(1), timesteps, torch.zeros(6, dtype=torch.bool))
+    losses = [each.loss(lambda sample, *_, **__: (sample,), batch) for each in (objective, weighted)]  # type: ignore[arg-type]
+    torch.testing.assert_close(losses[1], losses[0] * process.noise[timesteps] ** 2)
+
+
+def test_lognormal_times_are_logit_normal_noise_levels() -> None:
+    config = DiffusionConfig(prediction_type="flow_prediction", timesteps="lognormal", lognormal=(-0.5, 0.8))
+    scheduler = build_noise_scheduler(config)
+    objective = diffusion_objective(config, scheduler, null_class=None)
+    times = objective.draw((20_000, 1, 1, 1), seed=0, step=0, device="cpu")[1]
+    levels = torch.logit(NoisingProcess.of(scheduler).noise.double()[times].clamp(max=0.9999))
+    assert float(levels.mean()) == pytest.approx(-0.5, abs=0.02)
+    assert float(levels.std()) == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
+class TestSamplers:
+    def test_one_image_is_found_at_every_step(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
+        pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+        image = normal(3, (1, 1, 8, 8)).clamp(-1, 1)
+        solve_exactly(pipeline, image, 0.0)
+        steps = list(pipeline.stream([1, 2], num_inference_steps=4, generator=torch.Generator().manual_seed(0)))
+        for done in steps:
+            torch.testing.assert_close(done.pred_original_sample, image.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
+        torch.testing.assert_close(steps[-1].latents, image.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
+
+    def test_images_of_a_normal_distribution(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
+        """From many noises, images of its spread; and from each noise, where nothing is drawn on the way, its own."""
+        pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+        mean, std = torch.full((1, 1, 8, 8), 0.3), 0.5
+        solve_exactly(pipeline, mean, std)
+        noise = normal(4, (64, 1, 8, 8))
+        asked: dict[str, Any] = {
+            "class_labels": [1] * 64,
+            "latents": noise,
+            "generator": torch.Generator().manual_seed(0),
+        }
+        drawn = pipeline(**asked, num_inference_steps=50, output_type="latent").images
+        if name not in ("lcm", "dpmpp-sde"):
+            torch.testing.assert_close(drawn, mean + std * noise, atol=0.08, rtol=0)
+        if name != "lcm":
+            assert float(drawn.std()) == pytest.approx(std, abs=0.02)
+
+    def test_a_stream_a_call_and_plain_diffusers_agree(
+        self, pipeline: MNISTDiffusionPipeline, name: str, tmp_path: Path
+    ) -> None:
+        pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+        assert sampler_name(pipeline.scheduler) == name
+        pipeline.save_pretrained(tmp_path)
+        plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+        asked: dict[str, Any] = {"class_labels": [3, 7], "guidance_scale": 2.5, "num_inference_steps": 3}
+        called, loaded = (
+            each(**asked, generator=torch.Generator().manual_seed(0), output_type="pt").images
+            for each in (pipeline, plain)
+        )
+        *_, last = pipeline.stream(**asked, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(called, loaded)
+        assert torch.equal(called, last.images("pt"))
+
+
+def test_steps_are_spaced_evenly_and_shifted(pipeline: MNISTDiffusionPipeline) -> None:
+    """Not as diffusers does by default, whose last step goes from sigma 0.001 to 0."""
+    for shift, expected in ((1.0, [1, 0.75, 0.5, 0.25, 0]), (3.0, [1, 0.9, 0.75, 0.5, 0])):
+        for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler", "FlowMatchHeunDiscreteScheduler"):
+            pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, shift=shift)
+            sigmas = pipeline._prepared_scheduler(4, None, None).sigmas
+            torch.testing.assert_close(sigmas.unique().flip(0), torch.tensor(expected))
+    assert build_sampler("dpmpp", pipeline.scheduler.config).config.flow_shift == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ddim", "one of dpmpp, dpmpp-sde, unipc, euler, heun, lcm for flow matching"),
+        ("EulerDiscreteScheduler", "does not follow the straight paths"),
+        ("EDMEulerScheduler", "does not follow the straight paths"),
+    ],
+)
+def test_samplers_of_other_paths_are_refused(pipeline: MNISTDiffusionPipeline, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_sampler(name, pipeline.scheduler.config)
+
+
+def test_what_has_no_effect_is_refused(pipeline: MNISTDiffusionPipeline) -> None:
+    for name, value in (("beta_schedule", "linear"), ("rescale_betas_zero_snr", True), ("beta_end", 0.1)):
+        with pytest.raises(ConfigError, match=f"diffusion.{name} must be left out with .*flow_prediction, got"):
+            DiffusionConfig(prediction_type="flow_prediction", **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cannot be inverted with a model of flow matching"):
+        pipeline.invert(torch.rand(SHAPE), [0] * 6)
