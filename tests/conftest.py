@@ -153,7 +153,7 @@ def run_folder(folder: Path) -> Path:
         **{"class_names": "a", "scheduler": "dpmpp", "recipe": "tiny"},
     }
     card = {**values, **about, "num_classes": 10, "example_call": "pipeline(class_labels=[3], guidance_scale=5)"}
-    defaults = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_distilled")
+    defaults = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_distilled", "flow_matching")
     card |= {name: pipeline.config[name] for name in defaults}
     export_pipeline(pipeline, folder / "pipeline", card=card, samples=Image.new("L", (8, 8)))
     for step in (1, 2):

@@ -39,6 +39,8 @@ PLACEHOLDERS = {
     "FOLDER_OF_IMAGES": "images",
     "PIPELINE": "runs/first/pipeline",
     "user/": "owner/",
+    "steps = 3000": "steps = 3",
+    "max_steps=1000": "max_steps=3, pictures=False, num_eval_images=16",
 }
 """What the documents leave open, and what it is here."""
 SMALL = [
@@ -63,6 +65,7 @@ NOT_RUN = {
     "mnist-diffusion studio runs": "as in docs/studio.md, and takes half a minute",
     "mnist-diffusion app": "serves until it is interrupted, tried in tests/app",
     "pip install": "installs",
+    "mnist-diffusion speedrun": "trains for minutes, tried in tests/evaluation",
     "mnist-diffusion space runs/first/pipeline owner/digits --student": "tried in docs/studio.md and tests/app",
     "ACCELERATE_USE_CPU=true torchrun": "several processes, tried in tests/journeys",
     "torchrun": "several machines, tried in tests/journeys",
@@ -111,7 +114,7 @@ def in_workspace(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(evaluator, "STEPS", 20)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     yield
-    written = "samples evaluation comparison pictures data digits run onnx studio space-app"
+    written = "samples evaluation comparison pictures data digits run onnx studio space-app tutorial"
     outputs = [Path(name) for name in written.split()]
     for output in [*outputs, *Path("runs").glob("document-*")]:
         shutil.rmtree(output, ignore_errors=True)

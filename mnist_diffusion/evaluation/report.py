@@ -20,7 +20,7 @@ from mnist_diffusion.files import replace_picture, replace_text
 from mnist_diffusion.pictures.grids import image_grid
 from mnist_diffusion.pictures.plots import figure_of_panels, log_scale, to_picture
 from mnist_diffusion.pictures.tables import markdown, screen_table
-from mnist_diffusion.sharing.card import as_markdown
+from mnist_diffusion.sharing.card import as_markdown, eval_results
 
 IMAGES_PER_ROW = 10
 COLUMNS: Mapping[str, tuple[str, str]] = {
@@ -96,6 +96,8 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
         folder: where to; it must exist.
     """
     replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    if text := eval_results(report):
+        replace_text(folder / "eval_results.yaml", text)
     lines = [f"# {as_markdown(report['source'])}", "", markdown(*cells(report)), ""]
     lines += [f"- {text}" for text in _explanations(report)]
     for plot, (name, settings) in PLOTS.items():

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import MAX_TEXT_BYTES, file_within, read_bytes, read_text, replace_text
 
 CARD, PICTURE, ANYWHERE = "README.md", "samples.png", "this-folder-or-repository"
+EVAL_RESULTS = ".eval_results/evaluation.yaml"
+"""Where the Hub finds results for a model's page and a data set's leaderboard."""
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 SHORT_CARD = Path(__file__).parents[1] / "short_card.md"
 EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
@@ -24,6 +27,8 @@ CARD_METRICS = {
     "precision": "Precision",
     "recall": "Recall",
 }
+SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance", "num_images")
+"""What is said beside a figure of how its images were drawn."""
 
 
 def as_markdown(text: str) -> str:
@@ -74,7 +79,6 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     if not EVALUATION_SECTION.search(content):
         content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"
     card = parse_card(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))
-    settings = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance", "num_images")
     measured = [
         EvalResult(
             task_type="unconditional-image-generation",
@@ -83,7 +87,7 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
             metric_type=metric,
             metric_name=name,
             metric_value=round(result[metric], 5),
-            metric_args={key: result[key] for key in settings if result.get(key) is not None},
+            metric_args={key: result[key] for key in SETTINGS if result.get(key) is not None},
         )
         for result in report["results"]
         for metric, name in CARD_METRICS.items()
@@ -93,6 +97,31 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     about.pop("model-index", None)
     card.data = ModelCardData(**about)
     replace_text(path, str(parse_card(str(card))))  # which has been read back, by a safe loader
+    results = folder / EVAL_RESULTS
+    if results.parent.is_symlink():
+        raise FileError(f"{results.parent} is a link")
+    results.unlink(missing_ok=True)
+    if text := eval_results(report):
+        results.parent.mkdir(exist_ok=True)
+        replace_text(results, text)
+
+
+def eval_results(report: Mapping[str, Any]) -> str:
+    """The results as the Hub's `.eval_results` has them; nothing for images that are no data set of the Hub."""
+    if (hub_id := report["data"]["hub_id"]) is None:
+        return ""
+    entries = [
+        EvalResultEntry(
+            dataset_id=hub_id,
+            task_id=metric,
+            value=round(result[metric], 5),
+            notes=", ".join(f"{key}={result[key]}" for key in SETTINGS if result.get(key) is not None),
+        )
+        for result in report["results"]
+        for metric in CARD_METRICS
+        if result.get(metric) is not None
+    ]
+    return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
 
 
 def places_of(config: Any) -> list[str]:

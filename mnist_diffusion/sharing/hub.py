@@ -21,7 +21,16 @@ from mnist_diffusion.files import file_within, pipeline_folder, read_json, read_
 from mnist_diffusion.run_folder.checkpoint import newest_intact
 from mnist_diffusion.run_folder.lock import RUN_ID, is_empty
 from mnist_diffusion.sharing import reading
-from mnist_diffusion.sharing.card import CARD, PICTURE, card_for, parse_card, places_of, short_card, without_places
+from mnist_diffusion.sharing.card import (
+    CARD,
+    EVAL_RESULTS,
+    PICTURE,
+    card_for,
+    parse_card,
+    places_of,
+    short_card,
+    without_places,
+)
 from mnist_diffusion.sharing.commit import commit_files
 from mnist_diffusion.sharing.errors import LOG_IN, HubError, hub_errors
 from mnist_diffusion.sharing.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
@@ -34,7 +43,7 @@ RESUME_FILES = ("metrics.jsonl",)
 """Files of a run that, beside its checkpoint, are pushed to resume from."""
 EXPORTS = ("pipeline", "pipeline_best")
 """The folders that a run exports; snapshots are in a folder of their own."""
-PUSHED = {*PIPELINE_FILES, *RUN_FILES, CARD, PICTURE, "unet/", "scheduler/"}
+PUSHED = {*PIPELINE_FILES, *RUN_FILES, CARD, PICTURE, EVAL_RESULTS, "unet/", "scheduler/"}
 """Of these names and folders, what a push does not hold is removed from the repository."""
 
 
@@ -60,7 +69,7 @@ def files_to_push(
         UserError: it is invalid, a link leads out of the folder, or there is no checkpoint.
     """
     num_classes = MNISTDiffusionPipeline.from_pretrained(folder).num_classes
-    beside = [name for name in (PICTURE, *RUN_FILES) if (folder / name).is_file()]
+    beside = [name for name in (PICTURE, EVAL_RESULTS, *RUN_FILES) if (folder / name).is_file()]
     found: dict[str, Path | bytes] = {name: file_within(folder, name) for name in (*PIPELINE_FILES, *beside)}
     run = _run_of(folder.resolve())
     if run is not None:
@@ -214,7 +223,7 @@ def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoin
             checkpoint = [name for name in sizes if CHECKPOINT.fullmatch(name)] if with_checkpoints else []
             if with_checkpoints and not checkpoint:
                 raise UserError(f"{repo_id} has no checkpoint to resume from; pull without --with_checkpoints")
-            wanted = (CARD, PICTURE, *RUN_FILES)
+            wanted = (CARD, PICTURE, EVAL_RESULTS, *RUN_FILES)
             beside = [name for name in sizes if name in wanted or reading.CODE_FILE.fullmatch(name)]
             for name in beside:
                 if sizes[name] > MAX_CARD_BYTES:

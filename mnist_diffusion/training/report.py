@@ -58,7 +58,7 @@ def card_values(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """The values of the model card, as this run measured them."""
     data, config, pipeline = trainer.data, trainer.config, trainer.average
     conditional = [] if pipeline.num_classes is None else ["class-conditional", "classifier-free-guidance"]
-    defaults = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_distilled")
+    defaults = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_distilled", "flow_matching")
     return {
         "title": f"{folder.parent.name} ({trainer.recipe})" if folder.name == trainer.exported else folder.name,
         "location": ANYWHERE,

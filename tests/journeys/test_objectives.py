@@ -54,6 +54,9 @@ def test_all_the_way(objective: list[str], tmp_path: Path, evaluator: str) -> No
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()
     folder = whole / "pipeline"
     plain = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    if "flow_prediction" in objective:
+        assert type(plain.scheduler).__name__ == "DPMSolverMultistepScheduler"
+        assert "FlowMatchEulerDiscreteScheduler()" in (folder / "README.md").read_text()
     images = [
         pipeline([3], generator=torch.Generator().manual_seed(0), output_type="pt").images
         for pipeline in (plain, MNISTDiffusionPipeline.from_pretrained(folder))

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 
 from mnist_diffusion import cli
 from mnist_diffusion.diffusion.pipeline import load_pipeline
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.run_folder.checkpoint import load_checkpoint
-from mnist_diffusion.sharing.card import write_results_to_card
+from mnist_diffusion.sharing.card import EVAL_RESULTS, write_results_to_card
 from mnist_diffusion.sharing.errors import HubError
 from mnist_diffusion.sharing.hub import pull, push
 from mnist_diffusion.sharing.pipeline import CODE_FILE, MNISTDiffusionPipeline
@@ -116,7 +116,8 @@ class TestPush:
     def test_measured_results_come_along(self, hub: HubServer, made_run: Path) -> None:
         measured = {"accuracy": 0.98765, "fid": 3.21, "fid_floor": 0.4, "scheduler": "ddim", "num_images": 100}
         result = {**measured, "num_inference_steps": 20, "guidance_scale": None}
-        report = {"results": [result], "data": {"source": "digits", "hub_id": "digits", "fingerprint": "0"}}
+        report: dict[str, Any] = {"results": [result]}
+        report["data"] = {"source": "digits", "hub_id": "digits", "fingerprint": "0"}
         write_results_to_card(made_run / "pipeline", report, "Measured: **98.77%**.")
         push(made_run, NAME)
         card: Any = ModelCard(hub.repositories[NAME].files()["README.md"].decode())
@@ -128,6 +129,18 @@ class TestPush:
         }
         assert "Measured: **98.77%**." in card.text
         card.validate()
+        [accuracy, *_] = yaml.safe_load(hub.repositories[NAME].files()[EVAL_RESULTS])
+        assert parse_eval_result_entries([accuracy]) == [
+            EvalResultEntry(
+                "digits", "accuracy", 0.98765, notes="scheduler=ddim, num_inference_steps=20, num_images=100"
+            )
+        ]
+        pulled = pull(NAME, made_run / "pulled")
+        assert (pulled / EVAL_RESULTS).read_bytes() == hub.repositories[NAME].files()[EVAL_RESULTS]
+        report["data"] = {"source": "digits", "hub_id": None, "fingerprint": "0"}
+        write_results_to_card(made_run / "pipeline", report, "of images that are not on the Hub")
+        push(made_run, NAME)
+        assert EVAL_RESULTS not in hub.repositories[NAME].files()
 
     def test_over_another_models_push(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
         """Figures, pictures and configuration of the one do not stay with the other."""

@@ -207,6 +207,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "labels of no class": (edited(INDEX, id2label={"999999": "y"}), "which the network does not have"),
     "nested labels": (edited(INDEX, id2label={"0": {"a": {}}}), "id2label must name classes by their numbers"),
     "endless steps": (edited(INDEX, num_inference_steps=10**12), "num_inference_steps must be"),
+    "flow matching that is no switch": (edited(INDEX, flow_matching="yes"), "flow_matching must be true or false"),
     "scales that are none": (edited(INDEX, guidance_distilled=[1, "2"]), "guidance_distilled must be a list"),
     "scales without the default": (
         edited(INDEX, guidance_distilled=[0.5]),

@@ -1,0 +1,63 @@
+"""`mnist-diffusion speedrun`: time a recipe to a fixed quality over several seeds, and check such records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+
+from mnist_diffusion.cli.options import Parser, parse, parse_train_arguments
+from mnist_diffusion.config import ImagesConfig
+
+HEADINGS = ("seed", "seconds", "calibrations", "class accuracy", "ratio to floor", "passes", "target")
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Train and measure with each seed, or check a record."""
+    parser = Parser(
+        prog=prog,
+        description="Train a recipe with several seeds, each in a process whose time is taken from start to end, and "
+        "measure the images against a fixed target.",
+        epilog="The rules, and the records so far: docs/speedrun.md",
+    )
+    parser.add_argument("recipe", type=str, nargs="?", default="default", help="a recipe's name, or a YAML file")
+    parser.add_argument("--data", type=ImagesConfig, help="the images: those of MNIST, or of digits")
+    parser.add_argument("--seeds", type=PositiveInt, default=3, help="how many trainings there are")
+    parser.add_argument("--evaluator", type=Path, help="a folder that train_evaluator left, for digits")
+    parser.add_argument("--out", type=Path, default=Path("runs/speedrun"), help="a new folder for runs and record")
+    parser.add_argument("--check", type=Path, metavar="RECORD", help="check this record instead")
+    values = parse(parser, argv)
+    from mnist_diffusion.evaluation import speedrun
+    from mnist_diffusion.pictures.tables import console, screen_table
+
+    if values.check is not None:
+        print("\n".join(speedrun.check(values.check, evaluator=values.evaluator)))
+        return 0
+    source = [] if values.data.source is None else ["--data.source", values.data.source]
+    config = parse_train_arguments(["--config", values.recipe, *source], prog=prog).config
+    record = speedrun.run(config, values.recipe, seeds=int(values.seeds), evaluator=values.evaluator, out=values.out)
+    console().print(screen_table(HEADINGS, [*map(_row, record["runs"]), _mean(record)]))
+    print(f"One calibration takes {record['runs'][0]['calibration_seconds'] * 1000:.1f} ms on {record['machine']}.")
+    print(f"The record is {values.out / speedrun.RECORD}; `{prog} --check` checks it.")
+    return 0
+
+
+def _row(run: Mapping[str, Any]) -> list[str]:
+    figures = [
+        f"{run['seconds']:.0f}",
+        f"{run['calibrations']:.0f}",
+        f"{run['accuracy']:.2%}",
+        f"{run['fid_ratio']:.1f}",
+    ]
+    return [str(run["seed"]), *figures, f"{run['passes_per_image']:g}", "reached" if run["reached"] else "missed"]
+
+
+def _mean(record: Mapping[str, Any]) -> list[str]:
+    patterns = {"seconds": "{:.0f}", "calibrations": "{:.0f}", "accuracy": "{:.2%}", "fid_ratio": "{:.1f}"}
+    cells = []
+    for name, pattern in patterns.items():
+        mean, deviation = record[name].values()
+        cells.append(pattern.format(mean) + ("" if deviation is None else f" ± {pattern.format(deviation)}"))
+    return ["mean ± s.d.", *cells, "", "reached" if record["reached"] else "missed"]

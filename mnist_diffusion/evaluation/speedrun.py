@@ -1,0 +1,216 @@
+"""The speedrun: how long a recipe takes to draw images that are good enough, over several seeds, in a record to check.
+
+The clock runs from the start of the training process to its end. Beside each time stands how long a fixed workload
+takes on the same machine, so that times of different machines compare as ratios.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mnist_diffusion.config import Config
+from mnist_diffusion.data.dataset import load_images
+from mnist_diffusion.diffusion.pipeline import fingerprint, load_pipeline
+from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, package_versions, set_num_threads
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.evaluation.evaluate import evaluate
+from mnist_diffusion.files import read_json, replace_text
+from mnist_diffusion.requests import EvaluationRequest
+
+RECORD = "record.json"
+FIGURES = ("seconds", "calibrations", "accuracy", "fid_ratio")
+"""What is given as mean and standard deviation over the seeds."""
+TOLERANCE = {"accuracy": 0.002, "fid_ratio": 0.05}
+"""By how much figures may differ that another processor finds for the same weights."""
+PASSES_TO_TIME = 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the images of a run must reach, with the data that it trains on.
+
+    Args:
+        data: how the fingerprint of the images begins.
+        num_images: how many are drawn.
+        accuracy: least class accuracy.
+        fid_ratio: largest Fréchet distance, over that of as many held-out images.
+        passes: most network passes per image.
+    """
+
+    data: str
+    num_images: int
+    accuracy: float
+    fid_ratio: float
+    passes: float
+
+    def reached(self, measured: Mapping[str, Any]) -> bool:
+        """Whether a result of an evaluation reaches it."""
+        few = measured["passes_per_image"] <= self.passes
+        return bool(few and measured["accuracy"] >= self.accuracy and measured["fid_ratio"] <= self.fid_ratio)
+
+
+TARGETS = {
+    "mnist": Target("ec5f7e3f40bf4f70", 10_000, 0.985, 10.0, 20),
+    "digits": Target("11ef49e8f93951ec", 100, 0.5, 500.0, 20),
+}
+
+
+def target_for(data: str) -> str:
+    """The name of the target for images with this fingerprint.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name, target in TARGETS.items():
+        if data.startswith(target.data):
+            return name
+    raise UserError(f"a speedrun is on the images of {' or '.join(TARGETS)}, got others with fingerprint {data[:16]}")
+
+
+def calibrate() -> float:
+    """Seconds of the fixed workload on this machine: the median of 20 passes, forward and backward.
+
+    A pass takes 64 images of 28 x 28 pixels through four 3 x 3 convolutions of 32 channels, in float32.
+    """
+    layers = [nn.Conv2d(1 if index == 0 else 32, 32, 3, padding=1) for index in range(4)]
+    network, images = nn.Sequential(*layers).to(DEFAULT_DEVICE), torch.ones(64, 1, 28, 28, device=DEFAULT_DEVICE)
+    seconds = []
+    for _ in range(PASSES_TO_TIME):
+        started = time.perf_counter()
+        network(images).square().mean().backward()
+        float(next(network.parameters()).grad.sum())  # type: ignore[union-attr]  # which waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def run(config: Config, recipe: str, *, seeds: int, evaluator: Path | None, out: Path) -> dict[str, Any]:
+    """Train and measure with each seed, and write the record.
+
+    Args:
+        config: what the recipe stands for, with the images to train on.
+        recipe: its name or YAML file.
+        seeds: how many trainings there are, with seeds from 0 on.
+        evaluator: another evaluator than the data's own.
+        out: a folder for the runs and the record.
+
+    Returns:
+        The record.
+
+    Raises:
+        UserError: there is no target for these images, or a training failed.
+    """
+    set_num_threads(config.train.num_threads)
+    name = target_for(load_images(config.data, seed=0).fingerprint)
+    record: dict[str, Any] = {
+        "target": {"name": name, **asdict(TARGETS[name])},
+        "recipe": Path(recipe).stem,
+        "config": {
+            key: value for key, value in config.to_dict().items() if key in ("model", "diffusion", "sampling", "train")
+        },
+        "machine": machine_description(torch.device(DEFAULT_DEVICE), 1),
+        "versions": package_versions(),
+        "runs": [],
+    }
+    source = [] if config.data.source is None else ["--data.source", config.data.source]
+    for seed in range(seeds):
+        folder, calibration = out / f"seed-{seed}", calibrate()
+        asked = ["--config", recipe, *source, "--train.seed", str(seed), "--output_dir", str(folder)]
+        started = time.perf_counter()
+        ended = subprocess.run([sys.executable, "-m", "mnist_diffusion", "train", *asked], check=False)
+        seconds = time.perf_counter() - started
+        if ended.returncode:
+            raise UserError(f"the training with seed {seed} ended with status {ended.returncode}; see above")
+        timed = {"seconds": seconds, "calibration_seconds": calibration, "calibrations": seconds / calibration}
+        record["runs"].append({"seed": seed, **timed, **_measured(folder, TARGETS[name], evaluator)})
+    record |= _summary(record["runs"])
+    record["sha256"] = _digest(record)
+    replace_text(out / RECORD, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _measured(folder: Path, target: Target, evaluator: Path | None) -> dict[str, Any]:
+    """The figures of a run's pipeline, and whether they reach the target."""
+    asked = EvaluationRequest(
+        sources=(str(folder),), num_images=target.num_images, evaluator=evaluator, out=folder / "evaluation"
+    )
+    [result] = evaluate(asked)["results"]
+    figures = {name: result[name] for name in ("accuracy", "fid", "fid_ratio", "passes_per_image")}
+    weights = fingerprint(load_pipeline(str(folder), device="cpu"))
+    return {**figures, "reached": target.reached(result), "weights": weights}
+
+
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds, and whether all reach the target."""
+    found: dict[str, Any] = {"reached": all(each["reached"] for each in runs)}
+    for name in FIGURES:
+        values = [float(each[name]) for each in runs]
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        found[name] = {"mean": statistics.fmean(values), "standard_deviation": deviation}
+    return found
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    body = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def check(path: Path, *, evaluator: Path | None = None) -> list[str]:
+    """Check a record: that it is as it was written, and that the runs beside it, if they are there, draw what it says.
+
+    Args:
+        path: the record.
+        evaluator: another evaluator than the data's own.
+
+    Returns:
+        What was found to be right, a line each.
+
+    Raises:
+        FileError: it is no record, was altered, or its runs draw something else.
+    """
+    record = read_json(path)
+    try:
+        return _checked(record, path, evaluator)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FileError(f"{path} is no record of a speedrun: {type(error).__name__}: {error}") from error
+
+
+def _checked(record: Any, path: Path, evaluator: Path | None) -> list[str]:
+    if _digest(record) != record["sha256"]:
+        raise FileError(f"{path} was altered: its content does not have the SHA-256 {record['sha256']!s:.64}")
+    name = record["target"]["name"]
+    if name not in TARGETS or record["target"] != {"name": name, **asdict(TARGETS[name])}:
+        raise FileError(f"{path} has another target than the speedrun {name!s:.100}: {record['target']!s:.300}")
+    runs, target = record["runs"], TARGETS[name]
+    reached = all(each["reached"] == target.reached(each) for each in runs)
+    if not reached or json.dumps(_summary(runs)) != json.dumps({key: record[key] for key in _summary(runs)}):
+        raise FileError(f"{path}: what it says of all runs does not follow from the runs")
+    lines = [f"unaltered, and {len(runs)} runs give what it says of them"]
+    for each in runs:
+        folder = path.parent / f"seed-{int(each['seed'])}"
+        if not folder.is_dir():
+            lines.append(
+                f"seed {each['seed']}: its run is not beside the record, so its figures were not measured again"
+            )
+            continue
+        measured = _measured(folder, target, evaluator)
+        if measured["weights"] != each["weights"]:
+            raise FileError(f"{folder} holds other weights than {path} says")
+        for figure, tolerance in TOLERANCE.items():
+            if abs(measured[figure] - each[figure]) > tolerance * max(1.0, each[figure]):
+                raise FileError(
+                    f"{path}: {figure} of seed {each['seed']} is {each[figure]}, but {measured[figure]} now"
+                )
+        lines.append(f"seed {each['seed']}: the same weights, whose images were measured again")
+    return lines

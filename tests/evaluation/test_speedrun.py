@@ -1,0 +1,92 @@
+"""The speedrun: a recipe timed and measured, and its record checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mnist_diffusion.cli import main
+from mnist_diffusion.cli.options import find_recipe
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.evaluation import speedrun
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
+
+
+def written(record: dict[str, Any], path: Path, *, hashed: bool = True) -> Path:
+    """A record as somebody might write it who knows how it is hashed."""
+    if hashed:
+        record |= speedrun._summary(record["runs"])
+        record["sha256"] = speedrun._digest(record)
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_a_recipe_and_its_record(
+    tmp_path: Path, digits_evaluator: ImageEvaluator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out, evaluator = tmp_path / "quick.yaml", tmp_path / "out", tmp_path / "evaluator"
+    quick = yaml.safe_load(find_recipe("tiny").read_text())
+    quick["train"] |= {"max_steps": 300, "pictures": False, "num_eval_images": 16}
+    recipe.write_text(yaml.safe_dump(quick))
+    save_evaluator(digits_evaluator, evaluator)
+    asked = ["--data.source", "digits", "--seeds", "1", "--evaluator", str(evaluator), "--out", str(out)]
+    assert main(["speedrun", str(recipe), *asked]) == 0
+    assert "mean ± s.d." in capsys.readouterr().out
+    path = out / "record.json"
+    record = json.loads(path.read_text())
+    [run] = record["runs"]
+    assert record["reached"] is run["reached"] is True
+    assert run["seconds"] > json.loads((out / "seed-0" / "summary.json").read_text())["train_seconds"]
+    assert run["calibrations"] == run["seconds"] / run["calibration_seconds"]
+    assert record["config"]["train"]["max_steps"] == 300
+    assert main(["speedrun", "--check", str(path), "--evaluator", str(evaluator)]) == 0
+    assert "seed 0: the same weights, whose images were measured again" in capsys.readouterr().out
+
+    def refused(change: dict[str, Any], message: str, **options: bool) -> None:
+        forged = json.loads(path.read_text())
+        forged["runs"][0] |= change
+        with pytest.raises(FileError, match=message):
+            speedrun.check(written(forged, out / "forged.json", **options), evaluator=evaluator)
+
+    refused({"seconds": 1.0}, "was altered", hashed=False)
+    refused({"accuracy": 1.0}, "accuracy of seed 0 is 1.0, but")
+    refused({"weights": "0" * 64}, "holds other weights")
+    refused({"reached": False}, "does not follow from the runs")
+    easy = json.loads(path.read_text())
+    easy["target"]["accuracy"] = 0.1
+    with pytest.raises(FileError, match="has another target than the speedrun digits"):
+        speedrun.check(written(easy, out / "forged.json"), evaluator=evaluator)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(path, alone)
+    assert "not measured again" in speedrun.check(alone / "record.json")[1]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"sha256": 1}', '{"sha256": null, "runs": 3}', "[]", "no JSON"])
+def test_what_is_no_record(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    with pytest.raises(FileError, match="record"):
+        speedrun.check(path)
+
+
+def test_mean_and_spread() -> None:
+    runs = [
+        {"seconds": 300.0, "calibrations": 100.0, "accuracy": 0.98, "fid_ratio": 8.0, "reached": True},
+        {"seconds": 302.0, "calibrations": 104.0, "accuracy": 0.99, "fid_ratio": 10.0, "reached": False},
+    ]
+    found = speedrun._summary(runs)
+    assert found["reached"] is False
+    assert found["seconds"] == {"mean": 301.0, "standard_deviation": pytest.approx(2**0.5)}
+    assert speedrun._summary(runs[:1])["seconds"] == {"mean": 300.0, "standard_deviation": None}
+
+
+def test_a_target_is_for_its_images() -> None:
+    assert speedrun.target_for(speedrun.TARGETS["mnist"].data + "0") == "mnist"
+    with pytest.raises(UserError, match="mnist or digits, got others with fingerprint 1234"):
+        speedrun.target_for("1234")
