@@ -193,7 +193,7 @@ class DiffusionConfig:
     loss_on: Literal["prediction", "epsilon", "v_prediction", "sample", "flow_prediction"] = "prediction"
     """Whose squared error is the loss: of what the network predicts, or of the noise, the velocity, the image or the
     flow that follow from it."""
-    timesteps: Literal["uniform", "stratified", "lognormal"] = "lognormal"
+    timesteps: Literal["uniform", "stratified", "lognormal"] = "uniform"
     """How timesteps are drawn for training: all alike; all alike and evenly over each batch; or so that the ratio of
     noise to signal is log-normal."""
     lognormal: tuple[float, float] = (0.5, 1.0)
@@ -202,7 +202,7 @@ class DiffusionConfig:
     """Let samplers that can clip the predicted clean image to [-1, 1] do so."""
     min_snr_gamma: float | None = None
     """Weight the loss over timesteps by min-SNR with this gamma, usually 5, in place of `sigmoid_bias`."""
-    sigmoid_bias: float | None = None
+    sigmoid_bias: float | None = 2.0
     """Weight the loss over timesteps by sigmoid(bias - log SNR), small for little noise; null weights all alike."""
     label_dropout: float = 0.1
     """Share of the labels replaced by the null class, which is what classifier-free guidance learns from."""

@@ -39,7 +39,7 @@ PLACEHOLDERS = {
     "FOLDER_OF_IMAGES": "images",
     "PIPELINE": "runs/first/pipeline",
     "user/": "owner/",
-    "steps = 3000": "steps = 3",
+    "steps = 800": "steps = 3",
     "max_steps=1000": "max_steps=3, pictures=False, num_eval_images=16",
 }
 """What the documents leave open, and what it is here."""

@@ -147,8 +147,12 @@ def _measured(folder: Path, target: Target, evaluator: Path | None) -> dict[str,
     )
     [result] = evaluate(asked)["results"]
     figures = {name: result[name] for name in ("accuracy", "fid", "fid_ratio", "passes_per_image")}
-    weights = fingerprint(load_pipeline(str(folder), device="cpu"))
-    return {**figures, "reached": target.reached(result), "weights": weights}
+    return {**figures, "reached": target.reached(result), "weights": _weights(folder)}
+
+
+def _weights(folder: Path) -> str:
+    """What stands for the pipeline of a run: its weights and all that decides what it draws."""
+    return fingerprint(load_pipeline(str(folder), device="cpu"))
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -204,9 +208,9 @@ def _checked(record: Any, path: Path, evaluator: Path | None) -> list[str]:
                 f"seed {each['seed']}: its run is not beside the record, so its figures were not measured again"
             )
             continue
-        measured = _measured(folder, target, evaluator)
-        if measured["weights"] != each["weights"]:
+        if _weights(folder) != each["weights"]:
             raise FileError(f"{folder} holds other weights than {path} says")
+        measured = _measured(folder, target, evaluator)
         for figure, tolerance in TOLERANCE.items():
             if abs(measured[figure] - each[figure]) > tolerance * max(1.0, each[figure]):
                 raise FileError(
