@@ -63,7 +63,7 @@ class Target:
 
 TARGETS = {
     "mnist": Target("ec5f7e3f40bf4f70", 10_000, 0.985, 10.0, 20),
-    "digits": Target("11ef49e8f93951ec", 100, 0.5, 500.0, 20),
+    "digits": Target("11ef49e8f93951ec", 100, 0.3, 100.0, 20),
 }
 
 

@@ -31,6 +31,7 @@ def test_a_recipe_and_its_record(
 ) -> None:
     recipe, out, evaluator = tmp_path / "quick.yaml", tmp_path / "out", tmp_path / "evaluator"
     quick = yaml.safe_load(find_recipe("tiny").read_text())
+    quick["diffusion"] |= {"timesteps": "lognormal"}
     quick["train"] |= {"max_steps": 300, "pictures": False, "num_eval_images": 16}
     recipe.write_text(yaml.safe_dump(quick))
     save_evaluator(digits_evaluator, evaluator)
