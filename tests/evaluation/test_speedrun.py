@@ -26,6 +26,7 @@ def written(record: dict[str, Any], path: Path, *, hashed: bool = True) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_recipe_and_its_record(
     tmp_path: Path, digits_evaluator: ImageEvaluator, capsys: pytest.CaptureFixture[str]
 ) -> None:
