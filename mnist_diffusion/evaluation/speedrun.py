@@ -11,15 +11,17 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mnist_diffusion.checks import require
 from mnist_diffusion.config import Config
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.diffusion.pipeline import fingerprint, load_pipeline
@@ -111,14 +113,14 @@ def run(config: Config, recipe: str, *, seeds: int, evaluator: Path | None, out:
     Raises:
         UserError: there is no target for these images, or a training failed.
     """
+    require(config.train.init_from is None, "train.init_from", config.train.init_from, "null in a speedrun")
     set_num_threads(config.train.num_threads)
     name = target_for(load_images(config.data, seed=0).fingerprint)
     record: dict[str, Any] = {
         "target": {"name": name, **asdict(TARGETS[name])},
         "recipe": Path(recipe).stem,
-        "config": {
-            key: value for key, value in config.to_dict().items() if key in ("model", "diffusion", "sampling", "train")
-        },
+        # Without a place of this machine.
+        "config": replace(config, data=replace(config.data, source=name)).to_dict(),
         "machine": machine_description(torch.device(DEFAULT_DEVICE), 1),
         "versions": package_versions(),
         "runs": [],
@@ -133,18 +135,17 @@ def run(config: Config, recipe: str, *, seeds: int, evaluator: Path | None, out:
         if ended.returncode:
             raise UserError(f"the training with seed {seed} ended with status {ended.returncode}; see above")
         timed = {"seconds": seconds, "calibration_seconds": calibration, "calibrations": seconds / calibration}
-        record["runs"].append({"seed": seed, **timed, **_measured(folder, TARGETS[name], evaluator)})
+        figures = _measured(folder, TARGETS[name], evaluator, folder / "evaluation")
+        record["runs"].append({"seed": seed, **timed, **figures})
     record |= _summary(record["runs"])
     record["sha256"] = _digest(record)
     replace_text(out / RECORD, json.dumps(record, indent=1) + "\n")
     return record
 
 
-def _measured(folder: Path, target: Target, evaluator: Path | None) -> dict[str, Any]:
-    """The figures of a run's pipeline, and whether they reach the target."""
-    asked = EvaluationRequest(
-        sources=(str(folder),), num_images=target.num_images, evaluator=evaluator, out=folder / "evaluation"
-    )
+def _measured(folder: Path, target: Target, evaluator: Path | None, out: Path) -> dict[str, Any]:
+    """The figures of a run's pipeline, and whether they reach the target; images that are in `out` are used again."""
+    asked = EvaluationRequest(sources=(str(folder),), num_images=target.num_images, evaluator=evaluator, out=out)
     [result] = evaluate(asked)["results"]
     figures = {name: result[name] for name in ("accuracy", "fid", "fid_ratio", "passes_per_image")}
     return {**figures, "reached": target.reached(result), "weights": _weights(folder)}
@@ -210,11 +211,12 @@ def _checked(record: Any, path: Path, evaluator: Path | None) -> list[str]:
             continue
         if _weights(folder) != each["weights"]:
             raise FileError(f"{folder} holds other weights than {path} says")
-        measured = _measured(folder, target, evaluator)
+        with tempfile.TemporaryDirectory() as empty:  # images of before could be anybody's
+            measured = _measured(folder, target, evaluator, Path(empty))
         for figure, tolerance in TOLERANCE.items():
             if abs(measured[figure] - each[figure]) > tolerance * max(1.0, each[figure]):
                 raise FileError(
                     f"{path}: {figure} of seed {each['seed']} is {each[figure]}, but {measured[figure]} now"
                 )
-        lines.append(f"seed {each['seed']}: the same weights, whose images were measured again")
+        lines.append(f"seed {each['seed']}: the same weights, which drew and were measured again")
     return lines

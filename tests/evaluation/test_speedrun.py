@@ -12,7 +12,8 @@ import yaml
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.cli.options import find_recipe
-from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.config import Config, TrainConfig
+from mnist_diffusion.errors import ConfigError, FileError, UserError
 from mnist_diffusion.evaluation import speedrun
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
 
@@ -46,8 +47,9 @@ def test_a_recipe_and_its_record(
     assert run["seconds"] > json.loads((out / "seed-0" / "summary.json").read_text())["train_seconds"]
     assert run["calibrations"] == run["seconds"] / run["calibration_seconds"]
     assert record["config"]["train"]["max_steps"] == 300
+    assert str(tmp_path) not in path.read_text()
     assert main(["speedrun", "--check", str(path), "--evaluator", str(evaluator)]) == 0
-    assert "seed 0: the same weights, whose images were measured again" in capsys.readouterr().out
+    assert "seed 0: the same weights, which drew and were measured again" in capsys.readouterr().out
 
     def refused(change: dict[str, Any], message: str, **options: bool) -> None:
         forged = json.loads(path.read_text())
@@ -86,6 +88,12 @@ def test_mean_and_spread() -> None:
     assert found["reached"] is False
     assert found["seconds"] == {"mean": 301.0, "standard_deviation": pytest.approx(2**0.5)}
     assert speedrun._summary(runs[:1])["seconds"] == {"mean": 300.0, "standard_deviation": None}
+
+
+def test_trained_weights_are_refused(tmp_path: Path) -> None:
+    config = Config(train=TrainConfig(init_from="user/name"))
+    with pytest.raises(ConfigError, match=r"train\.init_from must be null in a speedrun, got 'user/name'"):
+        speedrun.run(config, "default", seeds=1, evaluator=None, out=tmp_path)
 
 
 def test_a_target_is_for_its_images() -> None:
