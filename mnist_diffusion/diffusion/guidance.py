@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mnist_diffusion.checks import AUTOGUIDANCE, PLAIN_GUIDANCE, require_guidance
 from mnist_diffusion.diffusion.pipeline import fingerprint, load_pipeline
-from mnist_diffusion.sharing.pipeline import GuidanceStep, MNISTDiffusionPipeline, guided_prediction
+from mnist_diffusion.sharing.pipeline import GuidanceStep, MNISTDiffusionPipeline, guided_prediction, prediction_type_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Autoguidance:
 
 def _kind(pipeline: Any) -> dict[str, Any]:
     """What two models must have in common for one to guide the other."""
-    shared = ("num_train_timesteps", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
-    process = {name: pipeline.scheduler.config.get(name) for name in shared}
+    betas = () if pipeline.config.flow_matching else ("beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    process = {name: pipeline.scheduler.config.get(name) for name in ("num_train_timesteps", *betas)}
+    process["prediction_type"] = prediction_type_of(pipeline.scheduler)
     own = {name: getattr(pipeline, name) for name in ("image_shape", "num_classes", "device")}
     return {
         **own,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mnist_diffusion.checks import FLOW_SAMPLERS
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
+from mnist_diffusion.diffusion.guidance import Autoguidance
 from mnist_diffusion.diffusion.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.diffusion.objective import Batch, diffusion_objective
 from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
@@ -157,6 +158,30 @@ def test_steps_are_spaced_evenly_and_shifted(pipeline: MNISTDiffusionPipeline) -
 def test_samplers_of_other_paths_are_refused(pipeline: MNISTDiffusionPipeline, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_sampler(name, pipeline.scheduler.config)
+
+
+def test_schedulers_of_other_paths_are_refused(pipeline: MNISTDiffusionPipeline) -> None:
+    other = make_pipeline()
+    betas, solver = other.scheduler.config, diffusers.DPMSolverMultistepScheduler
+    bare, half = diffusers.FlowMatchEulerDiscreteScheduler(), solver.from_config(betas, use_flow_sigmas=True)
+    straight = solver.from_config(betas, use_flow_sigmas=True, prediction_type="flow_prediction")
+    for each, wrong in (
+        (other, [bare, straight, half]),
+        (pipeline, [diffusers.DDIMScheduler(), solver.from_config(betas), half]),
+    ):
+        for each.scheduler in wrong:
+            message = f"{type(each.scheduler).__name__} with prediction_type=.* does not fit"
+            with pytest.raises(ValueError, match=message):
+                each(3)
+    for pipeline.scheduler in (bare, straight):
+        assert pipeline(3, num_inference_steps=2).images
+
+
+def test_autoguidance_by_a_model_with_another_sampler(pipeline: MNISTDiffusionPipeline) -> None:
+    weak = make_pipeline(diffusion=CONFIG, sampling=SamplingConfig(scheduler="dpmpp"), seed=1)
+    assert pipeline(3, num_inference_steps=2, guidance=Autoguidance(weak)).images
+    with pytest.raises(ValueError, match="flow_matching of the weaker model must be True, got False"):
+        pipeline(3, guidance=Autoguidance(make_pipeline()))
 
 
 def test_what_has_no_effect_is_refused(pipeline: MNISTDiffusionPipeline) -> None:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -397,30 +396,6 @@ class TestSchedulers:
         pipeline.scheduler = EDMEulerScheduler.from_config(pipeline.scheduler.config)
         with pytest.raises(ValueError, match="EDMEulerScheduler ignores the betas"):
             pipeline(3)
-
-    def test_paths_that_the_model_was_not_trained_on_are_refused(self, pipeline: MNISTDiffusionPipeline) -> None:
-        diffusion, flow = (
-            pipeline.scheduler.config,
-            make_pipeline(diffusion=DiffusionConfig(prediction_type="flow_prediction")),
-        )
-        solver, bare = diffusers.DPMSolverMultistepScheduler, diffusers.FlowMatchEulerDiscreteScheduler()
-        straight = solver.from_config(diffusion, use_flow_sigmas=True, prediction_type="flow_prediction")
-        for each, wrong in (
-            (pipeline, [bare, straight, solver.from_config(diffusion, use_flow_sigmas=True)]),
-            (
-                flow,
-                [DDIMScheduler(), solver.from_config(diffusion), solver.from_config(diffusion, use_flow_sigmas=True)],
-            ),
-        ):
-            for scheduler in wrong:
-                each.scheduler = scheduler
-                with pytest.raises(
-                    ValueError, match=f"{type(scheduler).__name__} with prediction_type=.* does not fit"
-                ):
-                    each(3)
-        for right in (bare, straight):
-            flow.scheduler = right
-            assert flow(3, num_inference_steps=2).images
 
     def test_epsilon_from_zero_snr_is_refused(self) -> None:
         pipeline = make_pipeline(diffusion=DiffusionConfig(prediction_type="epsilon", beta_schedule="linear"))
