@@ -163,4 +163,7 @@ def _wandb_is_ready() -> bool:
     """Whether wandb has a key, or needs none."""
     import wandb
 
-    return wandb.setup().settings.mode not in ("online", "shared") or wandb.login(prompt=False, verify=False)
+    if wandb.setup().settings.mode not in ("online", "shared") or wandb.login(prompt=False, verify=False):
+        return True
+    wandb.teardown()  # which forgets the mode: a notebook may set another, and try again
+    return False

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import wandb
 
-from mnist_diffusion.config import DataConfig, DiffusionConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.config import DataConfig, DiffusionConfig, SamplingConfig
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.state import TrainState
@@ -85,18 +84,12 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
         ),
         ({}, "a\nb", "has control characters"),
         ({}, "a\udce9", "is not UTF-8"),
-        ({"train": TrainConfig(trackers=("wandb",))}, "run", "wandb has no key; run `wandb login`"),
     ],
-    ids=["more LCM steps than it takes", "too many betas", "newline", "not UTF-8", "wandb without a key"],
+    ids=["more LCM steps than it takes", "too many betas", "newline", "not UTF-8"],
 )
 def test_what_would_fail_at_the_end_fails_before_the_first_step(
-    changes: dict[str, Any], folder: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], folder: str, message: str, tmp_path: Path
 ) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
-    wandb.teardown()
     config = dataclasses.replace(tiny_config(), **changes)
     with pytest.raises(UserError, match=message):
         run(config, tmp_path / folder)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -259,7 +260,15 @@ def test_tensorboard(tmp_path: Path) -> None:
     }
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_needs_a_key_or_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
+    wandb.teardown()  # which forgets the mode of tests before
+    with pytest.raises(UserError, match="wandb has no key; run `wandb login`"):
+        run(tiny_config(trackers=("wandb",)), tmp_path / "run")
+    assert not list(tmp_path.glob("*run*"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = run(tiny_config(trackers=("wandb",)), tmp_path / "run")
