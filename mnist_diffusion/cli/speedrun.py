@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
-
-from mnist_diffusion.cli.options import Parser, parse, parse_train_arguments
-from mnist_diffusion.config import ImagesConfig
+from mnist_diffusion.cli.options import parse_train_arguments
 
 HEADINGS = ("seed", "seconds", "calibrations", "class accuracy", "ratio to floor", "passes", "target")
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Train and measure with each seed, or check a record."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog=prog,
+        allow_abbrev=False,
+        usage=f"{prog} [RECIPE] [--section.field VALUE ...] [--seeds N] [--evaluator FOLDER] [--out FOLDER]\n"
+        f"       {prog} --check RECORD [--evaluator FOLDER]",
         description="Train a recipe with several seeds, each in a process whose time is taken from start to end, and "
         "measure the images against a fixed target.",
-        epilog="The rules, and the records so far: docs/speedrun.md",
+        epilog="All options of `mnist-diffusion train` change the recipe, such as --data.source. "
+        "The rules, and the records so far: docs/speedrun.md",
     )
-    parser.add_argument("recipe", type=str, nargs="?", default="default", help="a recipe's name, or a YAML file")
-    parser.add_argument("--data", type=ImagesConfig, help="the images: those of MNIST, or of digits")
-    parser.add_argument("--seeds", type=PositiveInt, default=3, help="how many trainings there are")
+    parser.add_argument("recipe", nargs="?", default="default", help="a recipe's name, or a YAML file")
+    parser.add_argument("--seeds", type=int, default=3, help="how many trainings there are")
     parser.add_argument("--evaluator", type=Path, help="a folder that train_evaluator left, for digits")
     parser.add_argument("--out", type=Path, default=Path("runs/speedrun"), help="a new folder for runs and record")
     parser.add_argument("--check", type=Path, metavar="RECORD", help="check this record instead")
-    values = parse(parser, argv)
+    values, flags = parser.parse_known_args(argv)
     from mnist_diffusion.evaluation import speedrun
     from mnist_diffusion.pictures.tables import console, screen_table
 
     if values.check is not None:
         print("\n".join(speedrun.check(values.check, evaluator=values.evaluator)))
         return 0
-    source = [] if values.data.source is None else ["--data.source", values.data.source]
-    config = parse_train_arguments(["--config", values.recipe, *source], prog=prog).config
-    record = speedrun.run(config, values.recipe, seeds=int(values.seeds), evaluator=values.evaluator, out=values.out)
+    if values.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {values.seeds}")
+    asked = ["--config", values.recipe, *flags]
+    config = parse_train_arguments(asked, prog=prog).config
+    record = speedrun.run(config, asked, seeds=values.seeds, evaluator=values.evaluator, out=values.out)
     console().print(screen_table(HEADINGS, [*map(_row, record["runs"]), _mean(record)]))
     print(f"One calibration takes {record['runs'][0]['calibration_seconds'] * 1000:.1f} ms on {record['machine']}.")
     print(f"The record is {values.out / speedrun.RECORD}; `{prog} --check` checks it.")
