@@ -37,7 +37,7 @@ def machine_description(device: torch.device, processes: int) -> str:
     if device.type == "mps":
         return f"Apple GPU ({platform.machine()})"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores ({platform.machine()})"
+    return f"{cores} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def package_versions() -> dict[str, str]:

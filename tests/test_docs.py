@@ -23,6 +23,7 @@ from examples import denoiser, own_objective
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import VERBS, main
 from mnist_diffusion.cli.options import RECIPES, parse_train_arguments
+from mnist_diffusion.data import sources
 from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.studio.build import RUNTIME_FILES
 from tests.conftest import REPOSITORY, make_image_folder
@@ -41,6 +42,9 @@ PLACEHOLDERS = {
     "user/": "owner/",
     "steps = 800": "steps = 3",
     "max_steps=1000": "max_steps=3, pictures=False, num_eval_images=16",
+    "max_minutes=5": "max_steps=3, pictures=False, num_eval_images=16",
+    "num_images=2000": "num_images=50",
+    "runs/adm-0 runs/adm-1 runs/adm-2": "runs/first runs/second",
 }
 """What the documents leave open, and what it is here."""
 SMALL = [
@@ -86,6 +90,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (mnist / f"{name}-images-idx3-ubyte").write_bytes(idx_bytes(pixels[part]))
         (mnist / f"{name}-labels-idx1-ubyte").write_bytes(idx_bytes(digits.target[part].astype(np.uint8)))
     make_image_folder(root / "path" / "to" / "pictures")
+    cifar = root / "path" / "to" / "cifar-10-batches-bin"
+    cifar.mkdir()
+    records = np.random.default_rng(0).integers(0, 256, (20, 1 + 3 * 32 * 32), np.uint8)
+    records[:, 0] = np.arange(20) % 10
+    for name in ("data_batch_1", "data_batch_2", "test_batch"):
+        records.tofile(cifar / f"{name}.bin")
+    (cifar / "batches.meta.txt").write_text("airplane automobile bird cat deer dog frog horse ship truck\n")
     (root / "images").mkdir()
     (root / "runtime").mkdir()
     for name in RUNTIME_FILES:  # which are copied, and not run
@@ -113,6 +124,7 @@ def in_workspace(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluator, "STEPS", 20)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(sources, "FOLDER_READERS", sources.FOLDER_READERS)  # to which a document adds one
     yield
     written = "samples evaluation comparison pictures data digits run onnx studio space-app tutorial"
     outputs = [Path(name) for name in written.split()]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mnist_diffusion.cli.options import parse_train_arguments
-
-HEADINGS = ("seed", "seconds", "calibrations", "class accuracy", "ratio to floor", "passes", "target")
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
@@ -41,26 +38,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     asked = ["--config", values.recipe, *flags]
     config = parse_train_arguments(asked, prog=prog).config
     record = speedrun.run(config, asked, seeds=values.seeds, evaluator=values.evaluator, out=values.out)
-    console().print(screen_table(HEADINGS, [*map(_row, record["runs"]), _mean(record)]))
+    console().print(screen_table(speedrun.HEADINGS, speedrun.rows(record)))
     print(f"One calibration takes {record['runs'][0]['calibration_seconds'] * 1000:.1f} ms on {record['machine']}.")
     print(f"The record is {values.out / speedrun.RECORD}; `{prog} --check` checks it.")
     return 0
-
-
-def _row(run: Mapping[str, Any]) -> list[str]:
-    figures = [
-        f"{run['seconds']:.0f}",
-        f"{run['calibrations']:.0f}",
-        f"{run['accuracy']:.2%}",
-        f"{run['fid_ratio']:.1f}",
-    ]
-    return [str(run["seed"]), *figures, f"{run['passes_per_image']:g}", "reached" if run["reached"] else "missed"]
-
-
-def _mean(record: Mapping[str, Any]) -> list[str]:
-    patterns = {"seconds": "{:.0f}", "calibrations": "{:.0f}", "accuracy": "{:.2%}", "fid_ratio": "{:.1f}"}
-    cells = []
-    for name, pattern in patterns.items():
-        mean, deviation = record[name].values()
-        cells.append(pattern.format(mean) + ("" if deviation is None else f" ± {pattern.format(deviation)}"))
-    return ["mean ± s.d.", *cells, "", "reached" if record["reached"] else "missed"]

@@ -170,8 +170,8 @@ def _pipeline_draws(source: str, request: EvaluationRequest, data: ImageData) ->
 
 def monitor(
     pipeline: MNISTDiffusionPipeline, data: ImageData, *, num_images: int, seed: int
-) -> Callable[[], dict[str, float]]:
-    """Make a function that measures a pipeline while its weights are trained: its default call, from the same seeds.
+) -> Callable[..., dict[str, float]]:
+    """Make a function that measures a pipeline as it then is, with its weights and its scheduler, from the same seeds.
 
     Args:
         pipeline: around the weights that are trained.
@@ -180,17 +180,19 @@ def monitor(
         seed: of the images.
 
     Returns:
-        The figures to follow, by name, when it is called.
+        The figures to follow, by name, when it is called. Its arguments, such as `guidance`, go to the pipeline's call.
 
     Raises:
         UserError: `num_images` is not the same number for each class.
     """
     data = data.in_memory()
-    generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed)
+    drawing = partial(ImageGenerator, pipeline, data, num_images=num_images, seed=seed)
+    drawing()  # which refuses what cannot work
     reference = Reference(data, evaluator_for(data).model, seed=seed)
     reference.floor(num_images)
 
-    def measure() -> dict[str, float]:
+    def measure(**arguments: Any) -> dict[str, float]:
+        generator = drawing(arguments=arguments)
         values = reference.report(generator.draw(generator.settings())).values
         return {name: values[name] for name in MONITORED if values[name] is not None}
 

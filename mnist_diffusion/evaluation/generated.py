@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,7 @@ class ImageGenerator:
         seed: of all of them.
         batch_size: images drawn together; as many as suit their size and the device if omitted.
         folder: where finished parts are kept, to be used again.
+        arguments: further arguments of each call, such as a guidance rule; not part of the names of those parts.
 
     Raises:
         UserError: pipeline and data do not fit together, or `num_images` is not the same number for each class.
@@ -91,7 +92,9 @@ class ImageGenerator:
         seed: int,
         batch_size: int | None = None,
         folder: Path | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ):
+        self.arguments = arguments or {}
         self.pipeline, self.num_images, self.seed = pipeline, num_images, seed
         self.batch_size, self.folder, self.classes = batch_size, folder, pipeline.num_classes
         self.training_config = pipeline.scheduler.config
@@ -151,7 +154,8 @@ class ImageGenerator:
         """The steps of drawing some of the images together."""
         labels, seeds = self._labels(indices), [mixed_seed(self.seed, "eval", index) for index in indices]
         steps, arguments = settings.num_inference_steps, one_per_seed(labels, seeds)
-        return self.pipeline.stream(**arguments, num_inference_steps=steps, **self._guidance(settings))
+        guided = {**self._guidance(settings), **self.arguments}
+        return self.pipeline.stream(**arguments, num_inference_steps=steps, **guided)
 
     def _labels(self, indices: range) -> list[int] | None:
         return None if self.classes is None else [index % self.classes for index in indices]

@@ -29,9 +29,11 @@ from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, pac
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.evaluation.evaluate import evaluate
 from mnist_diffusion.files import read_json, replace_text
+from mnist_diffusion.pictures.tables import markdown
 from mnist_diffusion.requests import EvaluationRequest
 
 RECORD = "record.json"
+HEADINGS = ("seed", "seconds", "calibrations", "class accuracy", "ratio to floor", "passes", "target")
 FIGURES = ("seconds", "calibrations", "accuracy", "fid_ratio")
 """What is given as mean and standard deviation over the seeds."""
 TOLERANCE = {"accuracy": 0.002, "fid_ratio": 0.05}
@@ -100,7 +102,7 @@ def calibrate() -> float:
 
 
 def run(config: Config, arguments: Sequence[str], *, seeds: int, evaluator: Path | None, out: Path) -> dict[str, Any]:
-    """Train and measure with each seed, and write the record.
+    """Train and measure with each seed, and write the record, also as a table for a page.
 
     Args:
         config: what is trained, with the images to train on.
@@ -122,6 +124,7 @@ def run(config: Config, arguments: Sequence[str], *, seeds: int, evaluator: Path
         "target": {"name": name, **asdict(TARGETS[name])},
         # Without a place of this machine.
         "config": replace(config, data=replace(config.data, source=name)).to_dict(),
+        "date": time.strftime("%Y-%m-%d"),
         "machine": machine_description(torch.device(DEFAULT_DEVICE), 1),
         "versions": package_versions(),
         "runs": [],
@@ -140,7 +143,26 @@ def run(config: Config, arguments: Sequence[str], *, seeds: int, evaluator: Path
     record |= _summary(record["runs"])
     record["sha256"] = _digest(record)
     replace_text(out / RECORD, json.dumps(record, indent=1) + "\n")
+    replace_text((out / RECORD).with_suffix(".md"), markdown(HEADINGS, rows(record)) + "\n")
     return record
+
+
+def rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """A record as the cells of a table: a row for each run, and one for all."""
+    patterns = {"seconds": "{:.0f}", "calibrations": "{:.0f}", "accuracy": "{:.2%}", "fid_ratio": "{:.1f}"}
+    found = []
+    for run in record["runs"]:
+        figures = [pattern.format(run[name]) for name, pattern in patterns.items()]
+        found.append([str(run["seed"]), *figures, f"{run['passes_per_image']:g}", _outcome(run)])
+    cells = []
+    for name, pattern in patterns.items():
+        mean, deviation = record[name]["mean"], record[name]["standard_deviation"]
+        cells.append(pattern.format(mean) + ("" if deviation is None else f" ± {pattern.format(deviation)}"))
+    return [*found, ["mean ± s.d.", *cells, "", _outcome(record)]]
+
+
+def _outcome(found: Mapping[str, Any]) -> str:
+    return "reached" if found["reached"] else "missed"
 
 
 def _measured(folder: Path, target: Target, evaluator: Path | None, out: Path) -> dict[str, Any]:
