@@ -1,6 +1,6 @@
-"""Every recipe on this machine: parameters, speed, and what the small ones draw after ten minutes; writes a table.
+"""Every recipe on this machine: parameters, speed, and what the small ones draw after ten minutes.
 
-    python benchmarks/recipes.py path/to/mnist --out docs/recipes_table.md
+    python benchmarks/recipes.py path/to/mnist
 
 Each of the small recipes is trained with its learning rate planned for `--minutes`, in `--runs/<name>`; what is found
 there is used again. Samples are drawn by the sampler of the recipe at its guidance.
@@ -22,7 +22,8 @@ from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.diffusion.network import build_unet
 from mnist_diffusion.diffusion.noise import build_noise_scheduler
 from mnist_diffusion.diffusion.objective import diffusion_objective
-from mnist_diffusion.environment import machine_description, set_num_threads
+from mnist_diffusion.environment import set_num_threads
+from mnist_diffusion.pictures.tables import markdown
 from mnist_diffusion.training.probe import seconds_per_image
 from mnist_diffusion.training.state import TrainState
 
@@ -50,7 +51,6 @@ def main(
     dtype: str = "bfloat16",
     recipes: tuple[str, ...] = (),
     runs: Path = Path("runs/recipes"),
-    out: Path | None = None,
 ) -> None:
     """Print the table, one row per recipe.
 
@@ -62,7 +62,6 @@ def main(
         dtype: precision of the networks that draw.
         recipes: which to measure; all if omitted.
         runs: where runs and measurements are kept.
-        out: a file for the table.
     """
     chosen = recipes or tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     rows = []
@@ -79,18 +78,7 @@ def main(
                 runs=runs,
             )
         rows.append(_row(name, measured))
-        lines = [
-            f"`python benchmarks/recipes.py path/to/mnist --minutes {minutes:g} --num_images {num_images} "
-            f"--max_inference_steps {max_inference_steps} --dtype {dtype}`, on "
-            f"{measured['machine']}:",
-            "",
-            "| " + " | ".join(HEADINGS) + " |",
-            "| --- |" + " ---: |" * (len(HEADINGS) - 1),
-            *("| " + " | ".join(row) + " |" for row in rows),
-        ]
-        print("\n".join(lines), flush=True)
-        if out is not None:
-            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(markdown(HEADINGS, rows))
 
 
 def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
@@ -109,7 +97,6 @@ def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
     measured = {
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "images_per_second": 1 / seconds_per_image(state, seconds=12.0),
-        "machine": machine_description(state.accelerator.device, 1),
     }
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(measured), encoding="utf-8")

@@ -23,6 +23,7 @@ SHORT = [
 NARROWER = {
     "ddpm_1000": ["--model.block_out_channels", "[32,32,32,32]", "--model.attention_head_dim", "32"],
     "ddpm_1000_unconditional": ["--model.block_out_channels", "[32,32,32,32]", "--model.attention_head_dim", "32"],
+    "diffusers_example": ["--model.block_out_channels", "[32,32,32,32,32,32]"],
     "quality": ["--model.block_out_channels", "[32,32,64]"],
     "rgb32_attention": ["--model.block_out_channels", "[64,64,64,128]"],
 }
@@ -32,7 +33,8 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 def test_the_known_systems_are_here() -> None:
     assert set(NAMES) == {
-        *("compact_500", "ddpm_1000", "ddpm_1000_unconditional", "ddpm_200", "default", "flow_matching"),
+        *("compact_500", "ddpm_1000", "ddpm_1000_unconditional", "ddpm_200", "default"),
+        *("diffusers_example", "flow_matching"),
         *("guided_300", "quality", "rgb32_attention", "tiny"),
     }
 

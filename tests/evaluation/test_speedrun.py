@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,9 @@ from mnist_diffusion.config import Config, TrainConfig
 from mnist_diffusion.errors import ConfigError, FileError, UserError
 from mnist_diffusion.evaluation import speedrun
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
+from tests.conftest import REPOSITORY
+
+ENTRIES = sorted((REPOSITORY / "docs" / "speedrun").glob("*.json"))
 
 
 def written(record: dict[str, Any], path: Path, *, hashed: bool = True) -> Path:
@@ -33,13 +37,13 @@ def test_a_recipe_and_its_record(
 ) -> None:
     recipe, out, evaluator = tmp_path / "quick.yaml", tmp_path / "out", tmp_path / "evaluator"
     quick = yaml.safe_load(find_recipe("tiny").read_text())
-    quick["diffusion"] |= {"timesteps": "lognormal"}
     quick["train"] |= {"max_steps": 300, "pictures": False, "num_eval_images": 16}
     recipe.write_text(yaml.safe_dump(quick))
     save_evaluator(digits_evaluator, evaluator)
     asked = ["--data.source", "digits", "--seeds", "1", "--evaluator", str(evaluator), "--out", str(out)]
-    assert main(["speedrun", str(recipe), *asked]) == 0
+    assert main(["speedrun", str(recipe), "--diffusion.timesteps", "lognormal", *asked]) == 0
     assert "mean ± s.d." in capsys.readouterr().out
+    assert "| mean ± s.d. | " in (out / "record.md").read_text()
     path = out / "record.json"
     record = json.loads(path.read_text())
     [run] = record["runs"]
@@ -47,6 +51,7 @@ def test_a_recipe_and_its_record(
     assert run["seconds"] > json.loads((out / "seed-0" / "summary.json").read_text())["train_seconds"]
     assert run["calibrations"] == run["seconds"] / run["calibration_seconds"]
     assert record["config"]["train"]["max_steps"] == 300
+    assert record["config"]["diffusion"]["timesteps"] == "lognormal"
     assert str(tmp_path) not in path.read_text()
     assert main(["speedrun", "--check", str(path), "--evaluator", str(evaluator)]) == 0
     assert "seed 0: the same weights, which drew and were measured again" in capsys.readouterr().out
@@ -65,6 +70,10 @@ def test_a_recipe_and_its_record(
     easy["target"]["accuracy"] = 0.1
     with pytest.raises(FileError, match="has another target than the speedrun digits"):
         speedrun.check(written(easy, out / "forged.json"), evaluator=evaluator)
+    # A clear miss is one after a first look.
+    far = dataclasses.replace(speedrun.TARGETS["digits"], num_images=200, accuracy=0.9999)
+    missed = speedrun._measured(out / "seed-0", far, evaluator, tmp_path / "look")
+    assert (missed["num_images"], missed["reached"]) == (100, False)
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(path, alone)
@@ -93,7 +102,14 @@ def test_mean_and_spread() -> None:
 def test_trained_weights_are_refused(tmp_path: Path) -> None:
     config = Config(train=TrainConfig(init_from="user/name"))
     with pytest.raises(ConfigError, match=r"train\.init_from must be null in a speedrun, got 'user/name'"):
-        speedrun.run(config, "default", seeds=1, evaluator=None, out=tmp_path)
+        speedrun.run(config, [], seeds=1, evaluator=None, out=tmp_path)
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
+def test_entries_stand_on_the_page_as_they_were_measured(path: Path) -> None:
+    assert speedrun.check(path)[0].startswith("unaltered")
+    cells = " | ".join(speedrun.rows(json.loads(path.read_text()))[-1][1:5])
+    assert f"({path.parent.name}/{path.name}) | {cells} |" in (REPOSITORY / "docs" / "speedrun.md").read_text()
 
 
 def test_a_target_is_for_its_images() -> None:
