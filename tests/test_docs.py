@@ -33,6 +33,7 @@ from tests.support.hub_server import HubServer
 DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+BOTH = "runs/first runs/second"
 PLACEHOLDERS = {
     "runs/<run>/snapshots/step-277500": "runs/first/snapshots/step-2",
     "runs/<run>": "runs/first",
@@ -43,8 +44,10 @@ PLACEHOLDERS = {
     "steps = 800": "steps = 3",
     "max_steps=1000": "max_steps=3, pictures=False, num_eval_images=16",
     "max_minutes=5": "max_steps=3, pictures=False, num_eval_images=16",
-    "num_images=2000": "num_images=50",
-    "runs/adm-0 runs/adm-1 runs/adm-2": "runs/first runs/second",
+    "num_images=1000": "num_images=50",
+    "seed in range(3)": "seed in range(1)",
+    " ".join([*(f"runs/adm-{seed}" for seed in range(3)), *(f"runs/default/seed-{seed}" for seed in range(3))]): BOTH,
+    " ".join([*(f"runs/mine-{seed}" for seed in range(3)), *(f"runs/flow/seed-{seed}" for seed in range(3))]): BOTH,
 }
 """What the documents leave open, and what it is here."""
 SMALL = [
