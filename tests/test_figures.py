@@ -42,7 +42,7 @@ def test_tables_are_written_anew_and_listed(tmp_path: Path) -> None:
     assert f"<!-- figures: {command} -->\n`{command}`, " in text
     assert f", {today}:\n\n| a |\n| --- |\n| here |\n\n<!-- end -->" in text
     assert PAGE[PAGE.index("## A GPU") :] in text
-    assert "[Some figures](page.md#some-figures) | `python` | " in listing.read_text()
+    assert "[Some figures](page.md#some-figures) | `-c` | " in listing.read_text()
     assert "| [A GPU](page.md#a-gpu) | `there` | 1 x rocket | 2020-01-01 |" in listing.read_text()
     assert "kept" in listing.read_text()
     before = text, listing.read_text()
