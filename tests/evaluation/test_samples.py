@@ -33,7 +33,7 @@ def letters() -> ImageData:
 def generator(
     pipeline: MNISTDiffusionPipeline, data: ImageData, folder: Path | None = None, **changes: int
 ) -> ImageGenerator:
-    arguments = {"num_images": 60, "seed": 0, "batch_size": 16, **changes}
+    arguments: dict[str, Any] = {"num_images": 60, "seed": 0, "batch_size": 16, **changes}
     return ImageGenerator(pipeline, data, **arguments, folder=folder)
 
 
