@@ -104,9 +104,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "runtime").mkdir()
     for name in RUNTIME_FILES:  # which are copied, and not run
         (root / "runtime" / name).write_text("")
-    for number in range(100):
+    for number in range(600):
         label = int(digits.target[number])
-        Image.fromarray(pixels[number]).save(root / "images" / f"digit_{label}_{number:03d}.png")
+        if number < 100:
+            Image.fromarray(pixels[number]).save(root / "images" / f"digit_{label}_{number:03d}.png")
         letters = root / "path" / "to" / "letters" / "abcdefghij"[label]
         letters.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[number]).save(letters / f"{number}.png")

@@ -34,7 +34,7 @@ class AppVisit(Visit):
     def __init__(self, browser: Any, address: str, **options: Any):
         super().__init__(browser, address, **options)
         self.page.set_default_timeout(SECONDS)
-        self.page.get_by_label("d", exact=True).first.wait_for()
+        self.page.get_by_label("d", exact=True).first.wait_for(timeout=2 * SECONDS)
 
     def open(self, tab: str) -> Any:
         """Open a tab; the page."""
