@@ -6,8 +6,8 @@
 
 A document has its commands in comments, `<!-- figures: COMMAND -->` or, where it needs a GPU, `<!-- figures on cuda:
 COMMAND -->`. What stands between one and `<!-- end -->` is replaced by the table that the command prints or leaves in
-its `--out`, under the command, the machine and the date. `docs/performance.md` lists them all. Commands leave runs
-in `runs/performance`, which later ones use; remove what is to be trained anew.
+its `--out`, under the command, the machine and the date. `docs/performance.md` lists them all, and its commands come
+first, as they leave runs in `runs/performance` that others use. What is there is not trained again: remove it to do so.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def main(data: str, *, only: str = "", documents: Path = DOCUMENTS) -> None:
         only: leave the figures as they are whose command does not contain this.
         documents: the folder.
     """
-    pages = sorted(documents.glob("*.md"))
-    for page in pages:
+    pages, listing = sorted(documents.glob("*.md")), documents / "performance.md"
+    for page in sorted(pages, key=lambda page: page != listing):
         for found in FIGURES.finditer(page.read_text(encoding="utf-8")):
             opening, device, command = found.groups()
             if only not in command or (device or DEFAULT_DEVICE) != DEFAULT_DEVICE:
@@ -57,22 +57,30 @@ def main(data: str, *, only: str = "", documents: Path = DOCUMENTS) -> None:
     rows = [row for page in pages for row in captions(page)]
     lines = [" | ".join(row) for row in (["figures", "command", "machine", "date"], ["---"] * 4, *rows)]
     table = "\n".join(["<!-- list -->", *(f"| {line} |" for line in lines), "<!-- end -->"])
-    listing = documents / "performance.md"
     listing.write_text(LIST.sub(lambda _: table, listing.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def measured(commands: str) -> str:
-    """The table that the last of some commands, joined by `&&`, prints or leaves in its `--out`."""
-    for line in commands.split(" && "):
+    """The table that the last of some commands, joined by `&&`, prints or leaves in its `--out`.
+
+    Those before it train, and are left out if what they train is there.
+    """
+    *trainings, last = commands.split(" && ")
+    for line in [*(each for each in trainings if not _folder(each).is_dir()), last]:
         program, *arguments = shlex.split(line)
         here = Path(sys.executable).with_name(program)
         text = subprocess.run([str(here), *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
-    if "--out" in arguments:
-        left = Path(arguments[arguments.index("--out") + 1])
-        text += "".join(path.read_text(encoding="utf-8") for path in [*left.glob("report.md"), *left.glob("record.md")])
+    reports = [_folder(last) / name for name in ("report.md", "record.md")]
+    text += "".join(path.read_text(encoding="utf-8") for path in reports if path.is_file())
     if (table := TABLE.search(text)) is None:
-        raise SystemExit(f"no table is printed by, or left in the --out of: {line}")
+        raise SystemExit(f"no table is printed by, or left in the --out of: {last}")
     return table[0]
+
+
+def _folder(command: str) -> Path:
+    """What a command writes into: its `--out` or `--output_dir`; a place that is not there if it has neither."""
+    found = re.search(r" --out(?:put_dir)? (\S+)", command)
+    return Path(found[1] if found else "/nowhere")
 
 
 def captions(page: Path) -> list[list[str]]:

@@ -53,6 +53,8 @@ def test_tables_are_written_anew_and_listed(tmp_path: Path) -> None:
 def test_a_table_in_the_folder_of_a_report(tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("# Title\n\n| a |\n| --- |\n| 1 |\n\n| b |\n| --- |\n")
     assert performance.measured(f"python -c 'print()' --out {tmp_path}") == "| a |\n| --- |\n| 1 |\n"
+    training = f"python -c 'exit(1)' --output_dir {tmp_path}"  # which is there, so it does not run
+    assert performance.measured(f"{training} && python -c 'print()' --out {tmp_path}").startswith("| a |")
     with pytest.raises(SystemExit, match="no table is printed by"):
         performance.measured("python -c 'print(1)'")
 

@@ -17,16 +17,23 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         usage=f"{prog} [RECIPE] [--section.field VALUE ...] [--seeds N] [--evaluator FOLDER] [--out FOLDER]\n"
         f"       {prog} --check RECORD [--evaluator FOLDER]",
         description="Train a recipe with several seeds, each in a process whose time is taken from start to end, and "
-        "measure the images against a fixed target.",
+        "measure the images against a fixed target. RECIPE, which comes first, is a name or a YAML file; 'default' if "
+        "omitted.",
         epilog="All options of `mnist-diffusion train` change the recipe, such as --data.source. "
         "The rules, and the records so far: docs/speedrun.md",
     )
-    parser.add_argument("recipe", nargs="?", default="default", help="a recipe's name, or a YAML file")
     parser.add_argument("--seeds", type=int, default=3, help="how many trainings there are")
     parser.add_argument("--evaluator", type=Path, help="a folder that train_evaluator left, for digits")
     parser.add_argument("--out", type=Path, default=Path("runs/speedrun"), help="a new folder for runs and record")
     parser.add_argument("--check", type=Path, metavar="RECORD", help="check this record instead")
     values, flags = parser.parse_known_args(argv)
+    recipe = flags.pop(0) if flags and not argv[0].startswith("-") else "default"
+    own = {"--train.seed": "--seeds", "--output_dir": "--out"}
+    for name in (flag.partition("=")[0] for flag in flags):
+        if values.check is not None:
+            parser.error(f"--check takes no {name}")
+        if name in own:
+            parser.error(f"{name} is set for each training; give {own[name]}")
     from mnist_diffusion.evaluation import speedrun
     from mnist_diffusion.pictures.tables import console, screen_table
 
@@ -35,7 +42,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         return 0
     if values.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {values.seeds}")
-    asked = ["--config", values.recipe, *flags]
+    asked = ["--config", recipe, *flags]
     config = parse_train_arguments(asked, prog=prog).config
     record = speedrun.run(config, asked, seeds=values.seeds, evaluator=values.evaluator, out=values.out)
     console().print(screen_table(speedrun.HEADINGS, speedrun.rows(record)))

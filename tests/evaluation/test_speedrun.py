@@ -99,6 +99,22 @@ def test_mean_and_spread() -> None:
     assert speedrun._summary(runs[:1])["seconds"] == {"mean": 300.0, "standard_deviation": None}
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data.source", "digits", "--train.seed", "3"], "--train.seed is set for each training; give --seeds"),
+        (["tiny", "--output_dir=x"], "--output_dir is set for each training; give --out"),
+        (["--check", "record.json", "--data.source", "digits"], "--check takes no --data.source"),
+        (["--seeds", "0", "--data.source", "digits"], "--seeds must be at least 1, got 0"),
+        (["no_recipe", "--data.source", "digits"], "no_recipe"),
+    ],
+)
+def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["speedrun", *argv])
+    assert message in capsys.readouterr().err
+
+
 def test_trained_weights_are_refused(tmp_path: Path) -> None:
     config = Config(train=TrainConfig(init_from="user/name"))
     with pytest.raises(ConfigError, match=r"train\.init_from must be null in a speedrun, got 'user/name'"):
