@@ -30,7 +30,8 @@ from mnist_diffusion.requests import EvaluationRequest
 
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = {"accuracy": "{:.2%}", "fid": "{:.3f}", "recall": "{:.1%}"}
-HEADINGS = ("run", "minutes", "seconds in all", "of them training", "steps", *FIGURES)
+HEADINGS = ("run", "minutes", "seed", "seconds in all", "of them training", "steps", "class accuracy", "FID", "recall")
+PATTERNS = {**dict.fromkeys(("seconds", "train_seconds", "steps"), "{:.0f}"), **FIGURES}
 
 
 def main(
@@ -44,7 +45,7 @@ def main(
     num_images: int = 10_000,
     runs: Path = Path("runs/time_to_quality"),
 ) -> None:
-    """Print the table: medians over the seeds, and the worst seed in brackets.
+    """Print the table: a row for each seed, and their medians.
 
     Args:
         data: labelled images.
@@ -67,18 +68,10 @@ def main(
                     asked = ["--config", config, "--train.max_minutes", str(limit), "--train.seed", str(seed)]
                     found[name].append(_run(tree, folder, data, [*asked, *more.split()], num_images))
             for name, results in found.items():
-                print("| " + " | ".join([name, f"{limit:g}", *_cells(results)]) + " |", flush=True)
-
-
-def _cells(results: list[dict[str, Any]]) -> list[str]:
-    """Medians over the seeds, and for the figures of quality the worst in brackets."""
-    plain = ("seconds", "train_seconds", "steps")
-    median = {name: statistics.median(result[name] for result in results) for name in (*plain, *FIGURES)}
-    cells = [f"{median[name]:.0f}" for name in plain]
-    for name, pattern in FIGURES.items():
-        worst = (max if name == "fid" else min)(result[name] for result in results)
-        cells.append(f"{pattern.format(median[name])} ({pattern.format(worst)})")
-    return cells
+                median = {each: statistics.median(result[each] for result in results) for each in PATTERNS}
+                for row, values in {**dict(enumerate(results)), "median": median}.items():
+                    cells = [pattern.format(values[each]) for each, pattern in PATTERNS.items()]
+                    print("| " + " | ".join([name, f"{limit:g}", str(row), *cells]) + " |", flush=True)
 
 
 def _run(tree: Path, folder: Path, data: str, asked: list[str], num_images: int) -> dict[str, Any]:
