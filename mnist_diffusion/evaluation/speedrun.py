@@ -130,13 +130,14 @@ def run(config: Config, arguments: Sequence[str], *, seeds: int, evaluator: Path
         "runs": [],
     }
     for seed in range(seeds):
-        folder, calibration = out / f"seed-{seed}", calibrate()
+        folder, before = out / f"seed-{seed}", calibrate()
         asked = [*arguments, "--train.seed", str(seed), "--output_dir", str(folder)]
         started = time.perf_counter()
         ended = subprocess.run([sys.executable, "-m", "mnist_diffusion", "train", *asked], check=False)
         seconds = time.perf_counter() - started
         if ended.returncode:
             raise UserError(f"the training with seed {seed} ended with status {ended.returncode}; see above")
+        calibration = (before + calibrate()) / 2
         timed = {"seconds": seconds, "calibration_seconds": calibration, "calibrations": seconds / calibration}
         figures = _measured(folder, TARGETS[name], evaluator, folder / "evaluation")
         record["runs"].append({"seed": seed, **timed, **figures})
