@@ -69,9 +69,10 @@ def main(
                     found[name].append(_run(tree, folder, data, [*asked, *more.split()], num_images))
             for name, results in found.items():
                 median = {each: statistics.median(result[each] for result in results) for each in PATTERNS}
-                for row, values in {**dict(enumerate(results)), "median": median}.items():
+                rows = [(str(seed), result) for seed, result in enumerate(results)]
+                for row, values in [*rows, ("median", median)]:
                     cells = [pattern.format(values[each]) for each, pattern in PATTERNS.items()]
-                    print("| " + " | ".join([name, f"{limit:g}", str(row), *cells]) + " |", flush=True)
+                    print("| " + " | ".join([name, f"{limit:g}", row, *cells]) + " |", flush=True)
 
 
 def _run(tree: Path, folder: Path, data: str, asked: list[str], num_images: int) -> dict[str, Any]:

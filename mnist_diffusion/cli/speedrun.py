@@ -15,17 +15,23 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         prog=prog,
         allow_abbrev=False,
         usage=f"{prog} [RECIPE] [--section.field VALUE ...] [--seeds N] [--evaluator FOLDER] [--out FOLDER]\n"
-        f"       {prog} --check RECORD [--evaluator FOLDER]",
+        f"       {prog} --check RECORD [OTHER] [--evaluator FOLDER]",
         description="Train a recipe with several seeds, each in a process whose time is taken from start to end, and "
         "measure the images against a fixed target. RECIPE, which comes first, is a name or a YAML file; 'default' if "
         "omitted.",
-        epilog="All options of `mnist-diffusion train` change the recipe, such as --data.source. "
+        epilog="The other options of `mnist-diffusion train` change the recipe, such as --data.source. "
         "The rules, and the records so far: docs/speedrun.md",
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many trainings there are")
     parser.add_argument("--evaluator", type=Path, help="a folder that train_evaluator left, for digits")
     parser.add_argument("--out", type=Path, default=Path("runs/speedrun"), help="a new folder for runs and record")
-    parser.add_argument("--check", type=Path, metavar="RECORD", help="check this record instead")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        nargs="+",
+        metavar="RECORD",
+        help="check this record instead; of two, tell also which figures differ by more than chance",
+    )
     values, flags = parser.parse_known_args(argv)
     recipe = flags.pop(0) if flags and not argv[0].startswith("-") else "default"
     own = {"--train.seed": "--seeds", "--output_dir": "--out"}
@@ -38,7 +44,13 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     from mnist_diffusion.pictures.tables import console, screen_table
 
     if values.check is not None:
-        print("\n".join(speedrun.check(values.check, evaluator=values.evaluator)))
+        if len(values.check) > 2:
+            parser.error(f"--check takes one record or two, got {len(values.check)}")
+        for path in values.check:
+            for line in speedrun.check(path, evaluator=values.evaluator):
+                print(f"{path}: {line}")
+        if len(values.check) == 2:
+            console().print(screen_table(speedrun.COMPARISON, speedrun.compare(*values.check)))
         return 0
     if values.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {values.seeds}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import ttest_ind_from_stats
 from torch import nn
 
 from mnist_diffusion.checks import require
@@ -33,9 +35,11 @@ from mnist_diffusion.pictures.tables import markdown
 from mnist_diffusion.requests import EvaluationRequest
 
 RECORD = "record.json"
+COMPARISON = ("mean ± s.d.", "first", "second", "p", "difference")
 HEADINGS = ("seed", "seconds", "calibrations", "class accuracy", "ratio to floor", "passes", "target")
-FIGURES = ("seconds", "calibrations", "accuracy", "fid_ratio")
-"""What is given as mean and standard deviation over the seeds."""
+FIGURES = {"seconds": "{:.0f}", "calibrations": "{:.0f}", "accuracy": "{:.2%}", "fid_ratio": "{:.1f}"}
+"""What is given as mean and standard deviation over the seeds, and how it is written."""
+SIGNIFICANCE = 0.05
 TOLERANCE = {"accuracy": 0.002, "fid_ratio": 0.05}
 """By how much figures may differ that another processor finds for the same weights."""
 PASSES_TO_TIME = 20
@@ -150,16 +154,44 @@ def run(config: Config, arguments: Sequence[str], *, seeds: int, evaluator: Path
 
 def rows(record: Mapping[str, Any]) -> list[list[str]]:
     """A record as the cells of a table: a row for each run, and one for all."""
-    patterns = {"seconds": "{:.0f}", "calibrations": "{:.0f}", "accuracy": "{:.2%}", "fid_ratio": "{:.1f}"}
     found = []
     for run in record["runs"]:
-        figures = [pattern.format(run[name]) for name, pattern in patterns.items()]
+        figures = [pattern.format(run[name]) for name, pattern in FIGURES.items()]
         found.append([str(run["seed"]), *figures, f"{run['passes_per_image']:g}", _outcome(run)])
-    cells = []
-    for name, pattern in patterns.items():
-        mean, deviation = record[name]["mean"], record[name]["standard_deviation"]
-        cells.append(pattern.format(mean) + ("" if deviation is None else f" ± {pattern.format(deviation)}"))
-    return [*found, ["mean ± s.d.", *cells, "", _outcome(record)]]
+    return [*found, ["mean ± s.d.", *(_spread(record, name) for name in FIGURES), "", _outcome(record)]]
+
+
+def compare(first: Path, second: Path) -> list[list[str]]:
+    """Which figures of two records differ by more than chance explains: Welch's t-test over their seeds.
+
+    Returns:
+        A row for each figure, under `COMPARISON`; without the seconds if the machines are not the same.
+
+    Raises:
+        FileError: they have not the same target, or one has a single run.
+    """
+    records = [read_json(path) for path in (first, second)]
+    if records[0]["target"] != records[1]["target"]:
+        raise FileError(f"{first} and {second} have not the same target, so nothing in them can be compared")
+    for path, record in zip((first, second), records, strict=True):
+        if len(record["runs"]) < 2:
+            raise FileError(f"{path} has one run; what chance does is seen in two or more")
+    found = []
+    for name in FIGURES if records[0]["machine"] == records[1]["machine"] else [*FIGURES][1:]:
+        told = [
+            (*(record[name][each] for each in ("mean", "standard_deviation")), len(record["runs"]))
+            for record in records
+        ]
+        p = float(ttest_ind_from_stats(*told[0], *told[1], equal_var=False).pvalue)
+        p = 1.0 if math.isnan(p) else p  # of equal figures without any spread
+        spreads = [_spread(record, name) for record in records]
+        found.append([name, *spreads, f"{p:.2f}", "yes" if p < SIGNIFICANCE else "cannot be told from chance"])
+    return found
+
+
+def _spread(record: Mapping[str, Any], name: str) -> str:
+    mean, deviation = record[name]["mean"], record[name]["standard_deviation"]
+    return FIGURES[name].format(mean) + ("" if deviation is None else f" ± {FIGURES[name].format(deviation)}")
 
 
 def _outcome(found: Mapping[str, Any]) -> str:

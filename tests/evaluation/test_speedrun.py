@@ -20,6 +20,7 @@ from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
 from tests.conftest import REPOSITORY
 
 ENTRIES = sorted((REPOSITORY / "docs" / "speedrun").glob("*.json"))
+CHANCE = "cannot be told from chance"
 
 
 def written(record: dict[str, Any], path: Path, *, hashed: bool = True) -> Path:
@@ -105,6 +106,7 @@ def test_mean_and_spread() -> None:
         (["--data.source", "digits", "--train.seed", "3"], "--train.seed is set for each training; give --seeds"),
         (["tiny", "--output_dir=x"], "--output_dir is set for each training; give --out"),
         (["--check", "record.json", "--data.source", "digits"], "--check takes no --data.source"),
+        (["--check", "a.json", "b.json", "c.json"], "--check takes one record or two, got 3"),
         (["--seeds", "0", "--data.source", "digits"], "--seeds must be at least 1, got 0"),
         (["no_recipe", "--data.source", "digits"], "no_recipe"),
     ],
@@ -126,6 +128,50 @@ def test_entries_stand_on_the_page_as_they_were_measured(path: Path) -> None:
     assert speedrun.check(path)[0].startswith("unaltered")
     cells = " | ".join(speedrun.rows(json.loads(path.read_text()))[-1][1:5])
     assert f"({path.parent.name}/{path.name}) | {cells} |" in (REPOSITORY / "docs" / "speedrun.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "again", [path for path in ENTRIES if path.stem.endswith("_again")], ids=lambda path: path.stem
+)
+def test_records_were_reproduced(again: Path) -> None:
+    paths = (again.with_stem(again.stem.removesuffix("_again")), again)
+    first, second = (json.loads(path.read_text()) for path in paths)
+    assert first["config"] == second["config"]
+    assert first["reached"] is second["reached"] is True
+    assert first["runs"][0]["seconds"] != second["runs"][0]["seconds"]
+    assert {row[-1] for row in speedrun.compare(*paths)} == {CHANCE}
+
+
+def test_every_record_has_a_second_run() -> None:
+    names = {path.stem for path in ENTRIES}
+    assert names == {
+        each for name in names for each in (name.removesuffix("_again"), f"{name.removesuffix('_again')}_again")
+    }
+
+
+def test_what_two_records_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = {"name": "mnist", **dataclasses.asdict(speedrun.TARGETS["mnist"])}
+
+    def record(name: str, *accuracies: float, machine: str = "here", **others: object) -> Path:
+        kept = {"seconds": 300.0, "calibrations": 100.0, "fid_ratio": 5.0, "num_images": 10_000, "passes_per_image": 16}
+        runs = [
+            {"seed": seed, "accuracy": each, "reached": each >= 0.985, **kept} for seed, each in enumerate(accuracies)
+        ]
+        return written({"target": target, "machine": machine, "runs": runs, **others}, tmp_path / name)
+
+    first, same = record("first", 0.99, 0.991, 0.992), record("same", 0.991, 0.992, 0.993)
+    assert main(["speedrun", "--check", str(first), str(same)]) == 0
+    assert capsys.readouterr().out.count(CHANCE) == 4
+    # The mean and deviation of the better one, by the formula of the page: 2.8 * sqrt((s1**2 + s2**2) / 3).
+    just, over = (0.991 + factor * 2.776 * (2 * 0.001**2 / 3) ** 0.5 for factor in (0.99, 1.01))
+    assert speedrun.compare(first, record("just", just - 0.001, just, just + 0.001))[2][-1] == CHANCE
+    assert speedrun.compare(first, record("over", over - 0.001, over, over + 0.001))[2][-1] == "yes"
+    elsewhere = speedrun.compare(first, record("elsewhere", 0.99, 0.991, machine="there"))
+    assert [row[0] for row in elsewhere] == ["calibrations", "accuracy", "fid_ratio"]
+    with pytest.raises(FileError, match="one has one run"):
+        speedrun.compare(first, record("one", 0.99))
+    with pytest.raises(FileError, match="have not the same target"):
+        speedrun.compare(first, record("other", 0.99, 0.99, target={}))
 
 
 def test_a_target_is_for_its_images() -> None:
