@@ -177,7 +177,9 @@ def compare(first: Path, second: Path) -> list[list[str]]:
         if len(record["runs"]) < 2:
             raise FileError(f"{path} has one run; what chance does is seen in two or more")
     found = []
-    for name in FIGURES if records[0]["machine"] == records[1]["machine"] else [*FIGURES][1:]:
+    for title, name in zip(HEADINGS[1:], FIGURES, strict=False):
+        if name == "seconds" and records[0]["machine"] != records[1]["machine"]:
+            continue
         told = [
             (*(record[name][each] for each in ("mean", "standard_deviation")), len(record["runs"]))
             for record in records
@@ -185,7 +187,7 @@ def compare(first: Path, second: Path) -> list[list[str]]:
         p = float(ttest_ind_from_stats(*told[0], *told[1], equal_var=False).pvalue)
         p = 1.0 if math.isnan(p) else p  # of equal figures without any spread
         spreads = [_spread(record, name) for record in records]
-        found.append([name, *spreads, f"{p:.2f}", "yes" if p < SIGNIFICANCE else "cannot be told from chance"])
+        found.append([title, *spreads, f"{p:.2f}", "yes" if p < SIGNIFICANCE else "cannot be told from chance"])
     return found
 
 

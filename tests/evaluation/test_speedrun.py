@@ -167,7 +167,7 @@ def test_what_two_records_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert speedrun.compare(first, record("just", just - 0.001, just, just + 0.001))[2][-1] == CHANCE
     assert speedrun.compare(first, record("over", over - 0.001, over, over + 0.001))[2][-1] == "yes"
     elsewhere = speedrun.compare(first, record("elsewhere", 0.99, 0.991, machine="there"))
-    assert [row[0] for row in elsewhere] == ["calibrations", "accuracy", "fid_ratio"]
+    assert [row[0] for row in elsewhere] == ["calibrations", "class accuracy", "ratio to floor"]
     with pytest.raises(FileError, match="one has one run"):
         speedrun.compare(first, record("one", 0.99))
     with pytest.raises(FileError, match="have not the same target"):
