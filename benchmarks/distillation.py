@@ -18,14 +18,14 @@ import torch
 from jsonargparse import auto_cli
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.diffusion.pipeline import generate, load_pipeline
+from mnist_diffusion.pipelines.drawing import generate, load_pipeline
 from mnist_diffusion.environment import machine_description, set_num_threads
 from mnist_diffusion.evaluation.evaluate import evaluate
 from mnist_diffusion.evaluation.report import PLOTS, cells, plot_results
-from mnist_diffusion.pictures.grids import image_grid
-from mnist_diffusion.pictures.tables import markdown
+from mnist_diffusion.plots.grids import image_grid
+from mnist_diffusion.plots.tables import markdown
 from mnist_diffusion.requests import EvaluationRequest, Precision
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 STUDENT_STEPS = (1, 2, 4, 8)
 

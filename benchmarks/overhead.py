@@ -19,15 +19,15 @@ from jsonargparse import auto_cli
 from mnist_diffusion.checks import parse_interval
 from mnist_diffusion.config import Config, DataConfig, ModelConfig
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import diffusion_objective
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.environment import machine_description
-from mnist_diffusion.run_folder.checkpoint import save_checkpoint
-from mnist_diffusion.run_folder.metrics import append_metrics
+from mnist_diffusion.training.checkpoint import save_checkpoint
+from mnist_diffusion.training.metrics_log import append_metrics
 from mnist_diffusion.training.launch import build_accelerator, start_processes
-from mnist_diffusion.training.processes import Processes
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.training.distributed import Processes
+from mnist_diffusion.training.step import TrainState
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:

@@ -19,13 +19,13 @@ from jsonargparse import auto_cli
 
 from mnist_diffusion.cli.options import RECIPES, parse_train_arguments
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import diffusion_objective
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.environment import set_num_threads
-from mnist_diffusion.pictures.tables import markdown
+from mnist_diffusion.plots.tables import markdown
 from mnist_diffusion.training.probe import seconds_per_image
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.training.step import TrainState
 
 SMALL = ("default", "tiny", "ddpm_200", "compact_500", "guided_300")
 HEADINGS = (

@@ -16,14 +16,14 @@ from jsonargparse import auto_cli
 from mnist_diffusion.checks import SAMPLERS
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.evaluator import evaluator_for
-from mnist_diffusion.evaluation.generated import ImageGenerator
+from mnist_diffusion.evaluation.draw import ImageGenerator
 from mnist_diffusion.evaluation.metrics import frechet_distance
-from mnist_diffusion.evaluation.protocol import Reference
-from mnist_diffusion.pictures.tables import markdown
+from mnist_diffusion.evaluation.score import Reference
+from mnist_diffusion.plots.tables import markdown
 
 CLASSES = (
     *("DEISMultistepScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),

@@ -25,15 +25,15 @@ from torch import Tensor
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.data.transforms import to_uint8
-from mnist_diffusion.diffusion.onnx import export_onnx
-from mnist_diffusion.diffusion.pipeline import load_pipeline
+from mnist_diffusion.pipelines.onnx import export_onnx
+from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, set_num_threads
 from mnist_diffusion.evaluation.evaluator import evaluator_for
-from mnist_diffusion.evaluation.generated import Sample
-from mnist_diffusion.evaluation.protocol import Reference
-from mnist_diffusion.pictures.tables import markdown
+from mnist_diffusion.evaluation.draw import Sample
+from mnist_diffusion.evaluation.score import Reference
+from mnist_diffusion.plots.tables import markdown
 from mnist_diffusion.requests import Precision
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline, predicted_original_sample
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline, predicted_original_sample
 
 STOCK_STEPS, STOCK_SCALE = 50, 2.0
 

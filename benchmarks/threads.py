@@ -25,10 +25,10 @@ import torch
 from accelerate import Accelerator
 from mnist_diffusion.cli.options import parse_train_arguments
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import diffusion_objective
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.objective import diffusion_objective
+from mnist_diffusion.training.step import TrainState
 
 torch.set_num_threads(int(sys.argv[2]))
 config = parse_train_arguments(["--config", sys.argv[1], "--data.source", "digits"]).config

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mnist_diffusion.config import Config, DataConfig, TrainConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import diffusion_objective
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.environment import machine_description
 from mnist_diffusion.training.launch import build_accelerator, forget_earlier_runs, start_processes
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.training.step import TrainState
 
 WAYS = {
     "float32": TrainConfig(),

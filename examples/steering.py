@@ -14,7 +14,7 @@ import torch
 
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.files import replace_picture
-from mnist_diffusion.pictures.grids import evenly, image_grid, to_unit
+from mnist_diffusion.plots.grids import evenly, image_grid, to_unit
 
 STEPS, SHOWN, FIRST, THEN, SCALE = 20, 8, 3, 8, 2.0
 

@@ -1,26 +1,46 @@
-"""Class-conditional diffusion on Hugging Face diffusers: train, sample, publish."""
+"""Class-conditional diffusion on Hugging Face diffusers: train, sample, publish.
+
+Public names: `train`, `distill`, `Config`, `DistillConfig`, `MNISTDiffusionPipeline`, `load`.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# Before torch is imported: threads that wait for each other go to sleep soon. By default they spin for a millisecond,
-# which on cores that others use as well makes two threads several times slower than one.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if TYPE_CHECKING:
+    from mnist_diffusion.config import Config, DistillConfig
+    from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+    from mnist_diffusion.training.run import distill, train
 
-__all__ = ["MNISTDiffusionPipeline", "__version__", "train"]
+__all__ = ["Config", "DistillConfig", "MNISTDiffusionPipeline", "__version__", "distill", "load", "train"]
 __version__ = "0.1.0"
+MODULES = {
+    "Config": "config",
+    "DistillConfig": "config",
+    "MNISTDiffusionPipeline": "pipelines.pipeline",
+    "distill": "training.run",
+    "train": "training.run",
+}
+"""Where each public name lives; it is imported when it is used, as torch and diffusers take seconds."""
+
+
+def load(source: str, *, device: str | None = None) -> MNISTDiffusionPipeline:
+    """Load a pipeline folder, a run folder or a Hub id such as `user/name`, running no code from it.
+
+    Args:
+        source: the folder or the id, with `@revision` if wanted.
+        device: such as `cpu` or `cuda`; None takes a GPU if there is one.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+    from mnist_diffusion.pipelines.drawing import load_pipeline
+
+    return load_pipeline(source, device=device)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: torch and diffusers take seconds."""
-    if name == "MNISTDiffusionPipeline":
-        from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-
-        return MNISTDiffusionPipeline
-    if name == "train":
-        from mnist_diffusion.train_cfg import train
-
-        return train
+    if name in MODULES:
+        return getattr(import_module(f"mnist_diffusion.{MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What this machine is: threads, device, versions."""
+"""This machine: threads, device, versions."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import platform
 from importlib.metadata import version
 
 import torch
-from joblib import cpu_count
-
-
-def set_num_threads(threads: int | None = None) -> None:
-    """Use every core on a CPU: launchers set one thread per process unless told otherwise, which halves the speed.
-
-    `threads` rules; then OMP_NUM_THREADS, if it is not the 1 that a launcher sets by itself; otherwise the physical
-    cores are shared out among the processes.
-    """
-    asked = int(os.environ.get("OMP_NUM_THREADS") or 0)
-    by_launcher = asked == 1 and any(name in os.environ for name in LAUNCHERS)
-    if threads is None and (asked == 0 or by_launcher):
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        threads = max(1, cpu_count(only_physical_cores=True) // processes)
-    if threads is not None:
-        torch.set_num_threads(threads)
-
 
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Variables that `accelerate launch` and `torchrun` set."""
 PACKAGES = ("torch", "diffusers", "accelerate", "mnist-diffusion")
+
+
+def set_num_threads(threads: int | None = None) -> None:
+    """Use every core: launchers set one thread per process unless told otherwise, which halves the speed on a CPU.
+
+    `threads` takes precedence; then OMP_NUM_THREADS, unless it is the 1 that a launcher sets by itself; otherwise the
+    physical cores are divided among the processes.
+    """
+    given = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    by_launcher = given == 1 and any(name in os.environ for name in LAUNCHERS)
+    if threads is None and (given == 0 or by_launcher):
+        from joblib import cpu_count  # a dependency of scikit-learn
+
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        threads = max(1, cpu_count(only_physical_cores=True) // processes)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def machine_description(device: torch.device, processes: int) -> str:

@@ -1,6 +1,6 @@
-"""The one door to files: what others may have made is read within limits, and files are written whole or not at all.
+"""All file I/O: size-limited reads, atomic writes.
 
-Nothing else in the package opens a file by its name, but libraries that are handed one which was looked at here.
+Nothing else in the package opens files, except libraries that are given one that was checked here.
 """
 
 from __future__ import annotations
@@ -30,26 +30,23 @@ MAX_NAME = 200
 PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Pillow would also open EPS, for which it starts another program."""
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-"""Errors that say that there is no such file; others, as of a disk or a permission, may pass."""
-LEFT_BEHIND = re.compile(r"\.[0-9a-f]{8}\.partial|\.(?P<name>.+)\.[0-9a-f]{8}\.old")
-"""What a process that is killed while it writes leaves: a part, or the folder that was to be replaced."""
+NOT_FOUND_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Errors of a missing file; others, of a disk or a permission, may be transient."""
+STALE_TEMP = re.compile(r"\.[0-9a-f]{8}\.partial|\.(?P<name>.+)\.[0-9a-f]{8}\.old")
+"""Left by a process that was killed while writing: a partial file, or the folder it was about to replace."""
 
 
-def is_plain(name: str) -> bool:
-    """Whether a name can be printed, drawn and written into a file: UTF-8, no control characters, not too long."""
+def is_printable(name: str) -> bool:
+    """Whether a name can be printed and drawn: UTF-8, no control characters, not too long."""
     return len(name) <= MAX_NAME and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
 
 
-# Reading.
-
-
 def open_file(path: Path, limit: int | None = None) -> io.BufferedReader:
-    """Open a regular file for reading, without waiting for anyone, as a pipe would.
+    """Open a regular file for reading; never block, as on a pipe.
 
     Args:
         path: the file, or a link to it.
-        limit: the size in bytes that it may have.
+        limit: largest size in bytes.
 
     Raises:
         FileError: it is missing, not a regular file, too large, or could not be opened.
@@ -71,11 +68,11 @@ def open_file(path: Path, limit: int | None = None) -> io.BufferedReader:
     raise FileError(f"{path} is larger than the limit of {limit:,} bytes: it has {status.st_size:,}")
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether a file could not be read for a reason that may pass, so that it may still be whole."""
+def is_transient(error: BaseException) -> bool:
+    """Whether an error may be transient, so that the file may still be intact."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in GONE
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in NOT_FOUND_ERRNOS
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -100,7 +97,7 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file that is a configuration's: small, flat, without anchors, which can grow when read.
+    """The content of a configuration file: small and flat YAML, without anchors, which can expand without bound.
 
     Raises:
         ConfigError: it is not.
@@ -122,7 +119,7 @@ def read_yaml(path: Path) -> Any:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which no key may occur twice; by itself the library lets the last one win."""
+    """YAML that rejects duplicate keys; the library's own loader keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -149,10 +146,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture that a run or a command drew.
+    """Read a picture written by a run or a command.
 
     Raises:
-        FileError: it is none.
+        FileError: it is not a picture.
     """
     content = read_bytes(path, MAX_PICTURE_BYTES)
     try:
@@ -163,7 +160,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def file_within(folder: Path, name: str) -> Path:
-    """The regular file `name` of a folder, which no link leads out of.
+    """The regular file `name` of a folder, unless a link leads out of it.
 
     Raises:
         FileError: it is missing, no regular file, or a link to somewhere else.
@@ -171,7 +168,7 @@ def file_within(folder: Path, name: str) -> Path:
     path, home = folder / name, folder.resolve()
     homes = [home]
     if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
-        # Where the Hub's cache keeps the files of a snapshot: those of the repository, and those of all.
+        # The Hub's cache keeps the files of a snapshot there.
         homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
     try:
         real = path.resolve(strict=True)
@@ -188,17 +185,14 @@ def file_within(folder: Path, name: str) -> Path:
 
 
 def pipeline_folder(folder: Path) -> Path:
-    """A pipeline folder, or the one in the run folder that it is."""
+    """The folder itself, or its pipeline folder if it is a run folder."""
     below = folder / "pipeline"
     run = (below / "model_index.json").is_file() and not (folder / "model_index.json").is_file()
     return below if run else folder
 
 
-# Writing.
-
-
 def flush(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk, where the file system can."""
+    """Flush a file, or a folder's entries, to disk if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -210,10 +204,7 @@ def flush(path: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> None:
-    """Let `write` fill a new file, and put it in place of the one, or the link, that may be there.
-
-    A reader sees the old content or the new, nothing between; if it is `durable`, also after a power cut.
-    """
+    """Write a file atomically: readers see the old content or the new; if `durable`, also after a power cut."""
     temporary = path.with_name(f".{secrets.token_hex(4)}.partial")
     try:
         with temporary.open("xb") as file:
@@ -234,7 +225,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, and put it in place of the one that may be there."""
+    """Write a folder with `write`, and replace the existing one with it."""
     token = secrets.token_hex(4)
     temporary, old = folder.with_name(f".{token}.partial"), folder.with_name(f".{folder.name}.{token}.old")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -264,8 +255,8 @@ def _remove(path: Path) -> None:
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Remove what a killed process left in a folder, and put back what it was about to replace."""
-    for path, found in [(each, LEFT_BEHIND.fullmatch(each.name)) for each in folder.glob(".*")]:
+    """Remove the partial files of a killed process, and restore the folders it was about to replace."""
+    for path, found in [(each, STALE_TEMP.fullmatch(each.name)) for each in folder.glob(".*")]:
         if found is None:
             continue
         if found["name"] and not (target := path.with_name(found["name"])).exists():
@@ -275,7 +266,7 @@ def remove_left_behind(folder: Path) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add to a file of the folder itself, never through a link; it is on the disk then.
+    """Append to a file durably, never through a link.
 
     Raises:
         FileError: it is a link, or something else than a regular file.
@@ -294,21 +285,21 @@ def append_text(path: Path, text: str) -> None:
         os.fsync(descriptor)
 
 
-def give_mode_of(other: Path, path: Path) -> None:
-    """Let those read a file who may read another; safetensors writes for its owner alone."""
-    path.chmod(other.stat().st_mode & 0o777)
+def copy_permissions(source: Path, path: Path) -> None:
+    """Copy another file's permissions (safetensors creates files as 0600)."""
+    path.chmod(source.stat().st_mode & 0o777)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file as [`replace_file`] does."""
+    """Write a text file atomically."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file as [`replace_file`] does."""
+    """Write a file atomically."""
     replace_file(path, lambda file: file.write(content))
 
 
 def replace_picture(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Write a picture as [`replace_file`] does, in the format of its suffix, without waiting for the disk."""
+    """Write a picture atomically, in the format of its suffix, without waiting for the disk."""
     replace_file(path, lambda file: picture.save(file, path.suffix.removeprefix("."), **options), durable=False)

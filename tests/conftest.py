@@ -20,13 +20,13 @@ from PIL import Image
 from mnist_diffusion.checks import SAMPLERS
 from mnist_diffusion.config import Config, DataConfig, ModelConfig, SamplingConfig, TrainConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.pipeline import build_pipeline
-from mnist_diffusion.run_folder.checkpoint import save_checkpoint
-from mnist_diffusion.sharing.card import ANYWHERE
-from mnist_diffusion.sharing.export import export_pipeline
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.pipelines.drawing import build_pipeline
+from mnist_diffusion.training.checkpoint import save_checkpoint
+from mnist_diffusion.pipelines.card import ANYWHERE
+from mnist_diffusion.pipelines.export import export_pipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.support.hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[1]

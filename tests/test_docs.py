@@ -25,7 +25,7 @@ from mnist_diffusion.cli import VERBS, main
 from mnist_diffusion.cli.options import RECIPES, parse_train_arguments
 from mnist_diffusion.data import sources
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.studio.build import RUNTIME_FILES
+from mnist_diffusion.demo.studio.build import RUNTIME_FILES
 from tests.conftest import REPOSITORY, make_image_folder
 from tests.data.test_dataset import idx_bytes
 from tests.support.hub_server import HubServer

@@ -14,7 +14,7 @@ import pytest
 from mnist_diffusion import files
 from mnist_diffusion.cli.options import reporting_errors
 from mnist_diffusion.errors import ConfigError, FileError, UserError
-from mnist_diffusion.run_folder.lock import RunFolder
+from mnist_diffusion.training.run_folder import RunFolder
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "mnist_diffusion"

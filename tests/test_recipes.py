@@ -10,9 +10,9 @@ from diffusers import DiffusionPipeline
 
 import train_cfg
 from mnist_diffusion.cli.options import RECIPES, find_recipe, parse_train_arguments
-from mnist_diffusion.diffusion.network import build_unet
+from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.run_folder.metrics import read_metrics
+from mnist_diffusion.training.metrics_log import read_metrics
 
 SHORT = [
     *("--data.source", "digits", "--data.batch_size", "4", "--train.max_epochs", "null", "--train.max_minutes", "null"),

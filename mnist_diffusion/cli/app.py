@@ -1,27 +1,30 @@
-"""`mnist-diffusion app`: serve a page that draws, steers, compares, trains and evaluates."""
+"""`mnist-diffusion app`: serve the web app, which samples, steers, compares and trains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mnist_diffusion.cli.options import Parser, add_options, from_options, parse
+from mnist_diffusion.cli.options import Parser
+from mnist_diffusion.command_options import AppOptions
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.requests import AppRequest
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Serve the page until it is interrupted."""
+    """Serve the app until it is interrupted."""
     parser = Parser(
+        AppOptions,
         prog=prog,
-        description="Serve a page on this machine that draws, steers, compares, trains and evaluates (extra `app`).",
-        epilog="With no pipeline, the page begins with training one.",
+        usage=f"{prog} [PIPELINE ...] [--option VALUE ...]",
+        description="Serve a web app on this machine that samples, steers, compares and trains (extra `app`).",
+        epilog="PIPELINE ... is short for --pipelines. Without one, the app starts with training.",
     )
-    parser.add_argument("pipelines", type=str, nargs="*", default=[], help="pipeline folders or Hub ids")
-    add_options(parser, AppRequest, skip={"pipelines"})
-    request = from_options(AppRequest, parse(parser, argv))
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--pipelines")
+    options: AppOptions = parser.read(words)
     try:
-        from mnist_diffusion.app.server import serve
+        from mnist_diffusion.demo.server import serve
     except ModuleNotFoundError as error:
-        raise UserError(f"the page needs {error.name}; pip install 'mnist-diffusion[app]'") from error
-    serve(request)
+        raise UserError(f"the app needs {error.name}; pip install 'mnist-diffusion[app]'") from error
+    serve(options)
     return 0

@@ -1,51 +1,57 @@
-"""`mnist-diffusion average`: make pipelines of other averages of a run's weights, after training."""
+"""`mnist-diffusion average`: build pipelines from other weight averages of a run, after training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from mnist_diffusion.checks import require
-from mnist_diffusion.cli.options import Parser, parse
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.option_types import STRICT
 
-TOO_FAR_OFF = 0.01
-"""How much of its weight a rebuilt average may give to other steps than it should."""
+MAX_RECONSTRUCTION_ERROR = 0.01
+"""Largest error in the cumulative weights of the steps without a warning."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    """Options of `mnist-diffusion average`."""
+
+    run: Path
+    """Run folder, trained with train.averages_every."""
+    std: tuple[Annotated[float, Field(ge=0.005, le=0.25)], ...]
+    """Relative standard deviations of the averages: 0.1 spans about a tenth of the training."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Write a pipeline folder for each length."""
+    """Write a pipeline folder for each average."""
     parser = Parser(
+        Options,
+        positional=["run"],
         prog=prog,
-        description="Make pipelines of other averages of the weights of a run with train.averages_every.",
-        epilog="RUN/average-0.1 is then a pipeline folder, and a sweep is mnist-diffusion evaluate RUN/average-*",
+        description="Build pipelines from other averages of the weights of a run with train.averages_every.",
+        epilog="RUN/average-0.1 is then a pipeline folder; compare them with mnist-diffusion evaluate RUN/average-*",
     )
-    parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument(
-        "--std",
-        type=float,
-        nargs="+",
-        required=True,
-        help="how far the average reaches back: its standard deviation as a share of the training, such as 0.1",
-    )
-    values = parse(parser, argv)
-    from mnist_diffusion.diffusion.pipeline import load_pipeline
+    options: Options = parser.read(argv)
     from mnist_diffusion.files import replace_folder
-    from mnist_diffusion.training.averages import LONGEST, SHORTEST, kept_steps, rebuilt
+    from mnist_diffusion.pipelines.drawing import load_pipeline
+    from mnist_diffusion.training.ema import reconstruct_ema, saved_steps
 
-    for std in values.std:
-        require(SHORTEST <= std <= LONGEST, "std", std, f"from {SHORTEST} to {LONGEST}")
-    steps = kept_steps(values.run)
-    pipeline = load_pipeline(str(values.run), device="cpu")
-    for std in values.std:
-        weights, error = rebuilt(values.run, std)
+    steps = saved_steps(options.run)
+    pipeline = load_pipeline(str(options.run), device="cpu")
+    for std in options.std:
+        weights, error = reconstruct_ema(options.run, std)
         try:
             pipeline.unet.load_state_dict(weights)
         except RuntimeError as wrong:
-            raise UserError(f"{values.run} keeps averages of another network than its pipeline's: {wrong}") from wrong
-        folder = values.run / f"average-{std:g}"
+            raise UserError(f"{options.run} has averages of another network than its pipeline's: {wrong}") from wrong
+        folder = options.run / f"average-{std:g}"
         replace_folder(folder, pipeline.save_pretrained)
-        print(f"{folder}: from {len(steps)} moments up to step {steps[-1]}; the weight of steps is off by {error:.1e}")
-        if error > TOO_FAR_OFF:
-            print(f"warning: {len(steps)} moments are few for std {std:g}; keep more with train.averages_every")
+        print(f"{folder}: from {len(steps)} saved averages up to step {steps[-1]}; error in the weights {error:.1e}")
+        if error > MAX_RECONSTRUCTION_ERROR:
+            print(f"warning: {len(steps)} saved averages are few for std {std:g}; lower train.averages_every")
     return 0

@@ -1,4 +1,4 @@
-"""`mnist-diffusion data`: look at labelled images before training on them."""
+"""`mnist-diffusion data`: inspect labelled images before training on them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_diffusion.cli.options import OF_IMAGES, Parser, spelled_out
+from pydantic.dataclasses import dataclass
+
+from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import open_file, replace_picture, replace_text
+from mnist_diffusion.option_types import STRICT
 
 SHOWN = 10
 WRITTEN_BY = "mnist-diffusion data"
 
 
-def main(argv: Sequence[str], *, prog: str) -> int:
-    """Count, show, and say what is wrong; the exit code is 1 if a picture could not be read."""
-    about = "Look at labelled images before training on them: classes, sizes, duplicates, unreadable files."
-    parser = Parser(prog=prog, description=about)
-    parser.add_argument("source", type=str, help="what --data.source takes: a folder, a file, a Hub id, or digits")
-    skip = {"source", "image_size", "fit", "channels", "in_memory", "skip_unreadable"}
-    parser.add_class_arguments(ImagesConfig, "data", skip=skip)
-    about = "the folder for contact_sheet.png and data.json"
-    parser.add_argument("--out", type=Path, default=Path("survey"), help=about)
-    values = parser.parse_args(spelled_out(argv, OF_IMAGES))
-    _require_own(values.out, Path(values.source).expanduser())
-    from mnist_diffusion.data.survey import survey
-    from mnist_diffusion.pictures import tables
-    from mnist_diffusion.pictures.grids import image_grid
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    """Options of `mnist-diffusion data`."""
 
-    found = survey(ImagesConfig(source=values.source, **values.data.as_dict()))
+    data: ImagesConfig
+    """The images, as in training."""
+    out: Path = Path("survey")
+    """Output folder for contact_sheet.png and data.json."""
+
+
+def main(argv: Sequence[str], *, prog: str) -> int:
+    """Count, preview and check images; the exit code is 1 if one could not be read."""
+    about = "Inspect labelled images before training: classes, sizes, duplicates, unreadable files."
+    parser = Parser(Options, prog=prog, usage=f"{prog} SOURCE [--option VALUE ...]", description=about)
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--data.source")
+    options: Options = parser.read(words)
+    if (source := options.data.source) is None:
+        parser.error("SOURCE is missing: a folder, a file, a Hub id, or digits")
+    _require_own(options.out, Path(source).expanduser())
+    from mnist_diffusion.data.survey import survey
+    from mnist_diffusion.plots import tables
+    from mnist_diffusion.plots.grids import image_grid
+
+    found = survey(options.data)
     console = tables.console()
     console.print("\n".join([found.description, *found.notes]), markup=False, soft_wrap=True)
     counts = [[name, *(str(split.counts[name]) for split in found.splits.values())] for name in found.class_names]
@@ -53,13 +66,13 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     ):
         if lines:
             console.print(f"\n{len(lines)} {title}:", markup=False)
-            rest = [f"and {len(lines) - SHOWN} more, in {values.out / 'data.json'}"] if len(lines) > SHOWN else []
+            rest = [f"and {len(lines) - SHOWN} more, in {options.out / 'data.json'}"] if len(lines) > SHOWN else []
             console.print("\n".join(f"  {line}" for line in [*lines[:SHOWN], *rest]), markup=False, soft_wrap=True)
-    values.out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     tiles, names, columns = found.contact_sheet()
-    sheet = values.out / "contact_sheet.png"
+    sheet = options.out / "contact_sheet.png"
     replace_picture(image_grid(tiles, columns, row_labels=names, title="The first images of each class"), sheet)
-    replace_text(values.out / "data.json", json.dumps(_plain(found), indent=1, ensure_ascii=False))
+    replace_text(options.out / "data.json", json.dumps(_plain(found), indent=1, ensure_ascii=False))
     console.print(f"\nThe first images of each class are in {sheet}", markup=False, soft_wrap=True)
     return 1 if unreadable else 0
 

@@ -1,52 +1,44 @@
-"""`mnist-diffusion evaluate`: measure images against real ones."""
+"""`mnist-diffusion evaluate`: score images against real ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_diffusion.cli.options import Parser, add_options, add_switch, from_options, parse
+from mnist_diffusion.cli.options import Parser
+from mnist_diffusion.command_options import EvaluationOptions
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import pipeline_folder
-from mnist_diffusion.ranks import helpers, rank
-from mnist_diffusion.requests import EvaluationRequest
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Measure images and write a report."""
+    """Score images and write a report."""
     parser = Parser(
+        EvaluationOptions,
+        positional=["sources"],
         prog=prog,
-        description="Measure generated images against real ones: a table, report.json, report.md with pictures.",
+        description="Score generated images against real ones: a table, report.json, report.md with pictures.",
         epilog="Several schedulers, steps or scales make a sweep: --num_inference_steps 5 10 20 --guidance_scale 1 2",
     )
-    parser.add_argument(
-        "sources",
-        type=str,
-        nargs="+",
-        help="pipeline folders or Hub ids; or images that any program made: one folder per class, parquet, or files "
-        "named digit_<class>_<number>.png",
-    )
-    add_options(parser, EvaluationRequest, skip={"sources", "names"})
-    add_switch(parser, "--write_card", "write the results into the pipeline folder's card")
-    values = parse(parser, argv)
-    request = from_options(EvaluationRequest, values)
-    card = pipeline_folder(Path(request.sources[0])) / "README.md"
-    if values.write_card and len(request.sources) > 1:
-        raise UserError(f"--write_card writes one card, but {len(request.sources)} sources are named")
-    if values.write_card and not (card.is_file() and card.with_name("model_index.json").is_file()):
+    options: EvaluationOptions = parser.read(argv)
+    card = pipeline_folder(Path(options.sources[0])) / "README.md"
+    if options.write_card and len(options.sources) > 1:
+        raise UserError(f"--write_card writes one card, but {len(options.sources)} sources are named")
+    if options.write_card and not (card.is_file() and card.with_name("model_index.json").is_file()):
         raise UserError(f"--write_card needs a pipeline folder with a card, but there is no {card}")
     from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.evaluation import evaluate, report
-    from mnist_diffusion.pictures.tables import console
-    from mnist_diffusion.sharing.card import write_results_to_card
+    from mnist_diffusion.parallel import is_main, run_in_processes
+    from mnist_diffusion.pipelines.card import write_results_to_card
+    from mnist_diffusion.plots.tables import console
 
-    with helpers(request.processes, ["evaluate", *argv]):
-        set_num_threads()
-        measured = evaluate.evaluate(request)
-    if rank() > 0:
-        return 0
-    report.print_table(measured, console())
-    if values.write_card:
-        write_results_to_card(card.parent, measured, report.card_text(measured))
-    print(f"The report is in {request.out / 'report.md'}" + (f", the card is {card}" if values.write_card else ""))
+    if (code := run_in_processes(options.processes, ["evaluate", *argv])) is not None:
+        return code
+    set_num_threads()
+    scores = evaluate.evaluate(options)
+    if is_main():
+        report.print_table(scores, console())
+        if options.write_card:
+            write_results_to_card(card.parent, scores, report.card_text(scores))
+        print(f"The report is in {options.out / 'report.md'}" + (f", the card is {card}" if options.write_card else ""))
     return 0

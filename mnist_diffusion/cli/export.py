@@ -1,25 +1,35 @@
-"""`mnist-diffusion export`: write a pipeline's network for ONNX Runtime, checked against the original."""
+"""`mnist-diffusion export`: export a pipeline's network to ONNX, checked against the original."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_diffusion.cli.options import Parser, parse
+from pydantic.dataclasses import dataclass
+
+from mnist_diffusion.cli.options import Parser
+from mnist_diffusion.option_types import STRICT, Text
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    """Options of `mnist-diffusion export`."""
+
+    pipeline: Text
+    """Pipeline folder, run folder, or Hub id such as user/name."""
+    out: Path = Path("onnx")
+    """Output folder."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Export, and say how to run it."""
-    parser = Parser(prog=prog, description="Write a pipeline's network for ONNX Runtime (extra `onnx`).")
-    parser.add_argument("pipeline", type=str, help="a pipeline folder, or a Hub id such as user/name")
-    parser.add_argument("--format", choices=("onnx",), default="onnx", help="the format")
-    parser.add_argument("--out", type=Path, default=Path("onnx"), help="the folder to write to")
-    values = parse(parser, argv)
-    from mnist_diffusion.diffusion.onnx import example_inputs, export_onnx
-    from mnist_diffusion.diffusion.pipeline import load_pipeline
+    """Export, and print the inputs of the network."""
+    about = "Export a pipeline's network to ONNX (extra `onnx`)."
+    options: Options = Parser(Options, positional=["pipeline"], prog=prog, description=about).read(argv)
+    from mnist_diffusion.pipelines.drawing import load_pipeline
+    from mnist_diffusion.pipelines.onnx import example_inputs, export_onnx
 
-    pipeline = load_pipeline(values.pipeline, device="cpu")
-    path = export_onnx(pipeline, values.out)
+    pipeline = load_pipeline(options.pipeline, device="cpu")
+    path = export_onnx(pipeline, options.out)
     inputs = ", ".join(f"{name} {list(value.shape)}" for name, value in example_inputs(pipeline, 1).items())
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB), for any number of images; its inputs: {inputs}")
     return 0

@@ -1,246 +1,188 @@
-"""Options that several commands share, and how a run's configuration is parsed."""
+"""Command lines: a flag for every field of a dataclass of options, recipes beneath them, and errors in one line."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import errno
-import itertools
-import json
 import os
-import re
-import select
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Generic, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-import docstring_parser
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+import yaml
+from pydantic.fields import FieldInfo
 
-from mnist_diffusion.config import Config, DistillConfig, ImagesConfig, RunConfig
-from mnist_diffusion.errors import ConfigError, UserError
-from mnist_diffusion.files import read_text, read_yaml
+from mnist_diffusion.config import RunConfig
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import read_text
+from mnist_diffusion.option_types import checked, find_recipe, read_mapping
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-RECIPES = Path(__file__).parents[1] / "configs"
-
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
-Schema = TypeVar("Schema")
-
-
-TYPE_ERROR = re.compile(
-    r'Parser key "(?P<name>.+?)"(?: element \d+)?:? (?P<why>.*Expected.*?)(?:Got|Given) value: (?P<value>.*)'
+Run = TypeVar("Run", bound=RunConfig)
+USER_FIXABLE_ERRNOS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
-"""How the parser says that a value is of another type."""
 
 
-class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of an epilog as they are."""
+class Parser(argparse.ArgumentParser):
+    """Parses `--section.field VALUE ...` for the fields of a dataclass.
 
+    A switch may stand alone for true, a list takes several values, and `null` stands for None.
 
-class Parser(ArgumentParser):
-    """Takes options by their whole names, and says what is wrong in two lines, with the nearest option."""
+    Args:
+        schema: the dataclass whose fields become flags, with their docstrings as help texts.
+        positional: fields that come first on the command line, without a flag.
+        options: as for `ArgumentParser`.
+    """
 
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
+    def __init__(self, schema: type, *, positional: Sequence[str] = (), **options: Any):
+        options.setdefault("usage", " ".join([options["prog"], *map(str.upper, positional), "[--option VALUE ...]"]))
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.schema, self.kinds = schema, dict(_leaves(schema))
+        for name, info in self.kinds.items():
+            text = " ".join((info.description or "").split()).replace("%", "%%")
+            if name in positional:
+                self.add_argument(name, nargs="+" if _is_list(info.annotation) else None, help=text)
+                continue
+            default = info.get_default(call_default_factory=False)
+            shown = "" if info.is_required() or default in (None, ()) else f" (default: {default})"
+            nargs = "+" if _is_list(info.annotation) else "?" if info.annotation is bool else None
+            look: dict[str, Any] = {"nargs": nargs, "const": "true", "metavar": _placeholder(info.annotation)}
+            if nargs != "?":
+                del look["const"]
+            self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text + shown, **look)
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2."""
-        text = " ".join(str(message).split())
-        if wrong := TYPE_ERROR.fullmatch(text):
-            kinds = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. |\.?$| - | Given)", wrong["why"]))
-            names = [re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"of type \1", kind) for kind in kinds]
-            wanted = " or ".join(names).replace("of type NoneType", "null").replace("typing.Literal", "one of ")
-            text = f"--{wrong['name']} must be {wanted}, got {wrong['value']}"
-        if unknown := re.search(r"unrecognized arguments: (--[\w.]+)", text):
-            near = difflib.get_close_matches(unknown[1], list(self._option_string_actions), 1)
-            text += "".join(f"; did you mean {name}?" for name in near)
-        print(f"usage: {self.prog} [options]; --help lists them\nerror: {text}", file=sys.stderr)
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and two lines."""
+        print(f"usage: {self.prog} [options]; --help lists them\nerror: {message}", file=sys.stderr)
         raise SystemExit(2)
 
+    def words(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The words behind each flag; exits with status 2 if a flag is unknown."""
+        if any(word.startswith("-") and word.partition("=")[0].endswith("token") for word in argv):
+            self.error("a token is never an argument, which others can see; use `hf auth login` or set HF_TOKEN")
+        found, unknown = self.parse_known_args(list(argv))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], list(self._option_string_actions), 1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
 
-@dataclass(frozen=True)
-class RunArguments(Generic[AnyConfig]):
-    """A run that was asked for on the command line: its configuration, and the name of its recipe."""
+    def build(self, found: argparse.Namespace, base: dict[str, Any] | None = None) -> Any:
+        """The dataclass that parsed words stand for, over the values of `base`; exits with status 2 if one is wrong."""
+        values = dict(base or {})
+        try:
+            for name, given in vars(found).items():
+                if name not in self.kinds:
+                    continue
+                *sections, field = name.split(".")
+                place = values
+                for section in sections:
+                    place[section] = dict(place.get(section) or {})
+                    place = place[section]
+                place[field] = _plain(given)
+            return checked(self.schema, values)
+        except UserError as error:
+            self.error(str(error))
 
-    config: AnyConfig
+    def read(self, argv: Sequence[str]) -> Any:
+        """The dataclass that a command line stands for."""
+        return self.build(self.words(argv))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArguments(Generic[Run]):
+    """A run that was asked for on the command line: its configuration, the name of its recipe, `--dry_run`."""
+
+    config: Run
     recipe: str
     dry_run: bool
 
 
-def parse_train_arguments(argv: Sequence[str] | None = None, *, prog: str = "train_cfg.py") -> RunArguments[Config]:
-    """Read a training run's configuration from the command line.
-
-    Exits with status 2 and a message that names option and value if something is wrong.
-    """
-    parser = Parser(
-        prog=prog,
-        usage=f"{prog} [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
-        description="Train a class-conditional diffusion model and leave a pipeline folder that diffusers loads.",
-        epilog=f"recipes for --config, and what they cost:\n{_costs(RECIPES)}\n\n"
-        "example: %(prog)s --config tiny --data.source digits --train.max_steps 100",
-        formatter_class=HelpFormatter,
-    )
-    return _parse_run(parser, Config, list(sys.argv[1:] if argv is None else argv), recipes=RECIPES)
-
-
-def parse_distill_arguments(argv: Sequence[str], *, prog: str) -> RunArguments[DistillConfig]:
-    """Read a distillation's configuration from the command line.
-
-    Exits with status 2 and a message that names option and value if something is wrong.
-    """
-    parser = Parser(
-        prog=prog,
-        usage=f"{prog} PIPELINE [--out FOLDER] [--config FILE_OR_RECIPE] [--section.field VALUE ...] [--dry_run]",
-        description="Distil a trained pipeline (a folder, or a Hub id) into a student that draws in one pass or a few.",
-        epilog="PIPELINE, which comes first, is short for --distillation.teacher, and --out for --output_dir.\n\n"
-        f"recipes for --config, and what they cost:\n{_costs(RECIPES / 'distillation')}",
-        formatter_class=HelpFormatter,
-    )
-    short = argparse.ArgumentParser(prog=prog, usage=parser.usage, add_help=False, allow_abbrev=False)
-    short.add_argument("--out")
-    found, flags = short.parse_known_args(list(argv))
-    if flags and not flags[0].startswith("-"):
-        flags = ["--distillation.teacher", *flags]
-    if found.out is not None:
-        flags += ["--output_dir", found.out]
-    return _parse_run(parser, DistillConfig, flags, recipes=RECIPES / "distillation")
-
-
-def _parse_run(
-    parser: ArgumentParser, schema: type[AnyConfig], argv: list[str], *, recipes: Path
-) -> RunArguments[AnyConfig]:
-    """Read a configuration of `schema`: defaults, then recipes, then flags, which win wherever `--config` stands."""
-    refuse_tokens(parser, argv)
-    parser.add_argument("--config", action="config", help="a YAML file, or the name of a recipe such as 'tiny'")
-    add_switch(parser, "--dry_run", "show what would be done, and stop")
-    parser.add_class_arguments(schema, as_group=False)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", action="append", default=[])
-    found, flags = first.parse_known_args(argv)
-    flags = spelled_out(flags, _hints(schema))
+def parse_run(schema: type[Run], argv: Sequence[str] | None, *, prog: str, about: str) -> RunArguments[Run]:
+    """Read a run's configuration: the defaults, then each `--config`, then flags; exits with status 2 on an error."""
+    recipes = schema.RECIPE_FOLDER
+    costs = "\n".join(f"  {file.stem:24} {_cost(file)}" for file in sorted(recipes.glob("*.yaml")))
+    epilog = f"recipes for --config, and what they cost:\n{costs}".replace("%", "%%")
+    parser = Parser(schema, prog=prog, description=about, epilog=epilog)
+    parser.add_argument("--config", action="append", default=[], help="YAML file or recipe name; `default` if omitted")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be done, and stop")
+    found = parser.words(sys.argv[1:] if argv is None else argv)
+    base: dict[str, Any] = {}
     try:
-        files = [find_recipe(name, recipes) for name in found.config]
+        files = [find_recipe(name, recipes) for name in found.config or ["default"]]
         for file in files:
-            read_yaml(file)  # so that no parser is given what is not plain
-        values = parser.parse_args([*(item for file in files for item in ("--config", str(file))), *flags])
-        _require_no_nulls(schema, values)
-        built = parser.instantiate(values)
-        config = schema(**{field.name: built[field.name] for field in fields(schema)})
+            base = _merged(base, read_mapping(file))
     except UserError as error:
         parser.error(str(error))
-    # A run's own `config.yaml` is named by its folder.
-    recipe = "default" if not files else files[-1].stem
-    return RunArguments(config, files[-1].resolve().parent.name if recipe == "config" else recipe, values.dry_run)
+    name = files[-1].stem  # a run's own config.yaml is named after its folder
+    recipe = files[-1].resolve().parent.name if name == "config" else name
+    return RunArguments(parser.build(found, base), recipe, found.dry_run)
 
 
-def _hints(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """The types of all fields of a dataclass, by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(schema).items():
-        found |= _hints(hint, f"{prefix}{name}.") if is_dataclass(hint) else {f"{prefix}{name}": hint}
-    return found
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], value) for key, value in over.items() if _is_section(base.get(key), value)}
+    return {**base, **over, **both}
 
 
-def spelled_out(flags: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
-    """Flags as the parser takes them: a switch alone is true, and several values become a list."""
-    found: list[str] = []
-    for index, flag in enumerate(flags):
-        hint = hints.get(flag.removeprefix("--"))
-        rest = list(itertools.takewhile(lambda value: not value.startswith("--"), flags[index + 1 :]))
-        found.append(flag)
-        if hint is bool and flag.startswith("--") and not rest:
-            found.append("true")
-    place = 0
-    while place < len(found):
-        items = _items(hints.get(found[place].removeprefix("--")))
-        values = list(itertools.takewhile(lambda value: not value.startswith("--"), found[place + 1 :]))
-        place += 1
-        if items is not None and values and not values[0].startswith("[") and values != ["null"]:
-            written = json.dumps(values, ensure_ascii=False) if items is str else f"[{', '.join(values)}]"
-            found[place : place + len(values)] = [written]
-    return found
+def _is_section(one: Any, other: Any) -> bool:
+    return isinstance(one, dict) and isinstance(other, dict)
 
 
-OF_IMAGES = _hints(ImagesConfig, "data.")
-"""The types of the options that say what images there are."""
+def _cost(recipe: Path) -> str:
+    """The first sentence behind `# Cost:` in a recipe."""
+    return read_text(recipe).partition("# Cost: ")[2].partition("\n")[0].partition(". ")[0].removesuffix(".")
 
 
-def _items(hint: Any) -> Any:
-    """The type of a tuple's items; None if `hint` is no tuple, nor one or null."""
-    kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]
-    return get_args(kinds[0])[0] if kinds else None
-
-
-def add_switch(parser: ArgumentParser, name: str, text: str) -> None:
-    """Add an option that stands alone for true, and also takes true or false."""
-    parser.add_argument(name, type=bool, default=False, nargs="?", const=True, help=text)
-
-
-def add_options(parser: ArgumentParser, schema: type, *, skip: Collection[str] = ()) -> None:
-    """Add an option for each field of a dataclass, with the field's docstring as help; a tuple takes several values."""
-    documented = [docstring_parser.parse_from_object(base).params for base in reversed(schema.__mro__[:-1])]
-    texts = {each.arg_name: each.description for params in documented for each in params}
-    hints = get_type_hints(schema)
-    for each in fields(schema):
-        name, hint = each.name, hints[each.name]
-        if name in skip:
-            continue
-        if is_dataclass(hint):
-            parser.add_class_arguments(hint, name)
-        elif hint is bool:
-            add_switch(parser, f"--{name}", texts[name] or "")
-        elif get_origin(hint) is tuple:
-            parser.add_argument(f"--{name}", type=get_args(hint)[0], nargs="+", default=[], help=texts[name])
+def _leaves(schema: Any, prefix: str = "") -> Iterable[tuple[str, FieldInfo]]:
+    """The fields of a dataclass and of those within it, by their dotted names."""
+    bases = reversed(schema.__mro__[:-1])
+    described = {name: info.description for base in bases for name, info in _fields(base).items() if info.description}
+    for name, info in _fields(schema).items():
+        if dataclasses.is_dataclass(info.annotation):
+            yield from _leaves(info.annotation, f"{prefix}{name}.")
         else:
-            parser.add_argument(f"--{name}", type=hint, default=each.default, help=texts[name])
+            info.description = described.get(name)  # inherited fields lose their docstrings
+            yield f"{prefix}{name}", info
 
 
-def from_options(schema: type[Schema], values: Namespace) -> Schema:
-    """The dataclass that the parsed options of [`add_options`] stand for.
-
-    Raises:
-        ConfigError: a value cannot work.
-    """
-    named = {each.name: values[each.name] for each in fields(schema) if each.name in values}  # type: ignore[arg-type]
-    return schema(**{name: _plain(value) for name, value in named.items()})
+def _fields(schema: Any) -> dict[str, FieldInfo]:
+    return dict(getattr(schema, "__pydantic_fields__", {}))
 
 
-def _plain(value: Any) -> Any:
-    """A value without the types of the parser, which YAML would write as code."""
-    if isinstance(value, list):
-        return tuple(map(_plain, value))
-    kinds = () if isinstance(value, bool) else (int, float, str)
-    return next((kind(value) for kind in kinds if isinstance(value, kind)), value)
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, without the marks of `Annotated`."""
+    if hasattr(annotation, "__metadata__"):
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for part in get_args(annotation) for kind in _kinds(part))
+    return (annotation,)
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """The values of a command line, those of a dataclass such as `--data.source` as the dataclass itself.
-
-    Raises:
-        ConfigError: a value cannot work.
-    """
-    return parser.instantiate(parser.parse_args(spelled_out(argv, OF_IMAGES)))
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind in _kinds(annotation))
 
 
-def refuse_tokens(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Exit before an error message could repeat a token."""
-    if any(argument.startswith("-") and argument.partition("=")[0].endswith("token") for argument in argv):
-        parser.error("a token is never an argument, which others can see; log in with `hf auth login`, or set HF_TOKEN")
+def _placeholder(annotation: Any) -> str:
+    kinds = [kind for kind in _kinds(annotation) if kind is not type(None)]
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    return f"{{{','.join(choices)}}}" if choices else "N" if {int, float} & {*kinds} else "VALUE"
 
 
-USERS_TO_MEND = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
-)
-"""Errors of files that are about places which the user has named."""
+def _plain(given: Any) -> Any:
+    """The value that the words behind a flag stand for; a list may also be written `[8, 16]`."""
+    if given in ("null", ["null"]):
+        return None
+    if isinstance(given, list) and len(given) == 1 and given[0].startswith("["):
+        return yaml.safe_load(given[0])
+    return given
 
 
 def reporting_errors(command: Callable[[], int]) -> int:
-    """Run a command; an error that the user can put right is a message and exit code 2, not a traceback."""
+    """Run a command; an error that the user can fix becomes one line and exit code 2, without a traceback."""
     try:
         return command()
     except UserError as error:
@@ -249,53 +191,10 @@ def reporting_errors(command: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        out = select.poll()
-        out.register(sys.stdout, select.POLLOUT)
-        if not any(event & select.POLLERR for _, event in out.poll(0)):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody listens any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, as after `| head`
         return 141
     except OSError as error:
-        if error.errno not in USERS_TO_MEND:
+        if error.errno not in USER_FIXABLE_ERRNOS:
             raise
         print(f"error: {error}", file=sys.stderr)
     return 2
-
-
-def _require_no_nulls(schema: Any, values: Any, prefix: str = "") -> None:
-    """Make sure that only fields that may be null are null, which the parser does not check.
-
-    Raises:
-        ConfigError: another one is.
-    """
-    hints = get_type_hints(schema)
-    for each in fields(schema):
-        hint, value = hints[each.name], values[each.name]
-        if value is None and type(None) not in get_args(hint):
-            raise ConfigError(f"{prefix}{each.name} must not be null")
-        if is_dataclass(hint):
-            _require_no_nulls(hint, value, f"{prefix}{each.name}.")
-
-
-def _costs(recipes: Path) -> str:
-    """One line for each recipe of a folder: its name, and what its file says of its cost."""
-    texts = {file.stem: read_text(file) for file in sorted(recipes.glob("*.yaml"))}
-    found = {name: re.search(r"^# Cost: (.+?(?:\.(?= |$)|$))", text, re.MULTILINE) for name, text in texts.items()}
-    lines = (f"  {name:24} {cost[1].removesuffix('.') if cost else ''}" for name, cost in found.items())
-    return "\n".join(lines).replace("%", "%%")
-
-
-def find_recipe(name_or_path: str, recipes: Path = RECIPES) -> Path:
-    """The YAML file of a recipe: a path, or the name of a recipe in the folder `recipes`.
-
-    Raises:
-        ConfigError: there is no such file or recipe; the message lists the recipes.
-    """
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    shipped = recipes / f"{name_or_path}.yaml"
-    if shipped.is_file() and shipped.parent == recipes:
-        return shipped
-    known = ", ".join(sorted(recipe.stem for recipe in recipes.glob("*.yaml")))
-    raise ConfigError(f"--config must be a YAML file or one of the recipes {known}, got {name_or_path!r}")

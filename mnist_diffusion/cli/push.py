@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_diffusion.cli.options import Parser, add_switch
+from pydantic.dataclasses import dataclass
+
+from mnist_diffusion.cli.options import Parser
+from mnist_diffusion.option_types import STRICT, Text
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    """Options of `mnist-diffusion push`."""
+
+    source: Path
+    """Run folder or pipeline folder."""
+    repo_id: Text
+    """Repository, user/name; created if missing."""
+    private: bool = False
+    """Create a private repository."""
+    create_pr: bool = False
+    """Open a pull request instead of committing to the branch."""
+    revision: Text | None = None
+    """Branch, created if missing; main if omitted."""
+    with_checkpoints: bool = False
+    """Also push the newest checkpoint, to resume training from."""
+    license: Text | None = None
+    """Model licence, e.g. mit; the card's own if omitted."""
+    message: Text = "Upload pipeline"
+    """Title of the commit."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Push."""
     parser = Parser(
+        Options,
+        positional=["source", "repo_id"],
         prog=prog,
-        description="Push a run's pipeline to the Hub in one commit: weights, code, card, sample grid, configuration.",
+        description="Push a run's pipeline to the Hub in one commit: weights, code, card, sample sheet, configuration.",
         epilog="The token is that of `hf auth login` or of HF_TOKEN; it is never an argument.",
     )
-    add = parser.add_argument
-    add("source", type=Path, help="a run folder, or a pipeline folder")
-    add("repo_id", type=str, help="the repository, user/name; created if it does not exist")
-    add_switch(parser, "--private", "nobody else may see the repository")
-    add_switch(parser, "--create_pr", "propose the commit as a pull request")
-    add("--revision", type=str | None, help="the branch, created if it does not exist; main if omitted")
-    add_switch(parser, "--with_checkpoints", "also the newest checkpoint, to resume training from")
-    add("--license", type=str | None, help="of the model, such as mit; left out of the card if omitted")
-    add("--message", type=str, default="Upload pipeline", help="title of the commit")
-    values = parser.parse_args(list(argv))
-    from mnist_diffusion.sharing.hub import push
+    options: Options = parser.read(argv)
+    from mnist_diffusion.hub import push
 
-    print(f"Pushed: {push(**values.as_dict())}")
+    print(f"Pushed: {push(**{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})}")
     return 0

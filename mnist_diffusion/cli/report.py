@@ -1,29 +1,43 @@
-"""`mnist-diffusion report`: show a run on one page of HTML that needs no other file."""
+"""`mnist-diffusion report`: show one run, or compare several, on one HTML page that needs no other file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_diffusion.cli.options import Parser, parse
+from pydantic.dataclasses import dataclass
+
+from mnist_diffusion.cli.options import Parser
+from mnist_diffusion.option_types import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    """Options of `mnist-diffusion report`."""
+
+    runs: tuple[Path, ...]
+    """Run folders; one is shown in full, several are compared."""
+    out: Path = Path("report.html")
+    """HTML file to write."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Write the page."""
+    """Write the HTML page."""
     parser = Parser(
+        Options,
+        positional=["runs"],
         prog=prog,
-        description="Show a run on one page of HTML: samples, figures, curves, pictures, configuration.",
-        epilog="Figures are those of its card: `mnist-diffusion evaluate PIPELINE --write_card` puts them there.",
+        description="Show a run on one HTML page: samples, scores, curves, pictures, configuration; or compare several.",
+        epilog="Scores are those of the run's card: `mnist-diffusion evaluate RUN --write_card` puts them there.",
     )
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file to write")
-    values = parse(parser, argv)
+    options: Options = parser.read(argv)
     from mnist_diffusion.files import replace_text
-    from mnist_diffusion.pictures.page import run_page
-    from mnist_diffusion.run_folder.read import read_run
+    from mnist_diffusion.plots.run_page import by_name, comparison_page, run_page
+    from mnist_diffusion.training.run_folder import read_run
 
-    page = run_page(read_run(values.run))
-    values.out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(values.out, page)
-    print(f"{values.out} ({len(page) / 1e6:.1f} MB) shows the run; open it in a browser")
+    runs = [read_run(folder) for folder in options.runs]
+    html = run_page(runs[0]) if len(runs) == 1 else comparison_page(by_name(runs))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(options.out, html)
+    print(f"{options.out} ({len(html) / 1e6:.1f} MB); open it in a browser")
     return 0

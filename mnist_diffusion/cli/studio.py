@@ -1,35 +1,49 @@
-"""`mnist-diffusion studio`: write a page that draws with a pipeline in the visitor's browser, without a server."""
+"""`mnist-diffusion studio`: write a page that samples in the visitor's browser, without a server."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_diffusion.cli.options import Parser, parse
+from pydantic.dataclasses import dataclass
+
+from mnist_diffusion.cli.options import Parser
+from mnist_diffusion.option_types import STRICT, Text
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    """Options of `mnist-diffusion studio`."""
+
+    pipeline: Text
+    """Pipeline folder, run folder, or Hub id such as user/name."""
+    student: Text | None = None
+    """Distilled student pipeline; listed first."""
+    out: Path = Path("studio")
+    """Output folder."""
+    title: Text = "Studio"
+    """Page title."""
+    runtime: Path | None = None
+    """The `dist` folder of onnxruntime-web; downloaded with npm if omitted."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
-    """Write the page, and say how to look at it."""
+    """Write the page, and print how to open it."""
     parser = Parser(
+        Options,
+        positional=["pipeline"],
         prog=prog,
-        description="Write a static page that draws with a pipeline in the visitor's browser (extra `onnx`).",
-        epilog="The folder is what a server of static files, or a static Space, serves as it is.",
+        description="Write a static page that samples in the visitor's browser (extra `onnx`).",
+        epilog="Any static web server, or a static Space, can serve the folder.",
     )
-    parser.add_argument("pipeline", type=str, help="a pipeline folder, or a Hub id such as user/name")
-    parser.add_argument("--student", type=str, default=None, help="also one distilled from it, which is shown first")
-    parser.add_argument("--out", type=Path, default=Path("studio"), help="the folder to write to")
-    parser.add_argument("--title", type=str, default="Studio", help="of the page")
-    parser.add_argument(
-        "--runtime", type=Path, default=None, help="the `dist` folder of onnxruntime-web; npm fetches it if omitted"
-    )
-    values = parse(parser, argv)
-    from mnist_diffusion.diffusion.pipeline import load_pipeline
-    from mnist_diffusion.studio.build import write_studio
+    options: Options = parser.read(argv)
+    from mnist_diffusion.demo.studio.build import write_studio
+    from mnist_diffusion.pipelines.drawing import load_pipeline
 
-    sources = {"In few passes": values.student, "Step by step": values.pipeline}
+    sources = {"One step or a few": options.student, "Step by step": options.pipeline}
     pipelines = {name: load_pipeline(source, device="cpu") for name, source in sources.items() if source is not None}
-    write_studio(pipelines, values.out, title=values.title, runtime=values.runtime)
-    size = sum(path.stat().st_size for path in values.out.iterdir()) / 1e6
-    print(f"The page is in {values.out} ({size:.1f} MB). Look at it with:\n")
-    print(f"    python -m http.server --bind 127.0.0.1 --directory {values.out}\n\nand http://127.0.0.1:8000")
+    write_studio(pipelines, options.out, title=options.title, runtime=options.runtime)
+    size = sum(path.stat().st_size for path in options.out.iterdir()) / 1e6
+    print(f"The page is in {options.out} ({size:.1f} MB). Open it with:\n")
+    print(f"    python -m http.server --bind 127.0.0.1 --directory {options.out}\n\nand http://127.0.0.1:8000")
     return 0

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.columns import LABEL_COLUMNS, find_column
+from mnist_diffusion.data.decoding import DataError, pixel_factor, wrap_errors
 from mnist_diffusion.data.layout import kind_in, listed
-from mnist_diffusion.data.pictures import DataError, explained, pixel_factor
 from mnist_diffusion.data.raw import RawSplit, plain_label
 
 MAX_ARRAY_BYTES = 4 * 2**30
@@ -60,7 +60,7 @@ def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
 
 def _arrays(file: str, content: bytes, where: str) -> list[tuple[str, np.ndarray]]:
     """The arrays of a file, by key; nothing in it is run."""
-    with explained(f"{where} could not be read as NumPy arrays without pickles"):
+    with wrap_errors(f"{where} could not be read as NumPy arrays without pickles"):
         if PurePosixPath(file).suffix.lower() == ".npy":
             return [("", np.load(io.BytesIO(content), allow_pickle=False))]
         with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_diffusion.data.pictures import DataError, explained
+from mnist_diffusion.data.decoding import DataError, wrap_errors
 
 FILE_COLUMNS = (
     *("file_name", "filename", "file", "filepath", "image_path", "path"),
@@ -31,7 +31,7 @@ def text_table(content: bytes, where: str, *, as_words: bool = False) -> Any:
     import pyarrow
     from pyarrow import csv, json
 
-    with explained(f"{where} could not be read as a table"):
+    with wrap_errors(f"{where} could not be read as a table"):
         if where.lower().endswith(".jsonl"):
             return json.read_json(io.BytesIO(content), json.ReadOptions(block_size=BLOCK_BYTES))
         first = content.split(b"\n", 1)[0].decode("utf-8-sig")

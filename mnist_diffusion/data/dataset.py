@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import DataConfig, ImagesConfig
-from mnist_diffusion.data.doubts import doubts, share_cut
+from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.data.lazy import MANY, LazyImages
-from mnist_diffusion.data.pictures import DataError
 from mnist_diffusion.data.raw import RawSource, RawSplit
+from mnist_diffusion.data.sanity_checks import cropped_fraction, dataset_warnings
 from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_channels
 from mnist_diffusion.seeds import Balance, indices_of_step
@@ -25,11 +25,11 @@ from mnist_diffusion.seeds import Balance, indices_of_step
 __all__ = ["DataError", "ImageData", "ImageSplit", "LazyImages", "draw_batch", "load_images"]
 
 MEMORY_LIMIT_BYTES = 2 * 10**9
-MAX_STAND_INS = 100_000
-"""How many images at most represent a split that is not in memory."""
+MAX_REPRESENTATIVE_IMAGES = 100_000
+"""How many images at most represent a split that does not fit into memory."""
 HELD_OUT_SHARE = 0.1
-LOOKED_AT = 2000
-"""Training images, spread over all, of which it is said what looks wrong."""
+NUM_CHECKED_IMAGES = 2000
+"""Training images, evenly spread, that are checked for problems."""
 ADVICE = "set data.image_size, and data.fit=contain to keep the whole of each"
 
 
@@ -75,7 +75,7 @@ class ImageSplit:
         """
         if isinstance(self.images, Tensor):
             return self
-        count = min(MAX_STAND_INS, MEMORY_LIMIT_BYTES // math.prod(self.images.shape[1:]))
+        count = min(MAX_REPRESENTATIVE_IMAGES, MEMORY_LIMIT_BYTES // math.prod(self.images.shape[1:]))
         share = min(1.0, count / len(self))
         chosen = []
         for label in self.labels.unique():
@@ -156,7 +156,7 @@ class ImageData:
 
 
 def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
-    """Read, decode, bring to one shape and split the images that `config` names.
+    """Read, decode, resize and split the images that `config` names.
 
     Args:
         config: the source and the shape wanted.
@@ -172,25 +172,25 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
 
     shape = _common_shape(source, config)
-    bring = partial(_bring, shape=shape, config=config, description=source.description)
+    preprocess = partial(_resize_and_convert, shape=shape, config=config, description=source.description)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
-    in_memory = config.in_memory if config.in_memory is not None else total <= MEMORY_LIMIT_BYTES
+    in_memory = total <= MEMORY_LIMIT_BYTES
 
-    def brought(split: RawSplit) -> ImageSplit:
+    def to_split(split: RawSplit) -> ImageSplit:
         labels = torch.tensor([position[label] for label in split.labels], dtype=torch.int64)
         if isinstance(split.images, Tensor):
-            return ImageSplit(bring(split.images).contiguous(), labels)
-        lazy = LazyImages(split.images, bring, shape)
+            return ImageSplit(preprocess(split.images).contiguous(), labels)
+        lazy = LazyImages(split.images, preprocess, shape)
         return ImageSplit(lazy.decoded() if in_memory else lazy, labels)
 
-    train = brought(source.train)
+    train = to_split(source.train)
     if source.test is not None:
-        test = brought(source.test)
+        test = to_split(source.test)
     else:
         train, test = _hold_out(train, names, seed, source.description)
-    notes = [*source.notes, *doubts(*train.spread(LOOKED_AT), names)]
-    if config.fit == "resize" and (cut := share_cut(source.train)):
-        notes.append(f"data.fit=resize cuts something off {cut:.0%} of the images; data.fit=contain keeps them whole")
+    notes = [*source.notes, *dataset_warnings(*train.spread(NUM_CHECKED_IMAGES), names)]
+    if config.fit == "resize" and (cut := cropped_fraction(source.train)):
+        notes.append(f"data.fit=resize crops content from {cut:.0%} of the images; data.fit=contain keeps it")
     plain = (source.identifier, source.description, source.notice, tuple(notes), source.hub_id)
     return ImageData(train, test, names, *plain)
 
@@ -243,7 +243,9 @@ def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, in
     return channels, height, width
 
 
-def _bring(images: Tensor, *, shape: tuple[int, int, int], config: ImagesConfig, description: str) -> Tensor:
+def _resize_and_convert(
+    images: Tensor, *, shape: tuple[int, int, int], config: ImagesConfig, description: str
+) -> Tensor:
     """Bring uint8 `[..., C, H, W]` to channels and size."""
     try:
         return fit_to_size(to_channels(images, shape[0]), shape[1], config.fit, config.background)

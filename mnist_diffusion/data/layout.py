@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.data.pictures import DataError
+from mnist_diffusion.data.decoding import DataError
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -18,7 +18,7 @@ SPLIT_WORDS = {
 }
 """What a split may be called, in any case; the Hub's `datasets` know the same words."""
 JUNK = re.compile(r"\..*|@eaDir|__MACOSX|__pycache__|lost\+found|\$RECYCLE\.BIN|Thumbs\.db", re.IGNORECASE)
-"""Files and folders that nobody means."""
+"""System and hidden files to ignore."""
 SHOWN = 8
 
 
@@ -164,15 +164,15 @@ def _splits(
             notes.append(f"folders beside the splits left out: {listed(strange)}")
             files = [file for file in files if not file.folders or kinds[file.folders[0]] is not None]
             continue
-        below = [_inside(file) for file in deep]
+        below = [_strip_top_folder(file) for file in deep]
         if _are_splits(heads, config):
             found: dict[str, list[_File]] = {}
             for file in deep:
-                found.setdefault(file.folders[0], []).append(_inside(file))
-            _say_loose(files, deep, tables, notes)
+                found.setdefault(file.folders[0], []).append(_strip_top_folder(file))
+            _note_unassigned_files(files, deep, tables, notes)
             return found, chosen
         if not chosen and config.subset in heads:
-            files, chosen = [_inside(file) for file in deep if file.folders[0] == config.subset], True
+            files, chosen = [_strip_top_folder(file) for file in deep if file.folders[0] == config.subset], True
             continue
         seconds = list(dict.fromkeys(file.folders[0] for file in below if file.folders))
         nested = all(file.folders for file in below) and _are_splits(seconds, config)
@@ -180,15 +180,15 @@ def _splits(
             choose_subset(heads, config, where)
         if nested and len(heads) > 1:  # a class above its splits
             turned = [replace(file, folders=(file.folders[1], file.folders[0])) for file in deep]
-            return {split: [_inside(f) for f in turned if f.folders[0] == split] for split in seconds}, chosen
+            return {split: [_strip_top_folder(f) for f in turned if f.folders[0] == split] for split in seconds}, chosen
         if len(heads) == 1 and (tables or any(file.folders for file in below)):
-            _say_loose(files, deep, tables, notes)
+            _note_unassigned_files(files, deep, tables, notes)
             files = below
             continue
         return {config.train_split: files}, chosen
 
 
-def _inside(file: _File) -> _File:
+def _strip_top_folder(file: _File) -> _File:
     return replace(file, folders=file.folders[1:])
 
 
@@ -200,7 +200,7 @@ def _are_splits(heads: Sequence[str], config: ImagesConfig) -> bool:
     return None not in kinds and bool(wanted & {*heads, *kinds})
 
 
-def _say_loose(files: Sequence[_File], deep: Sequence[_File], tables: bool, notes: list[str]) -> None:
+def _note_unassigned_files(files: Sequence[_File], deep: Sequence[_File], tables: bool, notes: list[str]) -> None:
     if loose := len(files) - len(deep):
         notes.append(f"{loose} {'tables' if tables else 'pictures'} left out, which lie beside the folders")
 
@@ -212,7 +212,7 @@ def _classes(files: Sequence[_File]) -> list[tuple[str, str | None]]:
         deeper = any(len(file.folders) > 1 for file in files)
         if len(heads) != 1 or not deeper or sum(heads.values()) < len(files):
             return [(file.name, file.folders[0] if file.folders else None) for file in files]
-        files = [_inside(file) for file in files]
+        files = [_strip_top_folder(file) for file in files]
 
 
 def in_order(labels: Iterable[object]) -> list[object]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mnist_diffusion.data.pictures import CHUNK, Pictures
+from mnist_diffusion.data.decoding import CHUNK, EncodedImages
 
 MANY = 20_000
 AT_ONCE = 8
-"""Pictures that are in memory at their own size, which may be large."""
+"""EncodedImages that are in memory at their own size, which may be large."""
 
 
 class LazyImages:
@@ -20,19 +20,19 @@ class LazyImages:
 
     Args:
         pictures: where they come from.
-        bring: brings a decoded picture to the common shape.
+        preprocess: converts a decoded image to the common shape.
         shape: that shape, `(C, H, W)`.
         chosen: which of the pictures, int64 `[N]`; all if omitted.
     """
 
     def __init__(
         self,
-        pictures: Pictures,
-        bring: Callable[[Tensor], Tensor],
+        pictures: EncodedImages,
+        preprocess: Callable[[Tensor], Tensor],
         shape: tuple[int, int, int],
         chosen: Tensor | None = None,
     ):
-        self.pictures, self.bring, self._shape = pictures, bring, shape
+        self.pictures, self.preprocess, self._shape = pictures, preprocess, shape
         self.chosen = torch.arange(len(pictures)) if chosen is None else chosen
 
     def __len__(self) -> int:
@@ -56,12 +56,12 @@ class LazyImages:
         for start in range(0, len(indices), AT_ONCE):
             decoded = self.pictures.decode(indices[start : start + AT_ONCE], grey=self._shape[0] == 1)
             for place, image in enumerate(decoded, start):
-                images[place] = self.bring(image)
+                images[place] = self.preprocess(image)
         return images
 
     def select(self, wanted: Tensor) -> LazyImages:
         """Some of the images, still encoded."""
-        return LazyImages(self.pictures, self.bring, self._shape, self.chosen[wanted])
+        return LazyImages(self.pictures, self.preprocess, self._shape, self.chosen[wanted])
 
     def chunks(self) -> Iterator[Tensor]:
         """All images, a few at a time, with a progress bar if it takes long."""

@@ -1,4 +1,4 @@
-"""What a reader finds in a source: splits of images as they come, and labels as they are written."""
+"""The result of reading a source: splits of images in their original form, with their labels."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mnist_diffusion.data.decoding import DataError, EncodedImages
 from mnist_diffusion.data.layout import in_order, listed
-from mnist_diffusion.data.pictures import DataError, Pictures
-from mnist_diffusion.files import MAX_NAME, is_plain
+from mnist_diffusion.files import MAX_NAME, is_printable
 
 
 @dataclass(frozen=True)
 class RawSplit:
-    """Images as they come, uint8 `[N, C, H, W]` or encoded and of any sizes, each with a label or None."""
+    """Images in their original form, uint8 `[N, C, H, W]` or encoded and of any sizes, each with a label or None."""
 
-    images: Tensor | Pictures
+    images: Tensor | EncodedImages
     labels: Sequence[Any]
 
 
 @dataclass(frozen=True)
 class RawSource:
-    """What a source holds: a training split, and if it has them a held-out split and class names."""
+    """A source: a training split, and if it has them a held-out split and class names."""
 
     identifier: str
     """Its name in `data.source`."""
@@ -35,10 +35,10 @@ class RawSource:
     class_names: dict[Any, str] | None = None
     notice: str | None = None
     notes: tuple[str, ...] = ()
-    """What was left out, and what was taken for what."""
+    """How files were interpreted, and which were skipped."""
     hub_id: str | None = None
     has_subsets: bool = False
-    """Whether `data.subset` means something here."""
+    """Whether `data.subset` applies."""
 
     def labels(self) -> list[Any]:
         """The labels in use, in their order.
@@ -62,30 +62,30 @@ class RawSource:
             )
         return in_order(present)
 
-    def names(self, asked: tuple[str, ...] | None) -> dict[Any, str]:
-        """The name of each label in use: as asked for, or from the source, or the label itself.
+    def names(self, given: tuple[str, ...] | None) -> dict[Any, str]:
+        """The name of each label in use: as given, or from the source, or the label itself.
 
         Raises:
-            DataError: the number of names asked for is not that of the labels, or a name is no plain line of text.
+            DataError: the number of names asked for is not that of the labels, or a name is not printable.
         """
         labels = self.labels()
-        if asked is not None and len(asked) != len(labels):
+        if given is not None and len(given) != len(labels):
             present = f"{self.description} has {len(labels)}: {labels[:20]}"
-            raise DataError(f"data.class_names names {len(asked)} classes, but {present}")
+            raise DataError(f"data.class_names names {len(given)} classes, but {present}")
         own = {label: (self.class_names or {}).get(label, str(label)) for label in labels}
-        names = own if asked is None else dict(zip(labels, asked, strict=True))
+        names = own if given is None else dict(zip(labels, given, strict=True))
         for name in names.values():
             require_plain(name, self.description)
         return names
 
 
 def require_plain(name: str, where: str) -> None:
-    """Make sure that a name can be printed, drawn and written into a file.
+    """Check that a name can be printed and drawn.
 
     Raises:
         DataError: it is not UTF-8, has control characters, or is too long.
     """
-    if not is_plain(name):
+    if not is_printable(name):
         problem = f"has {len(name)} letters, more than {MAX_NAME}," if len(name) > MAX_NAME else "is not UTF-8"
         raise DataError(f"{where}: the name {name[:40]!a} {problem} or has control characters; rename it")
 
@@ -112,9 +112,9 @@ def plain_label(cell: Any, what: str) -> int | str | None:
     return cell
 
 
-def numbering(names: Sequence[str]) -> str | None:
-    """What to say of classes whose names are numbers other than their places."""
+def label_order_warning(names: Sequence[str]) -> str | None:
+    """A warning about classes whose names are other numbers than their labels."""
     if all(name.isdecimal() for name in names) and [int(name) for name in names] != list(range(len(names))):
         pairs = listed(f"{place} is {name!r}" for place, name in enumerate(names))
-        return f"the names of the classes are numbers, but not their own: class {pairs}"
+        return f"class names are numbers that differ from their labels: label {pairs}"
     return None

@@ -6,11 +6,9 @@ named, and MNIST could not be loaded, scikit-learn's embedded digits take its pl
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import dataclasses
 import glob
-import io
 import json
 import re
 import threading
@@ -21,11 +19,11 @@ import numpy as np
 import torch
 
 from mnist_diffusion.config import ImagesConfig
+from mnist_diffusion.data.arrow import read_datasets
+from mnist_diffusion.data.decoding import DataError, EncodedImages, cause, read_file, wrap_errors
 from mnist_diffusion.data.idx import PREFIXES, find_idx_family, find_idx_folder, read_idx_split, read_loose_idx
 from mnist_diffusion.data.layout import JUNK, arrange, choose_splits, listed
-from mnist_diffusion.data.pictures import DataError, Pictures, cause, explained, read_file
 from mnist_diffusion.data.raw import RawSource, RawSplit
-from mnist_diffusion.data.tables import read_datasets
 from mnist_diffusion.data.transforms import fit_to_size
 from mnist_diffusion.data.trees import (
     ARCHIVES,
@@ -44,9 +42,6 @@ HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
 MAX_ROWS = 10_000_000
-USPS_BYTES = 32 * 2**20
-"""Of text; the training split has 18 MB."""
-USPS_FILES = {"train": "usps.bz2", "test": "usps.t.bz2"}
 TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -63,15 +58,14 @@ def read_source(config: ImagesConfig) -> RawSource:
     source = _read(config)
     if config.subset is not None and not source.has_subsets:
         raise DataError(f"data.subset={config.subset!r}: {source.description} has no parts")
-    if config.label_pattern is not None and not isinstance(source.train.images, Pictures):
-        raise DataError(f"data.label_pattern={config.label_pattern!r}: {source.description} has no paths")
 
-    def seen(split: RawSplit) -> RawSplit:
-        if not isinstance(split.images, Pictures):
+    def with_background(split: RawSplit) -> RawSplit:
+        if not isinstance(split.images, EncodedImages):
             return split
         return dataclasses.replace(split, images=dataclasses.replace(split.images, background=config.background))
 
-    return dataclasses.replace(source, train=seen(source.train), test=source.test and seen(source.test))
+    test = source.test and with_background(source.test)
+    return dataclasses.replace(source, train=with_background(source.train), test=test)
 
 
 def _read(config: ImagesConfig) -> RawSource:
@@ -85,7 +79,7 @@ def _read(config: ImagesConfig) -> RawSource:
                 "Name a data set with --data.source to train on it."
             )
             return read_embedded_digits(notice=notice)
-    with explained(f"data.source={config.source!r}", RuntimeError):
+    with wrap_errors(f"data.source={config.source!r}", RuntimeError):
         path = Path(config.source).expanduser()
     if config.source == "digits":
         found = read_embedded_digits()
@@ -124,7 +118,7 @@ def read_folder(folder: Path, config: ImagesConfig) -> RawSource:
         if (source := read(folder, config)) is not None:
             return source
     idx = "IDX files (train-images-idx3-ubyte[.gz], here or in <name>/raw)"
-    looked_for = f"{idx}, usps.bz2, parquet or arrow, pictures, .npz or .npy, and CSV tables of pixels"
+    looked_for = f"{idx}, parquet or arrow, pictures, .npz or .npy, and CSV tables of pixels"
     raise DataError(f"data.source={config.source!r}: {folder.absolute()} holds no images. Looked for {looked_for}")
 
 
@@ -183,26 +177,6 @@ def _of_arrays(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], description: 
     return RawSource(str(config.source), description, splits[train], held_out, notes=tuple(notes))
 
 
-def read_usps(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read USPS as torchvision keeps it: `usps.bz2` and `usps.t.bz2`, lines of 16 x 16 values from -1 to 1."""
-    if not (folder / USPS_FILES["train"]).is_file():
-        return None
-    from sklearn.datasets import load_svmlight_file
-
-    pairs = {}
-    for split, name in USPS_FILES.items():
-        if not (path := folder / name).is_file():
-            continue
-        with explained(f"{path} could not be read"), open_file(path) as file:
-            content = bz2.BZ2File(file).read(USPS_BYTES + 1)
-            if len(content) > USPS_BYTES:
-                raise DataError(f"{path} holds more than {USPS_BYTES:,} bytes")
-            values, labels = load_svmlight_file(io.BytesIO(content), n_features=256)
-        pixels = ((values.toarray() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-        pairs[split] = pixels.reshape(-1, 16, 16), labels.astype(np.int64) - 1
-    return _of_arrays(pairs, f"{folder} (USPS)", config)
-
-
 def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
     """Read a folder that `datasets` saved, or one with such folders in it, which are splits or configurations."""
     from datasets import load_from_disk
@@ -216,7 +190,7 @@ def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
     for split, [(name, _), *others] in layout.splits.items():
         if others:
             raise DataError(f"{folder} holds several saved data sets; name one of {listed(map(str, found))}")
-        with explained(f"{(folder / name).parent} could not be read as a saved data set"):
+        with wrap_errors(f"{(folder / name).parent} could not be read as a saved data set"):
             files = [each["filename"] for each in json.loads(read_file(folder / name))["_data_files"]]
             if any(Path(each).name != each for each in files):
                 raise DataError(f"{folder / name} names files elsewhere: {listed(files)}")
@@ -259,7 +233,7 @@ def read_tables(place: Path, names: list[str], config: ImagesConfig) -> RawSourc
         _require_rows(folder / name)
     files = {split: [glob.escape(str(folder / name)) for name, _ in part] for split, part in layout.splits.items()}
     [kind] = kinds
-    with explained(f"{place} could not be read"):  # each by itself, as the first would decide on the others' types
+    with wrap_errors(f"{place} could not be read"):  # each by itself, as the first would decide on the others' types
         tables = {split: load_dataset(kind, data_files={"train": each})["train"] for split, each in files.items()}
     source = read_datasets(f"{place} (tables)", tables, config, folder)
     return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
@@ -273,7 +247,7 @@ def _require_rows(path: Path) -> None:
     """
     from pyarrow import parquet
 
-    with explained(f"{path} could not be read"), open_file(path) as file:
+    with wrap_errors(f"{path} could not be read"), open_file(path) as file:
         rows = parquet.read_metadata(file).num_rows if path.suffix == ".parquet" else 0
         if rows > MAX_ROWS:
             raise DataError(f"{path} has {rows:,} rows, more than the limit of {MAX_ROWS:,}")
@@ -339,5 +313,5 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-FOLDER_READERS = (read_idx_folder, read_other_idx, read_usps, read_saved_datasets, read_table_folder, read_any_tree)
-"""The kinds of folders, in the order in which they are tried; each gives None for a folder of another kind."""
+FOLDER_READERS = (read_idx_folder, read_other_idx, read_saved_datasets, read_table_folder, read_any_tree)
+"""The readers of folders in the order they are tried; each returns None for a folder of another kind."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.data.doubts import doubts
-from mnist_diffusion.data.pictures import DataError
+from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.data.raw import RawSplit
+from mnist_diffusion.data.sanity_checks import dataset_warnings
 from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.transforms import filled_rows, fit_to_size, to_channels
 
-SHOWN_A_CLASS = 10
+PREVIEW_PER_CLASS = 10
 MAX_SHOWN_SIDE = 64
 MAX_SHOWN_CLASSES = 100
 
@@ -91,9 +91,9 @@ def survey(config: ImagesConfig) -> Survey:
     source = read_source(config)
     of_label = source.names(config.class_names)
     places: _Places = {}
-    splits = {"train": _look_at(source.train, "train", of_label, places)}
+    splits = {"train": _survey_split(source.train, "train", of_label, places)}
     if source.test is not None:
-        splits["test"] = _look_at(source.test, "test", of_label, places)
+        splits["test"] = _survey_split(source.test, "test", of_label, places)
     if not splits["train"].counts:
         raise DataError("; ".join([f"{source.description}: no image could be read", *splits["train"].unreadable[:1]]))
     groups = [tuple(zip(*group, strict=True)) for group in places.values() if len(group) > 1]
@@ -103,11 +103,11 @@ def survey(config: ImagesConfig) -> Survey:
     names = tuple(of_label.values())
     shown = [(image, label) for label, name in enumerate(names) for image in splits["train"].shown.get(name, ())]
     images, labels = zip(*shown, strict=True)
-    notes = [*source.notes, *doubts(images, labels, names)]
+    notes = [*source.notes, *dataset_warnings(images, labels, names)]
     return Survey(source.description, names, splits, duplicates, in_two_classes, in_both_splits, notes)
 
 
-def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: _Places) -> SplitSurvey:
+def _survey_split(split: RawSplit, name: str, of_label: dict[Any, str], places: _Places) -> SplitSurvey:
     found, images = SplitSurvey(), split.images
     for index, label in enumerate(tqdm(split.labels, desc=name, unit="image", leave=False)):
         where = f"{name} image {index}" if isinstance(images, Tensor) else images.where(index)
@@ -120,7 +120,7 @@ def _look_at(split: RawSplit, name: str, of_label: dict[Any, str], places: _Plac
         found.counts[class_name] += 1
         found.shapes[(image.shape[0], image.shape[1], image.shape[2])] += 1
         shown = found.shown.setdefault(class_name, [])
-        if len(shown) < SHOWN_A_CLASS:
+        if len(shown) < PREVIEW_PER_CLASS:
             too_large = max(image.shape[-2:]) > MAX_SHOWN_SIDE
             shown.append(fit_to_size(image, MAX_SHOWN_SIDE, "contain") if too_large else image)
         content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()

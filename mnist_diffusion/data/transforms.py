@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnist_diffusion.config import AugmentConfig, Background, Fit
+from mnist_diffusion.config import AugmentConfig
+from mnist_diffusion.option_types import Background, Fit
 from mnist_diffusion.seeds import numpy_generator
 
 MOST_ALONG = 2**20
@@ -54,16 +55,14 @@ def fit_to_size(images: Tensor, size: int, fit: Fit, background: Background = "b
             f"data.fit='pad' cannot bring an image of {width} x {height} pixels to data.image_size={size}; "
             "use data.fit='contain' or a larger size"
         )
-    filled = background_of(images, background).expand(*images.shape[:-2], size, size).clone()
+    filled = torch.full((*images.shape[:-2], size, size), 255 * (background == "white"), dtype=torch.uint8)
     top, left = (size - height) // 2, (size - width) // 2
     filled[..., top : top + height, left : left + width] = images
     return filled
 
 
-def background_of(images: Tensor, background: Background) -> Tensor:
-    """The background of uint8 `[..., C, H, W]`, as `[..., C, 1, 1]`; for `edge` the median of its outermost pixels."""
-    if background != "edge":
-        return torch.full((*images.shape[:-2], 1, 1), 255 * (background == "white"), dtype=torch.uint8)
+def edge_colour(images: Tensor) -> Tensor:
+    """The median of the outermost pixels of uint8 `[..., C, H, W]`, as `[..., C, 1, 1]`."""
     sides = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
     return torch.cat(sides, dim=-1).median(dim=-1).values[..., None, None]
 

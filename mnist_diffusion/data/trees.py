@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 import threading
 import zipfile
 from collections import Counter, defaultdict
@@ -16,18 +15,14 @@ from typing import Any
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.arrays import array_splits, pixel_split
 from mnist_diffusion.data.columns import FILE_COLUMNS, LABEL_COLUMNS, find_column, text_table
+from mnist_diffusion.data.decoding import MAX_BYTES, DataError, EncodedImages, cause, read_file, wrap_errors
 from mnist_diffusion.data.layout import JUNK, Layout, arrange, choose_splits, kind_of, listed
-from mnist_diffusion.data.pictures import MAX_BYTES, DataError, Pictures, cause, explained, read_file
 from mnist_diffusion.data.raw import RawSource, RawSplit, plain_label, require_plain
 from mnist_diffusion.files import open_file
 
 PICTURE_SUFFIX = re.compile(r"\.(avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)")
 TEXT_SUFFIXES, ARRAY_SUFFIXES = (".csv", ".tsv", ".jsonl"), (".npz", ".npy")
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-MAX_ARCHIVE_BYTES = 2 * 10**9
-"""Of the pictures in a tar archive, which are kept in memory."""
-HEADERS, MAX_HEADER_BYTES = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE), 2**20
-"""Entries of a tar archive that say something of the next one."""
+ARCHIVES = (".zip",)
 
 
 @dataclass(frozen=True)
@@ -89,17 +84,13 @@ def _fail(error: OSError) -> None:
 
 
 def tree_of_archive(path: Path) -> Tree:
-    """List a zip or tar archive; nothing is unpacked onto the disk.
+    """List a zip archive; nothing is unpacked onto the disk.
 
     Raises:
-        DataError: it could not be read, or the files of a tar archive take too much memory.
+        DataError: it could not be read.
     """
-    with explained(f"{path}: the archive could not be read"):
-        if path.name.lower().endswith(".zip"):
-            names, read = _zip_reader(path)
-        else:
-            contents = _tar_contents(path)
-            names, read = list(contents), contents.__getitem__
+    with wrap_errors(f"{path}: the archive could not be read"):
+        names, read = _zip_reader(path)
     parts = {name: PurePosixPath(name).parts for name in names}
     junk = [part for each in parts.values() for part in each[:-1] if JUNK.fullmatch(part)]
     return _tree(str(path), [n for n, each in parts.items() if not any(map(JUNK.fullmatch, each))], read, junk, [])
@@ -111,35 +102,12 @@ def _zip_reader(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
         archive, lock = zipfile.ZipFile(path), threading.Lock()
 
     def read(name: str) -> bytes:
-        with lock, explained(f"{path}: {name} could not be read"), archive.open(name) as file:
+        with lock, wrap_errors(f"{path}: {name} could not be read"), archive.open(name) as file:
             if len(content := file.read(MAX_BYTES + 1)) > MAX_BYTES:
                 raise DataError(f"{path}: {name} is larger than the limit of {MAX_BYTES} bytes")
             return content
 
     return [info.filename for info in archive.infolist() if not info.is_dir()], read
-
-
-def _tar_contents(path: Path) -> dict[str, bytes]:
-    """The files in a tar archive, which can only be read from its start."""
-    contents, left = {}, MAX_ARCHIVE_BYTES
-    with open_file(path) as file, tarfile.open(fileobj=file, tarinfo=_Member) as tar:
-        for member in tar:
-            if member.islnk():
-                raise DataError(f"{path}: {member.name} is a link within the archive; unpack it into a folder")
-            if member.isfile() and (inside := tar.extractfile(member)) is not None:
-                if (left := left - member.size) < 0:
-                    raise DataError(f"{path} holds over {MAX_ARCHIVE_BYTES} bytes; unpack it into a folder")
-                contents[member.name.removeprefix("./")] = inside.read()
-    return contents
-
-
-class _Member(tarfile.TarInfo):
-    """An entry of a tar archive, whose long name and further headers are read whole only if they are small."""
-
-    def _proc_member(self, tar: tarfile.TarFile) -> Any:
-        if self.type in HEADERS and self.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _tree(where: str, names: list[str], read: Callable[[str], bytes], junk: list[str], empty: list[str]) -> Tree:
@@ -175,24 +143,21 @@ def _source(tree: Tree, kind: str, splits: dict[str, RawSplit], config: ImagesCo
     )
 
 
-def _pictures(tree: Tree, names: Sequence[str]) -> Pictures:
+def _pictures(tree: Tree, names: Sequence[str]) -> EncodedImages:
     where = Path(tree.where)
-    return Pictures(len(names), lambda indices: [tree.read(names[i]) for i in indices], lambda i: str(where / names[i]))
+    return EncodedImages(
+        len(names), lambda indices: [tree.read(names[i]) for i in indices], lambda i: str(where / names[i])
+    )
 
 
 def _foldered_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource:
-    """One folder per class, or the class found in the path by a pattern, or one class for all."""
+    """One folder per class, or one class for all."""
     if tree.empty:
         raise DataError(f"{tree.where}: folders that hold nothing: {listed(tree.empty)}; remove them")
     layout = arrange(names, config, tree.where)
     labelled = dict(layout.splits)
-    if config.label_pattern is not None:
-        pattern = re.compile(config.label_pattern)
-        labelled = {split: [(n, _found(pattern, n, tree.where)) for n, _ in part] for split, part in labelled.items()}
-    elif all(label is None for part in labelled.values() for _, label in part):
-        layout.notes.append(
-            "no folders name classes, so that there is one; data.label_pattern finds classes in the names of files"
-        )
+    if all(label is None for part in labelled.values() for _, label in part):
+        layout.notes.append("no folders name classes: all images are in one class")
         labelled = {split: [(name, "image") for name, _ in part] for split, part in labelled.items()}
     others = Counter(PurePosixPath(name).suffix or name for name in tree.names)
     for name in names:
@@ -206,14 +171,8 @@ def _foldered_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> Ra
     return _source(tree, "image folder", splits, config, layout)
 
 
-def _found(pattern: re.Pattern[str], name: str, where: str) -> str:
-    if (match := pattern.search(name)) is None or not match[1]:
-        raise DataError(f"data.label_pattern={pattern.pattern!r} finds no class in {where}/{name}")
-    return match[1]
-
-
 def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource | None:
-    """Pictures that tables beside them list with their labels; None if no table does."""
+    """EncodedImages that tables beside them list with their labels; None if no table does."""
     tables: dict[str, tuple[Any, str, str | None]] = {}
     known = set(names)
     by_end: dict[str, list[str]] = defaultdict(list)
@@ -221,7 +180,7 @@ def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawS
         path = PurePosixPath(each)
         for end in {each, path.name, path.stem}:
             by_end[end].append(each)
-    for name in [] if config.label_pattern else tree.having(TEXT_SUFFIXES):
+    for name in tree.having(TEXT_SUFFIXES):
         where = f"{tree.where}/{name}"
         try:
             table = text_table(tree.read(name), where, as_words=True)

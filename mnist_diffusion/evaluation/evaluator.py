@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -20,22 +20,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.transforms import to_model_range
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import file_within, give_mode_of, open_file, read_json, replace_folder
+from mnist_diffusion.files import copy_permissions, file_within, open_file, read_json, replace_folder
+from mnist_diffusion.pipelines.folder import require_weights
 from mnist_diffusion.seeds import indices_of_step, mixed_seed, torch_generator
-from mnist_diffusion.sharing.reading import require_weights
 
-Architecture = Literal["convolutions", "transformer"]
-SHIPPED = {"convolutions": Path(__file__).parent / "mnist", "transformer": Path(__file__).parent / "mnist_transformer"}
-"""The evaluators of MNIST that come with the package."""
+SHIPPED = Path(__file__).parent / "mnist"
+"""The evaluator of MNIST that ships with the package."""
 STEPS, MIN_STEPS, EPOCHS = 4000, 300, 40
 BATCH_SIZE = 128
-PEAK_LEARNING_RATE = {"convolutions": 6e-3, "transformer": 2e-3}
+PEAK_LEARNING_RATE = 6e-3
 WEIGHT_DECAY = 1e-2
 MAX_ROTATION_DEGREES = 12.0
 MAX_SHIFT = 0.1
@@ -104,48 +103,32 @@ def evaluator_steps(data: ImageData) -> int:
     return min(STEPS, max(MIN_STEPS, math.ceil(EPOCHS * len(data.train) / BATCH_SIZE)))
 
 
-def _build(architecture: Architecture, data: ImageData) -> PreTrainedModel:
+def _build(data: ImageData) -> ImageEvaluator:
     """An evaluator with random weights."""
     names = dict(enumerate(data.class_names))
-    about: dict[str, Any] = {"id2label": names, "num_labels": len(names), "data_fingerprint": data.fingerprint}
-    if architecture == "transformer":
-        shape = {
-            "image_size": data.image_size,
-            "patch_size": max(1, data.image_size // 7),
-            "num_channels": data.channels,
-        }
-        size = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-        return ViTForImageClassification(ViTConfig(**shape, **size, **about))
     # Larger images are halved once more, so that the last convolutions see the whole of them.
     strides = (2, 1, 2, 1, 1) if data.image_size <= 32 else (2, 1, 2, 1, 2)
-    return ImageEvaluator(EvaluatorConfig(channels=data.channels, image_size=data.image_size, strides=strides, **about))
+    shape: dict[str, Any] = {"channels": data.channels, "image_size": data.image_size, "strides": strides}
+    about: dict[str, Any] = {"id2label": names, "num_labels": len(names), "data_fingerprint": data.fingerprint}
+    return ImageEvaluator(EvaluatorConfig(**shape, **about))
 
 
-def train_evaluator(
-    data: ImageData,
-    *,
-    architecture: Architecture = "convolutions",
-    steps: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> Any:
+def train_evaluator(data: ImageData, *, steps: int | None = None, seed: int = 0, progress: bool = True) -> Any:
     """Train an evaluator on the training split: AdamW, one-cycle learning rate, small random affine changes.
 
     Args:
         data: the images; the held-out split is not touched.
-        architecture: convolutions, or the transformer of a second opinion.
-        steps: updates of 128 images; as many as the data set needs if omitted.
-        seed: of weights, order and augmentation.
-        progress: show a bar.
+        steps: updates of 128 images; chosen by the size of the data set if None.
+        seed: random seed for weights, order and augmentation.
+        progress: show a progress bar.
     """
     steps = evaluator_steps(data) if steps is None else steps
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(seed, "init"))
-        model: Any = _build(architecture, data)
+        model: Any = _build(data)
     model.to(memory_format=torch.channels_last)
-    peak = PEAK_LEARNING_RATE[architecture]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=WEIGHT_DECAY, foreach=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2)
     model.train()
     for step in tqdm(range(steps), unit="step", disable=not progress, desc="evaluator"):
         chosen = torch.from_numpy(indices_of_step(seed, step, BATCH_SIZE, len(data.train))[0])
@@ -176,22 +159,10 @@ def logits_and_features(model: Any, images: Tensor, *, batch_size: int = 500) ->
     """Logits `[N, classes]` and features `[N, D]`, float32, of uint8 images `[N, C, H, W]`."""
     logits, features = [], []
     for part in images.split(batch_size):
-        output = model(pixel_values=to_model_range(part.to(model.device)), output_hidden_states=True)
-        last = output.hidden_states[-1]
+        output = model(pixel_values=to_model_range(part.to(model.device)))
         logits.append(output.logits.cpu())
-        features.append((last.mean(dim=1) if last.ndim == 3 else last).cpu())  # of a transformer, over its patches
+        features.append(output.hidden_states[0].cpu())
     return torch.cat(logits), torch.cat(features)
-
-
-def random_features(data: ImageData, seed: int = 0) -> ImageEvaluator:
-    """An evaluator that has learned nothing, of convolutions with random weights; its features have no favourites."""
-    shape: dict[str, Any] = {"widths": (32, 64, 128), "kernel_sizes": (5, 3, 3), "strides": (2, 2, 1)}
-    model = ImageEvaluator(EvaluatorConfig(channels=data.channels, image_size=data.image_size, **shape))
-    generator = torch_generator("cpu", seed, "init")
-    for parameter in model.features.parameters():
-        if parameter.ndim == 4:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * (2 / parameter[0].numel()) ** 0.5
-    return model.eval()
 
 
 def accuracy(model: Any, split: ImageSplit) -> float:
@@ -201,7 +172,7 @@ def accuracy(model: Any, split: ImageSplit) -> float:
 
 
 @dataclass(frozen=True)
-class TrustedEvaluator:
+class LoadedEvaluator:
     """An evaluator, the SHA-256 of its weights, and where it comes from."""
 
     model: Any
@@ -209,7 +180,7 @@ class TrustedEvaluator:
     origin: str
 
 
-def load_evaluator(folder: Path, data: ImageData) -> TrustedEvaluator:
+def load_evaluator(folder: Path, data: ImageData) -> LoadedEvaluator:
     """Load a saved evaluator of a data set, for inference.
 
     Raises:
@@ -226,7 +197,7 @@ def load_evaluator(folder: Path, data: ImageData) -> TrustedEvaluator:
         raise UserError(
             f"evaluator {str(folder)!r} is for (channels, size, classes) {reads}, but the images have {wanted}"
         )
-    return TrustedEvaluator(model.eval(), digest, str(folder))
+    return LoadedEvaluator(model.eval(), digest, str(folder))
 
 
 def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
@@ -261,7 +232,7 @@ def _evaluator_config(values: dict[str, Any]) -> EvaluatorConfig:
     return EvaluatorConfig(**shape, **plain, id2label=labels, label2id=ids)
 
 
-def evaluator_for(data: ImageData, architecture: Architecture = "convolutions") -> TrustedEvaluator:
+def evaluator_for(data: ImageData) -> LoadedEvaluator:
     """The evaluator of a data set: for MNIST one that ships with the package, else one that is trained once.
 
     It is kept in the Hugging Face cache, by the data's fingerprint and the settings of its training.
@@ -271,24 +242,13 @@ def evaluator_for(data: ImageData, architecture: Architecture = "convolutions") 
     """
     if data.num_classes < 2:
         raise UserError(f"an evaluator needs images of two classes or more, and data.source has {data.num_classes}")
-    shipped = SHIPPED[architecture]
-    if read_json(shipped / "config.json")["data_fingerprint"] == data.fingerprint:
-        return replace(_load(shipped, data, architecture), origin="shipped with the package")
+    if read_json(SHIPPED / "config.json")["data_fingerprint"] == data.fingerprint:
+        return replace(load_evaluator(SHIPPED, data), origin="shipped with the package")
     shape = EvaluatorConfig()
-    recipe = (
-        *(
-            evaluator_steps(data),
-            BATCH_SIZE,
-            PEAK_LEARNING_RATE[architecture],
-            WEIGHT_DECAY,
-            MAX_ROTATION_DEGREES,
-            MAX_SHIFT,
-            MAX_SCALE,
-        ),
-        *(shape.widths, shape.kernel_sizes),
-    )
-    name = "" if architecture == "convolutions" else f"-{architecture}"
-    key = f"{data.fingerprint[:16]}{name}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
+    augmentation = (MAX_ROTATION_DEGREES, MAX_SHIFT, MAX_SCALE)
+    optimization = (evaluator_steps(data), BATCH_SIZE, PEAK_LEARNING_RATE, WEIGHT_DECAY)
+    recipe = (*optimization, *augmentation, shape.widths, shape.kernel_sizes)
+    key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     folder = Path(HF_HOME) / "mnist_diffusion" / "evaluators" / key
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -296,17 +256,8 @@ def evaluator_for(data: ImageData, architecture: Architecture = "convolutions") 
         with FileLock(folder.parent.with_suffix(".lock")):  # another evaluation may be training it
             if not weights.is_file():
                 print(f"Training an evaluator on these images first, once: {evaluator_steps(data)} steps", flush=True)
-                save_evaluator(train_evaluator(data, architecture=architecture), folder)
-    return replace(_load(folder, data, architecture), origin="trained on the training split")
-
-
-def _load(folder: Path, data: ImageData, architecture: Architecture) -> TrustedEvaluator:
-    """An evaluator of this package's own folders."""
-    if architecture == "convolutions":
-        return load_evaluator(folder, data)
-    model = ViTForImageClassification.from_pretrained(folder, local_files_only=True)
-    with open_file(folder / "model.safetensors") as file:
-        return TrustedEvaluator(model.eval(), hashlib.file_digest(file, "sha256").hexdigest(), str(folder))
+                save_evaluator(train_evaluator(data), folder)
+    return replace(load_evaluator(folder, data), origin="trained on the training split")
 
 
 def save_evaluator(model: PreTrainedModel, folder: Path) -> None:
@@ -314,6 +265,6 @@ def save_evaluator(model: PreTrainedModel, folder: Path) -> None:
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
-        give_mode_of(temporary / "config.json", temporary / "model.safetensors")
+        copy_permissions(temporary / "config.json", temporary / "model.safetensors")
 
     replace_folder(folder, write)

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.data.pictures import DataError, picture_files
+from mnist_diffusion.data.decoding import DataError, picture_files
 from mnist_diffusion.data.sources import read_source
-from mnist_diffusion.evaluation.generated import MIN_IMAGES, Sample
-from mnist_diffusion.pictures.grids import SHEETS, file_names
+from mnist_diffusion.evaluation.draw import MIN_IMAGES, Sample
+from mnist_diffusion.plots.grids import SHEETS, file_names
 
 PARTS_OF_A_RUN = ("unet", "scheduler", "pipeline", "config.yaml")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")

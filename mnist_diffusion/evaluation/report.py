@@ -14,26 +14,23 @@ from rich.console import Console
 from torch import Tensor
 
 from mnist_diffusion.data.transforms import filled_rows
-from mnist_diffusion.evaluation.generated import Sample
-from mnist_diffusion.evaluation.protocol import Measured
+from mnist_diffusion.evaluation.draw import Sample
+from mnist_diffusion.evaluation.score import Scores
 from mnist_diffusion.files import replace_picture, replace_text
-from mnist_diffusion.pictures.grids import image_grid
-from mnist_diffusion.pictures.plots import figure_of_panels, log_scale, to_picture
-from mnist_diffusion.pictures.tables import markdown, screen_table
-from mnist_diffusion.sharing.card import as_markdown, eval_results
+from mnist_diffusion.pipelines.card import as_markdown, eval_results
+from mnist_diffusion.plots.curves import figure_of_panels, log_scale, to_picture
+from mnist_diffusion.plots.grids import image_grid
+from mnist_diffusion.plots.tables import markdown, screen_table
 
 IMAGES_PER_ROW = 10
 COLUMNS: Mapping[str, tuple[str, str]] = {
     "name": ("images", "{}"),
-    "passes_per_image": ("passes", "{:g}"),
+    "nfe_per_image": ("NFE", "{:g}"),
     "num_images": ("count", "{}"),
     "accuracy": ("class accuracy", "{:.2%}"),
     "fid": ("FID", "{:.3f}"),
     "fid_standard_error": ("± s.e.", "{:.3f}"),
     "fid_ratio": ("ratio to floor", "{:.1f}"),
-    "second_fid_ratio": ("by a second evaluator", "{:.1f}"),
-    "random_fid_ratio": ("by random features", "{:.1f}"),
-    "mean_ratio": ("geometric mean", "{:.1f}"),
     "thousand_kernel_distance": ("1000 KID", "{:.2f}"),
     "imagenet_fid": ("ImageNet FID", "{:.2f}"),
     "precision": ("precision", "{:.1%}"),
@@ -44,10 +41,10 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "train_on_synthetic_accuracy": ("trains to", "{:.2%}"),
     "seconds": ("seconds", "{:.0f}"),
 }
-"""The heading of each figure of a table, and how it is spelled."""
+"""The heading of each metric in a table, and its format."""
 
 
-def _spell(pattern: str, value: Any) -> str:
+def _format(pattern: str, value: Any) -> str:
     return "" if value is None else pattern.format(value)
 
 
@@ -60,17 +57,14 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row | {"thousand_kernel_distance": 1000 * row["kernel_distance"]} for row in (floor, *report["results"])]
 
 
-ON_SCREEN = (
-    *("name", "passes_per_image", "accuracy", "fid", "fid_standard_error"),
-    *("fid_ratio", "mean_ratio", "precision", "recall"),
-)
+ON_SCREEN = (*("name", "nfe_per_image", "accuracy", "fid", "fid_standard_error"), *("fid_ratio", "precision", "recall"))
 
 
 def cells(report: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -> tuple[list[str], list[list[str]]]:
     """Headings and the text of each row, without the columns that are empty throughout."""
     shown = rows(report)
     used = {name: COLUMNS[name] for name in columns if any(row.get(name) is not None for row in shown)}
-    table = [[_spell(pattern, row.get(name)) for name, (_, pattern) in used.items()] for row in shown]
+    table = [[_format(pattern, row.get(name)) for name, (_, pattern) in used.items()] for row in shown]
     return [heading for heading, _ in used.values()], table
 
 
@@ -118,7 +112,7 @@ def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]
 
 CAPTIONS = {
     "samples": "The first images, one row per class.",
-    "misclassified": "Images that the evaluator classifies as another class than was asked.",
+    "misclassified": "Images that the evaluator classifies as another class.",
     "nearest": "The images most like a copy, each above the training image nearest to it.",
 }
 
@@ -142,8 +136,8 @@ def _explanations(report: Mapping[str, Any]) -> list[str]:
 def _class_table(result: Mapping[str, Any]) -> str:
     table = []
     for name, share in result["class_accuracy"].items():
-        correct, low, high = (_spell("{:.1%}", share[each]) for each in ("accuracy", "low", "high"))
-        distances = (_spell("{:.3f}", result[each][name]) for each in ("class_fid", "class_fid_floor"))
+        correct, low, high = (_format("{:.1%}", share[each]) for each in ("accuracy", "low", "high"))
+        distances = (_format("{:.3f}", result[each][name]) for each in ("class_fid", "class_fid_floor"))
         table.append([name, correct, f"{low} to {high}", *distances])
     return markdown(["class", "class accuracy", "95% interval", "FID", "floor"], table)
 
@@ -171,22 +165,22 @@ def misclassified_grid(sample: Sample, predicted: Tensor) -> Any:
     return image_grid(sample.images[wrong].float() / 255, IMAGES_PER_ROW) if len(wrong) else None
 
 
-def nearest_grid(sample: Sample, training: Tensor, measured: Measured) -> Any:
+def nearest_grid(sample: Sample, training: Tensor, scored: Scores) -> Any:
     """The images most like a copy, above the training images nearest to them.
 
     Args:
         sample: the images.
         training: uint8 `[M, C, H, W]`.
-        measured: says how near each is to its nearest training image, and which that is.
+        scored: says how near each is to its nearest training image, and which that is.
     """
-    first = np.argsort(measured.nearest.relative)[:IMAGES_PER_ROW]
-    nearest = torch.from_numpy(measured.nearest.indices[first])
-    pairs = torch.cat([sample.images[measured.checked[first]], training[nearest]])
+    first = np.argsort(scored.nearest.relative)[:IMAGES_PER_ROW]
+    nearest = torch.from_numpy(scored.nearest.indices[first])
+    pairs = torch.cat([sample.images[scored.checked[first]], training[nearest]])
     return image_grid(pairs.float() / 255, len(first), row_labels=["generated", "nearest"])
 
 
 PLOTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "quality_against_passes": ("passes_per_image", {"scheduler": "{}", "guidance_scale": "guidance {:g}"}),
+    "quality_against_nfe": ("nfe_per_image", {"scheduler": "{}", "guidance_scale": "guidance {:g}"}),
     "guidance": ("guidance_scale", {"scheduler": "{}", "num_inference_steps": "{} steps"}),
 }
 """For each plot, the figure along its axis, and the settings that make a line of their own, as the legend has them."""
@@ -211,9 +205,9 @@ def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Ma
     spelled = {**{name: pattern for name, pattern in VARIED.items() if name in several}, **settings}
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        texts = [_spell(pattern, result.get(name)) for name, pattern in spelled.items()]
+        texts = [_format(pattern, result.get(name)) for name, pattern in spelled.items()]
         lines.setdefault(", ".join(filter(None, texts)), []).append(result)
-    label = across.replace("_", " ")
+    label = across.replace("_", " ").replace("nfe", "NFE")
     figure, (left, right) = figure_of_panels(1, 2, title=f"Quality by {label}", height=3.6)
     for name, chosen in lines.items():
         chosen.sort(key=lambda result: float(result[across]))
@@ -225,7 +219,7 @@ def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Ma
     left.set(xlabel=label, ylabel="FID (evaluator's features)")
     right.set(xlabel=label, ylabel="class accuracy, %")
     log_scale(left)
-    if across == "passes_per_image":
+    if across == "nfe_per_image":
         log_scale(left, "x")
         log_scale(right, "x")
     if results[0]["accuracy"] is not None:

@@ -5,7 +5,7 @@
     pipeline = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
     image = pipeline(class_labels=[3], guidance_scale=5).images[0]
 
-This file ships inside every pipeline folder, so it must not import anything of the package it comes from.
+This file ships in every pipeline folder, so it imports nothing of the package it comes from.
 """
 
 import contextlib
@@ -17,8 +17,6 @@ import math
 import numbers
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,8 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 SOURCE = Path(__file__).read_bytes()
 MODULE = f"pipeline_mnist_diffusion_{hashlib.sha256(SOURCE).hexdigest()[:12]}"
-"""The name of this file in a pipeline folder. To diffusers, files of one name are one module, which the last one loaded
-replaces, so that two versions in one process must have two names."""
+"""This file's name in a pipeline folder. diffusers caches modules by name, so two versions need two names."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOW = "flow_prediction"
 SECOND_ORDER_IN_SIGMA = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
@@ -57,77 +54,50 @@ def guided_prediction(conditional: torch.Tensor, unconditional: torch.Tensor, gu
 
 @dataclass
 class GuidanceStep:
-    """A step of drawing `B` images, as a guidance rule is given it to make one prediction of.
-
-    Args:
-        pipeline: draws them.
-        step: its number, 0 for the first.
-        num_steps: how many there are.
-        timestep: where it begins.
-        model_input: what the network sees, float32 `[B, C, H, W]`.
-        conditions: what the images are conditioned on.
-        acts: whether it is within the guidance interval.
-        scales: their guidance scales, float32 `[B]` on the CPU, lowered to 1 where guidance does not act.
-        passes: network passes so far, summed over the images.
-    """
+    """A denoising step of `B` images, from which a guidance rule makes one prediction."""
 
     pipeline: "MNISTDiffusionPipeline"
-    step: int
+    step: int  # 0 for the first
     num_steps: int
-    timestep: torch.Tensor
-    model_input: torch.Tensor
+    timestep: torch.Tensor  # where the step starts
+    model_input: torch.Tensor  # float32 [B, C, H, W]
     conditions: "Conditions"
-    acts: bool
-    scales: torch.Tensor
-    passes: int = 0
+    acts: bool  # whether the step is inside the guidance interval
+    scales: torch.Tensor  # guidance scales, float32 [B] on the CPU, lowered to 1 outside the interval
+    nfe: int = 0  # network evaluations so far, summed over the images
 
     def predict(self, conditional: Any = True, unconditional: Any = True, *, unet: Any = None) -> Any:
-        """The predictions under the classes and under the null class, float32 `[B, C, H, W]` each, from one pass.
+        """Predict under the classes and under the null class, float32 `[B, C, H, W]` each, in one batch.
 
-        Each is asked for, or for some of the images alone (bool `[B]`), and zero elsewhere. `unet` takes the place of
-        the pipeline's own network.
+        Each can be limited to some images (bool `[B]`) and is zero elsewhere. `unet` replaces the pipeline's network.
         """
-        found = self.model_input.new_zeros(2, *self.model_input.shape)
-        asked, null = (torch.as_tensor(each).expand(len(found[0])) for each in (conditional, unconditional))
-        kept, null_rows, null_class = asked[self.conditions.rows], null.nonzero().flatten(), self.pipeline.null_class
-        rows, labels, shares = (part[kept].to(found.device) for part in vars(self.conditions).values())
-        null_rows = null_rows.to(found.device)
+        predictions = self.model_input.new_zeros(2, *self.model_input.shape)
+        wanted, null = (torch.as_tensor(each).expand(len(predictions[0])) for each in (conditional, unconditional))
+        kept, null_rows, null_class = wanted[self.conditions.rows], null.nonzero().flatten(), self.pipeline.null_class
+        rows, labels, shares = (part[kept].to(predictions.device) for part in vars(self.conditions).values())
+        null_rows = null_rows.to(predictions.device)
         labels = torch.cat([labels, torch.full_like(null_rows, null_class or 0)])
         if len(inputs := self.model_input[torch.cat([rows, null_rows])]):
-            predictions = self.pipeline._unet_pass(unet, inputs, self.timestep, None if null_class is None else labels)
-            found[0].index_add_(0, rows, predictions[: len(rows)] * shares.view(-1, 1, 1, 1))
-            found[1][null_rows] = predictions[len(rows) :]
-        self.passes += len(inputs)
-        return found[0], found[1]
+            outputs = self.pipeline._unet_forward(unet, inputs, self.timestep, None if null_class is None else labels)
+            predictions[0].index_add_(0, rows, outputs[: len(rows)] * shares.view(-1, 1, 1, 1))
+            predictions[1][null_rows] = outputs[len(rows) :]
+        self.nfe += len(inputs)
+        return predictions[0], predictions[1]
 
 
-def classifier_free_guidance(step: GuidanceStep, guidance_rescale: float = 0.0) -> torch.Tensor:
-    """The rule of a call that names none: [`guided_prediction`], and [`rescale_guidance`] for scales above 1."""
+def classifier_free_guidance(step: GuidanceStep) -> torch.Tensor:
+    """The default rule: [`guided_prediction`] under the classes and under the null class."""
     conditional, unconditional = step.predict(step.scales != 0, step.scales != 1)
-    scales = step.scales.to(conditional.device).view(-1, 1, 1, 1)
-    guided = guided_prediction(conditional, unconditional, scales)
-    if guidance_rescale > 0:
-        guided = torch.where(scales > 1, rescale_guidance(guided, conditional, guidance_rescale), guided)
-    return guided
+    return guided_prediction(conditional, unconditional, step.scales.to(conditional.device).view(-1, 1, 1, 1))
 
 
 def no_guidance(step: GuidanceStep) -> torch.Tensor:
-    """The prediction under no class."""
+    """The unconditional prediction."""
     return step.predict(False)[1]
 
 
-def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, guidance_rescale: float) -> torch.Tensor:
-    """Bring the standard deviation of each guided prediction back towards that of the conditional one.
-
-    Lin et al. (2023), https://arxiv.org/abs/2305.08891, equations 15 and 16; `guidance_rescale` is their phi.
-    """
-    dims = tuple(range(1, guided.ndim))
-    rescaled = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
-    return guidance_rescale * rescaled + (1 - guidance_rescale) * guided
-
-
 def prediction_type_of(scheduler: Any) -> Any:
-    """What a network should predict for a scheduler: those of flow matching do not say so themselves."""
+    """The prediction target of a scheduler; those of flow matching do not name it themselves."""
     return FLOW if type(scheduler).__name__.startswith("FlowMatch") else scheduler.config.get("prediction_type")
 
 
@@ -152,58 +122,45 @@ def predicted_original_sample(
 
 @dataclass
 class DenoisingStep:
-    """What there is after a step of drawing `B` images.
+    """The state after a denoising step of `B` images."""
 
-    Args:
-        step: its number, 0 for the first.
-        timestep: where it began.
-        latents: the samples after it, float32 `[B, C, H, W]` on the device.
-        model_output: the guided prediction, float32 `[B, C, H, W]`.
-        pred_original_sample: the clean image that it implies, float32 `[B, C, H, W]`.
-        passes: network passes so far, summed over the images.
-    """
-
-    step: int
-    timestep: torch.Tensor
-    latents: torch.Tensor
-    model_output: torch.Tensor
-    pred_original_sample: torch.Tensor
-    passes: int
+    step: int  # 0 for the first
+    timestep: torch.Tensor  # where the step started
+    latents: torch.Tensor  # the samples after it, float32 [B, C, H, W] on the device
+    model_output: torch.Tensor  # the guided prediction, float32 [B, C, H, W]
+    pred_original_sample: torch.Tensor  # the clean image it implies, float32 [B, C, H, W]
+    nfe: int  # network evaluations so far, summed over the images
 
     def images(self, output_type: str = "pil") -> Any:
-        """The samples as images, as a call with this `output_type` gives them."""
+        """The samples as images, in an `output_type` of a call."""
         return VaeImageProcessor().postprocess(self.latents, output_type)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Pairs of an image's row and a class, with the class's share in the image's conditional prediction, `[P]` each.
+    """Pairs of an image's row and a class; empty for unconditional sampling."""
 
-    None at all where images are drawn under no class.
-    """
-
-    rows: torch.Tensor
-    labels: torch.Tensor
-    shares: torch.Tensor
+    rows: torch.Tensor  # int64 [P]
+    labels: torch.Tensor  # int64 [P]
+    shares: torch.Tensor  # of the class in the image's conditional prediction, float32 [P]
 
 
 class MNISTDiffusionPipeline(DiffusionPipeline):
-    """Draws images of given classes.
+    """Samples images of given classes.
 
     Args:
-        unet: a `UNet2DModel`. With class embeddings, the last of its `num_class_embeds` is the null class; without,
-            the pipeline is unconditional.
+        unet: a `UNet2DModel`. With class embeddings, the last of its `num_class_embeds` is the null class; without, the
+            pipeline is unconditional.
         scheduler: any diffusers scheduler made from the training scheduler's configuration.
-        id2label: names of the classes by index; a call may then name classes in place of numbers.
-        num_inference_steps: denoising steps if a call names none.
-        guidance_scale: guidance scale if a call names none.
-        guidance_interval: noise levels at which guidance acts, if a call names none.
-        eta: noise of the schedulers that take an eta, if a call names none.
-        patch_size: side of the square patches whose pixels are the channels of the network's input and output.
-        guidance_distilled: scales at which the network has learned to draw as if guided, in one pass per step. Others
-            cannot be asked for then. It has embeddings for all classes at each of them, one scale after the other, and
-            then the null class. `True` stands for `guidance_scale` alone.
-        flow_matching: whether the network was trained by flow matching; as the scheduler is, if left out.
+        id2label: class names by index; a call may then use names in place of numbers.
+        num_inference_steps: default number of denoising steps.
+        guidance_scale: default guidance scale.
+        guidance_interval: default noise levels at which guidance acts.
+        eta: default noise of the schedulers that take an eta.
+        patch_size: side of the square patches whose pixels are the channels of the network.
+        guidance_distilled: guidance scales that were distilled into the network, which has embeddings for all classes at
+            each of them and then the null class; no other scale is possible. `True` stands for `guidance_scale` alone.
+        flow_matching: whether the network was trained by flow matching; taken from the scheduler if None.
     """
 
     model_cpu_offload_seq = "unet"
@@ -225,10 +182,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         super().__init__()
         scales = [guidance_scale] if guidance_distilled is True else list(guidance_distilled or ())
         if scales != (learned := getattr(unet, "guidance_distilled", scales)):
-            raise ValueError(
-                f"guidance_distilled must be {learned} for this network, into which guidance at these scales was "
-                f"distilled, got {scales}; from_pipe passes it on"
-            )
+            raise ValueError(f"guidance_distilled must be {learned}, as distilled into this network, got {scales}")
         if scales:
             if guidance_scale not in scales:
                 raise ValueError(f"guidance_scale must be one of guidance_distilled={scales}, got {guidance_scale!r}")
@@ -247,21 +201,15 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         )
         self._interrupt = False
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "scheduler" and hasattr(value, "register_to_config"):
-            # Not for another solver that is made from this one's configuration, which has kinds of its own.
-            value.register_to_config(_use_default_values=["algorithm_type", "solver_type"])
-        super().__setattr__(name, value)
-
     @property
     def null_class(self) -> Any:
-        """The label that stands for no class, the last embedding; None for an unconditional model."""
+        """The label of the null class, the last embedding; None for an unconditional model."""
         embeddings = self.unet.config.num_class_embeds
         return None if embeddings is None else embeddings - 1
 
     @property
     def num_classes(self) -> Any:
-        """How many classes there are, the null class not counted; None for an unconditional model."""
+        """Number of classes, without the null class; None for an unconditional model."""
         return None if self.null_class is None else self.null_class // max(1, len(self.config.guidance_distilled or ()))
 
     @property
@@ -273,7 +221,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback asked to stop, by setting `pipeline._interrupt = True`."""
+        """Whether a callback has set `pipeline._interrupt = True` to stop."""
         return self._interrupt
 
     @property
@@ -281,21 +229,15 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """Denoising steps of the last call."""
         return self._num_timesteps
 
-    def compile(self, **options: Any) -> None:
-        """Compile the network in place, with options of `torch.compile`; the first call of each size takes a minute."""
-        self.unet.compile(**options)
-
-    # Saving.
-
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json` and, beside it, this file, so that plain diffusers can load the folder."""
+        """Write `model_index.json` and this file, so that plain diffusers can load the folder."""
         super().save_config(save_directory, **kwargs)
-        # This file as it was imported, whatever has become of it, and whatever subclass of the class in it is saved.
+        # This file as imported, even if a subclass is saved.
         (Path(save_directory) / f"{MODULE}.py").write_bytes(SOURCE)
         index_file = Path(save_directory) / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
         index["_class_name"] = [MODULE, MNISTDiffusionPipeline.__name__]
-        index.pop("_name_or_path", None)  # a place on this machine
+        index.pop("_name_or_path", None)  # a local path
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
@@ -305,15 +247,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             values["_class_name"] = values["_class_name"][-1]
         return values
 
-    # Inputs.
-
     def label_ids(self, class_labels: Any) -> list[int] | None:
-        """Class indices for any spelling of `class_labels`: an int, a name, or a sequence, array or tensor of them.
-
-        Raises:
-            TypeError: a label is neither an integer nor a name.
-            ValueError: there is no such class, the list is empty or nested, or the model is unconditional.
-        """
+        """Class indices of `class_labels`: an int, a name, or a sequence, array or tensor of them."""
         if class_labels is None:
             return None
         if self.num_classes is None:
@@ -343,24 +278,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return int(label)
 
     def _conditions(self, class_labels: Any, num_images_per_label: int) -> tuple[Conditions, int]:
-        """What each image is conditioned on, and how many images there are."""
+        """The classes of each image, and the number of images."""
         _check_count("num_images_per_label", num_images_per_label)
         repeats = int(num_images_per_label)
-        if self.num_classes is not None and getattr(class_labels, "ndim", 0) == 2:
-            weights = torch.as_tensor(class_labels)
-            if weights.is_floating_point():
-                weights = weights.float().cpu()
-                if len(weights) == 0 or weights.shape[1] != self.num_classes:
-                    wanted = f"[images, {self.num_classes}]"
-                    raise ValueError(f"class_labels as weights must be {wanted}, got shape {tuple(weights.shape)}")
-                if not (weights >= 0).all() or not torch.allclose(weights.sum(dim=1), torch.tensor(1.0), atol=1e-4):
-                    raise ValueError("class_labels as weights must be at least 0 and sum to 1 for each image")
-                weights = weights.repeat_interleave(repeats, dim=0)
-                rows, labels = weights.nonzero(as_tuple=True)
-                if len(rows) > len(weights):  # mixed: each class for all images, as the last bits depend on the batch
-                    used = torch.tensor(list(dict.fromkeys(labels.tolist())))
-                    labels, rows = torch.cartesian_prod(used, torch.arange(len(weights))).T
-                return Conditions(rows, labels, weights[rows, labels]), len(weights)
         ids = self.label_ids(class_labels)
         labels = torch.tensor(ids or [], dtype=torch.int64).repeat_interleave(repeats)
         return Conditions(torch.arange(len(labels)), labels, torch.ones(len(labels))), len(labels) or repeats
@@ -381,7 +301,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     def _conditioned(
         self, class_labels: Any, num_images_per_label: int, guidance_scale: Any
     ) -> tuple[Conditions, torch.Tensor]:
-        """What a [`GuidanceStep`] takes: labels for these scales, at scale 1, if guidance was distilled."""
+        """Classes and scales of the images; distilled guidance becomes class embeddings at scale 1."""
         conditions, batch_size = self._conditions(class_labels, num_images_per_label)
         if class_labels is None and guidance_scale is not None:
             raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
@@ -392,16 +312,15 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if (apart.amin(dim=1) > 1e-5).any():
             other = float(scales[apart.amin(dim=1).argmax()])
             raise ValueError(
-                f"guidance_scale must be one of {learned} for this model, got {other:g}: guidance at these scales was "
-                "distilled into its weights; for another scale distil the teacher again"
+                f"guidance_scale must be one of {learned}, which were distilled into this model, got {other:g}"
             )
         if class_labels is not None:
             labels = conditions.labels + self.num_classes * apart.argmin(dim=1)[conditions.rows]
             conditions = replace(conditions, labels=labels)
         return conditions, torch.ones_like(scales)
 
-    def _rule(self, guidance: Any, class_labels: Any, scale: Any, interval: Any, rescale: Any) -> Any:
-        """The guidance rule of a call, which takes a [`GuidanceStep`]."""
+    def _rule(self, guidance: Any, class_labels: Any, interval: Any) -> Any:
+        """The guidance rule of a call, a function of a [`GuidanceStep`]."""
         if interval is not None:
             if not isinstance(interval, list | tuple) or len(interval) != 2:
                 raise TypeError(f"guidance_interval must be a pair (low, high), got {interval!r}")
@@ -409,31 +328,24 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 _check_number("guidance_interval", bound, low=0, high=1)
             if interval[0] > interval[1]:
                 raise ValueError(f"guidance_interval must not be reversed, got {interval!r}")
-        _check_number("guidance_rescale", rescale, low=0, high=1)
-        rule, guider = type(guidance).__name__, hasattr(guidance, "prepare_inputs")
-        if self.config.guidance_distilled and (interval or rescale or guidance):
-            raise ValueError(
-                f"guidance_interval={interval!r}, guidance_rescale={rescale!r}, guidance={rule} have no effect on this "
-                "model, whose guidance was distilled into its weights"
-            )
+        name = getattr(guidance, "__name__", type(guidance).__name__)
+        if self.config.guidance_distilled and (interval or guidance):
+            ignored = f"guidance_interval={interval!r} and guidance={name}"
+            raise ValueError(f"{ignored} have no effect: guidance was distilled into this model")
         if guidance is None:
-            return partial(classifier_free_guidance, guidance_rescale=rescale)
+            return classifier_free_guidance
         if class_labels is None:
-            raise ValueError(f"guidance needs class_labels, got guidance={rule} without them")
-        if not callable(guidance) or isinstance(guidance, type):
-            raise TypeError(f"guidance must be a function of a GuidanceStep or a guider of diffusers, got {guidance!r}")
-        for name, value in (("guidance_rescale", rescale or None), ("guidance_scale", scale if guider else None)):
-            if value is not None:
-                raise ValueError(f"{name}={value!r} has no effect with guidance={rule}, which decides itself")
-        return _rule_of_guider(copy.deepcopy(guidance)) if guider else guidance
+            raise ValueError(f"guidance needs class_labels, got guidance={name} without them")
+        if not callable(guidance) or isinstance(guidance, type) or hasattr(guidance, "prepare_inputs"):
+            raise TypeError(f"guidance must be a function of a GuidanceStep, got {guidance!r:.100}")
+        return guidance
 
     def _check_callback(self, callback: Any, tensor_inputs: Sequence[str]) -> None:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback_on_step_end must be callable, got {callback!r}")
         if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
-            )
+            known = self._callback_tensor_inputs
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {unknown}")
 
     def _check_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
@@ -442,33 +354,26 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if not flow == (prediction_type_of(self.scheduler) == FLOW) == self.config.flow_matching:
             raise ValueError(
                 f"scheduler: {name} with prediction_type={config.get('prediction_type')!r} does not fit a model with "
-                f"flow_matching={self.config.flow_matching}; for flow matching take one whose name begins with "
-                f"FlowMatch, or DPMSolverMultistepScheduler with use_flow_sigmas=True, prediction_type={FLOW!r}, for "
-                "others one made from the model's own scheduler's configuration"
+                f"flow_matching={self.config.flow_matching}; flow matching takes FlowMatch schedulers, or "
+                f"DPMSolverMultistepScheduler with use_flow_sigmas=True and prediction_type={FLOW!r}"
             )
         if not flow and not {"beta_schedule", "prediction_type"} <= arguments.keys():
             raise ValueError(
-                f"scheduler: {name} ignores the betas or the prediction type that the model was trained with; use one "
-                "that is made from them, such as DDIMScheduler, DPMSolverMultistepScheduler or EulerDiscreteScheduler"
+                f"scheduler: {name} ignores the betas or the prediction type of the training; use DDIMScheduler, "
+                "DPMSolverMultistepScheduler or EulerDiscreteScheduler"
             )
         if "Inverse" in name or "timestep_back" in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"scheduler: {name} does not go from noise to images one step at a time")
-        if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
-            raise ValueError(
-                f"scheduler: {name} has rescale_betas_zero_snr=True with prediction_type='epsilon', but at zero SNR "
-                "the image cannot be recovered from a prediction of the noise"
-            )
 
     def _check_steps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
-        given = {"timesteps": timesteps, "sigmas": sigmas}
-        custom = {name: value for name, value in given.items() if value is not None}
-        if len(custom) + (num_inference_steps is not None) > 1:
-            names = [*(["num_inference_steps"] if num_inference_steps is not None else []), *custom]
-            raise ValueError(f"only one of {names} can be given")
         available = self.scheduler.config.num_train_timesteps
-        if num_inference_steps is not None:
-            _check_count("num_inference_steps", num_inference_steps, high=available)
-        for name, values in custom.items():
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"only one of {list(given)} can be given")
+        if (steps := given.pop("num_inference_steps", None)) is not None:
+            _check_count("num_inference_steps", steps, high=available)
+        for name, values in given.items():
             if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(f"{name} cannot be chosen with {type(self.scheduler).__name__}")
             if not isinstance(values, list | tuple | np.ndarray | torch.Tensor) or len(values) == 0:
@@ -479,8 +384,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             if any(later >= earlier for earlier, later in pairwise(values)):
                 raise ValueError(f"{name} must fall from step to step, got {list(values)}")
 
-    # Drawing.
-
     @torch.no_grad()
     def __call__(
         self,
@@ -488,7 +391,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         num_images_per_label: int = 1,
         guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
         num_inference_steps: Any = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -501,55 +403,40 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance: Any = None,
     ) -> Any:
-        """Draw one image for each class label.
+        """Sample one image for each class label. Raises TypeError or ValueError before anything is computed.
 
         Args:
-            class_labels: an int, a class name, or a list, array or tensor of them; or float weights
-                `[images, num_classes]`, the share of each class in the conditional prediction, which sum to 1 for each
-                image. None draws unconditionally.
+            class_labels: an int, a class name, or a list, array or tensor of them. None samples unconditionally.
             num_images_per_label: images for each label, next to each other in the result.
-            guidance_scale: one number or one per image. 1 is conditional and 0 unconditional, with one network pass
-                per step; anything else takes two. See [`guided_prediction`] for how other papers' `w` maps to it.
-                For a model with distilled guidance, one of the scales that it has learned.
-            guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: scales above 1 act inside only;
-                outside, the prediction is conditional. Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
-            guidance_rescale: phi of [`rescale_guidance`], from 0 (off) to 1.
-            num_inference_steps: denoising steps.
-            timesteps: the timesteps themselves, falling, if the scheduler takes them.
-            sigmas: the noise levels themselves, falling, if the scheduler takes them.
+            guidance_scale: one number or one per image. 0 is unconditional and 1 conditional, with one network
+                evaluation per step; others take two. See [`guided_prediction`] for other papers' `w`.
+            guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: scales above 1 act inside only.
+                Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
+            num_inference_steps: number of denoising steps.
+            timesteps, sigmas: falling timesteps or noise levels, if the scheduler takes them.
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
-            generator: one for the batch, or one per image, which then does not depend on the batch.
-            latents: the noise to start from, `[B, C, H, W]` of unit variance.
-            output_type: `pil`, `np` (float `[B, H, W, C]` in [0, 1]), `pt` (float `[B, C, H, W]` in [0, 1]) or `latent`
-                (float `[B, C, H, W]` in [-1, 1], not clamped).
-            return_dict: False returns a tuple `(images,)`.
-            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; what it
-                returns replaces `latents`; setting `pipeline._interrupt = True` ends the loop.
+            generator: one for the batch, or one per image, which makes an image independent of the batch.
+            latents: the initial noise, `[B, C, H, W]` of unit variance.
+            output_type: `pil`, `np` `[B, H, W, C]` or `pt` `[B, C, H, W]` in [0, 1], or `latent`, not clamped.
+            return_dict: False returns a tuple `(images,)` in place of an `ImagePipelineOutput`.
+            callback_on_step_end: `callback(pipeline, step, timestep, tensors)`; may return new `latents`; setting
+                `pipeline._interrupt = True` stops.
             callback_on_step_end_tensor_inputs: which of `latents`, `model_output`, `pred_original_sample` it gets.
-            guidance: another rule than [`classifier_free_guidance`]: a function of a [`GuidanceStep`] that gives the
-                prediction; or a guider, one of `diffusers.guiders` that asks for these two predictions alone and has a
-                scale of its own.
-
-        Returns:
-            `ImagePipelineOutput` with `.images`, or the tuple.
-
-        Raises:
-            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
+            guidance: another rule than [`classifier_free_guidance`], a function of a [`GuidanceStep`].
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        wanted = (class_labels, num_images_per_label, guidance_scale, guidance_interval, guidance_rescale)
-        solved: tuple[Any, ...] = (num_inference_steps, timesteps, sigmas, eta, generator, latents, guidance)
-        stream = self.stream(*wanted, *solved)
-        with contextlib.closing(stream):
+        guided = (class_labels, num_images_per_label, guidance_scale, guidance_interval)
+        steps: tuple[Any, ...] = (num_inference_steps, timesteps, sigmas, eta, generator, latents, guidance)
+        with contextlib.closing(self.stream(*guided, *steps)) as stream:
             for done in stream:
                 if callback_on_step_end is not None:
-                    chosen = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
-                    found = callback_on_step_end(self, done.step, done.timestep, chosen) or {}
-                    done.latents = found.get("latents", done.latents)
+                    tensors = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, done.step, done.timestep, tensors) or {}
+                    done.latents = changed.get("latents", done.latents)
         images = done.images(output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -559,7 +446,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         num_images_per_label: int = 1,
         guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
         num_inference_steps: Any = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -568,20 +454,18 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         guidance: Any = None,
     ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
-        """Draw as a call with these arguments does, and give a [`DenoisingStep`] after each step.
+        """Sample as a call with these arguments does, and yield a [`DenoisingStep`] after each step.
 
             for done in pipeline.stream([3], guidance_scale=5):
                 done.images()[0].save(f"{done.step}.png")
 
-        What is sent to the generator changes what follows: `stream.send({"class_labels": [8], "guidance_scale": 2})`
-        gives the next step under another class and scale. What is assigned to the `latents` of a step replaces them.
-
-        Raises:
-            TypeError, ValueError: an argument cannot work; nothing has been computed yet.
+        `stream.send({"class_labels": [8], "guidance_scale": 2})` changes the remaining steps and returns the next one;
+        assigning to a step's `latents` replaces the samples.
         """
-        conditions, scales = self._conditioned(class_labels, num_images_per_label, guidance_scale)
+        labels = {"class_labels": class_labels, "repeats": num_images_per_label, "guidance_scale": guidance_scale}
+        conditions, scales = self._conditioned(*labels.values())
         self._check_scheduler()
-        rule = self._rule(guidance, class_labels, guidance_scale, guidance_interval, guidance_rescale)
+        rule = self._rule(guidance, class_labels, guidance_interval)
         self._check_steps(num_inference_steps, timesteps, sigmas)
         generator = _checked_generators(generator, len(scales))
         step_kwargs = self._step_kwargs(eta, generator)
@@ -592,67 +476,68 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1)
-        scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # not so for flow matching
         self._interrupt = False
-        asked = {"class_labels": class_labels, "repeats": num_images_per_label, "guidance_scale": guidance_scale}
+        return self._denoise(latents, conditions, scales, labels, scheduler, rule, guidance_interval, step_kwargs)
 
-        @torch.no_grad()
-        def denoise(
-            latents: torch.Tensor, conditions: Conditions, scales: torch.Tensor
-        ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
-            passes, total = 0, len(scheduler.timesteps)
-            with contextlib.ExitStack() as stack:
-                stack.callback(self.maybe_free_model_hooks)
-                progress_bar = stack.enter_context(self.progress_bar(total=total))
-                for step, timestep in enumerate(scheduler.timesteps):
-                    model_input = scaled(latents, timestep)
-                    now = self._guided(timestep, scales, guidance_interval)
-                    guided = GuidanceStep(self, step, total, timestep, model_input, conditions, *now, passes)
-                    model_output = rule(guided) if len(conditions.rows) else no_guidance(guided)
-                    passes = guided.passes
-                    if getattr(model_output, "shape", None) != latents.shape:
-                        raise TypeError(f"guidance must give a prediction {tuple(shape)}, got {model_output!r:.100}")
-                    _set_ddim_stride(scheduler, step)
-                    latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
-                    alpha, kind = _alpha_cumprod(scheduler, step), prediction_type_of(scheduler)
-                    clean = predicted_original_sample(model_output, model_input, alpha, kind)
-                    progress_bar.update()
-                    done = DenoisingStep(step, timestep, latents, model_output, clean, passes)
-                    changes = yield done
-                    latents = done.latents
-                    if self._interrupt:
-                        break
-                    if not changes:
-                        continue
+    @torch.no_grad()
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        conditions: Conditions,
+        scales: torch.Tensor,
+        labels: dict[str, Any],
+        scheduler: Any,
+        rule: Callable[[GuidanceStep], torch.Tensor],
+        interval: tuple[float, float] | None,
+        step_kwargs: dict[str, Any],
+    ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
+        """The denoising loop, which every call, sheet and measurement goes through."""
+        nfe, total = 0, len(scheduler.timesteps)
+        scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # flow matching has none
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.maybe_free_model_hooks)
+            progress_bar = stack.enter_context(self.progress_bar(total=total))
+            for step, timestep in enumerate(scheduler.timesteps):
+                model_input = scaled(latents, timestep)
+                acting = self._guided(timestep, scales, interval)
+                guided = GuidanceStep(self, step, total, timestep, model_input, conditions, *acting, nfe)
+                model_output = rule(guided) if len(conditions.rows) else no_guidance(guided)
+                nfe = guided.nfe
+                if getattr(model_output, "shape", None) != latents.shape:
+                    shape = tuple(latents.shape)
+                    raise TypeError(f"guidance must return a prediction {shape}, got {model_output!r:.100}")
+                _set_ddim_stride(scheduler, step)
+                latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
+                alpha, kind = _alpha_cumprod(scheduler, step), prediction_type_of(scheduler)
+                clean = predicted_original_sample(model_output, model_input, alpha, kind)
+                progress_bar.update()
+                done = DenoisingStep(step, timestep, latents, model_output, clean, nfe)
+                changes = yield done
+                latents = done.latents
+                if self._interrupt:
+                    break
+                if changes:
                     if unknown := changes.keys() - {"class_labels", "guidance_scale"}:
                         raise ValueError(f"a stream takes class_labels and guidance_scale, got {sorted(unknown)}")
-                    asked.update(changes)
-                    conditions, scales = self._conditioned(*asked.values())
-                    self._rule(guidance, asked["class_labels"], asked["guidance_scale"], None, 0)  # which checks
+                    labels.update(changes)
+                    conditions, scales = self._conditioned(*labels.values())
                     if len(scales) != len(latents):
                         raise ValueError(f"class_labels must be for {len(latents)} images, got {changes!r:.200}")
 
-        return denoise(latents, conditions, scales)
-
-    # Denoising.
-
     def _prepared_scheduler(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> Any:
-        """A scheduler for one call, so that calls from several threads do not meet in the state of a common one.
-
-        Its timesteps are set, and stay on the CPU, where its tables are.
-        """
-        chosen: dict[str, Any] = {"num_inference_steps": int(num_inference_steps or self.config.num_inference_steps)}
+        """A copy of the scheduler for one call, which threads do not share, with timesteps on the CPU like its tables."""
+        scheduler, steps = copy.deepcopy(self.scheduler), int(num_inference_steps or self.config.num_inference_steps)
+        given: dict[str, Any] = {"num_inference_steps": steps}
         if timesteps is not None:
-            chosen = {"timesteps": [int(timestep) for timestep in timesteps]}
+            given = {"timesteps": [int(timestep) for timestep in timesteps]}
         elif sigmas is not None:
-            chosen = {"sigmas": [float(sigma) for sigma in sigmas]}
-        scheduler = copy.deepcopy(self.scheduler)
-        if "num_inference_steps" in chosen:
-            _space(scheduler, chosen["num_inference_steps"])
+            given = {"sigmas": [float(sigma) for sigma in sigmas]}
+        else:
+            _space(scheduler, steps)
         try:
-            scheduler.set_timesteps(**chosen)
+            scheduler.set_timesteps(**given)
         except (ValueError, AssertionError) as error:
-            raise ValueError(f"{chosen} does not work with {type(scheduler).__name__}: {error}") from error
+            raise ValueError(f"{given} does not work with {type(scheduler).__name__}: {error}") from error
         if prediction_type_of(scheduler) == FLOW:  # as some round down
             scheduler.timesteps = scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
         if hasattr(scheduler, "set_begin_index"):
@@ -661,10 +546,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return scheduler
 
     def _step_kwargs(self, eta: float | None, generator: Any) -> dict[str, Any]:
-        """The arguments that this scheduler's `step` takes beside the usual three.
+        """The further arguments of this scheduler's `step`.
 
-        DDIM clips the predicted clean image but by default keeps the noise that does not belong to it any more,
-        which ruins few-step samples; `use_clipped_model_output` derives both from the same clipped image.
+        DDIM clips the predicted image; `use_clipped_model_output` keeps the noise consistent with it.
         """
         offered = {"eta": self.config.eta if eta is None else eta, "generator": generator}
         offered["use_clipped_model_output"] = True
@@ -681,83 +565,58 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         acts = low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
         return acts, scales if acts else scales.clamp(max=1)
 
-    def _unet_pass(
+    def _unet_forward(
         self, unet: Any, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
     ) -> torch.Tensor:
         unet = self.unet if unet is None else unet
         patches = F.pixel_unshuffle(model_input.to(unet.dtype), self.config.patch_size)
-        kind = torch.float32 if timestep.is_floating_point() else torch.int64  # float64 is not known on every device
+        kind = torch.float32 if timestep.is_floating_point() else torch.int64  # not every device has float64
         predicted = unet(patches, timestep.to(patches.device, kind), class_labels=labels, return_dict=False)[0]
         return F.pixel_shuffle(predicted, self.config.patch_size).float()
 
 
-def _rule_of_guider(guider: Any) -> Callable[[GuidanceStep], torch.Tensor]:
-    """The rule of a guider of `diffusers.guiders`, which asks for predictions under the classes and under no class."""
-    name, inside = type(guider).__name__, type(guider).prepare_models.__qualname__
-    other = not {"pred_cond", "pred_uncond"} >= set(guider._input_predictions) or name == "MagnitudeAwareGuidance"
-    if other or inside != "BaseGuidance.prepare_models":  # MagnitudeAwareGuidance takes no images, in diffusers 0.42
-        raise ValueError(f"guidance={name} needs other predictions than those under the classes and under no class")
-
-    def rule(step: GuidanceStep) -> torch.Tensor:
-        guider.set_state(step.step, step.num_steps, step.timestep)
-        parts = guider.prepare_inputs({"conditional": (torch.tensor(True), torch.tensor(False))})
-        if not step.acts:  # after the line above, with which a guider begins its memory at step 0
-            return step.predict(True, False)[0]
-        asked = [bool(part.conditional) for part in parts]
-        predictions = step.predict(any(asked), not all(asked))
-        for part, conditional in zip(parts, asked, strict=True):
-            part.noise_pred = predictions[not conditional]
-        return guider(parts)[0]
-
-    return rule
-
-
 def _space(scheduler: Any, num_inference_steps: int) -> None:
-    """Space the noise levels of flow matching evenly, and those of Heun and KDPM2 as Karras et al. (2022) do.
+    """Space the noise levels of flow matching evenly, and those of Heun and KDPM2 as Karras et al. (2022), equation 5.
 
-    The schedulers of flow matching end on a step from sigma 0.001, which is wasted.
-    Heun and KDPM2: equation 5, from sigma 80 at the most.
-
-    These solvers take a second look at the end of each step, which is worth something only where sigma falls smoothly;
-    on the cosine schedule the default spacing's first step falls from sigma 20,000 to 13. A spacing chosen in the
-    scheduler's configuration is kept.
+    FlowMatch schedulers waste a step at sigma 0.001. Heun and KDPM2 evaluate the network at both ends of a step, which
+    helps only where sigma falls smoothly: on the cosine schedule the default's first step falls from 20,000 to 13.
     """
     if type(scheduler).__name__.startswith("FlowMatch"):
         scheduler.sigma_min = 1 / num_inference_steps
-    chosen = any(scheduler.config.get(f"use_{name}_sigmas") for name in ("karras", "exponential", "beta"))
-    if not chosen and type(scheduler).__name__ in SECOND_ORDER_IN_SIGMA:
+    configured = any(scheduler.config.get(f"use_{name}_sigmas") for name in ("karras", "exponential", "beta"))
+    if not configured and type(scheduler).__name__ in SECOND_ORDER_IN_SIGMA:
         alpha_cumprod = float(scheduler.alphas_cumprod[-1])
         largest = math.sqrt((1 - alpha_cumprod) / alpha_cumprod) if alpha_cumprod > 0 else math.inf
         scheduler.register_to_config(use_karras_sigmas=True, sigma_max=min(largest, LARGEST_SIGMA))
 
 
 def _alpha_cumprod(scheduler: Any, step: int) -> float:
-    """The share of signal, squared, in the network's input at a step: by the solver's own sigma if it has one."""
+    """The signal's share of the variance of the network's input, from the solver's own sigma if it has one."""
     sigmas: Any = getattr(scheduler, "sigmas", None)
     if prediction_type_of(scheduler) == FLOW:
         noise = float(sigmas[step])
         return (1 - noise) ** 2 / ((1 - noise) ** 2 + noise**2)
     if sigmas is None or hasattr(scheduler, "mid_point_sigma"):
         return float(scheduler.alphas_cumprod[round(float(scheduler.timesteps[step]))])
-    if step % 2 and hasattr(scheduler, "sigmas_interpol"):  # KDPM2 looks between two levels at every other step
+    if step % 2 and hasattr(scheduler, "sigmas_interpol"):  # KDPM2 evaluates between two levels at every other step
         sigmas, step = scheduler.sigmas_interpol, step - ("Ancestral" in type(scheduler).__name__)
     return 1 / (1 + float(sigmas[step]) ** 2)
 
 
 def _set_ddim_stride(scheduler: Any, step: int) -> None:
-    """Make DDIM step to the timestep that comes next.
+    """Make DDIM step to the next timestep in its list.
 
-    Its own previous timestep is `timestep - num_train_timesteps // num_inference_steps`, which misses the next one
-    where the steps do not divide the training steps. The quotient of a `Fraction` is the true gap, exactly.
+    It steps by `num_train_timesteps // num_inference_steps`, which misses the next one where the division has a
+    remainder. Both numbers are set for this step, on the copy of the scheduler that a call works with.
     """
     if type(scheduler) is DDIMScheduler:
-        timesteps = scheduler.timesteps.tolist()
-        gap = timesteps[step] - (timesteps[step + 1] if step + 1 < len(timesteps) else -1)
-        scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, gap)
+        timesteps = [*scheduler.timesteps.tolist(), -1]
+        scheduler.num_inference_steps = 1
+        scheduler.register_to_config(num_train_timesteps=timesteps[step] - timesteps[step + 1])
 
 
 def _checked_generators(generator: Any, *counts: int) -> Any:
-    """A generator, or a list of as many as one of `counts`; a list is the only sequence that schedulers take."""
+    """A generator, or a list with one of `counts` of them; schedulers take no other sequence."""
     several = isinstance(generator, list | tuple)
     for each in generator if several else [generator]:
         if not isinstance(each, torch.Generator) and (several or generator is not None):

@@ -1,4 +1,4 @@
-"""How processes start: devices, threads and precision, and launches that must be refused."""
+"""Start the processes of a run: devices, threads, precision, and its folder."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from mnist_diffusion.config import ImagesConfig, RunConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import is_plain
-from mnist_diffusion.run_folder.lock import is_empty
+from mnist_diffusion.files import is_printable
+from mnist_diffusion.training.run_folder import is_empty
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+Read = TypeVar("Read")
 
 
 class LaunchError(UserError):
     """The processes were started in a way that cannot work."""
 
 
-Read = TypeVar("Read")
-
-
 @dataclass(frozen=True)
-class Launch:
-    """A run that has been launched: its processes with their device and precision, and where it will be written.
+class RunContext:
+    """Where a run takes place: its processes with their device and precision, and its folder.
 
     Args:
         accelerator: device, precision, processes and trackers.
@@ -45,29 +43,29 @@ class Launch:
     recipe: str
     resumes: bool
 
-    def main_first(self, read: Callable[[], Read]) -> Read:
-        """Read something on the main process, which may fetch it, then on the others, which find it in the cache."""
+    def main_process_first(self, read: Callable[[], Read]) -> Read:
+        """Read something on the main process, which may download it, then on the others, which find it in the cache."""
         with self.accelerator.main_process_first():
             return read()
 
     def require_same(self, what: str, fingerprint: str) -> None:
-        """Make sure that every process has read the same `what`.
+        """Check that every process has read the same.
 
         Raises:
             LaunchError: they have not, as when one machine of several has no data and fell back.
         """
-        if len(found := {each[:16] for each in utils.gather_object([fingerprint])}) > 1:
-            raise LaunchError(f"the processes read different {what}: fingerprints {sorted(found)}")
+        if len(different := {each[:16] for each in utils.gather_object([fingerprint])}) > 1:
+            raise LaunchError(f"the processes read different {what}: fingerprints {sorted(different)}")
 
     def load_images(self, config: ImagesConfig, *, seed: int) -> ImageData:
-        """Load labelled images, the same on every process; `seed` chooses the held-out ones if the source does not."""
-        images = self.main_first(lambda: load_images(config, seed=seed))
+        """Load labelled images, the same on every process; `seed` chooses the held-out ones if the source has none."""
+        images = self.main_process_first(lambda: load_images(config, seed=seed))
         self.require_same("images", images.fingerprint)
         return images
 
 
-def launch(config: RunConfig, recipe: str) -> Launch:
-    """Start processes, choose device and precision, and name the run folder, which is not made yet.
+def start_run(config: RunConfig, recipe: str) -> RunContext:
+    """Start processes, choose device and precision, and name the run folder, which is not created yet.
 
     Raises:
         LaunchError: it cannot work: the processes, the folder, the precision, the batch size or the trackers.
@@ -75,14 +73,14 @@ def launch(config: RunConfig, recipe: str) -> Launch:
     start_processes(config)
     folder = choose_output_dir(config, recipe)
     resumes = config.train.resume and any((folder / "checkpoints").glob("step-*"))
-    return Launch(build_accelerator(config, folder), folder, recipe, resumes)
+    return RunContext(build_accelerator(config, folder), folder, recipe, resumes)
 
 
 def start_processes(config: RunConfig) -> PartialState:
-    """Join the process group, if there is one, and give each process its share of the cores.
+    """Join the process group, if there is one, and divide the cores among its processes.
 
     Raises:
-        LaunchError: several processes that know nothing of each other, or an engine that is not supported.
+        LaunchError: several processes that are not connected, or an engine that is not supported.
     """
     state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
     announced = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -99,16 +97,13 @@ def start_processes(config: RunConfig) -> PartialState:
     return state
 
 
-def forget_earlier_runs() -> None:
-    """Let this process launch another run, of another precision than the one before.
-
-    An `Accelerator` of the caller's own must not be used any more.
-    """
+def reset_accelerate_state() -> None:
+    """Let this process start another run, with another precision; earlier `Accelerator`s must not be used any more."""
     AcceleratorState._reset_state()
 
 
 def choose_output_dir(config: RunConfig, recipe: str) -> Path:
-    """The run folder, the same for every process; it is not made yet.
+    """Choose the run folder, the same for every process; it is not created yet.
 
     Raises:
         LaunchError: the folder holds something and the run is not a resumed one, or it is a file.
@@ -116,7 +111,7 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
     name = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     [folder] = utils.broadcast_object_list([config.output_dir or name])
     path = Path(folder)
-    if not all(map(is_plain, path.absolute().parts)):
+    if not all(map(is_printable, path.absolute().parts)):
         raise LaunchError(f"output_dir={folder!a} is not UTF-8, has control characters, or a name in it is too long")
     if path.exists() and not path.is_dir():
         raise LaunchError(f"output_dir={folder!r} is a file")
@@ -127,20 +122,20 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
 
 
 def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
-    """The `Accelerator`, with the precision and the trackers of the configuration.
+    """Build the `Accelerator`, with the precision and the trackers of the configuration.
 
     Raises:
-        LaunchError: the launcher and the configuration ask for different precisions, the batch does not divide among
+        LaunchError: launcher and configuration disagree on the precision, the batch does not divide among
             processes and micro-batches, or a tracker is not installed.
     """
     state = PartialState()
-    asked, launched = config.train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked is not None and launched not in ("no", asked):
-        both = f"train.mixed_precision={asked!r}, but the launcher asks for {launched!r}"
-        raise LaunchError(f"{both}; launch with `accelerate launch --mixed_precision {asked}`")
-    precision = asked or launched
+    wanted, launched = config.train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted is not None and launched not in ("no", wanted):
+        both = f"train.mixed_precision={wanted!r}, but the launcher asks for {launched!r}"
+        raise LaunchError(f"{both}; use `accelerate launch --mixed_precision {wanted}`")
+    precision = wanted or launched
     if precision == "fp16" and state.device.type == "cpu":
-        by = "train.mixed_precision='fp16'" if asked else "the launcher's mixed precision, fp16,"
+        by = "train.mixed_precision='fp16'" if wanted else "the launcher's mixed precision, fp16,"
         raise LaunchError(f"{by} needs a GPU; on a CPU use `accelerate launch --mixed_precision no`, or bf16")
     size, count, micro = config.data.batch_size, state.num_processes, config.train.gradient_accumulation_steps
     if size % (count * micro):
@@ -165,5 +160,5 @@ def _wandb_is_ready() -> bool:
 
     if wandb.setup().settings.mode not in ("online", "shared") or wandb.login(prompt=False, verify=False):
         return True
-    wandb.teardown()  # which forgets the mode: a notebook may set another, and try again
+    wandb.teardown()  # it caches the mode; a notebook may set another, and try again
     return False

@@ -1,4 +1,4 @@
-"""Look at the network at work for a moment, before a run: its speed, its memory, and how many threads pay here."""
+"""Probe the network before a run: its speed, its memory, and how many threads are worth using."""
 
 from __future__ import annotations
 
@@ -7,51 +7,59 @@ import time
 import torch
 from accelerate.utils import broadcast_object_list
 
-from mnist_diffusion.training.length import planned_steps
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.data.dataset import draw_batch
+from mnist_diffusion.training.schedule import planned_steps
+from mnist_diffusion.training.step import TrainState
 
 PROBE_SECONDS = 1.0
-"""How long one measurement takes, if a single image does not take longer."""
+"""Duration of one measurement, unless a single image takes longer."""
 GAIN = 1.1
-"""How many times as fast all threads must be to be taken in place of one, which other programs disturb less."""
+"""Speed-up from which all threads are preferred to one, which other programs disturb less."""
 BYTES_PER_PARAMETER = 24
 """Weights, gradients, at most two moments of the optimizer, the average and its copy, in float32."""
 
 
-def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS) -> float:
-    """How long a forward and a backward pass take per image, changing nothing.
+def forward_backward(state: TrainState, count: int) -> None:
+    """Run a forward and a backward pass over `count` images of the first batch, which changes nothing."""
+    images, labels = draw_batch(state.data.train, state.config.data, seed=0, step=0, part=slice(0, count))
+    draws = state.objective.draw(tuple(images.shape), seed=0, step=0, device=state.accelerator.device)
+    state.model.train()
+    with state.accelerator.no_sync(state.model):
+        loss = state.objective.loss(state.model, state.batch(images, labels, *draws))
+        state.accelerator.backward(loss.mean())
+    state.optimizer.zero_grad()
+    if state.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
 
-    Args:
-        state: the network and its images.
-        seconds: how long to measure, with more and more images; what the last passes took is the answer.
-    """
+
+def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS) -> float:
+    """Time a forward and a backward pass per image, with growing batches for about so many seconds."""
     size, started = 1, time.perf_counter()
     while True:
-        state.passes(size)
+        forward_backward(state, size)
         before = time.perf_counter()
-        state.passes(size)
-        taken = (time.perf_counter() - before) / size
+        forward_backward(state, size)
+        per_image = (time.perf_counter() - before) / size
         if time.perf_counter() - started >= seconds:
-            return taken
+            return per_image
         size = min(4 * size, state.config.data.batch_size // state.accelerator.num_processes)
 
 
 def choose_threads(state: TrainState) -> int:
-    """One thread, or as many as there are, by what is faster now: threads that wait for each other are far slower."""
+    """Use one thread or all of them, whichever is faster now: threads that wait for each other are far slower."""
     threads = torch.get_num_threads()
     if threads == 1 or state.accelerator.device.type != "cpu":
         return threads
     torch.set_num_threads(1)
     one = seconds_per_image(state)
     torch.set_num_threads(threads)
-    chosen = threads if GAIN * seconds_per_image(state) < one else 1
-    [chosen] = broadcast_object_list([chosen])
-    torch.set_num_threads(chosen)
-    return int(chosen)
+    [best] = broadcast_object_list([threads if GAIN * seconds_per_image(state) < one else 1])
+    torch.set_num_threads(best)
+    return int(best)
 
 
 def expected_cost(state: TrainState) -> str:
-    """Steps, minutes and memory that the run would take here, from passes over a few images."""
+    """Steps, minutes and memory that the run would take here."""
     config, train = state.config, state.config.train
     size = config.data.batch_size
     speed = 1 / (size * seconds_per_image(state, seconds=2 * PROBE_SECONDS))
@@ -69,15 +77,15 @@ def expected_cost(state: TrainState) -> str:
 
 
 def _activation_bytes(state: TrainState) -> int:
-    """What a forward pass over one image keeps for the backward pass."""
-    kept: dict[int, int] = {}
+    """Memory that a forward pass over one image keeps for the backward pass."""
+    sizes: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     for parameter in state.unet.parameters():
-        kept[parameter.untyped_storage().data_ptr()] = 0
+        sizes[parameter.untyped_storage().data_ptr()] = 0
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        state.passes(1)
-    return sum(kept.values())
+        forward_backward(state, 1)
+    return sum(sizes.values())

@@ -1,12 +1,10 @@
-"""Signals that end a run: the first is a request, acted on after the step in hand; a second INT acts at once."""
+"""Signals that end a run: the first is acted on after the current step, a second Ctrl-C as soon as Python can."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# torchrun hands the terminal's INT on to workers that had it from the terminal already.
-REPEATED_BY_LAUNCHER_SECONDS = 1.0
+REPEATED_BY_TORCHRUN_SECONDS = 1.0
+"""torchrun forwards the terminal's INT to workers that have it already."""
 
 
-def leave_terminal() -> None:
-    """Print into the void from here on, where it would go to a terminal that is closed."""
+def detach_stdio() -> None:
+    """Redirect stdout and stderr to /dev/null where they lead to a terminal."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
@@ -27,58 +25,35 @@ def leave_terminal() -> None:
 
 @dataclass
 class StopRequest:
-    """The number of the signal that asked the run to end, 0 while there was none."""
+    """The number of the signal that asked the run to end; 0 while there was none."""
 
     number: int = 0
     since: float = 0.0
 
-    def receive(self, number: int) -> bool:
-        """Take note of a signal; whether the process is to end at once."""
+    def receive(self, number: int, frame: object) -> None:
+        """Note a signal; a second INT raises KeyboardInterrupt."""
         now = time.monotonic()
         if self.number == 0:
             self.number, self.since = number, now
-            return False
-        repeated = "TORCHELASTIC_RUN_ID" in os.environ and now - self.since < REPEATED_BY_LAUNCHER_SECONDS
-        return number == signal.SIGINT and not repeated
+        elif number == signal.SIGINT:
+            if "TORCHELASTIC_RUN_ID" not in os.environ or now - self.since > REPEATED_BY_TORCHRUN_SECONDS:
+                raise KeyboardInterrupt
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Collect INT, TERM, USR1 and HUP while the block runs.
+    """Collect INT, TERM, USR1 and HUP while the block runs; those that are ignored, as HUP under nohup, stay ignored.
 
-    Python runs its signal handlers between two operations only, which may be a long step apart. The interpreter's
-    wake-up descriptor is written to at once, so a thread of its own reads it and can end the process in mid-step.
-
-    In another thread than the main one, no signal arrives. In a notebook a second INT interrupts the cell.
+    Signals arrive in the main thread only.
     """
-    request, notebook = StopRequest(), "ipykernel" in sys.modules
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
-
-    def watch() -> None:
-        while received := reading.recv(1):
-            if received[0] in STOPPING and not notebook and request.receive(received[0]):
-                os._exit(128 + received[0])
-
-    def receive(number: int, frame: object) -> None:
-        if notebook and request.receive(number):
-            raise KeyboardInterrupt
-
-    watcher = threading.Thread(target=watch, name="stop signals", daemon=True)
-    # What is ignored, as HUP under `nohup`, stays so.
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, receive) for number in heard}
-    previous = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    watcher.start()
+    before = {number: signal.signal(number, request.receive) for number in heard}
     try:
         yield request
     finally:
-        signal.set_wakeup_fd(previous)
         for number, handler in before.items():
             signal.signal(number, handler)
-        writing.close()
-        watcher.join()
-        reading.close()

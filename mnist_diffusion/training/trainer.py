@@ -1,218 +1,310 @@
-"""Train a pipeline: the training loop with what a run draws, measures and exports of its averaged weights."""
+"""The training loop: resume, then update, and run the tasks that are due, until the run is done."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
-from PIL import Image
+from tqdm.auto import tqdm
 
-from mnist_diffusion.data.transforms import to_uint8
-from mnist_diffusion.diffusion.noise import NoisingProcess
-from mnist_diffusion.diffusion.pipeline import generate, require_fit, stop_after_step
-from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import read_json, read_picture, read_yaml, replace_picture
-from mnist_diffusion.pictures import pipelines, plots
-from mnist_diffusion.pictures.compare import frames_of_epochs, sheet_of_epochs
-from mnist_diffusion.pictures.grids import image_grid, save_animation
-from mnist_diffusion.run_folder.metrics import read_metrics
-from mnist_diffusion.run_folder.read import sample_sheets
-from mnist_diffusion.sharing.export import export_pipeline
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training import report
-from mnist_diffusion.training.loop import TrainingLoop, warned_of
+from mnist_diffusion.config import RunConfig
+from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.environment import package_versions, set_num_threads
+from mnist_diffusion.errors import FileError
+from mnist_diffusion.files import read_json, replace_text
+from mnist_diffusion.training import logging, schedule
+from mnist_diffusion.training.artifacts import Artifacts, Progress, warn_on_failure
+from mnist_diffusion.training.checkpoint import WRONG_CONTENT, CheckpointError, save_checkpoint
+from mnist_diffusion.training.distributed import Processes
+from mnist_diffusion.training.ema import prune_after_step
+from mnist_diffusion.training.launch import RunContext
+from mnist_diffusion.training.probe import choose_threads, expected_cost
+from mnist_diffusion.training.resume import RunIdentity, load_newest
+from mnist_diffusion.training.run_folder import OBJECTIVE, RunFolder, cut_metrics
+from mnist_diffusion.training.signals import StopRequest, detach_stdio, stop_signals
+from mnist_diffusion.training.step import TrainState
+from mnist_diffusion.training.tasks import Task, early, either, every
 
-ANIMATED_PER_CLASS = 2
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """What a run left: its folder, its pipeline with the averaged weights, and what its `summary.json` says."""
-
-    folder: Path
-    pipeline: MNISTDiffusionPipeline
-    summary: Mapping[str, Any]
+SECONDS_TO_WRITE = 2.0
+"""Time for checkpoint, export and plots after the last step of a timed run."""
+EVALUATIONS_PER_UPDATE = 3
+"""An update costs as much as three network evaluations: forward, and backward to inputs and to weights."""
 
 
-class Trainer(TrainingLoop):
-    """One training run of a pipeline.
+class Trainer:
+    """One training run.
 
     Args:
-        loop: what every [`TrainingLoop`] takes.
-        make_pipeline: puts a pipeline around a network; it is drawn from, measured and exported with averaged weights.
-        card: further values of the model card.
-
-    Raises:
-        UserError: the pipeline draws images of another shape or other classes, as with another `patch_size`.
+        context: processes, device and run folder.
+        config: the run.
+        data: the images.
+        state: network, optimizer and averages.
+        artifacts: draws, measures and exports the averaged weights.
     """
 
     def __init__(
-        self,
-        *loop: Any,
-        make_pipeline: Callable[[UNet2DModel], MNISTDiffusionPipeline],
-        card: Mapping[str, Any] | None = None,
+        self, context: RunContext, config: RunConfig, data: ImageData, state: TrainState, artifacts: Artifacts
     ):
-        super().__init__(*loop)
-        self.average = make_pipeline(self.state.averaged_unet)
-        require_fit(self.average, self.data)
-        self.average.set_progress_bar_config(disable=True)
-        self.card, self.drawn_at = card or {}, -1
-        self.measure: Callable[[], dict[str, float]] = dict  # nothing, until `prepare`
+        self.context, self.config, self.data, self.state, self.artifacts = context, config, data, state, artifacts
+        self.accelerator, self.folder = context.accelerator, context.folder
+        self.processes, self.run_folder = Processes(context.accelerator), RunFolder(context.folder)
+        self.progress, self.clock = Progress(), schedule.Clock()
+        self.steps_per_epoch = len(data.train) / config.data.batch_size
+        self.log = logging.MetricsLog(context.accelerator, self.folder / "metrics.jsonl")
 
-    def passes_at_the_end(self) -> int:
-        """Those of the held-out loss, the sample sheet, the strip, and the animation, which show every step."""
-        train, classes = self.config.train, min(self.data.num_classes, pipelines.MAX_ROWS)
-        drawn = classes * (train.samples_per_class + (3 if train.pictures else 0))
-        return super().passes_at_the_end() + 2 * drawn * self.config.sampling.num_inference_steps
+    def run(self, *, dry_run: bool = False, before_training: Callable[[], object] = lambda: None) -> int:
+        """Train until the planned steps are done or a signal comes; with `dry_run`, only print what would be done.
 
-    def pipeline(self) -> MNISTDiffusionPipeline:
-        """The pipeline with the averaged weights of this step."""
-        self.state.average()
-        return self.average
+        Args:
+            dry_run: print the plan and stop.
+            before_training: is called on the main process when nothing has been written yet.
 
-    def prepare(self) -> None:
-        """Rehearse the end of the run, and get the evaluator ready if images are to be measured."""
+        Returns:
+            The exit code: 0 if finished, 128 + its number if a signal ended the run.
+        """
+        parameters = sum(parameter.numel() for parameter in self.state.unet.parameters())
+        self.accelerator.print(logging.describe(self.config, self.data, self.context, parameters))
+        if dry_run:
+            self.accelerator.print(f"{expected_cost(self.state)}\n\n{self.config.to_yaml()}")
+            return 0
+        self.processes.on_main(before_training)
+        resume = self.config.train.resume
         try:
-            self._rehearse()
-        except UserError:
-            raise
-        except Exception as error:  # whatever the libraries make of it
-            raise UserError(f"what comes at the end of the run cannot work: {type(error).__name__}: {error}") from error
+            if resume:
+                self.processes.on_main(lambda: self.run_folder.acquire(resume=True))
+                self._resume()
+            self._set_config(self._resolved())
+            if self.progress.step >= self.last_step:
+                self.processes.on_main(self._finish_interrupted_export)
+                return 0
+            self.processes.on_main(lambda: self.artifacts.prepare(self.config_text()))
+            if not resume:
+                self.processes.on_main(lambda: self.run_folder.acquire(resume=False))
+            return self._loop()
+        finally:
+            self.run_folder.release()
+
+    def _loop(self) -> int:
+        """Update, and run the tasks that are due; the exit code."""
+        progress, train, tasks = self.progress, self.config.train, self._tasks()
+        self.processes.on_main(self._begin)
+        logging.start_trackers(self.accelerator, self.config, self.folder, self.run_folder.run_id)
+        signal_number, stopping = 0, False
+        self.clock.skip()  # preparations do not count
+        with stop_signals() as stop, self._progress_bar() as bar:
+            while not stopping:
+                learning_rate = schedule.learning_rate_at(self.config.train, progress.step, progress.planned_steps)
+                self.clock.count()
+                metrics = self.state.update(progress.step, learning_rate)
+                progress.step += 1
+                self.clock.count_step()
+                self.log.add(progress.step, progress.step / self.steps_per_epoch, learning_rate, metrics)
+                bar.update()
+                signal_number, stopping = self._should_stop(stop)
+                due = [task for task in tasks if task.due(progress.step) or (stopping and task.at_end)]
+                if signal_number:  # whoever sends a signal does not want to wait for pictures
+                    due = [task for task in due if task.stage == "save"]
+                if due or progress.step % train.log_every_steps == 0:
+                    self.log.collect(self.state, self.processes, policy=train.on_non_finite, folder=self.folder)
+                    self._run_due_tasks(due, "measure")
+                    self.log.write(progress, self.state, self.config.data.batch_size)
+                    self._run_due_tasks(due, "save")
+                    self._run_due_tasks(due, "draw")
+                    bar.total = progress.planned_steps or None
+                    bar.set_postfix(loss=f"{progress.loss:.4f}", img_s=f"{self.log.images_per_second:.0f}")
+            self.processes.on_main(lambda: self._finish(signal_number))
+        self.accelerator.trackers.clear()
+        self.accelerator.end_training()
+        return 128 + signal_number if signal_number else 0
+
+    def _tasks(self) -> list[Task]:
+        """Everything the loop does besides updates, in order. A task of your own is one line here."""
+        train, per_epoch, artifacts = self.config.train, self.steps_per_epoch, self.artifacts
+        sampling = every(train.sample_every, per_epoch)
+        sheets = either(sampling, early(train.sample_every if train.pictures else None, per_epoch))
+        measures, averages = train.evaluate_every is not None, train.averages_every is not None
+        evaluate = every(train.evaluate_every, per_epoch)
+        return [
+            Task("measure", sampling, self._measure_held_out_loss, at_end=True),
+            Task(
+                "measure", evaluate, lambda: artifacts.evaluate(self.progress, self.log), at_end=measures, counted=False
+            ),
+            Task("save", every(train.averages_every, per_epoch), self._save_power_averages, at_end=averages),
+            Task("save", every(train.checkpoint_every, per_epoch), self._save_checkpoint, at_end=True),
+            Task("draw", sheets, lambda: artifacts.draw(self.progress, self.log.path), at_end=True),
+            Task("draw", every(train.snapshot_every, per_epoch), lambda: artifacts.export_snapshot(self.progress)),
+        ]
+
+    def _run_due_tasks(self, due: list[Task], stage: str) -> None:
+        """Run the tasks of a stage on the main process, while the others wait."""
+        for task in due:
+            if task.stage == stage:
+                self.progress.seconds = self.clock.count()
+                self.processes.on_main(task.work)
+                self.clock.count() if task.counted else self.clock.skip()
+
+    def _should_stop(self, stop: StopRequest) -> tuple[int, bool]:
+        """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
+        train, clock, step = self.config.train, self.clock, self.progress.step
+        limit, timed, decay = train.time_limit_minutes, schedule.is_timed(train), None
+        left = math.inf if limit is None else 60 * limit - clock.count()
+        if timed:
+            per_image = clock.step_seconds / (EVALUATIONS_PER_UPDATE * self.config.data.batch_size)
+            left -= SECONDS_TO_WRITE + self.artifacts.num_final_evaluations() * per_image
+            left -= clock.step_seconds / 2  # err on the side of stopping half a step early
+            if self.processes.main:
+                used = clock.elapsed
+                decay = schedule.decay_from_clock(train, step, used=used, left=left, step_seconds=clock.step_seconds)
+        number, late, *agreed = self.processes.largest(stop.number, int(left <= 0), *(decay or (0, 0)))
+        if agreed[1]:
+            self._decide(lr_decay=tuple(agreed))
+        over = bool(late) or step == self.last_step
+        if over and timed and not number:  # from here on, a run of so many steps
+            self._decide(max_steps=step, max_minutes=None)
+        return number, over or number > 0
+
+    def _decide(self, **train: Any) -> None:
+        """Change the configuration, and write it before anything depends on it."""
+        self._set_config(dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, **train)))
+        self.processes.on_main(lambda: replace_text(self.folder / "config.yaml", self.config_text()))
+
+    def _set_config(self, config: RunConfig) -> None:
+        self.config = self.artifacts.config = config
+        self.progress.planned_steps = schedule.planned_steps(config, len(self.data.train))
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run is finished."""
         train = self.config.train
-        if train.evaluate_every is not None:
-            from mnist_diffusion.evaluation.evaluate import monitor  # takes seconds to import
+        if schedule.is_timed(train):
+            return schedule.NEVER
+        planned = self.progress.planned_steps
+        if train.max_epochs is None:
+            return planned
+        epochs = schedule.steps_of_epochs(train.max_epochs, len(self.data.train), self.config.data.batch_size)
+        return min(planned, epochs)
 
-            self.measure = monitor(self.average, self.data, num_images=train.num_evaluation_images, seed=train.seed)
+    def _resolved(self) -> RunConfig:
+        """The configuration with what the run decides at its start: precision, source, and threads of a timed run."""
+        train = self.config.train
+        if schedule.is_timed(train):
+            train = dataclasses.replace(train, num_threads=train.num_threads or choose_threads(self.state))
+        train = dataclasses.replace(train, mixed_precision=self.accelerator.mixed_precision)
+        data = dataclasses.replace(self.config.data, source=self.config.data.source or self.data.source_id)
+        return dataclasses.replace(self.config, train=train, data=data)
 
-    def _rehearse(self) -> None:
-        """Do in small, in a temporary folder, what comes at the end: draw, write, load. What fails there fails here."""
-        pipeline, names, seed = self.pipeline(), self.data.class_names, self.config.train.seed
-        labels, seeds, rows = pipelines.sheet_rows(pipeline, names, 1, seed)
-        try:
-            generate(pipeline, labels and labels[:1], seeds[:1], callback_on_step_end=stop_after_step)
-        except ValueError as error:  # the pipeline's own, which name argument and value
-            raise UserError(f"sampling, as it is configured, cannot work: {error}") from error
-        image_grid(torch.zeros(len(seeds), *pipeline.image_shape), 1, row_labels=rows)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder, config = Path(temporary, self.folder.resolve().name, self.exported), Path(temporary, "config.yaml")
-            self.export(folder)
-            MNISTDiffusionPipeline.from_pretrained(folder)
-            self.write_config(config)
-            try:
-                read_yaml(config)
-            except UserError as error:
-                raise UserError(
-                    f"the run's configuration could not be read again, to resume from it: {error}"
-                ) from error
+    def config_text(self) -> str:
+        """The configuration to save: it repeats this run, in a folder of its own, without publishing."""
+        return f"{OBJECTIVE}{self.state.objective}\n{self.config.reproducible().to_yaml()}"
 
-    def evaluate(self) -> None:
-        """Measure images, and keep the pipeline if none was better."""
-        self.pipeline()
-        self.measured |= (found := self.measure())
-        metric, best = self.config.train.best_metric, self.progress.best
-        if best is None or (found[metric] < best if metric == "fid" else found[metric] > best):
-            with warned_of("drawing"):
-                self.draw_samples()
-            self.export(self.folder / "pipeline_best")
-            self.progress.best = found[metric]
+    def _begin(self) -> None:
+        """Write the configuration, drop what later steps left, and draw what does not change."""
+        replace_text(self.folder / "config.yaml", self.config_text())
+        cut_metrics(self.log.path, self.progress.step)
+        prune_after_step(self.folder, self.progress.step)
+        if self.config.output_dir is None:
+            self.run_folder.link_as_latest()
+        if self.progress.step == 0:
+            self.artifacts.draw_first()
+        elif every(self.config.train.sample_every, self.steps_per_epoch)(self.progress.step):
+            self.artifacts.draw(self.progress, self.log.path)  # it may have been killed between checkpoint and pictures
 
-    def export(self, folder: Path) -> None:
-        """Write a pipeline folder with its card and the sample sheet of this step, if it has been drawn."""
-        samples = None
-        with contextlib.suppress(FileError):  # better no picture than no pipeline
-            samples = read_picture(self._sheet(".png"))
-        export_pipeline(self.pipeline(), folder, card=report.card_values(self, folder), samples=samples)
+    def _progress_bar(self) -> Any:
+        look: dict[str, Any] = {
+            "unit": "step",
+            "dynamic_ncols": True,
+            "mininterval": 0.5,
+            "initial": self.progress.step,
+        }
+        return tqdm(total=self.progress.planned_steps or None, disable=not self.processes.main, **look)
 
-    def result(self) -> TrainedRun:
-        """What the run left, read from its folder."""
-        pipeline = MNISTDiffusionPipeline.from_pretrained(self.folder / self.exported)
-        return TrainedRun(self.folder, pipeline, read_json(self.folder / "summary.json"))
+    def _measure_held_out_loss(self) -> None:
+        if self.config.train.num_eval_images > 0:
+            self.progress.held_out_loss = self.log.measured["held_out_loss"] = self.state.held_out_loss()
 
-    def is_whole(self, folder: Path) -> bool:
-        """Whether the pipeline loads."""
-        try:
-            return folder.is_dir() and bool(MNISTDiffusionPipeline.from_pretrained(folder))
-        except (OSError, ValueError):
-            return False
+    def _save_power_averages(self) -> None:
+        if self.state.power_averages is not None:
+            self.state.power_averages.write(self.folder, self.progress.step)
 
-    def usage(self) -> str:
-        """Load with plain diffusers, and draw one image."""
-        return (
-            "from diffusers import DiffusionPipeline\n"
-            f'pipeline = DiffusionPipeline.from_pretrained("{self.folder / self.exported}", trust_remote_code=True)\n'
-            f'{self.example_call()}.images[0].resize((280, 280), 0).save("sample.png")'
-        )
+    def _save_checkpoint(self) -> None:
+        """Save everything a resumed run needs: weights, averages, optimizer, progress, and what must not change."""
+        tensors, state = self.state.to_checkpoint()
+        state |= {
+            **dataclasses.asdict(self.progress),
+            "config": self.config.to_dict(),
+            "data_fingerprint": self.data.fingerprint,
+            "objective_fingerprint": self.state.objective.fingerprint,
+        }
+        settings = json.dumps(self.config.reproducible().to_dict(), sort_keys=True)
+        about = {
+            "run_id": self.run_folder.run_id,
+            "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+            "processes": self.accelerator.num_processes,
+            "versions": package_versions(),
+        }
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.folder / "checkpoints", self.progress.step, tensors, state, keep=keep, about=about)
 
-    def example_call(self) -> str:
-        """A call that shows what the pipeline can be asked for."""
-        if (classes := self.average.num_classes) is None:
-            return "pipeline()"
-        guidance = "" if self.average.config.guidance_distilled else ", guidance_scale=5"
-        return f"pipeline(class_labels=[{min(3, classes - 1)}]{guidance})"
-
-    # Pictures.
-
-    def draw_before(self) -> None:
-        """The noise schedule, and what it does to the first images of the training split."""
-        if self.config.train.pictures:
-            process = NoisingProcess.of(self.average.scheduler)
-            self._show("noise_schedule", plots.to_picture(plots.noise_schedules({"this run": process})))
-            self._show("forward_noising", pipelines.noised(self.data, process, seed=self.config.train.seed))
-
-    def draw_samples(self) -> None:
-        """The sample sheet of this step; how images form, and pixel values of real and generated images."""
-        if self.drawn_at == self.step:
+    def _resume(self) -> None:
+        """Restore the newest valid checkpoint of the run folder, if there is one."""
+        identity = RunIdentity(self.config, self.data.fingerprint, self.state.objective.fingerprint)
+        checkpoint = load_newest(self.accelerator, self.processes, self.run_folder, identity)
+        if checkpoint is None:
             return
-        pipeline, names, train = self.pipeline(), self.data.class_names, self.config.train
-        sheet, images = pipelines.sample_sheet(pipeline, names, columns=train.samples_per_class, seed=train.seed)
-        self._show("samples", sheet, self._sheet(".png"))
-        if train.pictures:
-            self._show("denoising", pipelines.denoised(pipeline, names, seed=train.seed))
-            real = self.data.train.spread(len(images))[0]
-            self._show("pixel_histograms", plots.to_picture(plots.pixel_histograms(real, to_uint8(2 * images - 1))))
-        self.drawn_at = self.step
+        try:
+            self.state.restore(checkpoint)
+            names = [field.name for field in dataclasses.fields(Progress)]
+            self.progress = Progress(**{name: checkpoint.state[name] for name in names})
+            then = checkpoint.state["config"]["train"]
+        except torch.OutOfMemoryError:
+            raise
+        except WRONG_CONTENT as error:
+            raise CheckpointError(f"{checkpoint.path} is not a checkpoint of such a run: {error!r:.300}") from error
+        self.clock = schedule.Clock(self.progress.seconds)
+        if schedule.is_timed(train := self.config.train):  # no other length is given: as before
+            kept = {name: then[name] for name in ("max_steps", "max_epochs")}
+            kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "num_threads", "lr_decay")}
+            self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **kept))
+            set_num_threads(kept["num_threads"])
+        self.accelerator.print(f"Resuming from {checkpoint.path}")
 
-    def draw_curves(self) -> None:
-        """What has been logged so far."""
-        if self.config.train.pictures:
-            figure = plots.training_curves(read_metrics(self.log), title=f"Training, {self.recipe}")
-            self._show("training_curves", plots.to_picture(figure))
+    def _finish(self, signal_number: int) -> None:
+        """Export, draw the last pictures, and print how to use the result."""
+        self.artifacts.export(self.folder / "pipeline", self.progress)
+        if not signal_number:
+            with warn_on_failure("draw the last pictures"):
+                self.artifacts.draw_last(self.progress)
+        # All processes wait for the trackers: a launcher ends the others once one has ended with a signal's code.
+        for tracker in self.accelerator.trackers:
+            with warn_on_failure("close a tracker"):
+                tracker.finish()
+        if signal_number == signal.SIGHUP:
+            detach_stdio()
+        self.progress.seconds = self.clock.count()
+        finished = self.progress.step >= self.last_step
+        summary = logging.summary(self.config, self.data, self.context, self.progress, str(self.state.objective))
+        summary |= {"finished": finished, "stopped_by_signal": signal_number or None}
+        replace_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        usage = self.artifacts.usage(self.folder / "pipeline")
+        print(logging.closing_words(self.config, self.data, self.folder, self.progress, signal_number, usage))
 
-    def draw_animation(self) -> None:
-        """How the sample sheet of this step forms."""
-        self._save_frames(self._sheet(".gif"), self.config.train.samples_per_class)
-
-    def draw_at_the_end(self) -> None:
-        """The same seeds over the epochs, as a sheet and an animation, and how a few images form."""
-        if not self.config.train.pictures:
+    def _finish_interrupted_export(self) -> None:
+        """Report that the run is finished; first write again what it was killed before writing."""
+        exported, summary = self.folder / "pipeline", {}
+        with contextlib.suppress(FileError):
+            summary = read_json(self.folder / "summary.json")
+        same = summary.get("step") == self.progress.step and not summary.get("stopped_by_signal")
+        if same and self.artifacts.is_loadable(exported):
+            print(f"Finished at step {self.progress.step} already; nothing to do. The pipeline is in {exported}")
             return
-        sheets = sample_sheets(self.folder, epochs_per_step=self._epochs(1))
-        if len(sheets) > 1:
-            self._show("epochs", sheet_of_epochs(sheets))
-            save_animation(frames_of_epochs(sheets), self.folder / "pictures" / "epochs.gif", milliseconds=400)
-        columns = min(ANIMATED_PER_CLASS, self.config.train.samples_per_class)
-        self._save_frames(self.folder / "pictures" / "denoising.gif", columns)
-
-    def _sheet(self, suffix: str) -> Path:
-        return self.folder / "samples" / f"step-{self.step:06d}{suffix}"
-
-    def _save_frames(self, path: Path, columns: int) -> None:
-        rows = pipelines.sheet_rows(self.pipeline(), self.data.class_names, columns, self.config.train.seed)
-        labels, seeds, names = rows
-        frames = pipelines.predicted_frames(self.average, labels, seeds, columns, row_labels=names)
-        path.parent.mkdir(exist_ok=True)
-        save_animation(frames, path)
-
-    def _show(self, name: str, picture: Image.Image, path: Path | None = None) -> None:
-        """Save a picture, in `pictures/` if no other path is given, and send it to the trackers."""
-        path = path or self.folder / "pictures" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        replace_picture(picture, path)
-        with warned_of("tracking"):
-            report.track_picture(self.accelerator, name, picture, self.step)
+        for task in self._tasks():
+            if task.stage == "draw" and (task.at_end or task.due(self.progress.step)):
+                task.work()
+        self._finish(0)

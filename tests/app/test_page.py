@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist_diffusion.pictures.grids import image_grid
+from mnist_diffusion.plots.grids import image_grid
 from tests.support.browser import Visit, chromium
 
 pytestmark = pytest.mark.slow

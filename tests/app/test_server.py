@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist_diffusion.app import drawing
-from mnist_diffusion.app.drawing import Settings
-from mnist_diffusion.app.models import Models
-from mnist_diffusion.app.server import MAX_BODY_BYTES
-from mnist_diffusion.app.space import write_gradio_space
-from mnist_diffusion.app.work import figure
+from mnist_diffusion.demo import drawing
+from mnist_diffusion.demo.drawing import Settings
+from mnist_diffusion.demo.models import Models
+from mnist_diffusion.demo.server import MAX_BODY_BYTES
+from mnist_diffusion.demo.space import write_gradio_space
+from mnist_diffusion.demo.jobs import figure
 from mnist_diffusion.cli import main
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.requests import AppRequest
@@ -286,7 +286,7 @@ def test_a_space_is_pushed_in_one_commit(
     found = hub.repositories["owner/letters"]
     names = found.files()
     assert {"README.md", "app.py", "requirements.txt", "pipeline/model_index.json"} <= names.keys()
-    assert "mnist_diffusion/app/page.py" in names
+    assert "mnist_diffusion/demo/page.py" in names
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in names)
     assert len(found.history) == 2  # the first is the repository's own
     assert main(command) == 2

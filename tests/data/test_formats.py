@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mnist_diffusion.data.pictures import DataError, decode_picture
+from mnist_diffusion.data.decoding import DataError, decode_picture
 from mnist_diffusion.data.transforms import fit_to_size
 from tests.conftest import REPOSITORY
 from tests.data.test_dataset import idx_bytes, load

@@ -20,7 +20,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from mnist_diffusion.cli import main
-from mnist_diffusion.data.pictures import DataError
+from mnist_diffusion.data.decoding import DataError
 from tests.data.test_dataset import load
 
 SIDE = 12

@@ -18,7 +18,7 @@ from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import draw_batch
 from mnist_diffusion.data.lazy import LazyImages
-from mnist_diffusion.data.pictures import MAX_PIXELS, DataError, decode_picture
+from mnist_diffusion.data.decoding import MAX_PIXELS, DataError, decode_picture
 from mnist_diffusion.data.survey import survey
 from mnist_diffusion.errors import UserError
 from tests.conftest import make_image_folder

@@ -27,7 +27,7 @@ from mnist_diffusion.config import (
     TrainConfig,
 )
 from mnist_diffusion.data.dataset import ImageData, load_images
-from mnist_diffusion.diffusion.distillation import (
+from mnist_diffusion.method.distillation import (
     TeacherError,
     chosen_points,
     cleaned,
@@ -42,12 +42,12 @@ from mnist_diffusion.diffusion.distillation import (
     student_scheduler,
     with_teachers_images,
 )
-from mnist_diffusion.diffusion.objective import Batch
-from mnist_diffusion.diffusion.pipeline import fingerprint
-from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.method.objective import Batch
+from mnist_diffusion.pipelines.drawing import fingerprint
+from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.run_folder.metrics import read_metrics
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 from tests.support.survival import Death, Nursery, final_state
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mnist_diffusion.checks import FLOW_SAMPLERS
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
-from mnist_diffusion.diffusion.guidance import Autoguidance
-from mnist_diffusion.diffusion.noise import NoisingProcess, build_noise_scheduler
-from mnist_diffusion.diffusion.objective import Batch, diffusion_objective
-from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
+from mnist_diffusion.method.guidance import Autoguidance
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
+from mnist_diffusion.method.objective import Batch, diffusion_objective
+from mnist_diffusion.pipelines.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import ConfigError
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 
 CONFIG = DiffusionConfig(prediction_type="flow_prediction", sigmoid_bias=None)

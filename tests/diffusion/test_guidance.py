@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mnist_diffusion.checks import GUIDERS
 from mnist_diffusion.config import DiffusionConfig
-from mnist_diffusion.diffusion.guidance import Autoguidance, guidance_arguments
+from mnist_diffusion.method.guidance import Autoguidance, guidance_arguments
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
-from mnist_diffusion.sharing.pipeline import GuidanceStep, MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline import GuidanceStep, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 from tests.sharing.test_pipeline import CountingUNet, draw
 from tests.studio.test_studio import make_student

@@ -12,9 +12,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from mnist_diffusion.config import DiffusionConfig, ModelConfig, SamplingConfig
-from mnist_diffusion.diffusion.network import PatchedUNet, build_unet, initialise, patch_size_of
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.pipeline import build_pipeline
+from mnist_diffusion.method.network import PatchedUNet, build_unet, initialise, patch_size_of
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.errors import ConfigError, UserError
 from tests.conftest import make_pipeline
 

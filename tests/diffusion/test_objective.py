@@ -12,9 +12,9 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 
 from mnist_diffusion.config import DiffusionConfig
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import Batch, Objective, diffusion_objective, min_snr_weights, sigmoid_weights
-from mnist_diffusion.sharing.pipeline import predicted_original_sample
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.objective import Batch, Objective, diffusion_objective, min_snr_weights, sigmoid_weights
+from mnist_diffusion.pipelines.pipeline import predicted_original_sample
 from tests.conftest import make_pipeline
 
 SHAPE = (6, 1, 8, 8)

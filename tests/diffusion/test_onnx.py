@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_diffusion.diffusion import onnx
+from mnist_diffusion.pipelines import onnx
 from tests.conftest import make_pipeline
 
 

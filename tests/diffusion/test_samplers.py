@@ -14,10 +14,10 @@ import torch
 
 from mnist_diffusion.checks import SAMPLERS, require_sampler
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
-from mnist_diffusion.diffusion.pipeline import generate
-from mnist_diffusion.diffusion.samplers import build_sampler, sampler_name
+from mnist_diffusion.pipelines.drawing import generate
+from mnist_diffusion.pipelines.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import ConfigError
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline, slerp
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline, slerp
 from tests.conftest import ALL_SAMPLERS, make_pipeline
 
 LABEL, SCALE = 3, 2.5

@@ -9,7 +9,7 @@ import pytest
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, train_evaluator
-from mnist_diffusion.evaluation.protocol import Reference
+from mnist_diffusion.evaluation.score import Reference
 
 
 @pytest.fixture(scope="session")

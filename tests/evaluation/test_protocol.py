@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
-from mnist_diffusion.data.pictures import DataError
+from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.data.transforms import to_uint8
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, evaluator_for, logits_and_features, random_features
-from mnist_diffusion.evaluation.generated import Sample
-from mnist_diffusion.evaluation.protocol import Reference, evaluate_images
+from mnist_diffusion.evaluation.draw import Sample
+from mnist_diffusion.evaluation.score import Reference, evaluate_images
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_same_seed_same_figures(digits: ImageData, digits_reference: Reference) 
 
 @pytest.mark.slow
 def test_train_on_synthetic(digits_reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_diffusion.evaluation.protocol.SYNTHETIC_STEPS", 80)
+    monkeypatch.setattr("mnist_diffusion.evaluation.score.SYNTHETIC_STEPS", 80)
     train = digits_reference.data.train
     values = digits_reference.report(Sample(train.tensor, train.labels), train_on_synthetic=True).values
     assert values["train_on_synthetic_accuracy"] == values["train_on_synthetic_accuracy_floor"] > 0.8

@@ -13,17 +13,17 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mnist_diffusion import MNISTDiffusionPipeline
-from mnist_diffusion.app.work import evaluation_figures
+from mnist_diffusion.demo.jobs import evaluation_figures
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import Config, DataConfig, ImagesConfig, ModelConfig, SamplingConfig, TrainConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.pipeline import build_pipeline
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, load_evaluator, save_evaluator
 from mnist_diffusion.requests import EvaluationRequest
-from mnist_diffusion.sharing.export import export_pipeline
+from mnist_diffusion.pipelines.export import export_pipeline
 
 CARD = {
     "title": "test", "location": "folder", "datasets": None, "num_classes": 10, "class_names": "0 to 9",

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
-from mnist_diffusion.data.pictures import DataError
-from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.data.decoding import DataError
+from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.external import read_sample
-from mnist_diffusion.evaluation.generated import ImageGenerator, SamplingSettings
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.evaluation.draw import ImageGenerator, SamplingSettings
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 
 LETTERS = "abcdefghij"
@@ -73,7 +73,7 @@ class TestDrawing:
     def test_goes_on_where_it_stopped(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mnist_diffusion.evaluation.generated.IMAGES_PER_PART", 20)
+        monkeypatch.setattr("mnist_diffusion.evaluation.draw.IMAGES_PER_PART", 20)
         settings = SamplingSettings("ddim", 2, 2.0)
         whole = generator(pipeline, letters, tmp_path).draw(settings)
         [folder] = tmp_path.iterdir()
@@ -95,7 +95,7 @@ class TestDrawing:
     def test_more_images_take_up_those_that_are_there(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mnist_diffusion.evaluation.generated.IMAGES_PER_PART", 20)
+        monkeypatch.setattr("mnist_diffusion.evaluation.draw.IMAGES_PER_PART", 20)
         few = generator(pipeline, letters, tmp_path, num_images=70).draw(SamplingSettings("ddim", 2, 2.0))
         drawn = 0
 

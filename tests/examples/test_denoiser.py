@@ -16,8 +16,8 @@ from PIL import Image
 from examples import denoiser
 from mnist_diffusion.config import ModelConfig
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.objective import Batch
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.objective import Batch
 from mnist_diffusion.errors import UserError
 from tests.conftest import tiny_config
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import train_cfg
 from mnist_diffusion import cli
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
 from tests.support.hub_server import HubServer
 from tests.support.survival import FLAGS

@@ -15,8 +15,8 @@ from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.evaluation.evaluator import evaluator_for
-from mnist_diffusion.evaluation.generated import ImageGenerator, Sample
-from mnist_diffusion.evaluation.protocol import Reference
+from mnist_diffusion.evaluation.draw import ImageGenerator, Sample
+from mnist_diffusion.evaluation.score import Reference
 from tests.journeys.test_commands import ACCELERATE, CONSOLE, SCRIPT, command
 
 pytestmark = pytest.mark.slow

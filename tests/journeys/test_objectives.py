@@ -13,7 +13,7 @@ from mnist_diffusion import distill_cfg, train_cfg
 from mnist_diffusion.cli import main
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.evaluation.evaluator import save_evaluator, train_evaluator
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 OBJECTIVES = {
     "the image, by the velocity, stratified": [

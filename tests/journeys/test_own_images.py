@@ -12,9 +12,9 @@ from PIL import Image
 
 import train_cfg
 from mnist_diffusion.cli import main
-from mnist_diffusion.pictures.sampling import Samples
+from mnist_diffusion.plots.samples import Samples
 from mnist_diffusion.requests import SampleRequest
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 SIDE = 16
 

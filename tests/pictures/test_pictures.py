@@ -18,10 +18,10 @@ import train_cfg
 from mnist_diffusion.cli import main
 from mnist_diffusion.cli.plot import PLOTS
 from mnist_diffusion.config import DiffusionConfig
-from mnist_diffusion.diffusion.noise import NoisingProcess, build_noise_scheduler
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.pictures.compare import sheet_of_epochs
-from mnist_diffusion.pictures.grids import (
+from mnist_diffusion.plots.compare import sheet_of_epochs
+from mnist_diffusion.plots.grids import (
     LONGEST_LABEL,
     denoising_strip,
     drawable,
@@ -31,8 +31,8 @@ from mnist_diffusion.pictures.grids import (
     side_by_side,
     titled,
 )
-from mnist_diffusion.pictures.plots import compared_curves, noise_schedules, pixel_histograms, training_curves
-from mnist_diffusion.run_folder.read import Sheet
+from mnist_diffusion.plots.curves import compared_curves, noise_schedules, pixel_histograms, training_curves
+from mnist_diffusion.training.run_record import Sheet
 from tests.conftest import make_image_folder
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.pictures import sampling
-from mnist_diffusion.pictures.sampling import Samples
+from mnist_diffusion.plots import samples as sampling
+from mnist_diffusion.plots.samples import Samples
 from tests.conftest import make_pipeline
 
 

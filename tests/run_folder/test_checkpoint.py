@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_diffusion.run_folder import checkpoint as checkpoint_module
-from mnist_diffusion.run_folder.checkpoint import (
+from mnist_diffusion.training import checkpoint as checkpoint_module
+from mnist_diffusion.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,

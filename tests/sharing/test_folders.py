@@ -15,11 +15,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DMo
 
 from mnist_diffusion.checks import SAMPLERS
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.run_folder.checkpoint import save_checkpoint
-from mnist_diffusion.sharing.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
+from mnist_diffusion.training.checkpoint import save_checkpoint
+from mnist_diffusion.pipelines.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
 from tests.conftest import ALL_SAMPLERS, make_pipeline
 from tests.sharing.test_pipeline import draw
 from tests.support.hub_server import HubServer

@@ -16,16 +16,16 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.pipeline import generate
-from mnist_diffusion.diffusion.samplers import build_sampler
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.pipelines.drawing import generate
+from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
     _alpha_cumprod,
     guided_prediction,
     predicted_original_sample,
     rescale_guidance,
 )
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import ALL_SAMPLERS, make_pipeline
 
 

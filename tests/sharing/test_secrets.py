@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mnist_diffusion import cli
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.sharing.errors import HubError
-from mnist_diffusion.sharing.hub import push
+from mnist_diffusion.hub_errors import HubError
+from mnist_diffusion.hub import push
 from tests.conftest import REPOSITORY
 from tests.support.hub_server import Fault, HubServer
 from tests.support.survival import FLAGS
@@ -91,7 +91,7 @@ def test_train_push_fail_and_crash(hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_errors_do_not_chain_to_what_tells_more(hub: HubServer, made_run: Path) -> None:
-    from mnist_diffusion.sharing.hub import push
+    from mnist_diffusion.hub import push
 
     hub.fault = lambda request: Fault(status=403)
     with pytest.raises(HubError) as caught:

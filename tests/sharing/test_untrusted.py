@@ -27,8 +27,8 @@ from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.evaluation.evaluator import SHIPPED, load_evaluator
-from mnist_diffusion.run_folder.checkpoint import newest_verified, save_checkpoint
-from mnist_diffusion.sharing.pipeline import CODE_FILE, MNISTDiffusionPipeline
+from mnist_diffusion.training.checkpoint import newest_verified, save_checkpoint
+from mnist_diffusion.pipelines.pipeline import CODE_FILE, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 from tests.support.survival import Nursery
 

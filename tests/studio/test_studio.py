@@ -16,12 +16,12 @@ import torch
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DiffusionConfig, SamplingConfig
-from mnist_diffusion.diffusion.distillation import student_of, student_scheduler
-from mnist_diffusion.diffusion.pipeline import build_pipeline
-from mnist_diffusion.diffusion.samplers import build_sampler
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.studio.build import StudioError, write_studio
-from mnist_diffusion.studio.plans import PlanError, sampler_plan
+from mnist_diffusion.method.distillation import student_of, student_scheduler
+from mnist_diffusion.pipelines.drawing import build_pipeline
+from mnist_diffusion.pipelines.samplers import build_sampler
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.demo.studio.build import StudioError, write_studio
+from mnist_diffusion.demo.studio.plans import PlanError, sampler_plan
 from tests.conftest import make_pipeline
 from tests.support.browser import CHROMIUM, Visit, chromium
 

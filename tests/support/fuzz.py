@@ -238,7 +238,7 @@ def _yaml(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
 
 
 def _pipeline(folder: Path, name: str) -> Callable[[random.Random], Callable[[], object]]:
-    from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+    from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
     from tests.conftest import make_pipeline
 
     make_pipeline().save_pretrained(folder)
@@ -274,10 +274,11 @@ def _saved_data_set(folder: Path) -> Callable[[random.Random], Callable[[], obje
 
 def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callable[[], object]]:
     """A file of a run folder, which a function of the package reads."""
-    from mnist_diffusion.pictures import compare, plots
-    from mnist_diffusion.run_folder.read import RunRecord, read_run
-    from mnist_diffusion.sharing.card import write_results_to_card
-    from mnist_diffusion.sharing.hub import files_to_push
+    from mnist_diffusion.plots import compare
+    from mnist_diffusion.plots import curves as plots
+    from mnist_diffusion.training.run_record import RunRecord, read_run
+    from mnist_diffusion.pipelines.card import write_results_to_card
+    from mnist_diffusion.hub import files_to_push
     from tests.conftest import run_folder
 
     def shown(run: RunRecord) -> None:
@@ -309,7 +310,7 @@ SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "num_images")
 
 def _checkpoint(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
     """A checkpoint whose state says something else, under hashes that are right: what a resumed run makes of it."""
-    from mnist_diffusion.run_folder.checkpoint import load_checkpoint, save_checkpoint
+    from mnist_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
     from mnist_diffusion.training.resume import differences
 
     state = json.dumps({"loss": 0.5, "seconds": 3.0, "config": {"train": {"seed": 0}}, "optimizer_groups": [{"lr": 1}]})
@@ -330,7 +331,7 @@ def _checkpoint(folder: Path) -> Callable[[random.Random], Callable[[], object]]
 
 
 def _part(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    from mnist_diffusion.evaluation.generated import _read_part
+    from mnist_diffusion.evaluation.draw import _read_part
 
     folder.mkdir()
     file = io.BytesIO()

@@ -26,8 +26,8 @@ from typing import Any
 
 import jsonargparse
 
-from mnist_diffusion.run_folder.checkpoint import load_checkpoint, newest_verified
-from mnist_diffusion.run_folder.metrics import read_metrics
+from mnist_diffusion.training.checkpoint import load_checkpoint, newest_verified
+from mnist_diffusion.training.metrics_log import read_metrics
 
 FLAGS = [
     *("--data.source", "digits", "--data.batch_size", "8", "--model.block_out_channels", "[8, 8]"),
@@ -37,9 +37,9 @@ FLAGS = [
     *("--train.pictures", "false"),
 ]
 FILE_OPERATIONS = (
-    ("mnist_diffusion.run_folder.checkpoint", "save_file"),
-    ("mnist_diffusion.run_folder.checkpoint", "flush"),
-    ("mnist_diffusion.run_folder.checkpoint.shutil", "rmtree"),
+    ("mnist_diffusion.training.checkpoint", "save_file"),
+    ("mnist_diffusion.training.checkpoint", "flush"),
+    ("mnist_diffusion.training.checkpoint.shutil", "rmtree"),
     ("pathlib.Path", "replace"),
     ("pathlib.Path", "mkdir"),
     ("pathlib.Path", "rename"),
@@ -263,7 +263,7 @@ def operations_of_a_save() -> int:
     """How many file operations a save has: counted in one."""
     import torch
 
-    from mnist_diffusion.run_folder.checkpoint import save_checkpoint
+    from mnist_diffusion.training.checkpoint import save_checkpoint
 
     count = 0
     before = []
@@ -318,7 +318,7 @@ def run_until(arguments: list[str], *, dtype: str, until: int | None = None) -> 
     import torch
 
     import train_cfg
-    from mnist_diffusion.diffusion.objective import Batch, Objective
+    from mnist_diffusion.method.objective import Batch, Objective
     from mnist_diffusion.training import loop
 
     module: Any = loop

@@ -14,12 +14,12 @@ import train_cfg
 from mnist_diffusion.cli.options import RunArguments
 from mnist_diffusion.config import Config
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.diffusion.network import build_unet
-from mnist_diffusion.diffusion.noise import build_noise_scheduler
-from mnist_diffusion.diffusion.objective import diffusion_objective
-from mnist_diffusion.run_folder.metrics import read_metrics
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.objective import diffusion_objective
+from mnist_diffusion.training.metrics_log import read_metrics
 from mnist_diffusion.training.launch import build_accelerator
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.training.step import TrainState
 from tests.conftest import tiny_config
 
 LOSSES = ("step", "epoch", "loss", "grad_norm", "learning_rate")

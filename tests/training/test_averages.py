@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mnist_diffusion import train_cfg
 from mnist_diffusion.cli import main
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training.averages import TRACKED, PowerAverages, coefficients, exponent, rebuilt
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.training.ema import TRACKED, PowerAverages, coefficients, exponent, rebuilt
 
 STEPS, EVERY = 480, 10
 

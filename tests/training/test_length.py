@@ -15,11 +15,12 @@ import yaml
 
 from mnist_diffusion.cli.options import parse_train_arguments
 from mnist_diffusion.config import Config, TrainConfig
-from mnist_diffusion.run_folder.metrics import read_metrics
-from mnist_diffusion.training import length, loop
-from mnist_diffusion.training.length import learning_rate_at, steps_of_epochs
+from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.training import schedule as length
+from mnist_diffusion.training import loop
+from mnist_diffusion.training.schedule import learning_rate_at, steps_of_epochs
 from mnist_diffusion.training.probe import expected_cost, seconds_per_image
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.training.step import TrainState
 from mnist_diffusion.training.trainer import Trainer
 from tests.conftest import tiny_config
 from tests.training.conftest import losses, make_state, run

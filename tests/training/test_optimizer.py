@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mnist_diffusion.config import ModelConfig, TrainConfig
-from mnist_diffusion.diffusion.network import build_unet
+from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.training.optimizer import build_optimizer, orthogonalised
 
 

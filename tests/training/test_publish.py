@@ -14,10 +14,10 @@ from mnist_diffusion import cli
 from mnist_diffusion.cli.options import RunArguments
 from mnist_diffusion.config import Config, HubConfig
 from mnist_diffusion.errors import ConfigError
-from mnist_diffusion.run_folder.metrics import read_metrics
-from mnist_diffusion.sharing.errors import HubError
-from mnist_diffusion.sharing.hub import pull
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.hub_errors import HubError
+from mnist_diffusion.hub import pull
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import tiny_config
 from tests.sharing.test_hub import GUEST, NAME, PUSHED, failing
 from tests.support.hub_server import Fault, HubServer

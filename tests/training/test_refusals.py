@@ -12,8 +12,8 @@ import pytest
 
 from mnist_diffusion.config import DataConfig, DiffusionConfig, SamplingConfig
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.training.step import TrainState
 from tests.conftest import tiny_config
 from tests.training.conftest import run
 
@@ -60,7 +60,7 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a page makes it that forgets the patches of its network."""
-    from mnist_diffusion.diffusion import pipeline
+    from mnist_diffusion.pipelines import drawing as pipeline
 
     build = pipeline.build_pipeline
 

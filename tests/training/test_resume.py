@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.run_folder.checkpoint import load_checkpoint, save_checkpoint
+from mnist_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import tiny_config
 from tests.training.conftest import losses, run, weights
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 import yaml
 
-from mnist_diffusion.run_folder.checkpoint import load_checkpoint, newest_verified
-from mnist_diffusion.run_folder.metrics import read_metrics
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.training.checkpoint import load_checkpoint, newest_verified
+from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.training.step import TrainState
 from tests.support.survival import (
     FLAGS,
     Death,
@@ -148,7 +148,7 @@ def interrupt_again_and_again(nursery: Nursery, root: Path, kind: signal.Signals
 def steps_of_a_minute(arguments: list[str]) -> int:
     """A run each of whose steps from the fifth on takes minutes, in one operation that no signal interrupts."""
     import train_cfg
-    from mnist_diffusion.training.state import TrainState
+    from mnist_diffusion.training.step import TrainState
 
     update = TrainState.update
 
@@ -196,7 +196,7 @@ class TestElastic:
 def recording_batches(arguments: list[str]) -> int:
     """A run that writes down what each of its updates saw, and the weights it ended with."""
     import train_cfg
-    from mnist_diffusion.diffusion.objective import Batch, Objective
+    from mnist_diffusion.method.objective import Batch, Objective
     from mnist_diffusion.training import loop
 
     module: Any = loop
@@ -467,7 +467,7 @@ def killed_before_drawing(arguments: list[str], *, step: int) -> int:
 def hanging_in_the_third_save(arguments: list[str], *, patience: float) -> int:
     """A run whose second process never comes to the end of the third save."""
     import train_cfg
-    from mnist_diffusion.training import processes as module
+    from mnist_diffusion.training import distributed as module
 
     processes: Any = module
     on_main, count = processes.Processes.on_main, 0
@@ -487,7 +487,7 @@ def hanging_in_the_third_save(arguments: list[str], *, patience: float) -> int:
 def nan_at_step_six(arguments: list[str]) -> int:
     """A run whose sixth update sees NaN on its last process."""
     import train_cfg
-    from mnist_diffusion.training import state
+    from mnist_diffusion.training import step as state
 
     train_state: Any = state.TrainState
     last, now = int(os.environ.get("WORLD_SIZE", "1")) - 1, 0

@@ -28,9 +28,9 @@ from mnist_diffusion.config import AugmentConfig, TrainConfig
 from mnist_diffusion.data.dataset import draw_batch, load_images
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.run_folder.metrics import read_metrics
-from mnist_diffusion.sharing.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training.state import TrainState
+from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.training.step import TrainState
 from mnist_diffusion.training.trainer import TrainedRun, Trainer
 from tests.conftest import tiny_config
 from tests.training.conftest import losses, run, weights

@@ -1,0 +1,31 @@
+"""`mnist-diffusion distill`: distil a trained pipeline. `distill_cfg.py` is the same command for `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from mnist_diffusion.cli.options import parse_run, reporting_errors
+from mnist_diffusion.config import DistillConfig
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in `mnist_diffusion.cli.train`
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "distill_cfg.py") -> int:
+    """Parse the command line, and distil.
+
+    A first word without dashes stands for `--distillation.teacher`, and `--out` for `--output_dir`.
+    """
+    words = ["--output_dir" if word == "--out" else word for word in (sys.argv[1:] if argv is None else argv)]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--distillation.teacher")
+    about = "Distil PIPELINE, a folder or a Hub id, into a student that samples in one step or a few: PIPELINE --out FOLDER."
+    arguments = parse_run(DistillConfig, words, prog=prog, about=about)
+
+    def command() -> int:
+        from mnist_diffusion.training.run import distill
+
+        return distill(arguments.config, recipe=arguments.recipe, dry_run=arguments.dry_run).exit_code
+
+    return reporting_errors(command)

@@ -1,0 +1,160 @@
+"""The options of the commands that take a pipeline, with their ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from mnist_diffusion.config import ImagesConfig, SamplingSettings
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.option_types import (
+    CFG,
+    STRICT,
+    Count,
+    GuidanceRule,
+    GuidanceScale,
+    Probability,
+    Sampler,
+    Seed,
+    Text,
+)
+
+
+def _level_pairs(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) % 2 or any(low > high for low, high in zip(values[::2], values[1::2], strict=True)):
+        raise ValueError("must be pairs of a low and a high noise level")
+    return values
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DrawOptions:
+    """How a pipeline samples many images."""
+
+    seed: Seed = 0
+    """Random seed; equal seeds give equal images, whatever the batch size."""
+    batch_size: Count | None = None
+    """Images per batch; null chooses by image size and device."""
+    device: Text | None = None
+    """Device such as cpu or cuda:0; null takes a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network."""
+    processes: Count = 1
+    """Processes on this machine that share the sampling."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SampleOptions(SamplingSettings, DrawOptions):
+    """Options of `mnist-diffusion sample`."""
+
+    pipeline: Text
+    """Pipeline folder, run folder, or Hub id such as user/name."""
+    class_labels: tuple[Text, ...] = ()
+    """Classes by number or name; all if omitted."""
+    num_images: Count = 16
+    """Images in total; the classes take turns."""
+    out: Path = Path("samples")
+    """Output folder."""
+    files: bool = False
+    """Also write each image to a file such as digit_3_000.png."""
+    gif: bool = False
+    """Also write an animation of the denoising."""
+    compare_schedulers: bool = False
+    """Also draw a sheet that compares DDPM and DDIM."""
+    guidance_sweep: tuple[GuidanceScale, ...] = ()
+    """Also draw a sheet at each of these guidance scales."""
+    interpolation: Annotated[int, Field(ge=0)] = 0
+    """Number of interpolation frames between consecutive classes; 0 draws none."""
+    as_dataset: bool = False
+    """Write a labelled data set (parquet) instead of a sheet."""
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """The sampling settings alone."""
+        return SamplingSettings(
+            **{each.name: getattr(self, each.name) for each in dataclasses.fields(SamplingSettings)}
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationOptions(DrawOptions):
+    """Options of `mnist-diffusion evaluate`."""
+
+    sources: tuple[Text, ...]
+    """Pipeline folders or Hub ids; or one folder of images from any program: a folder per class, parquet, or files named
+    digit_<class>_<number>.png."""
+    names: tuple[Text, ...] = ()
+    """Names of the sources in the report; the sources themselves if omitted."""
+    data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
+    """The real images to compare with; those of the first source's run if omitted, or else MNIST."""
+    num_images: Count | None = None
+    """Images to sample, equally many of each class; 10,000 if omitted."""
+    scheduler: tuple[Sampler, ...] = ()
+    """Samplers; the pipeline's own if omitted."""
+    num_inference_steps: tuple[Count, ...] = ()
+    """Numbers of denoising steps; the pipeline's default if omitted."""
+    guidance_scale: tuple[GuidanceScale, ...] = ()
+    """Guidance scales; the pipeline's default if omitted."""
+    guidance_interval: Annotated[tuple[Probability, ...], AfterValidator(_level_pairs)] = ()
+    """Pairs of a low and a high noise level between which guidance acts; the pipeline's default if omitted."""
+    guidance: tuple[GuidanceRule, ...] = ()
+    """Guidance rules: `cfg`, `autoguidance:PIPELINE`, or diffusers guiders; `cfg` if omitted."""
+    split_seed: Seed | None = None
+    """train.seed of the run, if data.source has no test split; null takes that of the first source's run, or 0."""
+    evaluator: Path | None = None
+    """Folder of another evaluator, written by `mnist-diffusion train_evaluator`."""
+    train_on_synthetic: bool = False
+    """Also train a classifier on the images and test it on real ones."""
+    imagenet_fid: bool = False
+    """Also compute FID with ImageNet's Inception network, as a second opinion."""
+    out: Path = Path("evaluation")
+    """Output folder; images found there are used again."""
+    write_card: bool = False
+    """Write the results into the pipeline folder's card."""
+
+    def settings(self) -> list[SamplingSettings]:
+        """Every combination of the settings asked for."""
+        levels = self.guidance_interval
+        pairs = list(zip(levels[::2], levels[1::2], strict=True))
+        return [
+            SamplingSettings(
+                scheduler=scheduler,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                guidance_interval=pair,
+                guidance=rule,
+            )
+            for scheduler, steps, scale, pair, rule in itertools.product(
+                self.scheduler or (None,),
+                self.num_inference_steps or (None,),
+                self.guidance_scale or (None,),
+                pairs or (None,),
+                self.guidance or (CFG,),
+            )
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AppOptions:
+    """Options of `mnist-diffusion app`."""
+
+    pipelines: tuple[Text, ...] = ()
+    """Pipeline folders or Hub ids; the first is selected at the start."""
+    data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
+    """The images to train on."""
+    runs: Path = Path("runs")
+    """Folder for training runs."""
+    only_draw: bool = False
+    """Leave out training, which takes minutes of this machine."""
+    host: Text = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 admits other machines."""
+    port: Annotated[int, Field(ge=1, lt=2**16)] = 7860
+    """Port to listen at."""
+
+    def __post_init__(self) -> None:
+        if self.only_draw and not self.pipelines:
+            raise UserError("only_draw=true needs a pipeline to sample from")

@@ -1,0 +1,238 @@
+"""Encoded images: their shapes from the header, their pixels when they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import PICTURE_FORMATS, read_bytes
+from mnist_diffusion.option_types import Background
+
+MAX_PIXELS = 64 * 2**20
+CHUNK = 256
+MAX_BYTES = 256 * 2**20
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L")
+UNBOUNDED_MODES = ("I", "F")
+"""32 bits per pixel, without a value that is white."""
+GREY_MODES = ("1", "L", "LA", *SIXTEEN_BIT_MODES)
+MIN_SIXTEEN_BIT_WHITE = 4096
+"""A largest value below this means that only 8 or 12 of 16 bits are used."""
+MAX_CAUSE = 500
+ORIENTATION = 0x0112
+"""The EXIF tag whose values from 5 to 8 lay a picture on its side."""
+
+
+class DataError(UserError):
+    """The images could not be read or cannot be used; the message says what was looked for and where."""
+
+
+Encoded = bytes | np.ndarray
+"""A picture file's content, or pixel values `[H, W]` or `[H, W, C]`."""
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """EncodedImages of any sizes that are read and decoded when they are needed.
+
+    Args:
+        count: how many there are.
+        read: reads the images of these indices.
+        where: names an image, for messages.
+        background: colour behind transparent pixels.
+    """
+
+    count: int
+    read: Callable[[Sequence[int]], list[Encoded]]
+    where: Callable[[int], str]
+    background: Background = "black"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.count):
+            yield self.decode([index])[0]
+
+    def decode(self, indices: Sequence[int], *, grey: bool = False) -> list[Tensor]:
+        """EncodedImages as uint8 `[C, H, W]`: grey if a picture is grey or `grey` asks for it, else RGB.
+
+        Raises:
+            DataError: one could not be decoded; the message names it.
+        """
+        found = zip(indices, self.read(indices), strict=True)
+        return [decode_picture(each, self.where(index), grey=grey, background=self.background) for index, each in found]
+
+    def select(self, chosen: Sequence[int]) -> EncodedImages:
+        """Some of the pictures, by index."""
+        return replace(
+            self,
+            count=len(chosen),
+            read=lambda indices: self.read([chosen[index] for index in indices]),
+            where=lambda index: self.where(chosen[index]),
+        )
+
+    def shapes(self) -> Iterator[tuple[int, int, int]]:
+        """Channels, height and width of each, from its header.
+
+        Raises:
+            DataError: one is not a picture, or is too large; the message names it.
+        """
+        for start in range(0, self.count, CHUNK):
+            indices = range(self.count)[start : start + CHUNK]
+            for index, encoded in zip(indices, self.read(indices), strict=True):
+                yield picture_shape(encoded, self.where(index))
+
+
+def picture_files(paths: Sequence[Path]) -> EncodedImages:
+    """Picture files."""
+    return EncodedImages(
+        len(paths), lambda indices: [read_file(paths[index]) for index in indices], lambda i: str(paths[i])
+    )
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a picture file, or of another one that is read whole.
+
+    Raises:
+        DataError: it could not be read, is no regular file, or is too large.
+    """
+    try:
+        return read_bytes(path, MAX_BYTES)
+    except FileError as error:
+        raise DataError(str(error)) from error
+
+
+def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
+    """Channels, height and width of a picture, upright.
+
+    Raises:
+        DataError: it is not a picture, or is too large.
+    """
+    if isinstance(encoded, np.ndarray):
+        shape = from_array(encoded, where).shape
+        return shape[0], shape[1], shape[2]
+    with _opened(encoded, where) as picture, wrap_errors(f"{where}: the picture could not be read"):
+        width, height = picture.size
+        # If its header has no such tag, Pillow would decode the whole PNG.
+        if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
+            width, height = height, width
+        return 1 if picture.mode in (*GREY_MODES, *UNBOUNDED_MODES) else 3, height, width
+
+
+def decode_picture(encoded: Encoded, where: str, *, grey: bool = False, background: Background = "black") -> Tensor:
+    """A picture as uint8 `[C, H, W]`, upright: grey if it is grey or `grey` asks for it, else RGB.
+
+    Of 16 bits the upper eight are kept. Transparent pixels show the background.
+
+    Raises:
+        DataError: it could not be decoded, is too large, or uses only the lower ones of 16 bits.
+    """
+    if isinstance(encoded, np.ndarray):
+        return from_array(encoded, where)
+    with _opened(encoded, where) as opened, wrap_errors(f"{where}: the picture could not be decoded"):
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode in SIXTEEN_BIT_MODES or picture.mode in UNBOUNDED_MODES:
+            values = np.asarray(picture)
+            if 0 < (largest := int(values.max())) < MIN_SIXTEEN_BIT_WHITE:
+                raise DataError(
+                    f"{where}: the largest value is {largest}, of 65535 that 16 bits mean by white; save it with 8 bits"
+                )
+            picture = Image.fromarray((values >> 8).astype(np.uint8))
+        grey = grey or picture.mode in GREY_MODES
+        if picture.has_transparency_data:
+            picture = _on_background(picture.convert("RGBA"), background)
+        pixels = np.array(picture.convert("L" if grey else "RGB"))
+    return from_array(pixels, where)
+
+
+def _on_background(layer: Image.Image, background: Background) -> Image.Image:
+    """A picture with transparent pixels on black or white."""
+    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
+
+
+def _opened(encoded: bytes, where: str) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(encoded), formats=PICTURE_FORMATS)
+        width, height = picture.size
+    except Exception as error:
+        problem = "is too large" if isinstance(error, Image.DecompressionBombError) else "could not be decoded"
+        raise DataError(f"{where}: the picture {problem}: {_identify_non_image(encoded) or cause(error)}") from error
+    if picture.mode in UNBOUNDED_MODES and picture.format != "PPM":  # whose values Pillow brings to 16 bits
+        raise DataError(f"{where}: a picture of mode {picture.mode!r} has no known range; save it with 8 or 16 bits")
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{where}: a picture of {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+    return picture
+
+
+def _identify_non_image(content: bytes) -> str | None:
+    """What a file is that is not an image, if it is one of the usual things."""
+    start = content[:200].lstrip().lower()
+    if not content:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the files with `git lfs pull`"
+    return "it is an HTML page, not a picture" if start.startswith((b"<!doctype html", b"<html")) else None
+
+
+def pixel_factor(largest: float, where: str) -> int:
+    """What pixel values of an array or a table are to be multiplied with: 255 if none is above 1.
+
+    Raises:
+        DataError: none is above 31, so that all pictures would be black.
+    """
+    if 1 < largest < 32:
+        raise DataError(f"{where}: the largest pixel value is {largest:g}; they must go from 0 to 255, or from 0 to 1")
+    return 255 if largest <= 1 else 1
+
+
+def from_array(values: np.ndarray, where: str, *, factor: int = 1) -> Tensor:
+    """Pixel values `[H, W]`, `[H, W, C]`, or `[P]` of a square grey picture, times a factor, as uint8 `[C, H, W]`.
+
+    Raises:
+        DataError: it is not such an array, or a value is not a whole number from 0 to 255 (if the factor is 1).
+    """
+    if values.ndim == 1 and (side := math.isqrt(len(values))) ** 2 == len(values):
+        values = values.reshape(side, side)
+    numbers = values.dtype.kind in "buif" and values.ndim in (2, 3) and values.size > 0
+    if numbers and factor != 1:
+        values = (values * float(factor)).round()
+    # NaN passes no comparison.
+    if not numbers or not ((values >= 0) & (values <= 255)).all():
+        raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
+    if values.dtype.kind == "f" and (values != np.floor(values)).any():
+        raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")
+    if values.size > 3 * MAX_PIXELS:
+        raise DataError(f"{where}: a picture of {values.size} values, more than the limit of {3 * MAX_PIXELS}")
+    image = torch.from_numpy(values.astype(np.uint8))
+    image = image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
+    if image.shape[0] not in (1, 3):
+        raise DataError(f"{where}: an image has 1 or 3 channels, but its shape is {values.shape} (H, W, C)")
+    return image
+
+
+@contextlib.contextmanager
+def wrap_errors(message: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Turn an exception of these kinds into a `DataError` of this message and its cause."""
+    try:
+        yield
+    except DataError:
+        raise
+    except kinds as error:
+        raise DataError(f"{message}: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """The root of a chain of exceptions in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_CAUSE]}"

@@ -1,0 +1,63 @@
+"""Data set checks that no single reader can make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mnist_diffusion.data.layout import listed, split_kind
+from mnist_diffusion.data.raw import RawSplit, label_order_warning
+from mnist_diffusion.data.transforms import edge_colour
+
+DARK = 32
+INK = 64
+"""Difference from the background that counts as content."""
+NUM_DECODED = 200
+
+
+def dataset_warnings(images: Iterable[Tensor], labels: Iterable[int], names: Sequence[str]) -> list[str]:
+    """Warnings about training images, uint8 `[C, H, W]` each, and their classes, one sentence each."""
+    warnings = [] if (note := label_order_warning(names)) is None else [note]
+    if words := [name for name in names if split_kind(name) is not None]:
+        warnings.append(
+            f"WARNING: classes are called {listed(words)}, as splits are; check how the folders were interpreted"
+        )
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for image, label in zip(images, labels, strict=True):
+        ranges.setdefault(int(label), []).append((int(image.min()), int(image.max())))
+    if (largest := max(high for each in ranges.values() for _, high in each)) < DARK:
+        warnings.append(f"WARNING: the largest value is {largest} of 255, so all images are nearly black")
+    if blank := [names[label] for label in sorted(ranges) if all(low == high for low, high in ranges[label])]:
+        warnings.append(
+            f"WARNING: all images of {'class' if len(blank) == 1 else 'classes'} {listed(blank)} are of one colour; "
+            "if they are black on transparency, set data.background=white"
+        )
+    return warnings
+
+
+def cropped_fraction(split: RawSplit) -> float:
+    """The fraction of images that lose content when cropped to the middle square."""
+    count = len(split.labels)
+    indices = torch.linspace(0, count - 1, min(NUM_DECODED, count)).round().long().tolist()
+
+    def images() -> Iterator[Tensor]:
+        if isinstance(split.images, Tensor):
+            yield from split.images[indices]
+            return
+        for index in indices:
+            yield split.images.decode([index])[0]
+
+    return sum(_loses_content_when_cropped(image) for image in images()) / max(1, len(indices))
+
+
+def _loses_content_when_cropped(image: Tensor) -> bool:
+    """Whether there is content outside the middle square of uint8 `[C, H, W]`."""
+    height, width = image.shape[-2:]
+    if height == width:
+        return False
+    upright = image if height > width else image.mT
+    first = abs(height - width) // 2
+    content = (upright.int() - edge_colour(upright).int()).abs() > INK
+    return bool(content[:, :first].any() or content[:, first + min(height, width) :].any())

@@ -1,0 +1,153 @@
+"""Serve the app: on loopback by default, with the routes it needs and no others."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import signal
+import socket
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mnist_diffusion.command_options import AppOptions
+from mnist_diffusion.config import ImagesConfig
+from mnist_diffusion.demo.jobs import JobRunner
+from mnist_diffusion.demo.models import Models
+from mnist_diffusion.demo.page import HERE, build_page
+from mnist_diffusion.environment import set_num_threads
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import read_text
+
+ROUTES = re.compile(
+    r"/|/(config|theme\.css|favicon\.ico|manifest\.json)/?|/(assets|static)/.*"
+    r"|/gradio_api/(info|run/predict|queue/join|queue/data|startup-events|cancel|reset|app_id|heartbeat/\w+)/?"
+)
+"""The routes of the app. Gradio has more, which it does not need: files by path, uploads, proxies."""
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+LOOPBACK = ("127.0.0.1", "localhost")
+MAX_BODY_BYTES = 2**20
+SECONDS_TO_CLOSE = 3
+
+
+class RouteAllowlist:
+    """Middleware that rejects other routes, and requests with objects, and lets browsers load nothing from elsewhere.
+
+    The app sends strings, numbers and lists of them. To Gradio an object may name a file: mounted by
+    `mount_gradio_app`, Gradio 6.31 copies any file that a visitor names into its cache and serves it, since it checks
+    paths only in apps that were started with `launch()`.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refused, body = None, b""
+        if not ROUTES.fullmatch(scope["path"]):
+            refused = PlainTextResponse("no such page", 404)
+        elif scope["method"] not in ("GET", "HEAD"):
+            headers = Headers(scope=scope)
+            length = headers.get("content-length", "")
+            if "transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_BODY_BYTES:
+                refused = PlainTextResponse("too large, or of unknown length", 413)
+            elif not _has_no_objects(body := await Request(scope, receive).body()):
+                refused = PlainTextResponse("objects are not accepted", 400)
+        if refused is not None:
+            await refused(scope, receive, send)
+            return
+        read = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive_again() -> Message:
+            return next(read, None) or await receive()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self.app(scope, receive_again, send_with_headers)
+
+
+def _has_no_objects(body: bytes) -> bool:
+    """Whether the values for a function are strings, numbers and lists of them."""
+    try:
+        values = json.loads(body or b"{}").get("data") or []
+        flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
+        return isinstance(values, list) and not any(isinstance(each, dict | list) for each in flat)
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def build_app(options: AppOptions) -> tuple[FastAPI, JobRunner | None]:
+    """The server's application, and its runner of training jobs.
+
+    Raises:
+        UserError: a pipeline could not be loaded.
+    """
+    set_num_threads()
+    jobs = None if options.only_draw else JobRunner(options.runs)
+    page = build_page(Models(options.pipelines), jobs, _arguments(options.data))
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(RouteAllowlist)
+    if options.host in LOOPBACK:  # DNS rebinding
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
+    look: dict[str, Any] = {"ssr_mode": False, "show_error": False, "run_history": False, "footer_links": []}
+    return gr.mount_gradio_app(app, page, "/", theme=theme, css=read_text(HERE / "app.css"), **look), jobs
+
+
+def _arguments(data: ImagesConfig) -> list[str]:
+    """The flags that name these images, without those at their defaults."""
+    default, flags = ImagesConfig(), []
+    for each in dataclasses.fields(ImagesConfig):
+        if (value := getattr(data, each.name)) != getattr(default, each.name):
+            flags += [f"--data.{each.name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return flags
+
+
+def serve(options: AppOptions) -> None:
+    """Serve the app until INT or TERM; a running training then stops with a pipeline.
+
+    Raises:
+        UserError: a pipeline could not be loaded, or the port is not free.
+    """
+    app, jobs = build_app(options)
+    version_6 = ":" in options.host
+    try:
+        listening = socket.create_server(
+            (options.host, options.port), family=socket.AF_INET6 if version_6 else socket.AF_INET
+        )
+    except OSError as error:
+        raise UserError(f"host={options.host!r}, port={options.port}: {error.strerror}; choose others") from error
+    print(
+        f"The app is at http://{f'[{options.host}]' if version_6 else options.host}:{options.port} (Ctrl-C ends it)",
+        flush=True,
+    )
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_CLOSE)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which uvicorn raises again when it has closed
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        listening.close()
+        if jobs is not None:
+            jobs.stop(wait=True)

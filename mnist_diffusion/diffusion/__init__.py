@@ -1,1 +1,0 @@
-"""The diffusion model: network, noising process, objectives, samplers, pipeline."""

@@ -1,1 +1,0 @@
-../distill_cfg.py

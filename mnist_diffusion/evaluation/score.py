@@ -1,0 +1,266 @@
+"""Score a set of images against real ones.
+
+The reference is the training split. The floor is what as many held-out real images score, measured by the same
+function: no model can be expected to do better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_diffusion.data.dataset import ImageData, ImageSplit
+from mnist_diffusion.data.decoding import DataError
+from mnist_diffusion.evaluation import metrics
+from mnist_diffusion.evaluation.draw import Sample
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, accuracy, logits_and_features, train_evaluator
+from mnist_diffusion.seeds import numpy_generator
+
+BOOTSTRAPS = 20
+SMALL_SAMPLE = 5000
+MAX_NEIGHBOURHOOD = 10_000
+MAX_COPY_CHECK = 2000
+MIN_HELD_OUT = 50
+COPY_QUANTILE = 0.01
+SYNTHETIC_STEPS = 1500
+SPREADS = ("accuracy_low", "accuracy_high", "class_accuracy", "fid_standard_error", "kernel_distance_deviation")
+"""Metrics of the images alone; all others are also given for held-out images."""
+
+
+@dataclass(frozen=True)
+class EvaluatedImages:
+    """Images with the evaluator's logits `[N, classes]` and features `[N, D]`."""
+
+    images: Tensor
+    labels: Tensor | None
+    logits: Tensor
+    features: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, indices: Tensor) -> EvaluatedImages:
+        """Some of the images."""
+        labels = None if self.labels is None else self.labels[indices]
+        return EvaluatedImages(self.images[indices], labels, self.logits[indices], self.features[indices])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The metrics of a set of images, and what pictures of it need."""
+
+    values: dict[str, Any]
+    """Numbers by name, and `warnings` in words."""
+    predicted: Tensor
+    """The class that the evaluator predicts for each image, int64 `[N]`."""
+    checked: Tensor
+    """Which images, at most 2,000, were checked for copies, int64 `[n]`."""
+    nearest: metrics.NearestImages
+    """The training images nearest to those, and how near they are."""
+
+
+def embed(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> EvaluatedImages:
+    """Run the evaluator over uint8 images `[N, C, H, W]`.
+
+    Raises:
+        DataError: every pixel of every image has the same value.
+    """
+    if images.min() == images.max():
+        raise DataError(f"all {len(images)} images are of one value, {int(images.min())} of 255: nothing to measure")
+    return EvaluatedImages(images, labels, *logits_and_features(evaluator, images))
+
+
+class Reference:
+    """The real side of every measurement.
+
+    Args:
+        data: the real images.
+        evaluator: gives logits and features.
+        seed: chooses subsets.
+
+    Raises:
+        DataError: there are too few held-out images.
+    """
+
+    def __init__(self, data: ImageData, evaluator: ImageEvaluator, *, seed: int = 0):
+        self.data, self.evaluator, self.seed = data, evaluator, seed
+        if len(data.test) < MIN_HELD_OUT:
+            raise DataError(
+                f"data.source has {len(data.test)} held-out images, too few for a floor; there must be at least "
+                f"{MIN_HELD_OUT}"
+            )
+        self.train = embed(evaluator, data.train.tensor, data.train.labels)
+        self.held_out = embed(evaluator, data.test.tensor, data.test.labels)
+        self._floors: dict[int, Scores] = {}
+
+    def floor(self, num_images: int) -> Scores:
+        """What `num_images` held-out images score (all of them if there are fewer), with their labels."""
+        count = min(num_images, len(self.held_out))
+        if count not in self._floors:
+            assert self.held_out.labels is not None
+            counts = torch.bincount(self.held_out.labels, minlength=self.data.num_classes)
+            chosen = self._choose(self.held_out, counts, count)
+            self._floors[count] = self.measure(self.held_out.subset(chosen))
+        return self._floors[count]
+
+    def score(self, sample: Sample, *, train_on_synthetic: bool = False) -> Scores:
+        """All metrics of a sample, with their floor.
+
+        Args:
+            sample: the images and their classes.
+            train_on_synthetic: also train a classifier on the sample and test it on real images.
+
+        Returns:
+            With values such as `fid`, `fid_floor` and `fid_ratio`.
+        """
+        evaluated = embed(self.evaluator, sample.images, sample.labels)
+        measured, floor = self.measure(evaluated), self.floor(len(evaluated))
+        # Nearer to one training image, relative to the others, than 99 of 100 held-out images are.
+        copied = measured.nearest.relative <= np.quantile(floor.nearest.relative, COPY_QUANTILE)
+        copies = metrics.wilson_share(int(copied.sum()), len(copied))
+        entry = dict(measured.values)
+        entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in entry.keys() - SPREADS}
+        entry["fid_ratio"] = entry["fid"] / entry["fid_floor"]
+        entry |= {"copied_share": copies.value, "copied_share_floor": COPY_QUANTILE}
+        entry["copies_suspected"] = copies.low > 5 * COPY_QUANTILE
+        if train_on_synthetic:
+            entry |= self._train_on_synthetic(evaluated)
+        entry["warnings"] = self._warnings(entry)
+        return replace(measured, values=entry)
+
+    def measure(self, evaluated: EvaluatedImages) -> Scores:
+        """The metrics of one set of images against the training split, without a floor."""
+        real = self.matched(evaluated)
+        checked = self._permutation(len(evaluated))[:MAX_COPY_CHECK]
+        nearest = metrics.nearest_images(evaluated.images[checked], self.data.train.tensor)
+        size = min(len(evaluated), len(real), MAX_NEIGHBOURHOOD)
+        kernel, deviation = metrics.kernel_distance(real.features, evaluated.features, seed=self.seed)
+        values: dict[str, Any] = {
+            "num_images": len(evaluated),
+            **self._class_accuracy(evaluated),
+            "fid": metrics.frechet_distance(real.features, evaluated.features),
+            "fid_standard_error": self._fid_standard_error(real, evaluated),
+            "kernel_distance": kernel,
+            "kernel_distance_deviation": deviation,
+            **self._by_class(evaluated),
+            "inception_score": metrics.inception_score(evaluated.logits),
+            **metrics.neighbourhoods(self._some(real, size).features, self._some(evaluated, size).features),
+            **metrics.pixel_statistics(real.images, evaluated.images),
+            "nearest_distance": float(np.median(nearest.distances)),
+        }
+        return Scores(values, evaluated.logits.argmax(dim=1), checked, nearest)
+
+    def _class_accuracy(self, evaluated: EvaluatedImages) -> dict[str, Any]:
+        """Share of the images that the evaluator classifies as asked, with 95% intervals, over all and by class."""
+        if evaluated.labels is None:
+            return {"accuracy": None}
+        correct = evaluated.logits.argmax(dim=1) == evaluated.labels
+        share = metrics.wilson_share(int(correct.sum()), len(correct))
+        by_class = {name: _share(correct[evaluated.labels == i]) for i, name in enumerate(self.data.class_names)}
+        interval = {"accuracy_low": share.low, "accuracy_high": share.high}
+        return {"accuracy": share.value, **interval, "class_accuracy": by_class}
+
+    def _by_class(self, evaluated: EvaluatedImages) -> dict[str, Any]:
+        """Fréchet and kernel distance of the images of each class to the real ones of that class."""
+        if evaluated.labels is None or self.train.labels is None:
+            return {}
+        frechet: dict[str, float | None] = dict.fromkeys(self.data.class_names)
+        kernel = frechet.copy()
+        for label, name in enumerate(self.data.class_names):
+            real, drawn = self.train.features[self.train.labels == label], evaluated.features[evaluated.labels == label]
+            if min(len(real), len(drawn)) >= 2:
+                frechet[name] = metrics.frechet_distance(real, drawn)
+                kernel[name] = metrics.kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
+        return {"class_fid": frechet, "class_kernel_distance": kernel}
+
+    def _fid_standard_error(self, real: EvaluatedImages, evaluated: EvaluatedImages) -> float:
+        """Standard deviation of the Fréchet distance when the images are drawn again with replacement."""
+        generator = numpy_generator(self.seed, "eval", 1)
+        draws = [torch.from_numpy(generator.integers(len(evaluated), size=len(evaluated))) for _ in range(BOOTSTRAPS)]
+        distances = [metrics.frechet_distance(real.features, evaluated.features[draw]) for draw in draws]
+        return float(np.std(distances, ddof=1))
+
+    def matched(self, evaluated: EvaluatedImages) -> EvaluatedImages:
+        """The largest part of the training split with the class proportions of `evaluated`; all without labels."""
+        if evaluated.labels is None:
+            return self.train
+        counts = torch.bincount(evaluated.labels, minlength=self.data.num_classes)
+        return self.train.subset(self._choose(self.train, counts, None))
+
+    def _choose(self, pool: EvaluatedImages, counts: Tensor, total: int | None) -> Tensor:
+        """Images of `pool` with classes in proportion to `counts`: `total` of them, or as many as possible."""
+        assert pool.labels is not None
+        available = torch.bincount(pool.labels, minlength=len(counts))
+        wanted = counts > 0
+        factor = float((available[wanted] / counts[wanted]).min())
+        if total is not None:
+            factor = min(factor, total / float(counts.sum()))
+        exact = counts.double() * factor
+        shares = exact.floor().long()
+        # The largest remainders make up the sum.
+        left = round(float(exact.sum())) - int(shares.sum())
+        shares[(exact - shares).argsort(descending=True)[:left]] += 1
+        shares = torch.minimum(shares, available)
+        generator = numpy_generator(self.seed, "eval", 2)
+        chosen = [
+            generator.permutation(np.flatnonzero(pool.labels.numpy() == label))[:share]
+            for label, share in enumerate(shares.tolist())
+        ]
+        return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+    def _some(self, evaluated: EvaluatedImages, size: int) -> EvaluatedImages:
+        """`size` of the images, evenly chosen."""
+        if size == len(evaluated):
+            return evaluated
+        return evaluated.subset(self._permutation(len(evaluated))[:size])
+
+    def _permutation(self, size: int) -> Tensor:
+        return torch.from_numpy(numpy_generator(self.seed, "eval", 3).permutation(size))
+
+    def _train_on_synthetic(self, evaluated: EvaluatedImages) -> dict[str, Any]:
+        """Test accuracy on real images of a classifier trained on the sample, and on as many real images.
+
+        Ravuri and Vinyals (2019), https://arxiv.org/abs/1905.10887: the classification accuracy score.
+        """
+        if evaluated.labels is None:
+            raise DataError("train_on_synthetic=true needs images with classes, and these have none")
+        real = self._some(self.train, min(len(evaluated), len(self.train)))
+        shares = []
+        for name, training in (("synthetic", evaluated), ("as many real", real)):
+            assert training.labels is not None
+            split = ImageSplit(training.images, training.labels)
+            data = ImageData(split, self.data.test, self.data.class_names, name, name)
+            classifier = train_evaluator(data, steps=SYNTHETIC_STEPS, seed=self.seed)
+            shares.append(accuracy(classifier, self.data.test))
+        return {"train_on_synthetic_accuracy": shares[0], "train_on_synthetic_accuracy_floor": shares[1]}
+
+    def _warnings(self, entry: dict[str, Any]) -> list[str]:
+        """Caveats for reading the metrics."""
+        count, real_count = entry["num_images"], entry["num_images_floor"]
+        few = (
+            f"{count} images are few: distances are biased upwards, by an amount that depends on the number. "
+            f"{real_count} real images score {entry['fid_floor']:.3g}. Compare figures of one number only, and "
+            "report 10,000 images or more."
+        )
+        high_floor = (
+            f"the floor is that of {real_count} held-out images, all there are, for {count} images: it is higher "
+            "than that of as many would be, and the ratio lower."
+        )
+        copies = (
+            f"{entry['copied_share']:.1%} of the images are nearer to one training image than {COPY_QUANTILE:.0%} "
+            "of held-out images are: look for copies of training images."
+        )
+        raised = ((few, count < SMALL_SAMPLE), (high_floor, real_count < count), (copies, entry["copies_suspected"]))
+        return [text for text, holds in raised if holds]
+
+
+def _share(correct: Tensor) -> dict[str, Any]:
+    """Share of the true values of `[n]`, with its interval; None without any."""
+    if len(correct) == 0:
+        return {"accuracy": None, "low": None, "high": None, "num_images": 0}
+    share = metrics.wilson_share(int(correct.sum()), len(correct))
+    return {"accuracy": share.value, "low": share.low, "high": share.high, "num_images": len(correct)}

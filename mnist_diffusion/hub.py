@@ -1,0 +1,227 @@
+"""Push a pipeline or a run to the Hub in one commit, and pull it back without running any of its code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CardData, HfApi, snapshot_download
+
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import file_within, pipeline_folder, read_json, read_text, read_yaml, replace_folder
+from mnist_diffusion.hub_client import hub_errors, open_repository, upload
+from mnist_diffusion.pipelines import folder as reading
+from mnist_diffusion.pipelines.card import (
+    CARD,
+    EVAL_RESULTS,
+    PICTURE,
+    card_for,
+    local_paths_in,
+    parse_card,
+    redact_paths,
+    short_card,
+)
+from mnist_diffusion.pipelines.folder import MAX_CARD_BYTES, PIPELINE_FILES, fetch_pipeline
+from mnist_diffusion.pipelines.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
+from mnist_diffusion.training.checkpoint import newest_intact
+from mnist_diffusion.training.run_folder import RUN_ID, is_empty
+
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_FILE = re.compile(rf"{CHECKPOINTS}/step-\d+/[\w-][\w.-]*")
+RUN_FILES, LOG = ("config.yaml", "summary.json"), "metrics.jsonl"
+EXPORTS = ("pipeline", "pipeline_best")
+STALE = (
+    *PIPELINE_FILES,
+    *RUN_FILES,
+    CARD,
+    PICTURE,
+    EVAL_RESULTS,
+    "unet/*",
+    "scheduler/*",
+    "pipeline_mnist_diffusion*.py",
+)
+"""Files that a push removes from the repository unless it replaces them."""
+
+
+def find_pipeline(source: Path) -> Path:
+    """The pipeline folder that `source` is, or that it holds if it is a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if ((folder := pipeline_folder(source)) / "model_index.json").is_file():
+        return folder
+    raise UserError(f"{source} is neither a pipeline folder nor a run folder with one")
+
+
+def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, license: str | None = None) -> None:
+    """Copy what is pushed of a pipeline folder, and of the run that exported it, without local paths.
+
+    The pipeline is loaded first, so that nothing is pushed that could not be pulled.
+
+    Raises:
+        UserError: it is invalid, a link leads out of the folder, or there is no checkpoint.
+    """
+    num_classes = MNISTDiffusionPipeline.from_pretrained(folder).num_classes
+    run = _run_of(folder.resolve())
+    files = {name: file_within(folder, name) for name in PIPELINE_FILES}
+    files |= {
+        name: file_within(folder, name) for name in (PICTURE, EVAL_RESULTS, *RUN_FILES) if (folder / name).is_file()
+    }
+    if run is not None:
+        names = (*RUN_FILES, LOG) if with_checkpoints else RUN_FILES
+        files |= {name: file_within(run, name) for name in names if (run / name).is_file()}
+    if with_checkpoints:
+        newest = None if run is None else newest_intact(run / CHECKPOINTS)
+        if newest is None:
+            raise UserError(f"--with_checkpoints: there is no valid checkpoint to push with {folder}")
+        files |= {f"{CHECKPOINTS}/{newest.name}/{file.name}": file for file in sorted(newest.iterdir())}
+    for name, file in files.items():
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, staged / name)
+    # Never the code in a folder, which may be somebody else's.
+    (staged / CODE_FILE).write_bytes(CODE)
+    index = {**read_json(staged / "model_index.json"), "_class_name": CODE_INDEX}
+    _write(staged / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    paths: list[str] = []
+    if (config_file := staged / "config.yaml").is_file():
+        paths = local_paths_in(config := read_yaml(config_file))
+        _write(
+            config_file, redact_paths(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6), paths)
+        )
+    if (summary_file := staged / "summary.json").is_file():
+        _write(
+            summary_file, redact_paths(json.dumps(read_json(summary_file), indent=1, ensure_ascii=False) + "\n", paths)
+        )
+    card = read_text(file_within(folder, CARD)) if (folder / CARD).is_file() else short_card(num_classes)
+    _write(staged / CARD, _with_repo_metadata(redact_paths(card_for(card, repo_id), paths), repo_id, license))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run that exported a pipeline folder; None if it stands alone."""
+    above = folder.parent if folder.name in EXPORTS else folder.parent.parent
+    exported = folder.name in EXPORTS or folder.parent.name == "snapshots"
+    return above if exported and any((above / name).exists() for name in (RUN_ID, CHECKPOINTS)) else None
+
+
+def push(
+    source: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    with_checkpoints: bool = False,
+    message: str = "Upload pipeline",
+    license: str | None = None,
+) -> str:
+    """Push a run or a pipeline folder as one commit.
+
+    Args:
+        source: a run folder or a pipeline folder.
+        repo_id: the repository, `user/name`; created if missing.
+        private: create it as a private repository; an existing public one is an error.
+        create_pr: open a pull request instead of committing to the branch.
+        revision: the branch; created if missing.
+        with_checkpoints: also push the newest checkpoint, to resume training from.
+        message: title of the commit.
+        license: licence of the model, by the Hub's short name such as `mit`; None keeps the card's.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        UserError: there is nothing to push, or it holds the token.
+        HubError: the Hub refused or could not be reached. At most an empty repository has been created.
+    """
+    stale = (*STALE, f"{CHECKPOINTS}/*") if with_checkpoints else STALE
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            options: dict[str, Any] = {"with_checkpoints": with_checkpoints, "license": license}
+            stage(folder := find_pipeline(source), Path(temporary, "check"), repo_id, **options)
+            repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
+            stage(folder, staged := Path(temporary, "push"), repo_id, **options)
+            with hub_errors(repo_id, f"cannot push to {repo_id}"):
+                return upload(staged, repo_id, message=message, stale=stale, create_pr=create_pr, revision=revision)
+    except FileError as error:
+        raise UserError(f"cannot push {source}: {error}") from error
+
+
+def _with_repo_metadata(text: str, repo_id: str, license: str | None) -> str:
+    """A card with the licence, if one is given, whose evaluation results are named after the repository.
+
+    Raises:
+        FileError: its metadata could not be read.
+    """
+    card = parse_card(text)
+    values = card.data.to_dict()
+    if "model-index" not in values and license is None:
+        return text
+    try:
+        if "model-index" in values:
+            values["model-index"][0]["name"] = repo_id.rsplit("/", 1)[-1]
+    except (TypeError, KeyError, IndexError) as error:
+        raise FileError(f"the metadata at the top of {CARD} has an invalid model-index") from error
+    if license is not None:
+        values["license"] = license
+    card.data = CardData(**values)
+    return str(card)
+
+
+def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoints: bool = False) -> Path:
+    """Download a pipeline, or a run to resume, without running any of its code.
+
+    Args:
+        repo_id: the repository, `user/name`.
+        out: the output folder, which must be empty or missing.
+        revision: branch, tag or commit.
+        with_checkpoints: also download the checkpoint; `out` is then a run folder with the pipeline in `out/pipeline`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `out` is not empty, or the repository has no valid pipeline or checkpoint.
+        HubError: the Hub refused or could not be reached.
+    """
+    out = out.resolve()
+    if out == Path.cwd() or out.is_file() or not is_empty(out):
+        raise UserError(f"--out {out} is the current folder, or is not empty; name a new one")
+    try:
+        with hub_errors(repo_id, f"cannot pull {repo_id}"):
+            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+            checkpoint = [name for name in sizes if CHECKPOINT_FILE.fullmatch(name)] if with_checkpoints else []
+            if with_checkpoints and not checkpoint:
+                raise UserError(f"{repo_id} has no checkpoint to resume from; pull without --with_checkpoints")
+            known = (CARD, PICTURE, EVAL_RESULTS, *RUN_FILES)
+            others = [name for name in sizes if name in known or reading.CODE_FILE.fullmatch(name)]
+            for name in others:
+                if sizes[name] > MAX_CARD_BYTES:
+                    raise UserError(f"{repo_id}: {name} has {sizes[name]:,} bytes, more than {MAX_CARD_BYTES:,}")
+            others += [LOG] if checkpoint and LOG in sizes else []
+            fetch_pipeline(repo_id, revision=info.sha)
+            names = [*PIPELINE_FILES, *others, *checkpoint]
+            fetched = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=names))
+        MNISTDiffusionPipeline.from_pretrained(fetched)
+
+        def copy(temporary: Path) -> None:
+            for name in names:
+                of_the_run = name.startswith(f"{CHECKPOINTS}/") or name in (*RUN_FILES, LOG)
+                target = temporary / ("pipeline" if with_checkpoints and not of_the_run else "") / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file_within(fetched, name), target)
+
+        replace_folder(out, copy)
+    except FileError as error:
+        raise UserError(f"cannot pull {repo_id}: {error}") from error
+    return out

@@ -1,0 +1,1 @@
+"""The method: network, noising process, objectives, guidance, distillation."""

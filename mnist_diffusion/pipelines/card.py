@@ -1,0 +1,154 @@
+"""The model card: rendered from measured values, and updated with evaluation results."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from yaml import YAMLError
+
+from mnist_diffusion.errors import FileError
+from mnist_diffusion.files import MAX_TEXT_BYTES, file_within, read_bytes, read_text, replace_text
+
+CARD, PICTURE, REPO_PLACEHOLDER = "README.md", "samples.png", "this-folder-or-repository"
+EVAL_RESULTS = ".eval_results/evaluation.yaml"
+"""Where the Hub looks for the results on a model's page."""
+CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
+SHORT_CARD = Path(__file__).parents[1] / "short_card.md"
+EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
+CARD_METRICS = {
+    "accuracy": "Class accuracy",
+    "fid": "Fréchet distance in the evaluator's features",
+    "fid_floor": "Fréchet distance of as many held-out images",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance", "num_images")
+"""Sampling settings listed beside a metric."""
+
+
+def as_markdown(text: str) -> str:
+    """Escape text for Markdown, so that it starts no link, image, HTML or table cell."""
+    return re.sub(r"([\\`<>\[\]|])", r"\\\1", text)
+
+
+def render_card(values: Mapping[str, Any], *, template: Path = CARD_TEMPLATE) -> ModelCard:
+    """Render the model card; values of None are left out."""
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=values.get("pipeline_tag", "unconditional-image-generation"),
+        tags=values.get("tags", ["diffusion"]),
+        datasets=values.get("datasets"),
+    )
+    return ModelCard.from_template(data, template_path=str(template), **values)
+
+
+def parse_card(text: str) -> ModelCard:
+    """Parse a card and its metadata.
+
+    Raises:
+        FileError: its metadata could not be read.
+    """
+    try:
+        return ModelCard(text)
+    except (YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileError(f"the metadata at the top of {CARD} could not be read: {reason}") from error
+
+
+def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) -> None:
+    """Write evaluation results into the card of a pipeline folder, as metadata and as text, replacing earlier ones.
+
+    Args:
+        folder: the pipeline folder.
+        report: the content of an evaluation's report.json.
+        text: Markdown for the card's section on evaluation.
+
+    Raises:
+        FileError: the card could not be read.
+    """
+    path = folder / CARD
+    try:
+        content = read_bytes(file_within(folder, CARD), MAX_TEXT_BYTES).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8") from error
+    if not EVALUATION_SECTION.search(content):
+        content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"
+    card = parse_card(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))
+    measured = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=report["data"]["hub_id"] or report["data"]["fingerprint"][:16],
+            dataset_name=report["data"]["source"],
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(result[metric], 5),
+            metric_args={key: result[key] for key in SETTINGS if result.get(key) is not None},
+        )
+        for result in report["results"]
+        for metric, name in CARD_METRICS.items()
+        if result.get(metric) is not None
+    ]
+    about = {**card.data.to_dict(), "model_name": folder.resolve().parent.name, "eval_results": measured}
+    about.pop("model-index", None)
+    card.data = ModelCardData(**about)
+    replace_text(path, str(parse_card(str(card))))  # parsed again with a safe loader
+    results = folder / EVAL_RESULTS
+    if results.parent.is_symlink():
+        raise FileError(f"{results.parent} is a link")
+    results.unlink(missing_ok=True)
+    if text := eval_results(report):
+        results.parent.mkdir(exist_ok=True)
+        replace_text(results, text)
+
+
+def eval_results(report: Mapping[str, Any]) -> str:
+    """The results in the format of the Hub's `.eval_results`; empty unless the data set is on the Hub."""
+    if (hub_id := report["data"]["hub_id"]) is None:
+        return ""
+    entries = [
+        EvalResultEntry(
+            dataset_id=hub_id,
+            task_id=metric,
+            value=round(result[metric], 5),
+            notes=", ".join(f"{key}={result[key]}" for key in SETTINGS if result.get(key) is not None),
+        )
+        for result in report["results"]
+        for metric in CARD_METRICS
+        if result.get(metric) is not None
+    ]
+    return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
+
+
+def local_paths_in(config: Any) -> list[str]:
+    """The absolute paths of this machine in a run's configuration, in every spelling."""
+    paths: set[str] = set()
+    for section, name in (("data", "source"), ("distillation", "teacher"), ("train", "init_from")):
+        values = config.get(section) if isinstance(config, dict) else None
+        value = values.get(name) if isinstance(values, dict) else None
+        if isinstance(value, str) and len((path := Path(value).expanduser()).parts) > 2 and path.is_absolute():
+            paths |= {value, str(path), str(path.resolve())}
+    return sorted(paths, key=len, reverse=True)
+
+
+def redact_paths(text: str, paths: Sequence[str]) -> str:
+    """Replace paths in a text by their last part."""
+    for path in paths:
+        text = text.replace(path, Path(path).name)
+    return text
+
+
+def short_card(num_classes: int | None) -> str:
+    """A card for a pipeline that has none."""
+    call = "pipeline()" if num_classes is None else "pipeline(class_labels=[0])"
+    return read_text(SHORT_CARD).format(anywhere=REPO_PLACEHOLDER, call=call)
+
+
+def card_for(text: str, repo_id: str) -> str:
+    """The card with its code examples loading a repository."""
+    text = re.sub(r'from_pretrained\("[^"\n]*"', f'from_pretrained("{repo_id}"', text)
+    return re.sub(r"(mnist-diffusion evaluate )\S+", rf"\g<1>{repo_id}", text).replace(REPO_PLACEHOLDER, repo_id)

@@ -1,0 +1,313 @@
+"""Pipeline folders: read untrusted ones without running code, and write them as a whole."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import struct
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin, UNet2DModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from PIL import Image
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from mnist_diffusion.errors import ConfigError, FileError
+from mnist_diffusion.files import (
+    MAX_JSON_BYTES,
+    PICKLES,
+    file_within,
+    is_printable,
+    open_file,
+    pipeline_folder,
+    read_json,
+    replace_folder,
+    replace_picture,
+    replace_text,
+)
+from mnist_diffusion.option_types import GuidanceScale, Probability, checked
+from mnist_diffusion.pipelines.card import CARD, PICTURE, render_card
+
+MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
+MAX_LEVELS, MAX_LAYERS, MAX_SIDE, MAX_NUMBER = 10, 16, 4096, 100_000
+FLOATS = ("BF16", "F16", "F32", "F64")
+PIPELINE_CLASS, CODE_STEM = "MNISTDiffusionPipeline", "pipeline_mnist_diffusion"
+CODE_FILE = re.compile(rf"{CODE_STEM}(_[0-9a-f]{{12}})?\.py")
+"""The pipeline code in a folder, named by its content."""
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+UNET_CONFIG, UNET_WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
+PIPELINE_FILES = ("model_index.json", SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS)
+"""The files of a pipeline folder; no other is read to load one."""
+PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
+
+
+def _printable(name: str) -> str:
+    if not is_printable(name):
+        raise ValueError("must be a printable line of at most 200 characters")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class IndexValues:
+    """The pipeline's own values in `model_index.json`, the arguments of its class, with their ranges."""
+
+    id2label: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Annotated[str, AfterValidator(_printable)]] | None = (
+        None
+    )
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 50
+    guidance_scale: GuidanceScale = 1.0
+    guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)] | None = None
+    eta: Probability = 0.0
+    patch_size: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 1
+    guidance_distilled: bool | Annotated[list[GuidanceScale], Field(max_length=100)] = False
+    flow_matching: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ConfigError(f"guidance_interval={self.guidance_interval} must not be reversed")
+        scales = self.guidance_distilled
+        if isinstance(scales, list) and scales and self.guidance_scale not in scales:
+            raise ConfigError(f"guidance_scale={self.guidance_scale} must be one of guidance_distilled={scales}")
+
+
+def read_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> UNet2DModel:
+    """Read the network of a pipeline folder from safetensors that match its configuration.
+
+    Args:
+        folder: the pipeline folder.
+        variant: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
+        dtype: data type of the weights.
+
+    Raises:
+        FileError: it is invalid.
+    """
+    unet, path = _empty_unet(folder), file_within(folder, _weights_name(variant))
+    require_weights(path, unet)
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(path).items()}
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval()
+
+
+def _weights_name(variant: str | None) -> str:
+    return UNET_WEIGHTS.replace(".safetensors", f".{variant}.safetensors") if variant else UNET_WEIGHTS
+
+
+def _empty_unet(folder: Path) -> UNet2DModel:
+    """Build the network of `unet/config.json` without memory for its weights, and try it on one image."""
+    path, values = _read_config(folder, UNET_CONFIG, "UNet2DModel")
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(values.get(name, []), list) or len(values.get(name, [])) > MAX_LEVELS:
+            raise FileError(f"{path}: {name} must be a list of at most {MAX_LEVELS}")
+    layers = values.get("layers_per_block", 1)
+    if not isinstance(layers, int) or layers > MAX_LAYERS:
+        raise FileError(f"{path}: layers_per_block must be an integer up to {MAX_LAYERS}, got {layers!r:.100}")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            unet = UNet2DModel.from_config(values)
+            size = unet.config.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+            if max(height, width) > MAX_SIDE:
+                raise ValueError(f"sample_size must be at most {MAX_SIDE}")
+            image = torch.empty(1, unet.config.in_channels, height, width)
+            labels = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
+            shape = unet.eval()(image, torch.zeros(1), class_labels=labels).sample.shape
+    except Exception as error:  # constructors raise anything for values they do not expect
+        raise FileError(f"{path} describes no network: {type(error).__name__}: {str(error)[:200]}") from error
+    if shape != image.shape:
+        raise FileError(f"{path} describes a network that turns {[*image.shape]} into {[*shape]}")
+    return unet
+
+
+def require_weights(path: Path, model: torch.nn.Module) -> None:
+    """Check, from its header alone, that a safetensors file holds exactly the weights of a model.
+
+    Raises:
+        FileError: names, shapes or types differ, or the header is invalid.
+    """
+    with open_file(path) as file:
+        size, start = path.stat().st_size, file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if length is None or length > min(MAX_HEADER_BYTES, size - 8):
+        claim = "has no header" if length is None else f"claims a header of {length:,} bytes in {size:,}"
+        raise FileError(f"{path} is not a safetensors file: it {claim}")
+    try:
+        with safe_open(path, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  (not a dictionary)
+            there = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise FileError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
+    expected = model.state_dict()
+    for name in sorted(expected.keys() ^ there.keys()):
+        raise FileError(f"{path} {'lacks' if name in expected else 'has a'} tensor {name[:200]!r}")
+    for name, (shape, dtype) in there.items():
+        if shape != tuple(expected[name].shape):
+            raise FileError(f"{path}: {name} has shape {shape}, but config.json needs {tuple(expected[name].shape)}")
+        dtypes = FLOATS if expected[name].is_floating_point() else ("I64",)
+        if dtype not in dtypes:
+            raise FileError(f"{path}: {name} has type {dtype}, not {' or '.join(dtypes)}")
+
+
+def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
+    """Read the scheduler of a folder, which must be diffusers' own class of that name."""
+    path, values = _read_config(folder, SCHEDULER_CONFIG, class_name)
+    made: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if SchedulerMixin not in getattr(made, "__mro__", ()):
+        raise FileError(f"{path}: diffusers {diffusers.__version__} has no scheduler {class_name!r:.100}")
+    try:
+        return made.from_config(values)
+    except Exception as error:  # constructors raise anything for values they do not expect
+        raise FileError(f"{path} describes no {class_name}: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _read_config(folder: Path, name: str, class_name: str) -> tuple[Path, dict[str, Any]]:
+    """The file and values of a class's configuration: numbers, words and lists of them, none too large."""
+    path = file_within(folder, name)
+    values = read_json(path)
+    for key, value in values.items():
+        items = value if isinstance(value, list) else [value]
+        if len(items) > MAX_NUMBER or any(isinstance(item, list | dict) for item in items):
+            raise FileError(f"{path}: {key[:100]} must be a plain value or a list, got {str(value)[:100]}")
+        for item in items:
+            if isinstance(item, int) and abs(item) > MAX_NUMBER:
+                raise FileError(f"{path}: {key[:100]} must be within ±{MAX_NUMBER:,}, got {str(item)[:100]}")
+    for key in ("solver_order", "predictor_order", "corrector_order"):
+        if key in values and values[key] not in (1, 2, 3, 4):
+            raise FileError(f"{path}: {key} must be from 1 to 4, got {str(values[key])[:100]}")
+    if (named := values.get("_class_name")) != class_name:
+        raise FileError(f"{path}: _class_name must be {class_name!r:.100}, got {named!r:.100}")
+    return path, values
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The pipeline's own values in `model_index.json`, and its scheduler's class as `scheduler`."""
+    path = file_within(folder, "model_index.json")
+    index = read_json(path)
+    values = {key: value for key, value in index.items() if key not in PRIVATE}
+    named = index.get("_class_name")
+    pair = named if isinstance(named, list) and len(named) == 2 else [CODE_STEM, named]
+    if pair[1] != PIPELINE_CLASS or not CODE_FILE.fullmatch(f"{pair[0]}.py"):
+        raise FileError(f"{path}: _class_name must be {PIPELINE_CLASS!r}, got {named!r:.100}")
+    unet, scheduler = values.pop("unet", None), values.pop("scheduler", None)
+    if unet != ["diffusers", "UNet2DModel"]:
+        raise FileError(f"{path}: unet must be ['diffusers', 'UNet2DModel'], got {unet!r:.100}")
+    is_pair = isinstance(scheduler, list) and len(scheduler) == 2
+    if not (is_pair and scheduler[0] == "diffusers" and isinstance(scheduler[1], str)):
+        raise FileError(f"{path}: scheduler must be one of diffusers', got {scheduler!r:.100}")
+    try:
+        checked(IndexValues, values)
+    except ConfigError as error:
+        raise FileError(f"{path}: {str(error)[:400]}") from error
+    return {**values, "scheduler": scheduler[1]}
+
+
+def require_fit(folder: Path, values: Mapping[str, Any], unet: Any, scheduler: Any) -> None:
+    """Check that names and patches of an index fit the network, and its steps the scheduler."""
+    steps, available = values.get("num_inference_steps"), getattr(scheduler.config, "num_train_timesteps", None)
+    if not isinstance(available, int):
+        raise FileError(f"{folder}: {type(scheduler).__name__} has no num_train_timesteps")
+    if steps is not None and steps > available:
+        raise FileError(f"{folder}: num_inference_steps={steps} exceeds the scheduler's {available} timesteps")
+    embeddings, names, patch = unet.config.num_class_embeds, values.get("id2label"), values.get("patch_size", 1)
+    if isinstance(scales := values.get("guidance_distilled"), list) and scales and embeddings is not None:
+        if (embeddings - 1) % len(scales):
+            shared = f"{len(scales)} scales cannot share {embeddings - 1} class embeddings"
+            raise FileError(f"{folder}: guidance_distilled={str(scales)[:100]}: {shared}")
+        embeddings = (embeddings - 1) // len(scales) + 1
+    if unet.config.in_channels % patch**2:
+        raise FileError(f"{folder}: patch_size={patch} does not fit a network of {unet.config.in_channels} channels")
+    for number in names or {}:
+        if embeddings is None or int(number) >= embeddings - 1:
+            raise FileError(f"{folder}: id2label names class {number}, which the network does not have")
+
+
+def folder_or_none(source: str) -> Path | None:
+    """The pipeline folder that `source` names, itself or as the folder of a run; None if it is a Hub id.
+
+    Raises:
+        FileError: it is a file, or a path that does not exist.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return pipeline_folder(path)
+    if path.exists():
+        why = "is a pickle, which can run code when loaded" if path.suffix in PICKLES else "is not a folder"
+        raise FileError(f"{source} {why}; give a pipeline folder or a Hub id")
+    if path.is_absolute() or source.startswith(".") or len(path.parts) != 2 or path.suffix in PICKLES:
+        raise FileError(f"there is no folder {source}, and a Hub id is user/name")
+    return None
+
+
+def index_arguments(pipeline_class: type) -> Collection[str]:
+    """The names an index may hold: the arguments of the class."""
+    return inspect.signature(pipeline_class).parameters
+
+
+def fetch_pipeline(repo_id: str, variant: str | None = None, **hub: Any) -> Path:
+    """Download the files of one commit that make a pipeline, none larger than its configuration implies.
+
+    Returns:
+        Their folder in the Hub's cache.
+
+    Raises:
+        FileError: there is no pipeline, or it is invalid.
+        OSError: the Hub has no such repository, or could not be reached.
+    """
+    folder = fetch_file(repo_id, PIPELINE_FILES[0], MAX_JSON_BYTES, **hub).parent
+    read_index(folder)
+    hub["revision"] = folder.name
+    for name in PIPELINE_FILES[1:3]:
+        fetch_file(repo_id, name, MAX_JSON_BYTES, **hub)
+    size = 8 * sum(tensor.numel() for tensor in _empty_unet(folder).state_dict().values())
+    fetch_file(repo_id, _weights_name(variant), MAX_HEADER_BYTES + size, **hub)
+    return folder
+
+
+def fetch_file(repo_id: str, name: str, limit: int, **hub: Any) -> Path:
+    """Download a file of at most `limit` bytes into the Hub's cache."""
+    try:
+        size = hf_hub_download(repo_id, name, dry_run=True, **hub).file_size
+        if size > limit:
+            raise FileError(f"{repo_id}: {name} has {size:,} bytes, more than the limit of {limit:,}")
+        return Path(hf_hub_download(repo_id, name, **hub))
+    except RemoteEntryNotFoundError as error:
+        reason = "only JSON and safetensors files are read, never pickles (.bin, .pt, .ckpt)"
+        raise FileError(f"{repo_id} has no {name}; {reason}") from error
+
+
+def export_pipeline(
+    pipeline: Any, folder: Path, *, card: Mapping[str, Any], samples: Image.Image | None = None
+) -> None:
+    """Write a pipeline folder with its code and card, replacing the existing one as a whole.
+
+    Args:
+        pipeline: the pipeline; its weights are saved as safetensors.
+        folder: the output folder.
+        card: values of the card's template.
+        samples: the picture on the card.
+
+    Raises:
+        FileError: the weights could not be written.
+    """
+
+    def write(temporary: Path) -> None:
+        # Safetensors rejects weights in channels-last order.
+        unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
+        values = {name: pipeline.config[name] for name in index_arguments(type(pipeline)) if name in pipeline.config}
+        type(pipeline)(**{**values, **pipeline.components, "unet": unet}).save_pretrained(temporary)
+        if samples is not None:
+            replace_picture(samples, temporary / PICTURE)
+        replace_text(temporary / CARD, str(render_card({**card, "samples": PICTURE if samples is not None else None})))
+
+    try:
+        replace_folder(folder, write)
+    except SafetensorError as error:  # as of a full disk
+        raise FileError(f"{folder} could not be written: {error}") from error

@@ -1,1 +1,0 @@
-"""The folder of one training run: who holds it, its metrics and checkpoints, and reading it back."""

@@ -1,1 +1,0 @@
-"""Pipeline folders: read untrusted ones, write, describe, push and pull them."""

@@ -1,0 +1,257 @@
+"""The door to a run: `train(config)` and `distill(config)` assemble what the configuration describes, and train it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+
+from mnist_diffusion.config import Config, DistillConfig, HubConfig, RunConfig
+from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.errors import ConfigError, UserError
+from mnist_diffusion.files import read_json
+from mnist_diffusion.hub_client import HubError, open_repository
+from mnist_diffusion.method import distillation
+from mnist_diffusion.method import network as networks
+from mnist_diffusion.method import objective as objectives
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
+from mnist_diffusion.method.objective import Objective
+from mnist_diffusion.pipelines import drawing
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline, prediction_type_of
+from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
+from mnist_diffusion.training.artifacts import Artifacts
+from mnist_diffusion.training.launch import RunContext, reset_accelerate_state, start_run
+from mnist_diffusion.training.run_folder import training_images_of
+from mnist_diffusion.training.step import TrainState
+from mnist_diffusion.training.trainer import Trainer
+
+NetworkBuilder = Callable[..., UNet2DModel]
+"""Builds the network, with the arguments of [`mnist_diffusion.method.network.build_unet`]."""
+ObjectiveBuilder = Callable[[Any, NoisingProcess, int | None], Objective]
+"""Builds the objective, with the arguments of [`mnist_diffusion.method.objective.diffusion_objective`]."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The result of a run: its folder, and the exit code that a command would return."""
+
+    folder: Path
+    exit_code: int
+
+    @property
+    def pipeline(self) -> MNISTDiffusionPipeline:
+        """The exported pipeline with the averaged weights."""
+        return MNISTDiffusionPipeline.from_pretrained(self.folder / "pipeline")
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """The content of `summary.json`, which says whether a signal stopped the run."""
+        return read_json(self.folder / "summary.json")
+
+
+def train(
+    config: Config,
+    *,
+    network: NetworkBuilder | None = None,
+    objective: ObjectiveBuilder | None = None,
+    recipe: str = "python",
+    dry_run: bool = False,
+) -> TrainedRun:
+    """Train a model, in this process.
+
+    Args:
+        config: the run, such as `Config.load("default")`.
+        network: builds another network than `build_unet`.
+        objective: builds another objective than `diffusion_objective`.
+        recipe: name of the recipe, for the folder and titles.
+        dry_run: print the plan and stop.
+
+    Raises:
+        UserError: it cannot be done as configured.
+    """
+    reset_accelerate_state()
+    context = start_run(config, recipe)
+    images = context.load_images(config.data, seed=config.train.seed)
+    shape = {"image_size": images.image_size, "channels": images.channels, "num_classes": images.num_classes}
+    # A UNet that takes a noisy image, a timestep and a class; one more class, the null class, stands for "any".
+    unet = (network or networks.build_unet)(config.model, **shape, seed=config.train.seed)
+    networks.zero_init_output(unet)
+    if config.train.init_from is not None and not context.resumes:
+        message = context.main_process_first(lambda: warm_start(config, unet, images.class_names))
+        context.accelerator.print(message)
+    # The noising process: how an image turns into noise over the timesteps.
+    scheduler = build_noise_scheduler(config.diffusion)
+    # What the network learns: to undo the noise, sometimes without being told the class, as guidance needs.
+    build_objective = objective or objectives.diffusion_objective
+    learned = build_objective(config.diffusion, NoisingProcess.of(scheduler), objectives.null_class(unet))
+    # What is exported: the averaged weights in a pipeline with a sampler, guidance and the class names.
+    patch_size = networks.patch_size_of(unet, channels=images.channels)
+    exported = partial(drawing.build_pipeline, scheduler, config.sampling, images.class_names, patch_size=patch_size)
+    return run_training(context, config, images, unet, learned, exported, dry_run=dry_run)
+
+
+def distill(config: DistillConfig, *, recipe: str = "python", dry_run: bool = False) -> TrainedRun:
+    """Distil a trained pipeline into a student that samples in one network evaluation or a few, in this process.
+
+    Args:
+        config: the run, with its teacher.
+        recipe: name of the recipe, for the folder and titles.
+        dry_run: print the plan and stop.
+
+    Raises:
+        UserError: it cannot be done as configured.
+    """
+    reset_accelerate_state()
+    config = with_images_of_teacher(config)
+    context = start_run(config, f"student-{recipe}")
+    teacher = context.main_process_first(lambda: load_teacher(config, context.accelerator))
+    # The images the teacher was trained on: only their labels are used, and the student is measured against them.
+    images = context.load_images(config.data, seed=config.distillation.split_seed)
+    validate_teacher(config, teacher, images)
+    # The student starts as a copy of the teacher, and predicts the velocity of the same noising process.
+    scales = config.distillation.guidance_scales
+    student, scheduler = distillation.student_of(teacher, len(scales)), student_scheduler(teacher.scheduler.config)
+    prepare_teacher(config, teacher, context.accelerator)
+    # What it learns: at points of a teacher's trajectory, the image at its end.
+    fingerprint = drawing.fingerprint(teacher)
+    learned = distillation.distillation_objective(config.distillation, teacher, fingerprint=fingerprint)
+    context.require_same("teachers", learned.fingerprint)
+    # What is exported: a pipeline whose guidance is in the weights.
+    sampling = replace(config.sampling, guidance_scale=scales[0])
+    kind: dict[str, Any] = {"patch_size": teacher.config.patch_size, "guidance_distilled": scales}
+    exported = partial(drawing.build_pipeline, scheduler, sampling, images.class_names, **kind)
+    method = (
+        f"regression on the ends of the teacher's trajectories, {config.distillation.num_teacher_steps} steps of "
+        f"dpmpp at guidance {', '.join(f'{scale:g}' for scale in scales)}"
+    )
+    about = {"teacher": config.distillation.teacher, "teacher_fingerprint": fingerprint, "method": method}
+    card = {**about, "seed": config.distillation.split_seed}
+    context.accelerator.print(f"teacher      {config.distillation.teacher}")
+    return run_training(context, config, images, student, learned, exported, card=card, dry_run=dry_run)
+
+
+def run_training(
+    context: RunContext,
+    config: RunConfig,
+    images: ImageData,
+    unet: UNet2DModel,
+    objective: Objective,
+    make_pipeline: Callable[..., MNISTDiffusionPipeline],
+    *,
+    card: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+) -> TrainedRun:
+    """Train a network on an objective, and publish it if `hub.push` is set."""
+    state = TrainState(config, context.accelerator, images, unet, objective)
+    artifacts = Artifacts(context, config, images, state, make_pipeline=make_pipeline, card=card)
+    trainer, repository = (
+        Trainer(context, config, images, state, artifacts),
+        [config.hub.repo_id or context.folder.name],
+    )
+
+    def open_hub() -> None:  # before the first step, so that a missing login costs nothing
+        repository[0] = open_repository(repository[0], private=config.hub.private)
+
+    code = trainer.run(dry_run=dry_run, before_training=open_hub if config.hub.push else lambda: None)
+    if config.hub.push and code == 0 and not dry_run:
+        trainer.processes.on_main(lambda: publish(config.hub, context.folder, repository[0]))
+    return TrainedRun(context.folder, code)
+
+
+def publish(config: HubConfig, folder: Path, repo_id: str) -> None:
+    """Push a finished run.
+
+    Raises:
+        HubError: it could not be pushed; the message says how to do it later.
+    """
+    from mnist_diffusion.hub import push
+
+    try:
+        address = push(folder, repo_id, private=config.private, with_checkpoints=config.with_checkpoints)
+    except Exception as error:
+        flags = [
+            *(["--private"] if config.private else []),
+            *(["--with_checkpoints"] if config.with_checkpoints else []),
+        ]
+        later = shlex.join(["mnist-diffusion", "push", str(folder), repo_id, *flags])
+        raise HubError(f"{error}\nThe run is complete in {folder}; push it later with: {later}") from None
+    print(f"Pushed: {address}")
+
+
+def warm_start(config: Config, unet: UNet2DModel, class_names: tuple[str, ...]) -> str:
+    """Load the weights of `train.init_from` into `unet`, in place; a line that says so.
+
+    Raises:
+        UserError: there is no such pipeline, its network has another shape, or it has another prediction target.
+    """
+    source = str(config.train.init_from)
+    pipeline = drawing.load_pipeline(source, device="cpu", dtype="float32")
+    if (target := prediction_type_of(pipeline.scheduler)) != config.diffusion.prediction_type:
+        wanted = config.diffusion.prediction_type
+        raise ConfigError(
+            f"train.init_from={source!r} predicts {target!r}, but diffusion.prediction_type is {wanted!r}"
+        )
+    same = drawing.class_names(pipeline) == class_names
+    fits = networks.load_pretrained_weights(unet, pipeline.unet, same_classes=same)
+    note = "" if fits else "; class embeddings start anew: the pipeline's are for other classes or guidance scales"
+    return f"weights      {source}{note}"
+
+
+def with_images_of_teacher(config: DistillConfig) -> DistillConfig:
+    """The configuration with the images of the teacher's run, unless it names images itself.
+
+    Raises:
+        UserError: the configuration beside the teacher is not that of a run.
+    """
+    if (training_images := training_images_of(config.distillation.teacher, config.data)) is None:
+        return config
+    images, seed = training_images
+    data, learned = replace(config.data, **images), replace(config.distillation, split_seed=seed)
+    return replace(config, data=data, distillation=learned)
+
+
+def load_teacher(config: DistillConfig, accelerator: Accelerator) -> MNISTDiffusionPipeline:
+    """Load the teacher on the student's device, ready to sample trajectories.
+
+    Raises:
+        UserError: it could not be loaded, or is itself a student.
+    """
+    name = config.distillation.teacher
+    teacher = drawing.load_pipeline(name, device=str(accelerator.device), dtype="float32")
+    if teacher.config.guidance_distilled:
+        raise UserError(f"distillation.teacher={name!r} is itself a student; name the model it was distilled from")
+    teacher.unet.eval().requires_grad_(False)
+    teacher.scheduler = build_sampler("dpmpp", teacher.scheduler.config)
+    return teacher
+
+
+def prepare_teacher(config: DistillConfig, teacher: MNISTDiffusionPipeline, accelerator: Accelerator) -> None:
+    """Bring the teacher's network to the memory format and the precision of the student, in place."""
+    if config.train.channels_last:
+        teacher.unet.to(memory_format=torch.channels_last)
+    accelerator.prepare_model(teacher.unet, evaluation_mode=True)
+
+
+def validate_teacher(config: DistillConfig, teacher: MNISTDiffusionPipeline, images: ImageData) -> None:
+    """Check that the teacher fits the images and the configuration.
+
+    Raises:
+        UserError: it samples other images or classes, has too few timesteps, or no classes to guide.
+    """
+    drawing.require_fit(teacher, images)
+    available = teacher.scheduler.config.num_train_timesteps
+    for name, steps in (
+        ("distillation.num_teacher_steps", config.distillation.num_teacher_steps),
+        ("sampling.num_inference_steps", config.sampling.num_inference_steps or 1),
+    ):
+        if steps > available:
+            raise UserError(f"{name}={steps} must not exceed the teacher's {available} timesteps")
+    if teacher.null_class is None and (scales := config.distillation.guidance_scales) != (1,):
+        raise UserError(f"distillation.guidance_scales={list(scales)} must be [1] for an unconditional teacher")

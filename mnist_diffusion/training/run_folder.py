@@ -1,0 +1,323 @@
+"""The folder of a run: who holds it, its `metrics.jsonl`, and reading it back."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig
+from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.files import (
+    append_text,
+    file_within,
+    is_transient,
+    pipeline_folder,
+    read_json,
+    read_picture,
+    read_text,
+    read_yaml,
+    remove_left_behind,
+    replace_text,
+)
+from mnist_diffusion.training.checkpoint import NAME, newest_intact, verify
+
+LOCK, RUN_ID = ".lock", "run_id"
+RESULTS = ("pipeline", "pipeline_best", "snapshots", "summary.json")
+"""Results of a run that training again would overwrite."""
+WRITTEN_FOLDERS = ("samples", "pictures", "snapshots", "averages")
+OBJECTIVE = "# objective: "
+"""First words of a run's configuration."""
+IN_LOSS = ("diffusion.", "distillation.")
+NOT_IN_LOSS = ("diffusion.label_dropout", "distillation.teacher", "distillation.split_seed")
+MAX_LOG_BYTES = 2**31
+NOISE_LEVELS = 10
+"""Tenths of the timesteps, for each of which `loss_by_noise` has a mean."""
+SHEET_NAME = re.compile(r"step-(\d+)\.png")
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a run folder is missing, empty, or holds only the lock of a run that did not start."""
+    return not path.is_dir() or {file.name for file in path.iterdir()} <= {LOCK}
+
+
+class RunFolderError(UserError):
+    """The run folder cannot be used."""
+
+
+class RunFolder:
+    """A run folder, locked until it is released or the process ends, however it ends.
+
+    Args:
+        path: the folder; created if missing.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, FileLock(path / LOCK)
+        self.run_id: str | None = None
+        self.was_empty = self.had_run_id = self.created = False
+
+    def acquire(self, *, resume: bool) -> None:
+        """Create and lock the folder, and mark it with the run's id.
+
+        Args:
+            resume: whether the run in it goes on; otherwise it must be empty.
+
+        Raises:
+            RunFolderError: another run holds it, it cannot be written to, or it is not empty.
+        """
+        path = self.path
+        try:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                self.created = True
+            self.lock.acquire(timeout=0)
+            if not resume and not is_empty(path):
+                raise RunFolderError(f"another run has started in {path}; name another output_dir")
+            self.was_empty, self.had_run_id = is_empty(path), (path / RUN_ID).is_file()
+            for folder in (path, *(path / name for name in WRITTEN_FOLDERS)) if self.had_run_id else ():
+                remove_left_behind(folder)
+            self.run_id = self._read_or_make_id()
+        except Timeout:
+            raise RunFolderError(f"another run is writing to {path}; wait for it, or name another output_dir") from None
+        except OSError as error:
+            reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '')})"
+            raise RunFolderError(f"output_dir={str(path)!r} cannot be written to: {reason}") from error
+
+    def link_as_latest(self) -> None:
+        """Point the link `latest` beside the folder to it, unless something else has that name."""
+        latest = self.path.parent / "latest"
+        new = latest.with_name(f".latest-{self.run_id}")
+        with contextlib.suppress(OSError):  # some file systems have no links
+            if latest.is_symlink() or not latest.exists():
+                new.symlink_to(self.path.name, target_is_directory=True)
+                new.replace(latest)
+
+    def _read_or_make_id(self) -> str:
+        """The id of the run that started this folder; if it was lost, that of its newest checkpoint."""
+        known = ""
+        try:
+            known = read_text(file_within(self.path, RUN_ID), 100).strip()
+        except FileError as error:
+            if is_transient(error):
+                raise
+        if not re.fullmatch(r"\w+", known):
+            newest = newest_intact(self.path / "checkpoints")
+            manifest = {} if newest is None else verify(newest, int(newest.name.removeprefix("step-")))
+            known = str(manifest.get("run_id") or uuid.uuid4().hex)
+            replace_text(self.path / RUN_ID, known)
+        return known
+
+    def ensure_safe_to_overwrite(self) -> None:
+        """Check that a run may start at step 0 here: the folder was empty, or a run started in it and left no result.
+
+        Raises:
+            RunFolderError: it may not.
+        """
+        lost = [name for name in RESULTS if (self.path / name).exists()]
+        lost += [f"checkpoints/{path.name}" for path in (self.path / "checkpoints").glob("*.broken*")]
+        if not self.was_empty and (lost or not self.had_run_id):
+            if not self.had_run_id:
+                (self.path / RUN_ID).unlink()
+            held = f"holds {', '.join(lost)}" if lost else "is not the folder of a run"
+            raise RunFolderError(f"{self.path} has no checkpoint to resume from, and {held}; name another output_dir")
+
+    def release(self) -> None:
+        """Unlock the folder, and remove it if the run created it and left nothing in it."""
+        left = (RUN_ID, "config.yaml", "metrics.jsonl")
+        try:
+            with contextlib.suppress(OSError):
+                there = {file.name for file in self.path.iterdir() if file.name != left[-1] or file.stat().st_size}
+                if self.created and self.lock.is_locked and there <= {LOCK, *left[:-1]}:
+                    for name in (*left, LOCK):
+                        (self.path / name).unlink(missing_ok=True)
+                    self.path.rmdir()
+        finally:
+            self.lock.release()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of later steps, which will be trained again; replace a file that is not a log by an empty one."""
+    kept: list[dict[str, Any]] = []
+    try:
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+    except FileError as error:
+        if is_transient(error):
+            raise
+        print(f"warning: starting a new log: {error}")
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Append lines, durably, so that a checkpoint may count on them."""
+    append_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without a last one that was cut off; none if there is no file.
+
+    Damaged lines are skipped with a warning: no run depends on them.
+    """
+    if not path.exists():
+        return []
+    texts = read_text(path, MAX_LOG_BYTES).splitlines(keepends=True)
+    lines = [_parsed(text) for text in texts if text.endswith("\n")]
+    if damaged := lines.count(None):
+        print(f"warning: {damaged} lines of {path} could not be read, and are skipped")
+    return [line for line in lines if line is not None]
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 1:
+        return None
+    if type(line.get("epoch")) not in (int, float):
+        return None
+    levels = [None] * NOISE_LEVELS if line.get("loss_by_noise") is None else line["loss_by_noise"]
+    if not isinstance(levels, list) or len(levels) != NOISE_LEVELS:
+        return None
+    values = [*levels, *(value for name, value in line.items() if name != "loss_by_noise")]
+    return line if all(value is None or type(value) in (int, float) for value in values) else None
+
+
+class Sheet(NamedTuple):
+    """A sample sheet of a run, titled with its epoch."""
+
+    title: str
+    picture: Image.Image
+    step: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of a run folder.
+
+    Args:
+        folder: the run folder.
+        config: its `config.yaml`.
+        objective_name: the name of its objective; empty if unknown.
+        lines: the lines of its `metrics.jsonl`.
+        summary: its `summary.json`; empty until the run ends.
+        sheets: its sample sheets, oldest first.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    objective_name: str
+    lines: list[dict[str, Any]]
+    summary: Mapping[str, Any]
+    sheets: Sequence[Sheet]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its configuration by dotted names."""
+        sections = ((section, values) for section, values in self.config.items() if isinstance(values, dict))
+        return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The settings its loss depends on besides images and network; losses compare only where these agree."""
+        in_loss = {name: value for name, value in self.settings.items() if name.startswith(IN_LOSS)}
+        kept = {name: value for name, value in in_loss.items() if name not in NOT_IN_LOSS}
+        return {**kept, "name": self.objective_name}
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.resolve().name
+
+    def last(self, name: str) -> float | None:
+        """The last logged value of a metric."""
+        return next((line[name] for line in reversed(self.lines) if line.get(name) is not None), None)
+
+    def pipelines(self) -> dict[str, Path]:
+        """Its pipeline folders by name, snapshots first."""
+        matches = ((NAME.fullmatch(path.name), path) for path in (self.folder / "snapshots").glob("step-*"))
+        paths = [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+        paths += [self.folder / "pipeline_best", self.folder / "pipeline"]
+        return {path.name: path for path in paths if (path / "model_index.json").is_file()}
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is not a run folder, or could not be read.
+    """
+    config, summary_file = folder / "config.yaml", folder / "summary.json"
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not config.is_file() or not lines:
+        raise UserError(f"{str(folder)!r} is not a run folder: it needs config.yaml and metrics.jsonl with a line")
+    try:
+        summary = read_json(summary_file) if summary_file.is_file() else {}
+        values, first = dict(read_yaml(config)), read_text(config).partition("\n")[0].strip()
+        epochs_per_step = lines[-1]["epoch"] / lines[-1]["step"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(folder)!r}: the run folder could not be read: {error}") from error
+    name = first.removeprefix(OBJECTIVE) if first.startswith(OBJECTIVE) else ""
+    plain = {key: value for key, value in summary.items() if isinstance(value, int | float | str)}
+    return RunRecord(folder, values, name, lines, plain, sample_sheets(folder, epochs_per_step=epochs_per_step))
+
+
+def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:
+    """The images a run was trained on, and the seed that chose the held-out ones.
+
+    Raises:
+        UserError: its `config.yaml` does not say.
+    """
+    run = read_yaml(config_file)
+    try:
+        images = {name: run["data"][name] for name in IMAGE_FIELDS if name in run["data"]}
+        seed = run.get("distillation", {}).get("split_seed", run["train"]["seed"])  # a student's is its teacher's
+        return ImagesConfig(**images), int(seed)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"does not name the images of the run ({error!r:.200}); use --data.source"
+        raise UserError(f"{config_file} {problem}") from error
+
+
+def training_images_of(pipeline: str, given: ImagesConfig) -> tuple[dict[str, Any], int] | None:
+    """The images of the run that exported a pipeline folder, by field, and their split seed.
+
+    Args:
+        pipeline: a pipeline folder, a run folder, or a Hub id.
+        given: if this names images, they are meant instead.
+
+    Returns:
+        None if `given` names images, or there is no run beside the pipeline.
+
+    Raises:
+        UserError: the configuration beside it is not that of a run.
+    """
+    folder, default = pipeline_folder(Path(pipeline)), ImagesConfig()
+    place = folder.resolve()
+    beside = (place.parents[1] if place.parent.name == "snapshots" else place.parent) / "config.yaml"
+    named = any(getattr(given, name) != getattr(default, name) for name in IMAGE_FIELDS)
+    if named or not ((folder / "model_index.json").is_file() and beside.is_file()):
+        return None
+    images, seed = images_of_run(beside)
+    return {name: getattr(images, name) for name in IMAGE_FIELDS}, seed
+
+
+def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:
+    """The sample sheets of a run folder, oldest first."""
+    paths = (folder / "samples").glob("step-*.png")
+    by_step = {int(match[1]): path for path in paths if (match := SHEET_NAME.fullmatch(path.name))}
+    sheets = []
+    for step, path in sorted(by_step.items()):
+        try:
+            sheets.append(Sheet(f"epoch {step * epochs_per_step:.2f}", read_picture(path), step))
+        except FileError as error:
+            print(f"warning: skipping a sample sheet: {error}")
+    return sheets

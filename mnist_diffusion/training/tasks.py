@@ -1,0 +1,55 @@
+"""What a run does besides updates: tasks with the interval at which each is due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from mnist_diffusion.option_types import parse_interval
+
+Due = Callable[[int], bool]
+"""Whether a task is due after so many updates."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work of the main process, and when it is due.
+
+    Args:
+        stage: `measure` comes before the log is written, `save` after it, `draw` last. A signal skips what is not `save`.
+        due: whether it is due after so many updates.
+        work: does it.
+        at_end: whether it is also due after the last update.
+        counted: whether its time counts as training time.
+    """
+
+    stage: Literal["measure", "save", "draw"]
+    due: Due
+    work: Callable[[], object]
+    at_end: bool = False
+    counted: bool = True
+
+
+def every(interval: str | None, steps_per_epoch: float) -> Due:
+    """Due whenever another interval such as `500 steps` or `0.5 epochs` is complete; never, for None."""
+    if interval is None:
+        return lambda step: False
+    count, unit = parse_interval(interval)
+    length = count if unit == "steps" else count * steps_per_epoch
+    return lambda step: math.floor((step - 1) / length) < math.floor(step / length)
+
+
+def early(interval: str | None, steps_per_epoch: float) -> Due:
+    """Due at an eighth, a quarter and half of the first interval: most is learned then."""
+    if interval is None:
+        return lambda step: False
+    count, unit = parse_interval(interval)
+    length = count if unit == "steps" else count * steps_per_epoch
+    return lambda step: any(step - 1 < length / part <= step for part in (2, 4, 8))
+
+
+def either(one: Due, other: Due) -> Due:
+    """Due when one of two is."""
+    return lambda step: one(step) or other(step)
