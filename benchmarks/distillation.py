@@ -24,7 +24,7 @@ from mnist_diffusion.evaluation.evaluate import evaluate
 from mnist_diffusion.evaluation.report import PLOTS, cells, plot_results
 from mnist_diffusion.plots.grids import image_grid
 from mnist_diffusion.plots.tables import markdown
-from mnist_diffusion.requests import EvaluationRequest, Precision
+from mnist_diffusion.command_options import EvaluationOptions, Precision
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 STUDENT_STEPS = (1, 2, 4, 8)
@@ -57,7 +57,7 @@ def main(
     """
     set_num_threads()
     learned = load_pipeline(student, device=None, dtype=dtype)
-    asked = EvaluationRequest(
+    asked = EvaluationOptions(
         sources=(teacher,),
         data=ImagesConfig(source=data),
         num_images=num_images,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 
-from mnist_diffusion.checks import parse_interval
+from mnist_diffusion.option_types import parse_interval
 from mnist_diffusion.config import Config, DataConfig, ModelConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.method.network import build_unet
@@ -24,7 +24,7 @@ from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.environment import machine_description
 from mnist_diffusion.training.checkpoint import save_checkpoint
-from mnist_diffusion.training.metrics_log import append_metrics
+from mnist_diffusion.training.run_folder import append_metrics
 from mnist_diffusion.training.launch import build_accelerator, start_processes
 from mnist_diffusion.training.distributed import Processes
 from mnist_diffusion.training.step import TrainState

@@ -17,7 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 from jsonargparse import auto_cli
 
-from mnist_diffusion.cli.options import RECIPES, parse_train_arguments
+from mnist_diffusion.cli.options import RECIPES, parse_train
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import build_noise_scheduler
@@ -85,7 +85,7 @@ def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
     """Parameters, and training images per second."""
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    config = parse_train_arguments(["--config", name, "--data.source", data, "--train.mixed_precision", "no"]).config
+    config = parse_train(["--config", name, "--data.source", data, "--train.mixed_precision", "no"]).config
     set_num_threads(config.train.num_threads)
     images = load_images(config.data, seed=0)
     unet = build_unet(
@@ -112,14 +112,14 @@ def _quality(
         length = ["--train.max_steps", "null", "--train.max_epochs", "null", "--train.max_minutes", str(minutes)]
         _command("train", "--config", name, "--data.source", data, *length, "--output_dir", str(folder))
     if not (evaluation / "report.json").is_file():
-        own = parse_train_arguments(["--config", name]).config.sampling.num_inference_steps
+        own = parse_train(["--config", name]).config.sampling.num_inference_steps
         asked = ["--num_images", str(num_images), "--dtype", dtype]
         steps = ["--num_inference_steps", str(min(own, max_inference_steps))]
         pipeline = str(folder / "pipeline")
         _command("evaluate", pipeline, "--data.source", data, *asked, *steps, "--out", str(evaluation))
     [result] = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))["results"]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    config = parse_train_arguments(["--config", str(folder / "config.yaml")]).config
+    config = parse_train(["--config", str(folder / "config.yaml")]).config
     return {**result, "step": summary["step"], "images": summary["step"] * config.data.batch_size}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from mnist_diffusion.checks import SAMPLERS
+from mnist_diffusion.pipelines.samplers import SAMPLERS
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.pipelines.drawing import load_pipeline

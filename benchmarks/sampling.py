@@ -32,7 +32,7 @@ from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.draw import Sample
 from mnist_diffusion.evaluation.score import Reference
 from mnist_diffusion.plots.tables import markdown
-from mnist_diffusion.requests import Precision
+from mnist_diffusion.command_options import Precision
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline, predicted_original_sample
 
 STOCK_STEPS, STOCK_SCALE = 50, 2.0

@@ -23,7 +23,7 @@ MEASURE = """
 import sys, time
 import torch
 from accelerate import Accelerator
-from mnist_diffusion.cli.options import parse_train_arguments
+from mnist_diffusion.cli.options import parse_train
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import build_noise_scheduler
@@ -31,7 +31,7 @@ from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.training.step import TrainState
 
 torch.set_num_threads(int(sys.argv[2]))
-config = parse_train_arguments(["--config", sys.argv[1], "--data.source", "digits"]).config
+config = parse_train(["--config", sys.argv[1], "--data.source", "digits"]).config
 images = load_images(config.data, seed=0)
 unet = build_unet(config.model, image_size=28, channels=1, num_classes=10)
 objective = diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=10)

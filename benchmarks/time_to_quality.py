@@ -26,7 +26,7 @@ from jsonargparse import auto_cli
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.evaluation.evaluate import evaluate
-from mnist_diffusion.requests import EvaluationRequest
+from mnist_diffusion.command_options import EvaluationOptions
 
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = {"accuracy": "{:.2%}", "fid": "{:.3f}", "recall": "{:.1%}"}
@@ -92,7 +92,7 @@ def _run(tree: Path, folder: Path, data: str, asked: list[str], num_images: int)
     )
     seconds = time.perf_counter() - started
     images = ImagesConfig(source=data)
-    request = EvaluationRequest(sources=(str(folder / "pipeline"),), data=images, num_images=num_images, out=folder)
+    request = EvaluationOptions(sources=(str(folder / "pipeline"),), data=images, num_images=num_images, out=folder)
     [measured] = evaluate(request)["results"]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     result = {"seconds": seconds, "train_seconds": summary["train_seconds"], "steps": summary["step"]}

@@ -21,7 +21,7 @@ from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.environment import machine_description
-from mnist_diffusion.training.launch import build_accelerator, forget_earlier_runs, start_processes
+from mnist_diffusion.training.launch import build_accelerator, reset_accelerate_state, start_processes
 from mnist_diffusion.training.step import TrainState
 
 WAYS = {
@@ -65,7 +65,7 @@ def main(
 
 def _update(config: Config, images: ImageData, updates: int) -> tuple[float, float, str]:
     """Seconds and floating-point operations of an update, and the machine."""
-    forget_earlier_runs()
+    reset_accelerate_state()
     start_processes(config)
     with tempfile.TemporaryDirectory() as folder:
         accelerator = build_accelerator(config, Path(folder))
@@ -89,7 +89,7 @@ def _update(config: Config, images: ImageData, updates: int) -> tuple[float, flo
     seconds = (time.perf_counter() - started) / updates
     plain = TrainState(Config(data=config.data), accelerator, images, build_unet(config.model, **shape), objective)
     with FlopCounterMode(display=False) as counter:
-        plain.passes(config.data.batch_size)
+        plain.nfe(config.data.batch_size)
     return seconds, float(counter.get_total_flops()), machine_description(accelerator.device, 1)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +19,16 @@ from diffusers import UNet2DModel
 from huggingface_hub import constants
 from PIL import Image
 
-from mnist_diffusion.checks import SAMPLERS
-from mnist_diffusion.config import Config, DataConfig, ModelConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.pipelines.samplers import SAMPLERS
+from mnist_diffusion.cli.options import RunArguments, parse_run
+from mnist_diffusion.config import Config, DataConfig, DistillConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.training.checkpoint import save_checkpoint
-from mnist_diffusion.pipelines.card import ANYWHERE
-from mnist_diffusion.pipelines.export import export_pipeline
+from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER
+from mnist_diffusion.pipelines.folder import export_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.support.hub_server import HubServer
 
@@ -41,12 +44,18 @@ ALL_SAMPLERS = [
     *("DEISMultistepScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
     "TCDScheduler",
 ]
+DEFAULT = Config.load("default")
+"""The recipe that most tests shrink."""
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest, whose network is trained once, so that no other worker takes one of them over."""
     items.sort(key=lambda item: item.path.name != "test_mnist.py")
+
+
+# Under nohup, and on some CI machines, INT is ignored, and so it would be in all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -89,29 +98,39 @@ def image_folder(tmp_path: Path) -> Path:
     return make_image_folder(tmp_path / "pictures")
 
 
+def parse_train(argv: Sequence[str]) -> RunArguments[Config]:
+    return parse_run(Config, argv, prog="train_cfg.py", about="")
+
+
+def parse_distill(argv: Sequence[str]) -> RunArguments[DistillConfig]:
+    words = ["--distillation.teacher", *argv] if argv and not argv[0].startswith("-") else argv
+    return parse_run(DistillConfig, words, prog="distill", about="")
+
+
+def changed(config: Any, **sections: dict[str, Any]) -> Any:
+    """A configuration with other values in some of its sections."""
+    values = {name: dataclasses.replace(getattr(config, name), **changes) for name, changes in sections.items()}
+    return dataclasses.replace(config, **values)
+
+
 def tiny_config(**train: object) -> Config:
     """A run of a few seconds."""
-    defaults: dict[str, object] = {
-        "max_steps": 4,
-        "warmup_steps": 1,
-        "num_eval_images": 32,
-        "samples_per_class": 1,
-        "checkpoint_every": "2 steps",
-        "sample_every": None,
-        "pictures": False,
-    }
-    return Config(
-        data=DataConfig(source="digits", batch_size=8),
-        model=ModelConfig(block_out_channels=(8, 8), norm_num_groups=4),
-        sampling=SamplingConfig(num_inference_steps=2),
-        train=TrainConfig(**{**defaults, **train}),  # type: ignore[arg-type]
+    short = {"max_steps": 4, "warmup_steps": 1, "num_eval_images": 32, "samples_per_class": 1}
+    quiet = {"checkpoint_every": "2 steps", "sample_every": None, "pictures": False}
+    return changed(
+        DEFAULT,
+        data={"source": "digits", "batch_size": 8},
+        model={"block_out_channels": (8, 8), "norm_num_groups": 4},
+        sampling={"num_inference_steps": 2},
+        train={**short, **quiet, **train},
     )
 
 
 @lru_cache
 def untrained_network(conditional: bool, channels: int, seed: int) -> UNet2DModel:
     """A network of 10 classes and 8 x 8 pixels, to be copied, whose conditional and null predictions differ."""
-    model = ModelConfig(block_out_channels=(8, 16), patch_size=1, norm_num_groups=4, class_conditional=conditional)
+    shape = {"block_out_channels": (8, 16), "patch_size": 1, "norm_num_groups": 4, "class_conditional": conditional}
+    model = dataclasses.replace(DEFAULT.model, **shape)
     unet = build_unet(model, image_size=8, channels=channels, num_classes=10, seed=seed).eval()
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -128,7 +147,7 @@ def make_pipeline(
     **changes: object,
 ) -> MNISTDiffusionPipeline:
     """An untrained pipeline around a copy of that network, guided at every step unless asked otherwise."""
-    config = Config(**changes)  # type: ignore[arg-type]
+    config = dataclasses.replace(DEFAULT, **changes)  # type: ignore[arg-type]
     sampling = dataclasses.replace(config.sampling, guidance_interval=guidance_interval)
     unet = copy.deepcopy(untrained_network(conditional, channels, seed))
     scheduler = build_noise_scheduler(config.diffusion)
@@ -147,7 +166,7 @@ def run_folder(folder: Path) -> Path:
     pipeline = make_pipeline()
     values = dict.fromkeys(("samples", "notice", "teacher", "loss", "held_out_loss", "datasets"))
     about = {
-        **{"title": "a run", "location": ANYWHERE, "parameters": 1, "image_size": 8, "channels": 1, "minutes": 1.5},
+        **{"title": "a run", "location": REPO_PLACEHOLDER, "parameters": 1, "image_size": 8, "channels": 1, "minutes": 1.5},
         **{"source": "digits", "source_id": "digits", "num_train_images": 9, "fingerprint": "0" * 16, "seed": 0},
         **{"steps": 2, "batch_size": 8, "epochs": 1.0, "machine": "a machine", "versions": "none", "config": "data:\n"},
         **{"class_names": "a", "scheduler": "dpmpp", "recipe": "tiny"},

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mnist_diffusion.checks import parse_interval
-from mnist_diffusion.cli.options import RECIPES, find_recipe, parse_distill_arguments, parse_train_arguments
+from mnist_diffusion.option_types import parse_interval
+from mnist_diffusion.config import RECIPES
+from mnist_diffusion.option_types import find_recipe
+from tests.conftest import parse_distill, parse_train
 from mnist_diffusion.config import (
     Config,
     DataConfig,
@@ -16,7 +18,7 @@ from mnist_diffusion.config import (
     DistillationConfig,
     DistillConfig,
     ModelConfig,
-    SamplingConfig,
+    SamplingSettings,
     TrainConfig,
 )
 from mnist_diffusion.errors import ConfigError
@@ -45,12 +47,12 @@ BAD_FLAGS = [
     (["--diffusion.min_snr_gamma", "5"], "diffusion.sigmoid_bias must be null with min_snr_gamma=5.0, got 2.0"),
     (["--sampling.guidance_interval", "[0.8,0.2]"], "sampling.guidance_interval must be a rising pair from 0 to 1"),
     (
-        ["--diffusion.min_snr_gamma", "5", "--diffusion.sigmoid_bias", "null", "--diffusion.loss_on", "epsilon"],
-        "diffusion.loss_on must be prediction with min_snr_gamma=5.0, got 'epsilon'",
+        ["--diffusion.min_snr_gamma", "5", "--diffusion.sigmoid_bias", "null", "--diffusion.loss_space", "epsilon"],
+        "diffusion.loss_space must be prediction with min_snr_gamma=5.0, got 'epsilon'",
     ),
     (
-        ["--diffusion.prediction_type", "epsilon", "--diffusion.loss_on", "sample"],
-        "diffusion.loss_on must be prediction or epsilon with diffusion.prediction_type epsilon",
+        ["--diffusion.prediction_type", "epsilon", "--diffusion.loss_space", "sample"],
+        "diffusion.loss_space must be prediction or epsilon with diffusion.prediction_type epsilon",
     ),
     (["--diffusion.lognormal", "[0, 0]"], "diffusion.lognormal must be a mean and a positive standard deviation"),
     (["--diffusion.min_snr_gamma", "0"], "diffusion.min_snr_gamma must be a positive number, got 0"),
@@ -85,7 +87,7 @@ BAD_FLAGS = [
 @pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
 def test_bad_values_name_field_and_value(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        parse_train_arguments(flags)
+        parse_train(flags)
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == 2
@@ -95,17 +97,17 @@ def test_bad_values_name_field_and_value(flags: list[str], message: str, capsys:
 def test_switches_stand_alone_and_lists_take_several_values() -> None:
     flags = ["--train.resume", "--output_dir", "x", "--data.balance", "--data.class_names", "1", "b, c"]
     flags += ["--sampling.guidance_interval", "0.1", "0.9", "--model.block_out_channels", "8", "--train.seed", "5"]
-    config = parse_train_arguments(flags).config
+    config = parse_train(flags).config
     assert (config.train.resume, config.data.balance, config.data.class_names) == (True, True, ("1", "b, c"))
     assert (config.sampling.guidance_interval, config.model.block_out_channels) == ((0.1, 0.9), (8,))
-    assert parse_train_arguments(["--data.class_names", "null", "--data.balance", "false"]).config.data.balance is False
+    assert parse_train(["--data.class_names", "null", "--data.balance", "false"]).config.data.balance is False
 
 
 def test_flags_win_wherever_config_stands(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train:\n  max_steps: 5\n  seed: 3\n")
-    before = parse_train_arguments(["--train.max_steps", "7", "--config", str(file)])
-    after = parse_train_arguments(["--config", str(file), "--train.max_steps", "7"])
+    before = parse_train(["--train.max_steps", "7", "--config", str(file)])
+    after = parse_train(["--config", str(file), "--train.max_steps", "7"])
     assert before.config == after.config
     assert before.config.train.max_steps == 7
     assert before.config.train.seed == 3
@@ -116,7 +118,7 @@ def test_later_config_wins(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("train: {seed: 1, max_steps: 5}")
     second.write_text("train: {seed: 2}")
-    config = parse_train_arguments(["--config", str(first), "--config", str(second)]).config
+    config = parse_train(["--config", str(first), "--config", str(second)]).config
     assert (config.train.seed, config.train.max_steps) == (2, 5)
 
 
@@ -124,37 +126,37 @@ def test_unknown_key_in_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureF
     file = tmp_path / "mine.yaml"
     file.write_text("train:\n  max_stepz: 5\n")
     with pytest.raises(SystemExit):
-        parse_train_arguments(["--config", str(file)])
+        parse_train(["--config", str(file)])
     assert "max_stepz" in capsys.readouterr().err
 
 
 def test_default_recipe_is_the_schema() -> None:
-    assert parse_train_arguments([]).config == Config()
-    assert parse_train_arguments(["--config", "default"]).config == Config()
+    assert parse_train([]).config == Config()
+    assert parse_train(["--config", "default"]).config == Config()
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes_parse_and_come_back_from_yaml(recipe: str, tmp_path: Path) -> None:
-    config = parse_train_arguments(["--config", recipe]).config
+    config = parse_train(["--config", recipe]).config
     saved = tmp_path / "config.yaml"
     saved.write_text(config.to_yaml())
-    assert parse_train_arguments(["--config", str(saved)]).config == config
+    assert parse_train(["--config", str(saved)]).config == config
     assert find_recipe(recipe).read_text().startswith("#")
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (RECIPES / "distillation").glob("*.yaml")))
 def test_recipes_of_students_parse_and_come_back_from_yaml(recipe: str, tmp_path: Path) -> None:
-    config = parse_distill_arguments(["teacher", "--config", recipe, "--out", "folder"], prog="distill").config
+    config = parse_distill(["teacher", "--config", recipe, "--out", "folder"]).config
     assert (config.distillation.teacher, config.output_dir) == ("teacher", "folder")
     saved = tmp_path / "config.yaml"
     saved.write_text(config.to_yaml())
-    assert parse_distill_arguments(["--config", str(saved)], prog="distill").config == config
+    assert parse_distill(["--config", str(saved)]).config == config
 
 
 def test_default_student_is_the_schema() -> None:
     expected = DistillConfig(distillation=DistillationConfig(teacher="a/b"))
-    assert parse_distill_arguments(["a/b"], prog="distill").config == expected
-    assert parse_distill_arguments(["a/b", "--config", "default"], prog="distill").config == expected
+    assert parse_distill(["a/b"]).config == expected
+    assert parse_distill(["a/b", "--config", "default"]).config == expected
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_default_student_is_the_schema() -> None:
         (["a/b", "--distillation.guidance_scales", "[.nan]"], "distillation.guidance_scales"),
         (["a/b", "--distillation.num_teacher_steps", "0"], "distillation.num_teacher_steps must be at least 1, got 0"),
         (["a/b", "--distillation.points_per_trajectory", "9"], "points_per_trajectory must be between 1 and 8, got 9"),
-        (["a/b", "--distillation.clean_within", "0.6"], "distillation.clean_within must be between 0 and 0.5"),
+        (["a/b", "--distillation.snap_tolerance", "0.6"], "distillation.snap_tolerance must be between 0 and 0.5"),
         (["a/b", "--distillation.huber_c", "0"], "distillation.huber_c must be a positive number, got 0"),
         (["a/b", "--distillation.label_dropout", "2"], "distillation.label_dropout"),
         (["a/b", "--distillation.scheduler", "best"], "distillation.scheduler"),
@@ -179,7 +181,7 @@ def test_bad_distillations_name_field_and_value(
     capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse_distill_arguments(flags, prog="distill")
+        parse_distill(flags)
     assert exit_.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
@@ -189,14 +191,14 @@ def test_yaml_keeps_every_kind_of_value(tmp_path: Path) -> None:
         data=DataConfig(source="a b/é", channels=3),
         model=ModelConfig(attention_levels=(0, 1)),
         diffusion=DiffusionConfig(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
-        sampling=SamplingConfig(num_inference_steps=2, scheduler="EulerAncestralDiscreteScheduler"),
+        sampling=SamplingSettings(num_inference_steps=2, scheduler="EulerAncestralDiscreteScheduler"),
         train=TrainConfig(
             trackers=("tensorboard", "wandb"), max_epochs=0.5, mixed_precision="bf16", learning_rate=1e-5
         ),
     )
     saved = tmp_path / "config.yaml"
     saved.write_text(config.to_yaml(), encoding="utf-8")
-    assert parse_train_arguments(["--config", str(saved)]).config == config
+    assert parse_train(["--config", str(saved)]).config == config
 
 
 def test_time_limit_is_five_minutes_where_nothing_else_limits() -> None:

@@ -22,7 +22,7 @@ import train_cfg
 from examples import denoiser, own_objective
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import VERBS, main
-from mnist_diffusion.cli.options import RECIPES, parse_train_arguments
+from mnist_diffusion.cli.options import RECIPES, parse_train
 from mnist_diffusion.data import sources
 from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.demo.studio.build import RUNTIME_FILES
@@ -150,7 +150,7 @@ def run_command(line: str, number: int) -> None:
     """Run one line of a shell block in this process, shortened; where its comment says so, it must be refused."""
     if any(line.startswith(start) for start in NOT_RUN):
         if "train_cfg.py" in line:
-            parse_train_arguments(shlex.split(line, comments=True)[shlex.split(line).index("train_cfg.py") + 1 :])
+            parse_train(shlex.split(line, comments=True)[shlex.split(line).index("train_cfg.py") + 1 :])
         return
     words = shlex.split(line, comments=True)
     words = words[{"accelerate": 2, "python": 1}.get(words[0], 0) :]

@@ -65,13 +65,13 @@ class TestReading:
             files.read_bytes(path, 1000)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
-        assert not files.may_pass(error.value)
+        assert not files.is_transient(error.value)
 
     def test_what_may_pass_is_told_from_what_is_wrong(self, tmp_path: Path) -> None:
         problem = FileError("x")
         problem.__cause__ = OSError(errno.EIO, "Input/output error")
-        assert files.may_pass(problem)
-        assert not files.may_pass(FileError("x"))
+        assert files.is_transient(problem)
+        assert not files.is_transient(FileError("x"))
 
     def test_a_key_that_occurs_twice_in_yaml_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "x.yaml").write_text("train:\n  seed: 1\ndata: {}\ntrain:\n  max_steps: 3\n")

@@ -9,10 +9,12 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import train_cfg
-from mnist_diffusion.cli.options import RECIPES, find_recipe, parse_train_arguments
+from mnist_diffusion.config import RECIPES
+from mnist_diffusion.option_types import find_recipe
+from tests.conftest import parse_train
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.training.run_folder import read_metrics
 
 SHORT = [
     *("--data.source", "digits", "--data.batch_size", "4", "--train.max_epochs", "null", "--train.max_minutes", "null"),
@@ -49,7 +51,7 @@ def test_short_run(name: str, tmp_path: Path) -> None:
     assert all(line["loss"] > 0 for line in lines)
     assert (folder / "checkpoints" / "step-3" / "manifest.json").is_file()
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline", trust_remote_code=True)
-    config = parse_train_arguments(["--config", name]).config
+    config = parse_train(["--config", name]).config
     labels = [3] if config.model.class_conditional else None
     image = pipeline(labels, num_inference_steps=2).images[0]
     size = config.data.image_size or 28
@@ -62,7 +64,7 @@ def test_says_what_it_is_how_large_and_what_it_costs(name: str) -> None:
     """The parameters in the first comment are those of the network, on MNIST or whatever the recipe asks for."""
     text = find_recipe(name).read_text(encoding="utf-8")
     comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
-    config = parse_train_arguments(["--config", name]).config
+    config = parse_train(["--config", name]).config
     unet = build_unet(
         config.model, image_size=config.data.image_size or 28, channels=config.data.channels or 1, num_classes=10
     )

@@ -94,8 +94,8 @@ class Trainer:
     def _loop(self) -> int:
         """Update, and run the tasks that are due; the exit code."""
         progress, train, tasks = self.progress, self.config.train, self._tasks()
-        self.processes.on_main(self._begin)
         logging.start_trackers(self.accelerator, self.config, self.folder, self.run_folder.run_id)
+        self.processes.on_main(self._begin)
         signal_number, stopping = 0, False
         self.clock.skip()  # preparations do not count
         with stop_signals() as stop, self._progress_bar() as bar:

@@ -34,7 +34,7 @@ def paths(tmp_path: Path) -> list[Path]:
 class TestSharing:
     def test_what_is_there_is_kept(self, paths: list[Path]) -> None:
         paths[2].write_text("kept")
-        ranks.make_together(paths, lambda path: path.write_text("made"))
+        ranks.build_parts(paths, lambda path: path.write_text("made"))
         assert [path.read_text() for path in paths] == ["made", "made", "kept", "made"]
         assert sorted(paths[0].parent.iterdir()) == paths
 
@@ -55,7 +55,7 @@ class TestSharing:
         claimed.acquire()
         other = threading.Thread(target=dies)
         other.start()
-        ranks.make_together(paths, make)
+        ranks.build_parts(paths, make)
         other.join()
         assert [name for name, _ in made_at] == ["0", "2", "3", "1"]
         assert made_at[-1][1] >= released[0]
@@ -65,13 +65,13 @@ class TestSharing:
         monkeypatch.setenv("WORLD_SIZE", "2")
         made: list[Path] = []
         with FileLock(paths[3].with_name(".3.lock")):
-            ranks.make_together(paths, made.append)
+            ranks.build_parts(paths, made.append)
         assert made == [paths[2], paths[0], paths[1]]
 
     def test_a_helper_whose_parent_has_ended_leaves(self, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv(ranks.HELPED, "0")
-        ranks.make_together(paths, lambda path: path.write_text(""))
+        ranks.build_parts(paths, lambda path: path.write_text(""))
         assert not any(path.exists() for path in paths)
 
     def test_helpers_under_a_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:

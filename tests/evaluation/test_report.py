@@ -15,15 +15,15 @@ from PIL import Image
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.demo.jobs import evaluation_figures
 from mnist_diffusion.cli import main
-from mnist_diffusion.config import Config, DataConfig, ImagesConfig, ModelConfig, SamplingConfig, TrainConfig
+from mnist_diffusion.config import Config, DataConfig, ImagesConfig, ModelConfig, SamplingSettings, TrainConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, load_evaluator, save_evaluator
-from mnist_diffusion.requests import EvaluationRequest
-from mnist_diffusion.pipelines.export import export_pipeline
+from mnist_diffusion.command_options import EvaluationOptions
+from mnist_diffusion.pipelines.folder import export_pipeline
 
 CARD = {
     "title": "test", "location": "folder", "datasets": None, "num_classes": 10, "class_names": "0 to 9",
@@ -43,7 +43,7 @@ def folders(
     model = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4)
     unet = build_unet(model, image_size=28, channels=1, num_classes=10)
     scheduler = build_noise_scheduler(Config().diffusion)
-    sampling = SamplingConfig(num_inference_steps=2, guidance_scale=2, guidance_interval=(0, 1))
+    sampling = SamplingSettings(num_inference_steps=2, guidance_scale=2, guidance_interval=(0, 1))
     pipeline = build_pipeline(scheduler, sampling, digits.class_names, unet, patch_size=model.patch_size)
     export_pipeline(pipeline, root / "run" / "pipeline", card=CARD)
     save_evaluator(digits_evaluator, root / "evaluator")
@@ -63,7 +63,7 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     assert [result["name"] for result in report["results"]] == [
         f"ddim, {steps}, guidance {scale}" for steps in ("1 step", "2 steps") for scale in (0, 2)
     ]
-    assert [result["passes_per_image"] for result in report["results"]] == [1, 2, 2, 4]
+    assert [result["nfe_per_image"] for result in report["results"]] == [1, 2, 2, 4]
     wanted = {"accuracy", "accuracy_low", "accuracy_high", "fid", "fid_floor", "fid_ratio", "fid_standard_error"}
     wanted |= {"kernel_distance", "precision", "recall", "density", "coverage", "inception_score", "seconds"}
     wanted |= {"num_images", "nearest_distance", "nearest_distance_floor", "copied_share", "pixel_mean", "warnings"}
@@ -107,7 +107,7 @@ def test_sweep_over_guidance_rules(folders: tuple[Path, Path], tmp_path: Path) -
     assert [each["name"] for each in results] == [
         f"dpmpp, 4 steps, guidance 3 from {bounds}{rule}" for bounds in ("0 to 1", "0.4 to 0.8") for rule in rules
     ]
-    assert [each["passes_per_image"] for each in results] == [8, 8, 6, 6]
+    assert [each["nfe_per_image"] for each in results] == [8, 8, 6, 6]
     images = [json.dumps(each["pixel_mean"]) for each in results]
     assert len(set(images)) == 4
     assert len(list((out / "images").iterdir())) == 4
@@ -118,7 +118,7 @@ def test_images_of_another_program(folders: tuple[Path, Path], tmp_path: Path) -
     assert main(["sample", str(pipeline), "--num_images", "60", "--files", "--out", str(tmp_path / "images")]) == 0
     out = evaluate(tmp_path / "images", evaluator, tmp_path / "report", num_images=None)
     [result] = json.loads((out / "report.json").read_text())["results"]
-    assert (result["num_images"], result["passes_per_image"]) == (60, None)
+    assert (result["num_images"], result["nfe_per_image"]) == (60, None)
     assert result["accuracy"] is not None
 
 
@@ -214,7 +214,7 @@ def test_parser(folders: tuple[Path, Path], flags: list[str], capsys: pytest.Cap
 )
 def test_request_names_option_and_value(name: str, values: tuple[object, ...]) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be .*, got {values[-1]!r}"):
-        EvaluationRequest(sources=("pipeline",), **{name: values})  # type: ignore[arg-type]
+        EvaluationOptions(sources=("pipeline",), **{name: values})  # type: ignore[arg-type]
 
 
 def test_train_evaluator_command(

@@ -52,7 +52,7 @@ def test_evaluate_finds_high_class_accuracy(run: Path, mnist_folder: Path, tmp_p
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     [result] = report["results"]
     assert result["accuracy"] > 0.93
-    assert result["passes_per_image"] == 16  # guidance acts in six of the ten steps
+    assert result["nfe_per_image"] == 16  # guidance acts in six of the ten steps
     assert not result["copies_suspected"]
     assert report["evaluator"]["origin"] == "shipped with the package"
     assert f"{result['fid']:.3f}" in (run / "pipeline" / "README.md").read_text()

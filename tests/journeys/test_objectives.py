@@ -17,7 +17,7 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 OBJECTIVES = {
     "the image, by the velocity, stratified": [
-        *("--diffusion.prediction_type", "sample", "--diffusion.loss_on", "v_prediction"),
+        *("--diffusion.prediction_type", "sample", "--diffusion.loss_space", "v_prediction"),
         *("--diffusion.timesteps", "stratified", "--diffusion.sigmoid_bias", "1"),
     ],
     "the noise, min-SNR, log-normal": [

@@ -13,7 +13,7 @@ from PIL import Image
 import train_cfg
 from mnist_diffusion.cli import main
 from mnist_diffusion.plots.samples import Samples
-from mnist_diffusion.requests import SampleRequest
+from mnist_diffusion.command_options import SampleOptions
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 SIDE = 16
@@ -78,6 +78,6 @@ def test_train_and_draw(make: Callable[[Path], Path], tmp_path: Path, monkeypatc
     pipeline = MNISTDiffusionPipeline.from_pretrained(run)
     assert pipeline.config.id2label == {str(number): str(number) for number in range(12)}
     assert pipeline.label_ids([2, "2", 10, "10"]) == [2, 2, 10, 10]
-    assert Samples(SampleRequest(pipeline=run, class_labels=("2", "10"))).labels == [2, 10]
+    assert Samples(SampleOptions(pipeline=run, class_labels=("2", "10"))).labels == [2, 10]
     assert main(["sample", run, "--class_labels", "10", "2", "--num_images", "2", "--files"]) == 0
     assert {path.name for path in (tmp_path / "samples").glob("digit_*")} == {"digit_10_000.png", "digit_2_000.png"}

@@ -223,7 +223,7 @@ def _label_table(folder: Path) -> Callable[[random.Random], Callable[[], object]
 
 
 def _yaml(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    from mnist_diffusion.cli.options import parse_train_arguments
+    from tests.conftest import parse_train
     from tests.conftest import tiny_config
 
     content = tiny_config().to_yaml().encode()
@@ -232,7 +232,7 @@ def _yaml(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
     def make(source: random.Random) -> Callable[[], object]:
         file = folder / "config.yaml"
         file.write_bytes(mutated(content, source))
-        return lambda: parse_train_arguments(["--config", str(file)])
+        return lambda: parse_train(["--config", str(file)])
 
     return make
 
@@ -276,7 +276,7 @@ def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callab
     """A file of a run folder, which a function of the package reads."""
     from mnist_diffusion.plots import compare
     from mnist_diffusion.plots import curves as plots
-    from mnist_diffusion.training.run_record import RunRecord, read_run
+    from mnist_diffusion.training.run_folder import RunRecord, read_run
     from mnist_diffusion.pipelines.card import write_results_to_card
     from mnist_diffusion.hub import files_to_push
     from tests.conftest import run_folder

@@ -6,6 +6,5 @@ import sklearn.datasets
 import sklearn.model_selection  # noqa: F401
 
 import distill_cfg  # noqa: F401
-import mnist_diffusion.method.distillation
-import mnist_diffusion.training.trainer  # noqa: F401
+import mnist_diffusion.training.run  # noqa: F401
 import train_cfg  # noqa: F401

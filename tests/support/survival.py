@@ -1,6 +1,6 @@
 """Real runs, really killed: what the survival tests start, and a long chain of kills for the docs.
 
-    python -m tests.support.survival kills --count 200
+    python -m tests.support.survival kills 200
     python -m tests.support.survival elastic
 
 Runs are forked from one process that has imported everything, so that a launch costs a second and a chain of
@@ -24,10 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-
-from mnist_diffusion.training.checkpoint import load_checkpoint, newest_verified
-from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.training.checkpoint import load_checkpoint, newest_valid
+from mnist_diffusion.training.run_folder import read_metrics
 
 FLAGS = [
     *("--data.source", "digits", "--data.batch_size", "8", "--model.block_out_channels", "[8, 8]"),
@@ -123,7 +121,9 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 def _child(
     arguments: list[str], environment: dict[str, str], log: Path, death: Death | None, work: Callable[..., Any] | None
 ) -> None:
-    """One process of a run."""
+    """One process of a run, which hears every signal even where this one was started to ignore some."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -139,7 +139,7 @@ def _child(
 
 def _plan_death(death: Death) -> None:
     """Make this process kill itself before or after a file operation of a save."""
-    from mnist_diffusion.training import loop as module
+    from mnist_diffusion.training import trainer as module
 
     training: Any = module
     saves, operations, saving = -1, 0, False
@@ -186,7 +186,7 @@ def _resolve(place: str) -> Any:
 
 def final_state(folder: Path) -> dict[str, Any]:
     """What a run ends with: every file of its last checkpoint, its weights for using, and its log without times."""
-    step, problems = newest_verified(folder / "checkpoints")
+    step, problems = newest_valid(folder / "checkpoints")
     assert not problems, problems
     checkpoint = folder / "checkpoints" / f"step-{step}"
     state: dict[str, Any] = {
@@ -233,7 +233,7 @@ def chain_of_kills(
         codes = join(processes)
         landed += -signal.SIGKILL in codes
         elsewhere += -signal.SIGKILL not in codes
-        found, problems = newest_verified(cut / "checkpoints")
+        found, problems = newest_valid(cut / "checkpoints")
         assert not problems, problems
         assert (found if found is not None else -1) >= newest, f"the checkpoint of step {newest} is lost"
         newest = found if found is not None else -1
@@ -308,7 +308,7 @@ def elastic_runs(nursery: Nursery, root: Path, *, dtype: str) -> tuple[Path, Pat
         part = [*flags, "--output_dir", str(elastic), "--train.resume", "true"]
         codes = nursery.finish(part, log=log, ranks=ranks, work=partial(work, until=until))
         assert codes == [0 if until == 20 else 128 + signal.SIGTERM] * ranks, log.read_text()[-3000:]
-        found, _ = newest_verified(elastic / "checkpoints")
+        found, _ = newest_valid(elastic / "checkpoints")
         assert found == until
     return whole, elastic
 
@@ -319,9 +319,9 @@ def run_until(arguments: list[str], *, dtype: str, until: int | None = None) -> 
 
     import train_cfg
     from mnist_diffusion.method.objective import Batch, Objective
-    from mnist_diffusion.training import loop
+    from mnist_diffusion.training import run as module_of_runs
 
-    module: Any = loop
+    module: Any = module_of_runs
     state_class, kind = module.TrainState, getattr(torch, dtype)
 
     class StoppingState(state_class):  # type: ignore[misc,valid-type]
@@ -376,4 +376,4 @@ def elastic() -> None:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli([kills, elastic])
+    {"kills": kills, "elastic": elastic}[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -10,24 +10,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_cfg
-from mnist_diffusion.cli.options import RunArguments
 from mnist_diffusion.config import Config
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.method.network import build_unet
-from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import diffusion_objective
-from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.launch import build_accelerator
+from mnist_diffusion.training.run import train
 from mnist_diffusion.training.step import TrainState
 from tests.conftest import tiny_config
 
 LOSSES = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
 
-def run(config: Config, folder: Path, **train: Any) -> Path:
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train), output_dir=str(folder))
-    assert train_cfg.run(RunArguments(config, "tiny", dry_run=False)) == 0
+def run(config: Config, folder: Path, **options: Any) -> Path:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **options), output_dir=str(folder))
+    assert train(config, recipe="tiny").exit_code == 0
     return folder
 
 
@@ -43,7 +42,7 @@ def make_state(config: Config, tmp_path: Path) -> TrainState:
     data = load_images(config.data, seed=config.train.seed)
     unet = build_unet(config.model, image_size=data.image_size, channels=data.channels, num_classes=data.num_classes)
     scheduler = build_noise_scheduler(config.diffusion)
-    objective = diffusion_objective(config.diffusion, scheduler, null_class=data.num_classes)
+    objective = diffusion_objective(config.diffusion, NoisingProcess.of(scheduler), data.num_classes)
     return TrainState(config, build_accelerator(config, tmp_path), data, unet, objective)
 
 

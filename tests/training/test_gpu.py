@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.train_cfg import main
+from train_cfg import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of CUDA")
 

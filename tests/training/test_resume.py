@@ -111,7 +111,7 @@ class TestResume:
         shutil.rmtree(copy / "checkpoints")
         save_checkpoint(copy / "checkpoints", 5, tensors, state, keep=1, about=about)
         before = (copy / "metrics.jsonl").read_bytes()
-        with pytest.raises(UserError, match="step-5 is no checkpoint of such a run"):
+        with pytest.raises(UserError, match="step-5 is not a checkpoint of such a run"):
             run(tiny_config(), copy, resume=True, max_steps=6)
         assert (copy / "metrics.jsonl").read_bytes() == before
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -19,8 +18,9 @@ import pytest
 import torch
 import yaml
 
-from mnist_diffusion.training.checkpoint import load_checkpoint, newest_verified
-from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.training import distributed
+from mnist_diffusion.training.checkpoint import load_checkpoint, newest_valid
+from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.step import TrainState
 from tests.support.survival import (
     FLAGS,
@@ -48,7 +48,7 @@ def wait_for_step(folder: Path, step: int, *, seconds: float = 60) -> None:
 
 
 def newest_step(folder: Path) -> int:
-    step, problems = newest_verified(folder / "checkpoints")
+    step, problems = newest_valid(folder / "checkpoints")
     assert not problems
     assert step is not None
     return step
@@ -109,7 +109,7 @@ class TestSignals:
                 folder.mkdir()
                 interrupt_again_and_again(nursery, folder, kind, ranks=ranks, count=count)
 
-    def test_second_int_ends_in_mid_step(self, nursery: Nursery, tmp_path: Path) -> None:
+    def test_second_int_ends_it_at_once(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"
         flags = [*FLAGS, "--train.max_steps", "100000", "--output_dir", str(folder)]
         [process] = nursery.start(flags, log=log, work=steps_of_a_minute)
@@ -119,7 +119,7 @@ class TestSignals:
         time.sleep(0.3)
         assert process.is_alive()
         os.kill(process.pid, signal.SIGINT)
-        assert join([process], seconds=5) == [128 + signal.SIGINT]
+        assert join([process], seconds=5) == [130]
         assert newest_step(folder) == 4
 
 
@@ -146,7 +146,7 @@ def interrupt_again_and_again(nursery: Nursery, root: Path, kind: signal.Signals
 
 
 def steps_of_a_minute(arguments: list[str]) -> int:
-    """A run each of whose steps from the fifth on takes minutes, in one operation that no signal interrupts."""
+    """A run each of whose steps from the fifth on takes a minute."""
     import train_cfg
     from mnist_diffusion.training.step import TrainState
 
@@ -154,7 +154,8 @@ def steps_of_a_minute(arguments: list[str]) -> int:
 
     def slow(self: TrainState, step: int, learning_rate: float) -> Any:
         if step >= 4:
-            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+            for _ in range(600):
+                time.sleep(0.1)
         return update(self, step, learning_rate)
 
     TrainState.update = slow  # type: ignore[method-assign]
@@ -197,9 +198,9 @@ def recording_batches(arguments: list[str]) -> int:
     """A run that writes down what each of its updates saw, and the weights it ended with."""
     import train_cfg
     from mnist_diffusion.method.objective import Batch, Objective
-    from mnist_diffusion.training import loop
+    from mnist_diffusion.training import run as module_of_runs
 
-    module: Any = loop
+    module: Any = module_of_runs
     state_class = module.TrainState
     seen: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Batch)}
     made: list[Any] = []
@@ -292,19 +293,9 @@ class TestBadTimes:
         train = yaml.safe_load((folder / "config.yaml").read_text())["train"]
         assert train["max_steps"] == len(read_metrics(folder / "metrics.jsonl")) == newest_step(folder)
 
-    def test_a_process_that_hangs_in_mid_save(self, nursery: Nursery, tmp_path: Path) -> None:
-        folder, log, patience = tmp_path / "run", tmp_path / "log.txt", 5
-        flags = [*FLAGS, "--train.max_steps", "50", "--output_dir", str(folder)]
-        first, second = nursery.start(
-            flags, log=log, ranks=2, work=partial(hanging_in_the_third_save, patience=patience)
-        )
-        wait_for_step(folder, 3)
-        try:
-            assert join([first], seconds=patience + 20) == [2], log.read_text()
-        finally:
-            second.kill()
-        assert "another process ended, or gave no answer within " in log.read_text()
-        assert newest_step(folder) == 3
+    def test_a_slow_save_ends_no_run(self) -> None:
+        """A large network on a slow disk takes minutes to save."""
+        assert distributed.COLLECTIVE_TIMEOUT >= timedelta(hours=1)
 
     def test_not_finite_stops_before_a_save(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"
@@ -356,7 +347,7 @@ class TestBadTimes:
         for path in (folder / "checkpoints").glob("*/manifest.json"):
             path.unlink()
         assert nursery.finish([*flags, "--train.resume", "true"], log=log) == [2]
-        assert "starting again would overwrite what the run has left" in log.read_text()
+        assert "starting again would overwrite the results" in log.read_text()
         assert (folder / "metrics.jsonl").read_text() == lines
 
     def test_run_id_that_was_lost(self, nursery: Nursery, tmp_path: Path) -> None:
@@ -404,10 +395,14 @@ def with_other_images(arguments: list[str]) -> int:
     return train_cfg.main([*arguments, "--train.seed", os.environ["RANK"]])  # which chooses those held out
 
 
+def is_save(work: Any) -> bool:
+    return getattr(work, "__name__", "") == "_save_checkpoint"
+
+
 def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
     """A run one of whose processes raises while the third checkpoint is written."""
     import train_cfg
-    from mnist_diffusion.training import loop as module
+    from mnist_diffusion.training import trainer as module
 
     training: Any = module
     save, on_main, count = training.save_checkpoint, training.Processes.on_main, 0
@@ -417,12 +412,12 @@ def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
             raise RuntimeError("on purpose")
         return save(*arguments, **options)
 
-    def failing(self: Any, work: Any, *, saving: bool = False) -> None:
+    def failing(self: Any, work: Any) -> None:
         nonlocal count
-        count += saving
-        if saving and count == 3 and rank == 1 and os.environ["RANK"] == "1":
+        count += is_save(work)
+        if is_save(work) and count == 3 and rank == 1 and os.environ["RANK"] == "1":
             raise RuntimeError("on purpose")
-        on_main(self, work, saving=saving)
+        on_main(self, work)
 
     training.save_checkpoint, training.Processes.on_main = failing_save, failing
     return train_cfg.main(arguments)
@@ -431,10 +426,10 @@ def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
 def killed_before_the_pipeline(arguments: list[str]) -> int:
     """A run killed after its last checkpoint, before it writes its pipeline."""
     import train_cfg
-    from mnist_diffusion.training import trainer as module
+    from mnist_diffusion.training import artifacts as module
 
-    trainer: Any = module
-    export, calls = trainer.export_pipeline, 0
+    artifacts: Any = module
+    export, calls = artifacts.export_pipeline, 0
 
     def killed(*parts: Any, **more: Any) -> None:
         nonlocal calls
@@ -443,44 +438,24 @@ def killed_before_the_pipeline(arguments: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         export(*parts, **more)
 
-    trainer.export_pipeline = killed
+    artifacts.export_pipeline = killed
     return train_cfg.main(arguments)
 
 
 def killed_before_drawing(arguments: list[str], *, step: int) -> int:
     """A run killed when it is about to draw the samples of a step."""
     import train_cfg
-    from mnist_diffusion.training.trainer import Trainer
+    from mnist_diffusion.training.artifacts import Artifacts
 
-    trainer: Any = Trainer
-    draw = trainer.draw_samples
+    artifacts: Any = Artifacts
+    draw = artifacts.draw
 
-    def killed(self: Any) -> None:
-        if self.step == step:
+    def killed(self: Any, progress: Any, log_path: Path) -> None:
+        if progress.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        draw(self)
+        draw(self, progress, log_path)
 
-    trainer.draw_samples = killed
-    return train_cfg.main(arguments)
-
-
-def hanging_in_the_third_save(arguments: list[str], *, patience: float) -> int:
-    """A run whose second process never comes to the end of the third save."""
-    import train_cfg
-    from mnist_diffusion.training import distributed as module
-
-    processes: Any = module
-    on_main, count = processes.Processes.on_main, 0
-    processes.SAVE_PATIENCE = timedelta(seconds=patience)
-
-    def hanging(self: Any, work: Any, *, saving: bool = False) -> None:
-        nonlocal count
-        count += saving
-        if saving and count == 3 and os.environ["RANK"] == "1":
-            time.sleep(3600)
-        on_main(self, work, saving=saving)
-
-    processes.Processes.on_main = hanging
+    artifacts.draw = killed
     return train_cfg.main(arguments)
 
 
@@ -491,7 +466,7 @@ def nan_at_step_six(arguments: list[str]) -> int:
 
     train_state: Any = state.TrainState
     last, now = int(os.environ.get("WORLD_SIZE", "1")) - 1, 0
-    update, make_batch = train_state.update, train_state._batch
+    update, make_batch = train_state.update, train_state.batch
 
     def spoiled(self: Any, *parts: Any) -> Any:
         batch = make_batch(self, *parts)
@@ -504,5 +479,5 @@ def nan_at_step_six(arguments: list[str]) -> int:
         now = step
         return update(self, step, learning_rate)
 
-    train_state.update, train_state._batch = remembering, spoiled
+    train_state.update, train_state.batch = remembering, spoiled
     return train_cfg.main(arguments)

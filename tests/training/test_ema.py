@@ -1,4 +1,4 @@
-"""Averages by power functions: tracked, kept, resumed, and rebuilt at another length."""
+"""Averages by power functions: tracked, kept, resumed, and reconstruct_ema at another length."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mnist_diffusion import train_cfg
+import train_cfg
 from mnist_diffusion.cli import main
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training.ema import TRACKED, PowerAverages, coefficients, exponent, rebuilt
+from mnist_diffusion.training.ema import TRACKED, PowerAverages, coefficients, exponent, reconstruct_ema
 
 STEPS, EVERY = 480, 10
 
@@ -67,11 +67,11 @@ def test_rebuilt_ones_agree_with_direct_tracking(tmp_path: Path) -> None:
     for std in TRACKED:
         assert relative({n: last[f"{std}/{n}"] for n in ("weight", "bias")}, walk.direct[std]) < 1e-6
     for std in stds:
-        weights, error = rebuilt(tmp_path, std)
+        weights, error = reconstruct_ema(tmp_path, std)
         assert relative(weights, walk.direct[std]) < 1e-6, std
         assert error < 1e-4
     # What is found is not the nearest tracked one.
-    assert relative(rebuilt(tmp_path, 0.075)[0], walk.direct[0.1]) > 1e-4
+    assert relative(reconstruct_ema(tmp_path, 0.075)[0], walk.direct[0.1]) > 1e-4
 
 
 def test_fewer_moments_are_less_exact() -> None:
@@ -106,8 +106,8 @@ def test_a_run_keeps_them_through_a_resume_and_makes_pipelines(
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
     assert main(["average", str(whole), "--std", "0.1", "0.15"]) == 0
     said = capsys.readouterr().out
-    assert "average-0.15: from 4 moments up to step 12" in said
-    assert "warning: 4 moments are few for std 0.15; keep more with train.averages_every" in said
+    assert "average-0.15: from 4 saved averages up to step 12" in said
+    assert "warning: 4 saved averages are few for std 0.15; lower train.averages_every" in said
     tracked = load_file(whole / "averages" / "step-12.safetensors")
     pipeline = MNISTDiffusionPipeline.from_pretrained(whole / "average-0.1")
     for name, weight in pipeline.unet.state_dict().items():
@@ -119,9 +119,10 @@ def test_a_run_keeps_them_through_a_resume_and_makes_pipelines(
     assert train_cfg.main([*late, "--train.resume", "true", "--train.max_steps", "8"]) == 2
     assert "needs averages from the first step on" in capsys.readouterr().err
     assert main(["average", str(tmp_path / "late"), "--std", "0.1"]) == 2
-    assert "keeps no averages: train with --train.averages_every" in capsys.readouterr().err
-    assert main(["average", str(whole), "--std", "0.3"]) == 2
-    assert "std must be from 0.005 to 0.25, got 0.3" in capsys.readouterr().err
+    assert "has no averages: train with --train.averages_every" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["average", str(whole), "--std", "0.3"])
+    assert "std.0 must be less than or equal to 0.25, got '0.3'" in capsys.readouterr().err
     (whole / "averages" / "step-9.safetensors").write_bytes(b"no tensors")
     assert main(["average", str(whole), "--std", "0.1"]) == 2
     assert "step-9.safetensors could not be read" in capsys.readouterr().err

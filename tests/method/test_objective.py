@@ -86,10 +86,10 @@ def test_weights_change_the_loss() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-@pytest.mark.parametrize("loss_on", ["epsilon", "v_prediction", "sample", "flow_prediction"])
-def test_the_error_of_what_follows_from_the_prediction(prediction_type: Any, loss_on: Any) -> None:
+@pytest.mark.parametrize("loss_space", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_the_error_of_what_follows_from_the_prediction(prediction_type: Any, loss_space: Any) -> None:
     """However wrong a prediction: the loss is the squared error of what follows from it."""
-    objective = make_objective(prediction_type=prediction_type, loss_on=loss_on)
+    objective = make_objective(prediction_type=prediction_type, loss_space=loss_space)
     batch, scheduler = make_batch(objective), build_noise_scheduler(DiffusionConfig())
     batch = dataclasses.replace(batch, timesteps=torch.tensor([20, 200, 400, 600, 800, 950]))
     model = Recorder()
@@ -105,7 +105,7 @@ def test_the_error_of_what_follows_from_the_prediction(prediction_type: Any, los
     velocity = alpha.sqrt() * true_noise - (1 - alpha).sqrt() * true_image
     flow = true_noise - true_image
     wanted = {"epsilon": true_noise, "sample": true_image, "v_prediction": velocity, "flow_prediction": flow}
-    expected = (found[loss_on] - wanted[loss_on]).square().mean(dim=(1, 2, 3))
+    expected = (found[loss_space] - wanted[loss_space]).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-3)
 
 

@@ -1,13 +1,15 @@
-"""What the loop keeps between steps: weights, their average, the optimizer."""
+"""One update, and the state it changes."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mnist_diffusion.training.step import TrainState
 from tests.conftest import tiny_config
 from tests.training.conftest import make_state
 
@@ -22,15 +24,33 @@ class TestTrainState:
             torch.testing.assert_close(one["grad_norm"], other["grad_norm"], atol=1e-4, rtol=1e-3)
 
     def test_average_follows_emas_formula(self, tmp_path: Path) -> None:
-        state = make_state(tiny_config(ema_start_step=1, ema_decay=0.5), tmp_path)
-        state.update(0, 0.01)
+        state = make_state(tiny_config(ema_decay=0.5), tmp_path)
         expected = next(state.unet.parameters()).detach().clone()
-        torch.testing.assert_close(next(state.average().parameters()), expected)
-        for n in range(3):
-            state.update(n + 1, 0.01)
+        for n in range(4):
+            state.update(n, 0.01)
             decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0
             expected = decay * expected + (1 - decay) * next(state.unet.parameters()).detach()
-        torch.testing.assert_close(next(state.average().parameters()), expected)
+        torch.testing.assert_close(next(state.update_averaged_unet().parameters()), expected)
+
+    def test_a_skipped_update_moves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither weights nor any of their averages."""
+        state = make_state(tiny_config(on_non_finite="skip", averages_every="1 step"), tmp_path)
+        state.update(0, 0.01)
+        batch = TrainState.batch
+
+        def spoiled(*parts: Any) -> Any:
+            spoiled_batch = batch(*parts)
+            spoiled_batch.images[0, 0, 0, 0] = float("nan")
+            return spoiled_batch
+
+        monkeypatch.setattr(TrainState, "batch", spoiled)
+        tensors, _ = state.to_checkpoint()
+        before = {(file, name): value.clone() for file, group in tensors.items() for name, value in group.items()}
+        assert state.update(1, 0.01)["skipped"] == 1
+        tensors, _ = state.to_checkpoint()
+        assert len(before) > 20
+        for (file, name), value in before.items():
+            assert torch.equal(tensors[file][name], value), (file, name)
 
     def test_gradient_clipping(self, tmp_path: Path) -> None:
         state = make_state(tiny_config(max_grad_norm=1e-9), tmp_path)
@@ -47,13 +67,13 @@ class TestTrainState:
             losses.append(float(state.update(step, 0.01)["loss"]))
             _, timesteps, _ = state.objective.draw((count, 1, 28, 28), seed=0, step=step, device="cpu")
             levels += (timesteps // 100).tolist()
-        found = state.take_loss_by_noise()
+        found = state.pop_loss_by_noise_level()
         assert found is not None
         shares = np.bincount(levels, minlength=10)
         assert [mean is None for mean in found] == [share == 0 for share in shares]
         total = sum(mean * share for mean, share in zip(found, shares, strict=True) if mean is not None)
         assert total / shares.sum() == pytest.approx(float(np.mean(losses)), rel=1e-4)
-        assert state.take_loss_by_noise() == [None] * 10
+        assert state.pop_loss_by_noise_level() == [None] * 10
 
     def test_held_out_loss_repeats(self, tmp_path: Path) -> None:
         state = make_state(tiny_config(), tmp_path)

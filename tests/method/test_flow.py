@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnist_diffusion.checks import FLOW_SAMPLERS
-from mnist_diffusion.config import DiffusionConfig, SamplingConfig
+from mnist_diffusion.option_types import FLOW_SAMPLERS
+from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.method.guidance import Autoguidance
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import Batch, diffusion_objective
@@ -27,7 +27,7 @@ SHAPE = (6, 1, 8, 8)
 @pytest.fixture
 def pipeline() -> MNISTDiffusionPipeline:
     """One of an untrained network, which predicts the flow."""
-    return make_pipeline(diffusion=CONFIG, sampling=SamplingConfig(scheduler="euler"))
+    return make_pipeline(diffusion=CONFIG, sampling=SamplingSettings(scheduler="euler"))
 
 
 def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
@@ -74,7 +74,7 @@ def test_signal_and_weights() -> None:
     torch.testing.assert_close(process.alphas_cumprod, ratio / (1 + ratio))
     objective, weighted = (
         diffusion_objective(config, build_noise_scheduler(config), null_class=None)
-        for config in (CONFIG, DiffusionConfig(prediction_type="flow_prediction", loss_on="sample", sigmoid_bias=None))
+        for config in (CONFIG, DiffusionConfig(prediction_type="flow_prediction", loss_space="sample", sigmoid_bias=None))
     )
     timesteps = torch.tensor([0, 200, 400, 600, 800, 999])
     batch = Batch(normal(0), torch.arange(6), normal(1), timesteps, torch.zeros(6, dtype=torch.bool))
@@ -178,7 +178,7 @@ def test_schedulers_of_other_paths_are_refused(pipeline: MNISTDiffusionPipeline)
 
 
 def test_autoguidance_by_a_model_with_another_sampler(pipeline: MNISTDiffusionPipeline) -> None:
-    weak = make_pipeline(diffusion=CONFIG, sampling=SamplingConfig(scheduler="dpmpp"), seed=1)
+    weak = make_pipeline(diffusion=CONFIG, sampling=SamplingSettings(scheduler="dpmpp"), seed=1)
     assert pipeline(3, num_inference_steps=2, guidance=Autoguidance(weak)).images
     with pytest.raises(ValueError, match="flow_matching of the weaker model must be True, got False"):
         pipeline(3, guidance=Autoguidance(make_pipeline()))

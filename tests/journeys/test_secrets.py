@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mnist_diffusion import cli
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.hub_errors import HubError
+from mnist_diffusion.hub_client import HubError
 from mnist_diffusion.hub import push
 from tests.conftest import REPOSITORY
 from tests.support.hub_server import Fault, HubServer

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mnist_diffusion.cli import main
-from mnist_diffusion.config import DiffusionConfig, SamplingConfig
+from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.method.distillation import student_of, student_scheduler
 from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.pipelines.samplers import build_sampler
@@ -34,7 +34,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 def make_student(teacher: MNISTDiffusionPipeline) -> MNISTDiffusionPipeline:
-    sampling = SamplingConfig(scheduler="lcm", num_inference_steps=1, guidance_scale=SCALES[0])
+    sampling = SamplingSettings(scheduler="lcm", num_inference_steps=1, guidance_scale=SCALES[0])
     unet, names = student_of(teacher, len(SCALES)).eval(), tuple("abcdefghij")
     with torch.no_grad():  # so that the scales draw different images
         unet.class_embedding.weight.add_(torch.randn_like(unet.class_embedding.weight))

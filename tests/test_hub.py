@@ -20,7 +20,7 @@ from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.training.checkpoint import load_checkpoint
 from mnist_diffusion.pipelines.card import EVAL_RESULTS, write_results_to_card
-from mnist_diffusion.hub_errors import HubError
+from mnist_diffusion.hub_client import HubError
 from mnist_diffusion.hub import pull, push
 from mnist_diffusion.pipelines.pipeline import CODE_FILE, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline, tiny_config, use_hub

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_diffusion.checks import SAMPLERS, require_sampler
-from mnist_diffusion.config import DiffusionConfig, SamplingConfig
+from mnist_diffusion.pipelines.samplers import SAMPLERS, require_sampler
+from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.pipelines.drawing import generate
 from mnist_diffusion.pipelines.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import ConfigError
@@ -119,7 +119,7 @@ def draw(pipeline: MNISTDiffusionPipeline, steps: int, **arguments: Any) -> tupl
 @pytest.mark.parametrize(("steps", "eta", "clip"), [*itertools.product([10, 30], [0.0, 1.0], [True, False])])
 def test_ddim(steps: int, eta: float, clip: bool) -> None:
     """Also where the steps do not divide the training steps, and with the noise that belongs to the clipped image."""
-    pipeline = make_pipeline(sampling=SamplingConfig(scheduler="ddim"), diffusion=DiffusionConfig(clip_sample=clip))
+    pipeline = make_pipeline(sampling=SamplingSettings(scheduler="ddim"), diffusion=DiffusionConfig(clip_sample=clip))
     actual, start, noises = draw(pipeline, steps, eta=eta)
     expected = ddim_reference(Reference(pipeline, clip=clip), start, trailing(steps), eta, noises)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
@@ -127,7 +127,7 @@ def test_ddim(steps: int, eta: float, clip: bool) -> None:
 
 @pytest.mark.parametrize("steps", [10, 30])
 def test_ddpm(steps: int) -> None:
-    pipeline = make_pipeline(sampling=SamplingConfig(scheduler="ddpm"))
+    pipeline = make_pipeline(sampling=SamplingSettings(scheduler="ddpm"))
     actual, start, noises = draw(pipeline, steps)
     expected = ddpm_reference(Reference(pipeline, clip=True), start, trailing(steps), noises)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
@@ -137,7 +137,7 @@ def test_ddpm(steps: int) -> None:
 def test_euler(steps: int) -> None:
     """On the linear schedule: the cosine one starts at sigma 20,000, where float32 itself keeps three digits."""
     pipeline = make_pipeline(
-        sampling=SamplingConfig(scheduler="euler"), diffusion=DiffusionConfig(beta_schedule="linear")
+        sampling=SamplingSettings(scheduler="euler"), diffusion=DiffusionConfig(beta_schedule="linear")
     )
     actual, start, _ = draw(pipeline, steps)
     expected = euler_reference(Reference(pipeline, clip=False, alphas=linear_alphas()), start, trailing(steps))
@@ -161,7 +161,7 @@ def test_solvers_agree_in_the_limit() -> None:
 
 @pytest.mark.parametrize("name", ["heun", "KDPM2DiscreteScheduler"])
 def test_second_order_solvers_get_karras_spacing(name: str) -> None:
-    pipeline = make_pipeline(sampling=SamplingConfig(scheduler=name))
+    pipeline = make_pipeline(sampling=SamplingSettings(scheduler=name))
     before = dict(pipeline.scheduler.config)
     assert generate(pipeline, [1], [0], num_inference_steps=6).isfinite().all()
     sigmas = pipeline._prepared_scheduler(6, None, None).sigmas.unique().flip(0)[:-1]
@@ -289,7 +289,7 @@ class TestInversion:
     @pytest.mark.parametrize(("labels", "scale"), [([1, 2], 1.0), ([1, 2], 2.0), (None, 1.0)])
     def test_there_and_back(self, labels: Any, scale: float) -> None:
         pipeline = make_pipeline(
-            sampling=SamplingConfig(scheduler="ddim"), diffusion=DiffusionConfig(clip_sample=False)
+            sampling=SamplingSettings(scheduler="ddim"), diffusion=DiffusionConfig(clip_sample=False)
         )
         images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         guidance: dict[str, Any] = {} if labels is None else {"guidance_scale": scale}

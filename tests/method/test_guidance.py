@@ -19,12 +19,12 @@ from torch import Tensor
 
 from mnist_diffusion.checks import GUIDERS
 from mnist_diffusion.config import DiffusionConfig
-from mnist_diffusion.method.guidance import Autoguidance, guidance_arguments
+from mnist_diffusion.method.guidance import Autoguidance, call_arguments
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
 from mnist_diffusion.pipelines.pipeline import GuidanceStep, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
-from tests.sharing.test_pipeline import CountingUNet, draw
+from tests.pipelines.test_pipeline import CountingUNet, draw
 from tests.studio.test_studio import make_student
 
 
@@ -38,7 +38,7 @@ def test_the_plain_rule_draws_the_same_bits(pipeline: MNISTDiffusionPipeline, sc
     counter, counts, images = CountingUNet(pipeline), [], []
     for rule in (None, shipped.classifier_free_guidance):
         images.append(draw(pipeline, 1, 2, guidance_scale=scale, guidance_interval=(0.3, 0.7), guidance=rule))
-        counts.append(counter.passes)
+        counts.append(counter.nfe)
     assert torch.equal(*images)
     assert counts[1] == 2 * counts[0]
 
@@ -59,7 +59,7 @@ def test_a_rule_of_ones_own(pipeline: MNISTDiffusionPipeline) -> None:
     levels = [float(step.timestep) / 1000 for step in seen]
     for step, level in zip(seen, levels, strict=True):
         assert step.scales.tolist() == ([1, 3, 4] if level >= 0.5 else [1, 1, 1])
-    assert last.passes == sum(3 + (2 if level >= 0.5 else 0) for level in levels)
+    assert last.nfe == sum(3 + (2 if level >= 0.5 else 0) for level in levels)
     torch.testing.assert_close(
         draw(pipeline, 1, guidance=lambda step: step.predict(False)[1]), draw(pipeline, 1, guidance_scale=0)
     )
@@ -88,7 +88,7 @@ def test_mixed_classes(pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPip
     weights[0, [3, 8]] = 0.5
     for rule, passes in ((None, 3), (Autoguidance(weak), 4)):
         *_, last = pipeline.stream(weights, guidance_scale=2, num_inference_steps=2, guidance=rule)
-        assert last.passes == 2 * passes
+        assert last.nfe == 2 * passes
 
 
 class TestAutoguidance:
@@ -101,15 +101,15 @@ class TestAutoguidance:
             strong, bad = (each.unet(noise, 999, torch.tensor([4])).sample for each in (pipeline, weak))
         torch.testing.assert_close(done.model_output, bad + 3 * (strong - bad), atol=1e-5, rtol=1e-5)
         assert (strong - bad).abs().max() > 1e-3
-        assert done.passes == 2
+        assert done.nfe == 2
 
     def test_passes_and_ends(self, pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline) -> None:
         """At scale 1 it is the strong model, at 0 the weak one, with one pass each; by itself a model is itself."""
         counters = [CountingUNet(each) for each in (pipeline, weak)]
         for scale, model, passes in ((1, pipeline, [2, 0]), (0, weak, [0, 2])):
-            before = [counter.passes for counter in counters]
+            before = [counter.nfe for counter in counters]
             images = draw(pipeline, 1, guidance_scale=scale, num_inference_steps=2, guidance=Autoguidance(weak))
-            assert [counter.passes - start for counter, start in zip(counters, before, strict=True)] == passes
+            assert [counter.nfe - start for counter, start in zip(counters, before, strict=True)] == passes
             torch.testing.assert_close(images, draw(model, 1, guidance_scale=1, num_inference_steps=2))
         own = draw(pipeline, 1, guidance_scale=4, guidance=Autoguidance(pipeline))
         torch.testing.assert_close(own, draw(pipeline, 1, guidance_scale=1))
@@ -131,7 +131,7 @@ class TestAutoguidance:
         counter = CountingUNet(pipeline)
         with pytest.raises(ValueError, match=message):
             pipeline([1], guidance=Autoguidance(make_pipeline(**other)))
-        assert counter.passes == 0
+        assert counter.nfe == 0
 
 
 class TestGuiders:
@@ -140,16 +140,16 @@ class TestGuiders:
         counter = CountingUNet(pipeline)
         arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_interval": (0.4, 0.8)}
         theirs = draw(pipeline, 1, 2, guidance=ClassifierFreeGuidance(guidance_scale=3.0), **arguments)
-        assert counter.passes == 2 * (1 + 2 + 2 + 1)
+        assert counter.nfe == 2 * (1 + 2 + 2 + 1)
         torch.testing.assert_close(theirs, draw(pipeline, 1, 2, guidance_scale=3, **arguments))
         early = draw(pipeline, 1, 2, guidance=ClassifierFreeGuidance(guidance_scale=3.0, stop=0.5), **arguments)
-        assert counter.passes == 2 * (6 + 6) + 2 * (1 + 2 + 1 + 1)
+        assert counter.nfe == 2 * (6 + 6) + 2 * (1 + 2 + 1 + 1)
         assert not torch.equal(early, theirs)
 
     @pytest.mark.parametrize("name", GUIDERS)
     def test_every_guider_that_can_be_named(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
         plain = draw(pipeline, 1, guidance_scale=1)
-        named = guidance_arguments(pipeline, name, 4.0, (0.0, 1.0))
+        named = call_arguments(pipeline, name, 4.0, (0.0, 1.0))
         found = draw(pipeline, 1, **named)
         assert torch.isfinite(found).all()
         assert not torch.allclose(found, plain, atol=1e-3)
@@ -200,7 +200,7 @@ def test_bad_rules(
     counter = CountingUNet(pipeline)
     with pytest.raises(kind, match=message):
         pipeline(**{"class_labels": [1], **arguments})
-    assert counter.passes == 0
+    assert counter.nfe == 0
 
 
 def test_a_student_has_its_guidance_in_the_weights() -> None:
@@ -210,13 +210,13 @@ def test_a_student_has_its_guidance_in_the_weights() -> None:
 
 def test_names(pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline, tmp_path: Path) -> None:
     weak.save_pretrained(tmp_path)
-    assert guidance_arguments(pipeline, "cfg") == {}
-    named = guidance_arguments(pipeline, f"autoguidance:{tmp_path}", 2.0, (0.1, 0.9))
+    assert call_arguments(pipeline, "cfg") == {}
+    named = call_arguments(pipeline, f"autoguidance:{tmp_path}", 2.0, (0.1, 0.9))
     assert {**named, "guidance": None} == {"guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "guidance": None}
     assert torch.equal(draw(pipeline, 1, **named), draw(pipeline, 1, **{**named, "guidance": Autoguidance(weak)}))
-    named = guidance_arguments(pipeline, "AdaptiveProjectedGuidance", interval=(0.3, 0.9))
+    named = call_arguments(pipeline, "AdaptiveProjectedGuidance", interval=(0.3, 0.9))
     assert (named.pop("guidance").guidance_scale, named) == (1.9, {"guidance_interval": (0.3, 0.9)})
     with pytest.raises(ConfigError, match="guidance must be cfg, autoguidance:PIPELINE or one of AdaptiveProjected"):
-        guidance_arguments(pipeline, "SkipLayerGuidance")
+        call_arguments(pipeline, "SkipLayerGuidance")
     with pytest.raises(ValueError, match="guidance=MagnitudeAwareGuidance needs other predictions"):
         pipeline([1], guidance=MagnitudeAwareGuidance())

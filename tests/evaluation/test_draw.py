@@ -45,8 +45,8 @@ class TestDrawing:
         assert sample.images.dtype == torch.uint8
         assert sample.labels is not None
         assert torch.bincount(sample.labels).tolist() == [6] * 10
-        assert sample.passes_per_image == 6
-        assert generator(pipeline, letters).draw(SamplingSettings("heun", 3, 1.0)).passes_per_image == 5
+        assert sample.nfe_per_image == 6
+        assert generator(pipeline, letters).draw(SamplingSettings("heun", 3, 1.0)).nfe_per_image == 5
 
     def test_a_student_takes_one_pass_a_step_at_its_own_scale_alone(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
@@ -57,7 +57,7 @@ class TestDrawing:
         settings = student.settings(None, 2, None)
         assert settings == SamplingSettings("lcm", 2, 1.5)
         student.check(settings)
-        assert student.draw(settings).passes_per_image == 2
+        assert student.draw(settings).nfe_per_image == 2
         with pytest.raises(UserError, match=r"guidance_scale must be one of \[1\.5\] for this model"):
             student.check(student.settings(None, 2, 5.0))
 
@@ -90,7 +90,7 @@ class TestDrawing:
             again = generator(pipeline, letters, tmp_path).draw(settings)
         assert drawn == 20 * 4
         assert torch.equal(again.images, whole.images)
-        assert again.passes_per_image == whole.passes_per_image
+        assert again.nfe_per_image == whole.nfe_per_image
 
     def test_more_images_take_up_those_that_are_there(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,7 +141,7 @@ class TestDrawing:
         pipeline = make_pipeline(conditional=False)
         sample = generator(pipeline, letters, num_images=55).draw(generator(pipeline, letters).settings(None, 2, None))
         assert sample.labels is None
-        assert (len(sample.images), sample.passes_per_image) == (55, 2)
+        assert (len(sample.images), sample.nfe_per_image) == (55, 2)
         with pytest.raises(UserError, match="guidance_scale=2 has nothing to guide: the model is unconditional"):
             generator(pipeline, letters).settings(None, 2, 2.0)
 
@@ -198,7 +198,7 @@ class TestReading:
         sample = read_sample(write_pictures(tmp_path), letters)
         assert sample.labels is not None
         assert torch.bincount(sample.labels).tolist() == [6] * 10
-        assert sample.passes_per_image is None
+        assert sample.nfe_per_image is None
 
     def test_grey_saved_as_rgb(self, letters: ImageData, tmp_path: Path) -> None:
         grey = read_sample(write_pictures(tmp_path / "grey"), letters)

@@ -15,7 +15,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, EDMEulerScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
-from mnist_diffusion.config import DiffusionConfig, SamplingConfig
+from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import generate
 from mnist_diffusion.pipelines.samplers import build_sampler
@@ -42,11 +42,11 @@ class CountingUNet:
     """Counts the images that go through the real network."""
 
     def __init__(self, pipeline: MNISTDiffusionPipeline):
-        self.passes = 0
+        self.nfe = 0
         pipeline.unet.register_forward_pre_hook(self._count)
 
     def _count(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        self.passes += len(arguments[0])
+        self.nfe += len(arguments[0])
 
 
 VALID_LABELS = [
@@ -188,7 +188,7 @@ def test_bad_calls_are_refused_before_any_pass(
     arguments = {"class_labels": [3, 7], "guidance_scale": 2.0, "num_inference_steps": 2, **change}
     with pytest.raises(kind, match=message):
         pipeline(**arguments)
-    assert counter.passes == 0
+    assert counter.nfe == 0
 
 
 def test_there_are_at_least_60_bad_calls() -> None:
@@ -201,12 +201,12 @@ class TestGuidance:
     def test_passes_an_image_and_step(self, pipeline: MNISTDiffusionPipeline, scale: float, passes: int) -> None:
         counter = CountingUNet(pipeline)
         draw(pipeline, 1, 2, 3, guidance_scale=scale, num_inference_steps=4)
-        assert counter.passes == 3 * 4 * passes
+        assert counter.nfe == 3 * 4 * passes
 
     def test_each_image_costs_what_its_scale_needs(self, pipeline: MNISTDiffusionPipeline) -> None:
         counter = CountingUNet(pipeline)
         draw(pipeline, 1, 2, 3, guidance_scale=[0, 1, 5], num_inference_steps=4)
-        assert counter.passes == 4 * (1 + 1 + 2)
+        assert counter.nfe == 4 * (1 + 1 + 2)
 
     def test_interval_skips_the_second_pass_outside(self, pipeline: MNISTDiffusionPipeline) -> None:
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -215,12 +215,12 @@ class TestGuidance:
         timesteps = pipeline.sample_trajectory([1], **arguments).timesteps.tolist()
         inside = [t for t in timesteps if 0.3 <= t / 1000 <= 0.7]
         assert 0 < len(inside) < 10
-        assert counter.passes == 10 + len(inside)
+        assert counter.nfe == 10 + len(inside)
 
     def test_unconditional_call_costs_one_pass(self, pipeline: MNISTDiffusionPipeline) -> None:
         counter = CountingUNet(pipeline)
         assert len(pipeline(num_inference_steps=2).images) == 1
-        assert counter.passes == 2
+        assert counter.nfe == 2
 
     def test_scale_0_is_the_null_class_and_ignores_the_label(self, pipeline: MNISTDiffusionPipeline) -> None:
         assert torch.equal(draw(pipeline, 1, guidance_scale=0), draw(pipeline, 2, guidance_scale=0))
@@ -336,12 +336,12 @@ class TestOutputs:
             pipeline(3)
 
     def test_defaults_come_from_the_folder(self, tmp_path: Path) -> None:
-        pipeline = make_pipeline(sampling=SamplingConfig(num_inference_steps=7, guidance_scale=3.5))
+        pipeline = make_pipeline(sampling=SamplingSettings(num_inference_steps=7, guidance_scale=3.5))
         pipeline.save_pretrained(tmp_path)
         counter = CountingUNet(loaded := MNISTDiffusionPipeline.from_pretrained(tmp_path))
         loaded.set_progress_bar_config(disable=True)
         loaded(3)
-        assert counter.passes == 14
+        assert counter.nfe == 14
         assert loaded.config.id2label["3"] == "d"
 
 
@@ -365,9 +365,9 @@ class TestCallback:
             return {}
 
         draw(pipeline, 1, guidance_scale=1, num_inference_steps=5, callback_on_step_end=stop)
-        assert counter.passes == 1
+        assert counter.nfe == 1
         draw(pipeline, 1, guidance_scale=1, num_inference_steps=5)
-        assert counter.passes == 6
+        assert counter.nfe == 6
 
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
     def test_predicted_original_sample_is_the_schedulers(self, prediction_type: Any) -> None:

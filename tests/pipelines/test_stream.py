@@ -9,7 +9,7 @@ import torch
 
 from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from tests.sharing.test_pipeline import NAN, CountingUNet, generators
+from tests.pipelines.test_pipeline import NAN, CountingUNet, generators
 
 
 class TestStream:
@@ -25,8 +25,8 @@ class TestStream:
         with pytest.raises(StopIteration):
             next(stream)
         assert labels == [[3, 4, 10, 10], [7, 8, 10, 10], [7, 10], [7, 10]]
-        assert [done.passes for done in seen] == [4, 8, 10, 12]
-        assert counted.passes == 12
+        assert [done.nfe for done in seen] == [4, 8, 10, 12]
+        assert counted.nfe == 12
         assert [done.step for done in seen] == [0, 1, 2, 3]
         unchanged = pipeline.stream([3, 4], guidance_scale=2.0, num_inference_steps=4, generator=generators(1, 2))
         assert torch.equal(next(unchanged).latents, seen[0].latents)

@@ -29,8 +29,8 @@ from mnist_diffusion.config import (
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.method.distillation import (
     TeacherError,
-    chosen_points,
-    cleaned,
+    learned_points,
+    snap_to_black_or_white,
     clipped_error,
     distillation_objective,
     draw_trajectories,
@@ -46,7 +46,7 @@ from mnist_diffusion.method.objective import Batch
 from mnist_diffusion.pipelines.drawing import fingerprint
 from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.training.metrics_log import read_metrics
+from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 from tests.support.survival import Death, Nursery, final_state
@@ -135,14 +135,14 @@ class TestLoss:
     def test_nearly_black_and_white_is_black_and_white(self) -> None:
         images = torch.tensor([-1.2, -0.97, -0.95, 0.0, 0.95, 0.97, 1.2])
         expected = torch.tensor([-1.0, -1.0, -0.95, 0.0, 0.95, 1.0, 1.0])
-        torch.testing.assert_close(cleaned(images, 0.04), expected)
-        torch.testing.assert_close(cleaned(images, 0.0), images.clamp(-1, 1))
+        torch.testing.assert_close(snap_to_black_or_white(images, 0.04), expected)
+        torch.testing.assert_close(snap_to_black_or_white(images, 0.0), images.clamp(-1, 1))
 
     @pytest.mark.parametrize("error", [0.0, 0.25])
     def test_it_is_the_error_of_the_image_at_every_point(self, error: float, teacher_folder: Path) -> None:
         """Of a student that is off by `error` everywhere: the Huber of it, but for white pixels, which are clipped."""
         teacher = make_pipeline()
-        config = distillation(teacher_folder, points_per_trajectory=4, clean_within=0.0, huber_c=0.5)
+        config = distillation(teacher_folder, points_per_trajectory=4, snap_tolerance=0.0, huber_c=0.5)
         teacher.scheduler = build_sampler("dpmpp", teacher.scheduler.config)
         batch = dataclasses.replace(make_batch(3, dropped=[1]), timesteps=torch.full((3,), 8))
         trajectory = draw_trajectories(teacher, config, batch)
@@ -160,7 +160,7 @@ class TestLoss:
     @pytest.mark.parametrize(("steps", "points"), [(8, 4), (8, 8), (8, 1), (5, 3), (1, 1), (2, 2)])
     def test_points_are_distinct_the_noise_among_them_and_all_come_up(self, steps: int, points: int) -> None:
         config = DistillationConfig(teacher="a/b", num_teacher_steps=steps, points_per_trajectory=points)
-        chosen = chosen_points(config, torch.arange(100))
+        chosen = learned_points(config, torch.arange(100))
         assert chosen.shape == (points, 100)
         assert (chosen[0] == 0).all()
         assert all(len(set(column)) == points for column in chosen.T.tolist())
@@ -291,7 +291,7 @@ class TestTeachers:
         assert found.distillation.split_seed == 5
         assert with_teachers_images(named) == named
         folder = run(silent, max_steps=2)
-        again = parse_distill_arguments(["--config", str(folder / "config.yaml")], prog="distill").config
+        again = parse_distill(["--config", str(folder / "config.yaml")]).config
         assert (again.data, again.distillation) == (found.data, found.distillation)
         run(dataclasses.replace(again, output_dir=str(folder)), max_steps=4, resume=True)
         beside.write_text("data: 3")

@@ -13,15 +13,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 
-from mnist_diffusion.checks import SAMPLERS
-from mnist_diffusion.config import DiffusionConfig, SamplingConfig
+from mnist_diffusion.pipelines.samplers import SAMPLERS
+from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.training.checkpoint import save_checkpoint
 from mnist_diffusion.pipelines.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
 from tests.conftest import ALL_SAMPLERS, make_pipeline
-from tests.sharing.test_pipeline import draw
+from tests.pipelines.test_pipeline import draw
 from tests.support.hub_server import HubServer
 
 
@@ -30,7 +30,7 @@ class TestFolders:
     @pytest.mark.parametrize("name", ALL_SAMPLERS)
     def test_swaps_give_the_same_images_before_and_after_saving(self, tmp_path: Path, first: Any, name: Any) -> None:
         """From any sampler, in memory or loaded, by name or by the stock idiom."""
-        pipeline = make_pipeline(sampling=SamplingConfig(scheduler=first))
+        pipeline = make_pipeline(sampling=SamplingSettings(scheduler=first))
         pipeline.save_pretrained(tmp_path)
         loaded = MNISTDiffusionPipeline.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Pictures: what stands in them, that every command makes its own, and what `compare` sets side by side."""
+"""EncodedImages: what stands in them, that every command makes its own, and what `compare` sets side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mnist_diffusion.plots.grids import (
     titled,
 )
 from mnist_diffusion.plots.curves import compared_curves, noise_schedules, pixel_histograms, training_curves
-from mnist_diffusion.training.run_record import Sheet
+from mnist_diffusion.training.run_folder import Sheet
 from tests.conftest import make_image_folder
 
 

@@ -25,7 +25,7 @@ from mnist_diffusion.demo.space import write_gradio_space
 from mnist_diffusion.demo.jobs import figure
 from mnist_diffusion.cli import main
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.requests import AppRequest
+from mnist_diffusion.command_options import AppOptions
 from tests.conftest import make_pipeline
 from tests.studio.test_studio import make_student
 from tests.support.browser import answer, free_port
@@ -210,13 +210,13 @@ def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
 )
 def test_what_is_no_drawing_is_refused(address: Any) -> None:
     with pytest.raises(UserError):
-        drawing.drawn_by_hand(address, (1, 8, 8))
+        drawing.decode_sketch(address, (1, 8, 8))
 
 
 def test_a_drawing_becomes_an_image() -> None:
     picture = Image.new("RGB", (40, 20))
     picture.paste((255, 255, 255), (0, 0, 20, 20))
-    image = drawing.drawn_by_hand(png(picture), (3, 8, 8))
+    image = drawing.decode_sketch(png(picture), (3, 8, 8))
     assert image.shape == (1, 3, 8, 8)
     assert image.max() == 1
     assert (image[0, :, 3, 1] > 0.9).all()
@@ -226,13 +226,13 @@ def test_a_drawing_becomes_an_image() -> None:
 def test_a_picture_drawn_again_comes_back() -> None:
     pipeline = make_pipeline()
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    rows = drawing.drawn_again(pipeline, image, is_a="a", as_a="b", scale=2.0)
+    rows = drawing.reconstruct(pipeline, image, is_a="a", as_a="b", scale=2.0)
     assert [row.title for row in rows] == [
         *("Your picture", "Its noise, as if it were a"),
         *("Drawn again from this noise as a", "The same noise as b"),
     ]
     with pytest.raises(UserError, match=r"class must be one of a, .*, got 'z'"):
-        drawing.drawn_again(pipeline, image, is_a="z", as_a="b", scale=2.0)
+        drawing.reconstruct(pipeline, image, is_a="z", as_a="b", scale=2.0)
 
 
 def test_words_are_escaped() -> None:
@@ -248,7 +248,7 @@ def test_addresses_and_ports_that_cannot_be(capsys: pytest.CaptureFixture[str]) 
     assert "only_draw must be false without a pipeline to draw with" in capsys.readouterr().err
     assert main(["app", "no/such/folder"]) == 2
     assert "could not be loaded" in capsys.readouterr().err
-    assert AppRequest().host == "127.0.0.1"
+    assert AppOptions().host == "127.0.0.1"
 
 
 @pytest.mark.slow

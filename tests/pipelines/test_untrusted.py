@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mnist_diffusion.cli.options import parse_train_arguments
+from tests.conftest import parse_train
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.evaluation.evaluator import SHIPPED, load_evaluator
-from mnist_diffusion.training.checkpoint import newest_verified, save_checkpoint
+from mnist_diffusion.training.checkpoint import newest_valid, save_checkpoint
 from mnist_diffusion.pipelines.pipeline import CODE_FILE, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 from tests.support.survival import Nursery
@@ -370,14 +370,14 @@ def test_a_checkpoint_with_a_pickle(tmp_path: Path) -> None:
     for step, change in ((1, pickled("state.json")), (2, pickled("model.safetensors")), (3, pickled("random.pkl"))):
         save_checkpoint(tmp_path / "c", step, {"model": {"w": torch.zeros(1)}}, {}, keep=9)
         change(tmp_path / "c" / f"step-{step}", canary)
-    assert newest_verified(tmp_path / "c")[0] is None
+    assert newest_valid(tmp_path / "c")[0] is None
     assert not canary.exists()
 
 
 def test_a_checkpoint_that_nests(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "c", 1, {"model": {"w": torch.zeros(1)}}, {}, keep=9)
     (folder / "manifest.json").write_text('{"a":' * 100_000)
-    assert newest_verified(tmp_path / "c")[0] is None
+    assert newest_valid(tmp_path / "c")[0] is None
 
 
 def test_labelled_images(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_configurations(text: str, message: str, tmp_path: Path, capsys: pytest.
     (tmp_path / "config.yaml").write_text(text.replace("CANARY", str(tmp_path / "canary")))
     before = time.perf_counter()
     with pytest.raises(SystemExit):
-        parse_train_arguments(["--config", str(tmp_path / "config.yaml")])
+        parse_train(["--config", str(tmp_path / "config.yaml")])
     error = capsys.readouterr().err
     assert re.search(message, error.partition("error:")[2]), error
     assert time.perf_counter() - before < 10

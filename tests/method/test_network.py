@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from mnist_diffusion.config import DiffusionConfig, ModelConfig, SamplingConfig
+from mnist_diffusion.config import DiffusionConfig, ModelConfig, SamplingSettings
 from mnist_diffusion.method.network import PatchedUNet, build_unet, initialise, patch_size_of
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import build_pipeline
@@ -72,7 +72,7 @@ def test_patches_in_training_and_in_the_pipeline(channels: int) -> None:
     expected = expected.reshape(2, channels, 8, 8)
     assert torch.equal(PatchedUNet(unet, 2)(noise, 999, class_labels=labels)[0], expected)
     seen: dict[str, torch.Tensor] = {}
-    pipeline = build_pipeline(build_noise_scheduler(DiffusionConfig()), SamplingConfig(), NAMES, unet, patch_size=2)
+    pipeline = build_pipeline(build_noise_scheduler(DiffusionConfig()), SamplingSettings(), NAMES, unet, patch_size=2)
     assert pipeline.image_shape == (channels, 8, 8)
     images = pipeline(
         labels,
