@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler
+from diffusers.guiders import BaseGuidance
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
@@ -180,9 +181,9 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
 
     def _rule(self, guidance: Any, class_labels: Any, interval: Any) -> Any:
         """Also for a guider of diffusers."""
-        return super()._rule(
-            guider_rule(guidance) if hasattr(guidance, "prepare_inputs") else guidance, class_labels, interval
-        )
+        if isinstance(guidance, BaseGuidance):
+            guidance = guider_rule(guidance)
+        return super()._rule(guidance, class_labels, interval)
 
     @torch.no_grad()
     def invert(

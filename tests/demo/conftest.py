@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, make_pipeline
-from tests.studio.test_studio import make_student
+from tests.demo.test_studio import make_student
 from tests.support.browser import answer, free_port
 
 

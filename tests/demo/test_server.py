@@ -27,7 +27,7 @@ from mnist_diffusion.cli import main
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.command_options import AppOptions
 from tests.conftest import make_pipeline
-from tests.studio.test_studio import make_student
+from tests.demo.test_studio import make_student
 from tests.support.browser import answer, free_port
 from tests.support.hub_server import HubServer
 

@@ -15,41 +15,40 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 from torch import nn
 
-from mnist_diffusion import distill_cfg
-from mnist_diffusion.cli.options import RunArguments, parse_distill_arguments
+from mnist_diffusion import distill
 from mnist_diffusion.config import (
     Config,
     DataConfig,
     DiffusionConfig,
     DistillationConfig,
     DistillConfig,
-    SamplerConfig,
+    SamplingSettings,
     TrainConfig,
 )
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.method.distillation import (
-    TeacherError,
-    learned_points,
-    snap_to_black_or_white,
+    SNAP_TOLERANCE,
     clipped_error,
     distillation_objective,
     draw_trajectories,
-    load_teacher,
+    learned_points,
     pseudo_huber,
-    require_possible,
     scale_indices,
+    snap_to_black_or_white,
     student_of,
-    student_scheduler,
-    with_teachers_images,
 )
 from mnist_diffusion.method.objective import Batch
 from mnist_diffusion.pipelines.drawing import fingerprint
-from mnist_diffusion.pipelines.samplers import build_sampler
+from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.training.run import load_teacher, validate_teacher, with_images_of_teacher
 from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from tests.conftest import make_pipeline
+from tests.conftest import DEFAULT, make_pipeline, parse_distill
 from tests.support.survival import Death, Nursery, final_state
+
+
+ONE_STEP = SamplingSettings(scheduler="lcm", num_inference_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +67,17 @@ def save_teacher(folder: Path, *, seed: int, **changes: Any) -> Path:
 
 
 def distillation(teacher: Path, **changes: Any) -> DistillationConfig:
-    return DistillationConfig(
-        **{"teacher": str(teacher), "num_teacher_steps": 4, "points_per_trajectory": 2, **changes}
-    )
+    scales = (1.9, 1.0, 1.4, 2.8)
+    return DistillationConfig(**{"teacher": str(teacher), "num_teacher_steps": 4, "guidance_scales": scales, **changes})
 
 
 def student_config(teacher: Path, folder: Path, **train: Any) -> DistillConfig:
-    defaults = {"max_steps": 4, "warmup_steps": 1, "num_eval_images": 4, "samples_per_class": 1}
+    defaults = {"max_steps": 4, "warmup_steps": 1, "num_eval_images": 4, "samples_per_class": 1, "optimizer": "muon"}
     often = {"checkpoint_every": "2 steps", "sample_every": None, "log_every_steps": 1}
     return DistillConfig(
         data=DataConfig(source="digits", batch_size=4),
         distillation=distillation(teacher),
+        sampling=ONE_STEP,
         train=TrainConfig(**{**defaults, **often, **train}),
         output_dir=str(folder),
     )
@@ -86,9 +85,7 @@ def student_config(teacher: Path, folder: Path, **train: Any) -> DistillConfig:
 
 def run(config: DistillConfig, **train: Any) -> Path:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
-    assert distill_cfg.run(RunArguments(config, "tiny", dry_run=False)) == 0
-    assert config.output_dir is not None
-    return Path(config.output_dir)
+    return distill(config).folder
 
 
 def make_batch(count: int, dropped: list[int], size: int = 8) -> Batch:
@@ -142,11 +139,11 @@ class TestLoss:
     def test_it_is_the_error_of_the_image_at_every_point(self, error: float, teacher_folder: Path) -> None:
         """Of a student that is off by `error` everywhere: the Huber of it, but for white pixels, which are clipped."""
         teacher = make_pipeline()
-        config = distillation(teacher_folder, points_per_trajectory=4, snap_tolerance=0.0, huber_c=0.5)
+        config = distillation(teacher_folder, points_per_trajectory=4)
         teacher.scheduler = build_sampler("dpmpp", teacher.scheduler.config)
         batch = dataclasses.replace(make_batch(3, dropped=[1]), timesteps=torch.full((3,), 8))
         trajectory = draw_trajectories(teacher, config, batch)
-        ends = trajectory.latents[-1].clamp(-1, 1)
+        ends = snap_to_black_or_white(trajectory.latents[-1], SNAP_TOLERANCE)
         student = Oracle(ends, teacher.scheduler.alphas_cumprod, error)
         loss = distillation_objective(config, teacher).loss(student, batch).mean()
         errors = torch.where(ends == 1, 0.0, error).double()
@@ -179,7 +176,7 @@ class TestLoss:
 
     def test_students_steps_are_points_of_the_trajectory(self) -> None:
         teacher = make_pipeline()
-        student = build_sampler("lcm", student_scheduler(teacher).config)
+        student = build_sampler("lcm", student_scheduler(teacher.scheduler.config).config)
         trajectory = build_sampler("dpmpp", teacher.scheduler.config)
         trajectory.set_timesteps(8)
         for steps in (1, 2, 4, 8):
@@ -191,7 +188,7 @@ class TestStudentsScheduler:
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
     def test_it_predicts_the_velocity_on_the_teachers_noise(self, prediction_type: Any) -> None:
         teacher = make_pipeline(diffusion=DiffusionConfig(prediction_type=prediction_type, beta_schedule="linear"))
-        scheduler = student_scheduler(teacher)
+        scheduler = student_scheduler(teacher.scheduler.config)
         assert scheduler.config.prediction_type == "v_prediction"
         torch.testing.assert_close(scheduler.alphas_cumprod, teacher.scheduler.alphas_cumprod)
 
@@ -199,7 +196,7 @@ class TestStudentsScheduler:
     @pytest.mark.parametrize("name", ["lcm", "TCDScheduler"])
     def test_consistency_samplers_start_at_the_noisiest_timestep(self, name: Any, steps: int) -> None:
         teacher = make_pipeline(diffusion=DiffusionConfig(num_train_timesteps=steps))
-        scheduler = build_sampler(name, student_scheduler(teacher).config)
+        scheduler = build_sampler(name, student_scheduler(teacher.scheduler.config).config)
         for count in (1, 2, 3):
             scheduler.set_timesteps(count)
             assert scheduler.timesteps[0] == steps - 1
@@ -212,7 +209,7 @@ class TestStudentsScheduler:
         monkeypatch.setattr(diffusers.utils.logging.get_logger("diffusers"), "propagate", True)
         name = {LCMScheduler: "lcm", TCDScheduler: "TCDScheduler"}[kind]
         with caplog.at_level(logging.WARNING):
-            scheduler = build_sampler(name, student_scheduler(make_pipeline()).config)
+            scheduler = build_sampler(name, student_scheduler(make_pipeline().scheduler.config).config)
             scheduler.save_pretrained(tmp_path)
             kind.from_pretrained(tmp_path)
             assert not [record for record in caplog.records if "config attributes" in record.message]
@@ -225,17 +222,13 @@ class TestTeachers:
         pipeline = MNISTDiffusionPipeline.from_pretrained(teacher_folder)
         pipeline.register_to_config(guidance_distilled=[pipeline.config.guidance_scale])
         pipeline.save_pretrained(tmp_path)
-        with pytest.raises(TeacherError, match="is itself a student"):
+        with pytest.raises(UserError, match="is itself a student"):
             loaded(tmp_path)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({}, r"guidance_scales=\[1\.9, 1\.0, .*\] needs a class-conditional teacher"),
-            (
-                {"distillation": {"guidance_scales": (1.0,)}, "best_metric": "accuracy"},
-                "train.best_metric='accuracy' needs",
-            ),
+            ({}, r"guidance_scales=\[1\.9, 1\.0, .*\] must be \[1\] for an unconditional teacher"),
             ({"distillation": {"num_teacher_steps": 1001}}, "num_teacher_steps=1001 must not exceed .* 1000 timesteps"),
             ({"sampling": {"num_inference_steps": 1001}}, "num_inference_steps=1001 must not exceed"),
         ],
@@ -247,12 +240,11 @@ class TestTeachers:
         save_teacher(tmp_path, seed=0, conditional=False)
         config = DistillConfig(
             distillation=distillation(tmp_path, **change.get("distillation", {})),
-            sampling=SamplerConfig(**change.get("sampling", {})),
-            train=TrainConfig(best_metric=change.get("best_metric", "fid")),
+            sampling=SamplingSettings(**change.get("sampling", {})),
         )
         teacher = load_teacher(config, Accelerator(cpu=True))
-        with pytest.raises(TeacherError, match=message):
-            require_possible(config, teacher, digits)
+        with pytest.raises(UserError, match=message):
+            validate_teacher(config, teacher, digits)
 
     def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="could not be loaded"):
@@ -267,7 +259,7 @@ class TestTeachers:
         ]
         for data, named in others:
             with pytest.raises(UserError, match=named):
-                require_possible(config, teacher, data)
+                validate_teacher(config, teacher, data)
 
     def test_fingerprint_is_of_weights_and_noising_process(self, teacher_folder: Path) -> None:
         teacher = loaded(teacher_folder)
@@ -282,21 +274,21 @@ class TestTeachers:
         teacher = save_teacher(tmp_path / "run" / "pipeline", seed=0)
         named = student_config(teacher, tmp_path / "student")
         silent = dataclasses.replace(named, data=DataConfig(batch_size=4))
-        assert with_teachers_images(silent) == silent
+        assert with_images_of_teacher(silent) == silent
         beside = tmp_path / "run" / "config.yaml"
         told = Config(data=DataConfig(source="digits", image_size=28, batch_size=99), train=TrainConfig(seed=5))
         beside.write_text(told.to_yaml())
-        found = with_teachers_images(silent)
+        found = with_images_of_teacher(silent)
         assert found.data == DataConfig(source="digits", image_size=28, batch_size=4)
         assert found.distillation.split_seed == 5
-        assert with_teachers_images(named) == named
+        assert with_images_of_teacher(named) == named
         folder = run(silent, max_steps=2)
         again = parse_distill(["--config", str(folder / "config.yaml")]).config
         assert (again.data, again.distillation) == (found.data, found.distillation)
         run(dataclasses.replace(again, output_dir=str(folder)), max_steps=4, resume=True)
         beside.write_text("data: 3")
-        with pytest.raises(UserError, match="does not say what images the run was trained on"):
-            with_teachers_images(silent)
+        with pytest.raises(UserError, match="does not name the images of the run"):
+            with_images_of_teacher(silent)
 
 
 class TestRuns:
@@ -329,7 +321,7 @@ class TestRuns:
         student = MNISTDiffusionPipeline.from_pretrained(folder)
         student.set_progress_bar_config(disable=True)
         for scale in (5, 1.5, 0, [1.9, 2.0]):
-            with pytest.raises(ValueError, match=r"guidance_scale must be one of \[1\.9, 1\.0, 1\.4, 2\.8\] for this"):
+            with pytest.raises(ValueError, match=r"guidance_scale must be one of \[1\.9, 1\.0, 1\.4, 2\.8\], which were distilled"):
                 student([1, 2], guidance_scale=scale)
         labels: list[list[int]] = []
         student.unet.register_forward_pre_hook(
@@ -339,9 +331,8 @@ class TestRuns:
         student([1, 2], guidance_scale=[1.0, torch.tensor(2.8)])
         student()
         assert labels == [[1, 2], [11, 32], [40]]
-        for other in ({"guidance_interval": (0.2, 0.8)}, {"guidance_rescale": 0.5}):
-            with pytest.raises(ValueError, match="have no effect on this model"):
-                student([1, 2], **other)
+        with pytest.raises(ValueError, match="have no effect: guidance was distilled into this model"):
+            student([1, 2], guidance_interval=(0.2, 0.8))
         with pytest.raises(ValueError, match="cannot be inverted with a distilled model"):
             student.invert(torch.rand(1, 1, 28, 28), 1)
 
@@ -427,7 +418,7 @@ class TestRuns:
     def test_other_samplers_of_a_student(self, teacher_folder: Path, tmp_path: Path) -> None:
         config = student_config(teacher_folder, tmp_path / "run", max_steps=1)
         config = dataclasses.replace(
-            config, sampling=SamplerConfig(scheduler="TCDScheduler", num_inference_steps=4, eta=0.3)
+            config, sampling=SamplingSettings(scheduler="TCDScheduler", num_inference_steps=4, eta=0.3)
         )
         student = MNISTDiffusionPipeline.from_pretrained(run(config) / "pipeline")
         assert type(student.scheduler) is TCDScheduler

@@ -10,17 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnist_diffusion.option_types import FLOW_SAMPLERS
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.method.guidance import Autoguidance
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import Batch, diffusion_objective
-from mnist_diffusion.pipelines.samplers import build_sampler, sampler_name
+from mnist_diffusion.pipelines.samplers import FLOW_SAMPLERS, build_sampler, sampler_name
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 
-CONFIG = DiffusionConfig(prediction_type="flow_prediction", sigmoid_bias=None)
+CONFIG = DiffusionConfig(prediction_type="flow_prediction")
 SHAPE = (6, 1, 8, 8)
 
 
@@ -51,7 +50,7 @@ def solve_exactly(pipeline: MNISTDiffusionPipeline, mean: Tensor, std: float) ->
 
 def test_the_loss_is_the_square_of_the_flow_on_diffusers_paths() -> None:
     scheduler = build_noise_scheduler(CONFIG)
-    objective = diffusion_objective(CONFIG, scheduler, null_class=10)
+    objective = diffusion_objective(CONFIG, NoisingProcess.of(scheduler), 10)
     images, noise, timesteps = normal(0), normal(1), torch.tensor([0, 1, 499, 500, 998, 999])
     batch = Batch(images, torch.arange(6), noise, timesteps, torch.zeros(6, dtype=torch.bool))
     seen: dict[str, Tensor] = {}
@@ -73,8 +72,8 @@ def test_signal_and_weights() -> None:
     ratio = (process.signal / process.noise) ** 2
     torch.testing.assert_close(process.alphas_cumprod, ratio / (1 + ratio))
     objective, weighted = (
-        diffusion_objective(config, build_noise_scheduler(config), null_class=None)
-        for config in (CONFIG, DiffusionConfig(prediction_type="flow_prediction", loss_space="sample", sigmoid_bias=None))
+        diffusion_objective(config, NoisingProcess.of(build_noise_scheduler(config)), None)
+        for config in (CONFIG, DiffusionConfig(prediction_type="flow_prediction", loss_space="sample"))
     )
     timesteps = torch.tensor([0, 200, 400, 600, 800, 999])
     batch = Batch(normal(0), torch.arange(6), normal(1), timesteps, torch.zeros(6, dtype=torch.bool))
@@ -85,7 +84,7 @@ def test_signal_and_weights() -> None:
 def test_lognormal_times_are_logit_normal_noise_levels() -> None:
     config = DiffusionConfig(prediction_type="flow_prediction", timesteps="lognormal", lognormal=(-0.5, 0.8))
     scheduler = build_noise_scheduler(config)
-    objective = diffusion_objective(config, scheduler, null_class=None)
+    objective = diffusion_objective(config, NoisingProcess.of(scheduler), None)
     times = objective.draw((20_000, 1, 1, 1), seed=0, step=0, device="cpu")[1]
     levels = torch.logit(NoisingProcess.of(scheduler).noise.double()[times].clamp(max=0.9999))
     assert float(levels.mean()) == pytest.approx(-0.5, abs=0.02)
@@ -185,8 +184,7 @@ def test_autoguidance_by_a_model_with_another_sampler(pipeline: MNISTDiffusionPi
 
 
 def test_what_has_no_effect_is_refused(pipeline: MNISTDiffusionPipeline) -> None:
-    for name, value in (("beta_schedule", "linear"), ("rescale_betas_zero_snr", True), ("beta_end", 0.1)):
-        with pytest.raises(ConfigError, match=f"diffusion.{name} must be left out with .*flow_prediction, got"):
-            DiffusionConfig(prediction_type="flow_prediction", **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no effect on flow_prediction; leave it out"):
+        DiffusionConfig(prediction_type="flow_prediction", beta_schedule="squaredcos_cap_v2")
     with pytest.raises(ValueError, match="cannot be inverted with a model of flow matching"):
         pipeline.invert(torch.rand(SHAPE), [0] * 6)

@@ -11,15 +11,16 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from mnist_diffusion.config import DiffusionConfig, ModelConfig, SamplingSettings
-from mnist_diffusion.method.network import PatchedUNet, build_unet, initialise, patch_size_of
+from mnist_diffusion.config import DiffusionConfig, SamplingSettings
+from mnist_diffusion.method.network import PatchedUNet, build_unet, patch_size_of
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.errors import ConfigError, UserError
-from tests.conftest import make_pipeline
+from mnist_diffusion.training.run import warm_start
+from tests.conftest import DEFAULT, changed, make_pipeline
 
 NAMES = tuple("abcdefghij")
-TINY = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4, patch_size=1)
+TINY = dataclasses.replace(DEFAULT.model, block_out_channels=(8, 16), norm_num_groups=4, patch_size=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -94,63 +95,55 @@ def test_training_scheduler_leaves_no_argument_to_a_default() -> None:
     assert arguments <= set(scheduler.config)
 
 
-def test_custom_betas_and_zero_snr() -> None:
-    betas = tuple(0.01 * (i + 1) for i in range(10))
-    config = DiffusionConfig(num_train_timesteps=10, trained_betas=betas)
-    torch.testing.assert_close(build_noise_scheduler(config).betas, torch.tensor(betas))
-    zero = build_noise_scheduler(DiffusionConfig(rescale_betas_zero_snr=True, beta_schedule="linear"))
-    assert float(zero.alphas_cumprod[-1]) < 1e-6
-
-
-class TestInitialise:
-    """Weights of a pipeline to begin with."""
+class TestWarmStart:
+    """A run that begins with the weights of a pipeline."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> str:
         make_pipeline(seed=5).save_pretrained(tmp_path / "pipeline")
         return str(tmp_path / "pipeline")
 
-    def unet(self, num_classes: int = 10, **changes: Any) -> UNet2DModel:
-        return build_unet(dataclasses.replace(TINY, **changes), image_size=8, channels=1, num_classes=num_classes)
-
-    def test_same_classes_take_everything(self, folder: str) -> None:
-        unet, expected = self.unet(), make_pipeline(seed=5).unet.state_dict()
-        assert (
-            initialise(unet, folder, class_names=NAMES, prediction_type="v_prediction") == f"weights      of {folder}"
-        )
-        assert all(torch.equal(value, expected[name]) for name, value in unet.state_dict().items())
+    def load(self, source: str, names: tuple[str, ...] = NAMES, **changes: Any) -> tuple[str, UNet2DModel, Any]:
+        """What is said, the network, and its weights before."""
+        model = dataclasses.replace(TINY, **changes)
+        config = changed(DEFAULT, train={"init_from": source})
+        unet = build_unet(model, image_size=8, channels=1, num_classes=len(names))
+        before = {name: value.clone() for name, value in unet.state_dict().items()}
+        return warm_start(config, unet, names), unet, before
 
     @pytest.mark.parametrize(
-        "names", [("x", "y", "z"), tuple("klmnopqrst"), None], ids=["fewer", "as many others", "none"]
+        ("names", "copied"),
+        [(NAMES, True), (("x", "y", "z"), False), (tuple("klmnopqrst"), False)],
+        ids=["same", "fewer", "as many others"],
     )
-    def test_class_embeddings_of_other_classes_start_afresh(self, names: tuple[str, ...] | None, folder: str) -> None:
-        unet = self.unet(len(names or NAMES), class_conditional=names is not None)
-        before = {name: value.clone() for name, value in unet.state_dict().items()}
+    def test_class_embeddings_of_other_classes_start_anew(
+        self, names: tuple[str, ...], copied: bool, folder: str
+    ) -> None:
+        message, unet, before = self.load(folder, names)
         expected = make_pipeline(seed=5).unet.state_dict()
-        said = initialise(unet, folder, class_names=names or NAMES, prediction_type="v_prediction")
-        assert ("class embeddings start afresh" in said) == (names is not None)
+        assert ("class embeddings start anew" in message) != copied
         for name, value in unet.state_dict().items():
-            assert torch.equal(value, before[name] if name == "class_embedding.weight" else expected[name])
+            own = name == "class_embedding.weight" and not copied
+            assert torch.equal(value, before[name] if own else expected[name])
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"block_out_channels": (8, 8)}, r"block_out_channels is .*8, 16.* there, .*8, 8.* here"),
-            ({"layers_per_block": 2}, "layers_per_block is 1 there, 2 here"),
-            ({"norm_num_groups": 8}, "norm_num_groups is 4 there, 8 here"),
+            ({"block_out_channels": (8, 8)}, r"block_out_channels is \[8, 16\], not \[8, 8\]"),
+            ({"layers_per_block": 2}, "layers_per_block is 1, not 2"),
+            ({"norm_num_groups": 8}, "norm_num_groups is 4, not 8"),
         ],
     )
-    def test_another_kind_is_refused(self, changes: dict[str, Any], message: str, folder: str) -> None:
+    def test_another_network_is_refused(self, changes: dict[str, Any], message: str, folder: str) -> None:
         """Also where the weights would fit."""
         with pytest.raises(ConfigError, match=message):
-            initialise(self.unet(**changes), folder, class_names=NAMES, prediction_type="v_prediction")
+            self.load(folder, **changes)
 
-    def test_another_prediction_is_refused(self, folder: str) -> None:
-        with pytest.raises(
-            ConfigError, match=r"it predicts 'v_prediction', and diffusion.prediction_type is 'epsilon'"
-        ):
-            initialise(self.unet(), folder, class_names=NAMES, prediction_type="epsilon")
+    def test_another_prediction_is_refused(self, tmp_path: Path) -> None:
+        make_pipeline(diffusion=DiffusionConfig()).save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match="predicts 'epsilon', but diffusion.prediction_type is 'v_prediction'"):
+            self.load(str(tmp_path))
 
     def test_nowhere(self) -> None:
         with pytest.raises(UserError, match="pipeline 'nowhere/at-all/x' could not be loaded"):
-            initialise(self.unet(), "nowhere/at-all/x", class_names=NAMES, prediction_type="v_prediction")
+            self.load("nowhere/at-all/x")

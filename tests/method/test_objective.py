@@ -12,12 +12,13 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 
 from mnist_diffusion.config import DiffusionConfig
-from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import Batch, Objective, diffusion_objective, min_snr_weights, sigmoid_weights
 from mnist_diffusion.pipelines.pipeline import predicted_original_sample
 from tests.conftest import make_pipeline
 
 SHAPE = (6, 1, 8, 8)
+PLAIN = DiffusionConfig(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 
 
 class Recorder(nn.Module):
@@ -37,16 +38,16 @@ def make_batch(objective: Objective) -> Batch:
 
 
 def make_objective(*, null_class: int | None = 10, **config: Any) -> Objective:
-    settings = DiffusionConfig(**{"sigmoid_bias": None, **config})
-    return diffusion_objective(settings, build_noise_scheduler(settings), null_class=null_class)
+    settings = dataclasses.replace(PLAIN, **config)
+    return diffusion_objective(settings, NoisingProcess.of(build_noise_scheduler(settings)), null_class)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_loss_is_the_mean_square_of_the_target(prediction_type: Any, beta_schedule: Any) -> None:
-    config = DiffusionConfig(prediction_type=prediction_type, beta_schedule=beta_schedule, sigmoid_bias=None)
+    config = DiffusionConfig(prediction_type=prediction_type, beta_schedule=beta_schedule)
     scheduler = build_noise_scheduler(config)
-    objective = diffusion_objective(config, scheduler, null_class=10)
+    objective = make_objective(prediction_type=prediction_type, beta_schedule=beta_schedule)
     batch, model = make_batch(objective), Recorder()
     loss = objective.loss(model, batch).mean()
     alpha = scheduler.alphas_cumprod.double()[batch.timesteps].view(-1, 1, 1, 1)
@@ -68,19 +69,16 @@ def test_min_snr_weights_are_those_of_the_diffusers_examples(prediction_type: st
 
 
 def test_sigmoid_weights_fall_with_the_signal() -> None:
-    for zero_snr in (False, True):
-        scheduler = build_noise_scheduler(DiffusionConfig(rescale_betas_zero_snr=zero_snr))
-        alphas = scheduler.alphas_cumprod.double()
-        expected = 1 / (1 + alphas / (1 - alphas) * math.exp(-2))
-        found = sigmoid_weights(scheduler.alphas_cumprod, 2.0)
-        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-3)
+    alphas = build_noise_scheduler(PLAIN).alphas_cumprod
+    expected = 1 / (1 + alphas.double() / (1 - alphas.double()) * math.exp(-2))
+    torch.testing.assert_close(sigmoid_weights(alphas, 2.0).double(), expected, atol=1e-5, rtol=1e-3)
 
 
 def test_weights_change_the_loss() -> None:
-    plain, min_snr, sigmoid = make_objective(), make_objective(min_snr_gamma=5.0), make_objective(sigmoid_bias=2.0)
+    plain, min_snr, sigmoid = (make_objective(loss_weighting=name) for name in ("uniform", "min_snr", "sigmoid"))
     batch = dataclasses.replace(make_batch(plain), timesteps=torch.full((6,), 300))
     losses = [objective.loss(Recorder(), batch) for objective in (plain, min_snr, sigmoid)]
-    alphas = build_noise_scheduler(DiffusionConfig()).alphas_cumprod
+    alphas = build_noise_scheduler(PLAIN).alphas_cumprod
     torch.testing.assert_close(losses[1], losses[0] * min_snr_weights(alphas, "v_prediction", 5.0)[300])
     torch.testing.assert_close(losses[2], losses[0] * sigmoid_weights(alphas, 2.0)[300])
 
@@ -90,7 +88,7 @@ def test_weights_change_the_loss() -> None:
 def test_the_error_of_what_follows_from_the_prediction(prediction_type: Any, loss_space: Any) -> None:
     """However wrong a prediction: the loss is the squared error of what follows from it."""
     objective = make_objective(prediction_type=prediction_type, loss_space=loss_space)
-    batch, scheduler = make_batch(objective), build_noise_scheduler(DiffusionConfig())
+    batch, scheduler = make_batch(objective), build_noise_scheduler(PLAIN)
     batch = dataclasses.replace(batch, timesteps=torch.tensor([20, 200, 400, 600, 800, 950]))
     model = Recorder()
     loss = objective.loss(model, batch)
@@ -119,12 +117,10 @@ def test_stratified_timesteps_fall_into_each_part_of_the_time() -> None:
     torch.testing.assert_close(torch.stack(several).double().mean(), torch.tensor(499.5).double(), atol=3, rtol=0)
 
 
-@pytest.mark.parametrize("zero_snr", [False, True])
-def test_lognormal_timesteps(zero_snr: bool) -> None:
-    objective = make_objective(timesteps="lognormal", lognormal=(-0.5, 0.8), rescale_betas_zero_snr=zero_snr)
+def test_lognormal_timesteps() -> None:
+    objective = make_objective(timesteps="lognormal", lognormal=(-0.5, 0.8))
     times = objective.draw((20_000, 1, 1, 1), seed=0, step=0, device="cpu")[1]
-    config = DiffusionConfig(rescale_betas_zero_snr=zero_snr)
-    alphas = build_noise_scheduler(config).alphas_cumprod.double()[times]
+    alphas = build_noise_scheduler(PLAIN).alphas_cumprod.double()[times]
     ratios = ((1 - alphas) / alphas).sqrt().log()
     assert float(ratios.mean()) == pytest.approx(-0.5, abs=0.02)
     assert float(ratios.std()) == pytest.approx(0.8, abs=0.02)
@@ -163,7 +159,7 @@ def test_draws_are_stateless_and_held_out_ones_apart() -> None:
 
 
 def test_real_network_learns_from_it() -> None:
-    pipeline, objective = make_pipeline(), make_objective()
+    pipeline, objective = make_pipeline(diffusion=PLAIN), make_objective()
     optimizer, batch = torch.optim.AdamW(pipeline.unet.parameters(), lr=3e-3), make_batch(objective)
     losses = []
     for _ in range(15):

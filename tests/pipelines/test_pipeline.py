@@ -16,14 +16,12 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
-from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import generate
 from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
     _alpha_cumprod,
     guided_prediction,
     predicted_original_sample,
-    rescale_guidance,
 )
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import ALL_SAMPLERS, make_pipeline
@@ -138,9 +136,6 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"guidance_interval": (0.1, 1.2)}, ValueError, "guidance_interval"),
     ({"guidance_interval": (NAN, 1)}, ValueError, "guidance_interval"),
     ({"guidance_interval": ("a", 1)}, TypeError, "guidance_interval"),
-    ({"guidance_rescale": -0.1}, ValueError, "guidance_rescale"),
-    ({"guidance_rescale": 1.5}, ValueError, "guidance_rescale"),
-    ({"guidance_rescale": None}, TypeError, "guidance_rescale"),
     ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be from 1 to 1000, got 0"),
     ({"num_inference_steps": -5}, ValueError, "num_inference_steps"),
     ({"num_inference_steps": 1001}, ValueError, "num_inference_steps"),
@@ -181,7 +176,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     BAD_CALLS,
     ids=[f"{number} {next(iter(change))}" for number, (change, _, _) in enumerate(BAD_CALLS)],
 )
-def test_bad_calls_are_refused_before_any_pass(
+def test_bad_calls_are_refused_before_any_network_evaluation(
     pipeline: MNISTDiffusionPipeline, change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     counter = CountingUNet(pipeline)
@@ -191,24 +186,16 @@ def test_bad_calls_are_refused_before_any_pass(
     assert counter.nfe == 0
 
 
-def test_there_are_at_least_60_bad_calls() -> None:
-    assert len(BAD_CALLS) >= 60
-    assert len(VALID_LABELS) >= 15
-
-
 class TestGuidance:
-    @pytest.mark.parametrize(("scale", "passes"), [(1, 1), (0, 1), (5, 2), (1.0, 1), (0.5, 2)])
-    def test_passes_an_image_and_step(self, pipeline: MNISTDiffusionPipeline, scale: float, passes: int) -> None:
+    @pytest.mark.parametrize(("scale", "nfe"), [(1, 3), (0, 3), (5, 6), (0.5, 6), ([0, 1, 5], 4)])
+    def test_each_image_costs_what_its_scale_needs(
+        self, pipeline: MNISTDiffusionPipeline, scale: Any, nfe: int
+    ) -> None:
         counter = CountingUNet(pipeline)
         draw(pipeline, 1, 2, 3, guidance_scale=scale, num_inference_steps=4)
-        assert counter.nfe == 3 * 4 * passes
+        assert counter.nfe == 4 * nfe
 
-    def test_each_image_costs_what_its_scale_needs(self, pipeline: MNISTDiffusionPipeline) -> None:
-        counter = CountingUNet(pipeline)
-        draw(pipeline, 1, 2, 3, guidance_scale=[0, 1, 5], num_inference_steps=4)
-        assert counter.nfe == 4 * (1 + 1 + 2)
-
-    def test_interval_skips_the_second_pass_outside(self, pipeline: MNISTDiffusionPipeline) -> None:
+    def test_outside_the_interval_a_step_costs_one_evaluation(self, pipeline: MNISTDiffusionPipeline) -> None:
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         counter = CountingUNet(pipeline)
         arguments: dict[str, Any] = {"guidance_scale": 5, "guidance_interval": (0.3, 0.7), "num_inference_steps": 10}
@@ -217,7 +204,7 @@ class TestGuidance:
         assert 0 < len(inside) < 10
         assert counter.nfe == 10 + len(inside)
 
-    def test_unconditional_call_costs_one_pass(self, pipeline: MNISTDiffusionPipeline) -> None:
+    def test_unconditional_call_costs_one_evaluation(self, pipeline: MNISTDiffusionPipeline) -> None:
         counter = CountingUNet(pipeline)
         assert len(pipeline(num_inference_steps=2).images) == 1
         assert counter.nfe == 2
@@ -266,19 +253,6 @@ class TestGuidance:
         assert torch.equal(draw(loaded, 1, guidance_scale=4), expected)
         assert not torch.equal(draw(loaded, 1, guidance_scale=4, guidance_interval=(0, 1)), expected)
         assert torch.equal(draw(loaded, 1, guidance_scale=0), draw(loaded, 2, guidance_scale=0))
-
-    def test_rescale(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        conditional, guided = (torch.randn(2, 1, 8, 8, generator=generator) * scale for scale in (1, 3))
-        whole = rescale_guidance(guided, conditional, 1.0)
-        torch.testing.assert_close(whole.std((1, 2, 3)), conditional.std((1, 2, 3)))
-        torch.testing.assert_close(rescale_guidance(guided, conditional, 0.0), guided)
-
-    def test_rescale_is_off_without_guidance(self, pipeline: MNISTDiffusionPipeline) -> None:
-        plain = draw(pipeline, 1, guidance_scale=1)
-        assert torch.equal(plain, draw(pipeline, 1, guidance_scale=1, guidance_rescale=0.7))
-        strong = draw(pipeline, 1, guidance_scale=5)
-        assert not torch.equal(strong, draw(pipeline, 1, guidance_scale=5, guidance_rescale=0.7))
 
     def test_ho_and_salimans(self) -> None:
         conditional, null, w = torch.tensor(2.0), torch.tensor(1.0), 0.5
@@ -397,12 +371,6 @@ class TestSchedulers:
         with pytest.raises(ValueError, match="EDMEulerScheduler ignores the betas"):
             pipeline(3)
 
-    def test_epsilon_from_zero_snr_is_refused(self) -> None:
-        pipeline = make_pipeline(diffusion=DiffusionConfig(prediction_type="epsilon", beta_schedule="linear"))
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
-        with pytest.raises(ValueError, match="at zero SNR"):
-            pipeline(3)
-
     def test_inverse_ones_are_refused(self, pipeline: MNISTDiffusionPipeline) -> None:
         pipeline.scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
         with pytest.raises(ValueError, match="DDIMInverseScheduler does not go from noise to images"):
@@ -446,7 +414,7 @@ class TestOtherCode:
     @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "EulerAncestralDiscreteScheduler"])
     def test_the_predicted_image_is_the_solvers_own(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
         """Against what diffusers' own step returns, where it returns one."""
-        pipeline.scheduler = build_sampler(name, build_noise_scheduler(DiffusionConfig(clip_sample=False)).config)
+        pipeline.scheduler = build_sampler(name, {**pipeline.scheduler.config, "clip_sample": False})
         own, step = [], type(pipeline.scheduler).step
 
         def recording(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -488,11 +456,11 @@ class TestOtherCode:
         student = MNISTDiffusionPipeline(**teacher.components, guidance_scale=1.5, guidance_distilled=[1.5])
         others: list[dict[str, Any]] = [{}, {"guidance_distilled": [2.0], "guidance_scale": 2.0}]
         for other in others:
-            with pytest.raises(ValueError, match=r"guidance_distilled must be \[1\.5\] for this network"):
+            with pytest.raises(ValueError, match=r"guidance_distilled must be \[1\.5\], as distilled into this network"):
                 MNISTDiffusionPipeline(**student.components, **other)
         with pytest.raises(ValueError, match=r"guidance_scale must be one of guidance_distilled=\[1\.5\], got 3"):
             MNISTDiffusionPipeline(**teacher.components, guidance_scale=3, guidance_distilled=[1.5])
-        with pytest.raises(ValueError, match=r"guidance_scale must be one of \[1\.5\] for this model, got 3"):
+        with pytest.raises(ValueError, match=r"guidance_scale must be one of \[1\.5\], which were distilled into this model, got 3"):
             MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
 
 
@@ -504,7 +472,7 @@ def test_a_compiled_network_draws_and_saves_the_same(pipeline: MNISTDiffusionPip
         seen.append(len(inputs))
         return graph.forward
 
-    pipeline.compile(backend=backend)
+    pipeline.unet.compile(backend=backend)
     assert torch.equal(draw(pipeline, 3, 7), plain)
     assert seen
     pipeline.save_pretrained(tmp_path)
