@@ -99,7 +99,9 @@ def explain(error: ValidationError) -> str:
     if isinstance(cause, ConfigError):  # of several options together, which it names
         return str(cause)
     rule = str(cause or problem["msg"]).replace("Input should be", "must be")
-    return f"{'.'.join(map(str, problem['loc']))} {rule[0].lower()}{rule[1:]}, got {problem['input']!r:.200}"
+    rule = rule.replace("Unexpected keyword argument", "is not a known name")
+    name = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", "bool"))
+    return f"{name} {rule[0].lower()}{rule[1:]}, got {problem['input']!r:.200}"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_generate(visit: AppVisit) -> None:
     page.get_by_label("Guidance rule").click()
     page.get_by_role("option", name="AdaptiveProjected", exact=True).click()
     page.get_by_label("Seed").first.fill("7")
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Sample", exact=True).click()
     page.locator("#generated .gif").wait_for()
     assert "Step 4 of 4" in page.locator("#generated .caption").inner_text()
     # The lines of Python draw the same pixels.
@@ -74,7 +74,7 @@ def test_generate(visit: AppVisit) -> None:
     exec(code, found)
     images = torch.stack([torch.tensor(np.asarray(image)) for image in found["images"]])[:, None] / 255
     assert len(images) == 6
-    assert "'AdaptiveProjectedGuidance', 1.9, (0.5, 0.8)" in code
+    assert "guidance_interval=(0.5, 0.8), guidance='AdaptiveProjectedGuidance'" in code
     wanted = np.asarray(image_grid(images, 3))
     np.testing.assert_allclose(visit.picture("#generated .clean"), wanted, atol=1)
     # The steps before, by the keyboard.
@@ -93,20 +93,20 @@ def test_generate(visit: AppVisit) -> None:
 def test_an_error_is_said_kindly(visit: AppVisit) -> None:
     page = visit.open("Generate")
     page.get_by_label("d", exact=True).first.uncheck()
-    page.get_by_role("button", name="Draw", exact=True).click()
-    page.get_by_text("classes must be one or more, got []").wait_for()
+    page.get_by_role("button", name="Sample", exact=True).click()
+    page.get_by_text("choose one class or more").wait_for()
 
 
 def test_a_student_says_what_it_has_learned(visit: AppVisit) -> None:
     page = visit.page
     page.get_by_label("Pipeline").click()
     page.get_by_role("option", name="student").click()
-    page.get_by_text("This student has learned the scales 1.9, 1, 2.8.").first.wait_for()
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("This student was distilled at the scales 1.9, 1, 2.8.").first.wait_for()
+    page.get_by_role("button", name="Sample", exact=True).click()
     page.get_by_text("Step 1 of 1").wait_for()
     page.get_by_label("number input for Guidance scale").first.fill("2")
-    page.get_by_role("button", name="Draw", exact=True).click()
-    page.get_by_text("guidance_scale must be one of [1.9, 1.0, 2.8] for this model").wait_for()
+    page.get_by_role("button", name="Sample", exact=True).click()
+    page.get_by_text("guidance_scale must be one of [1.9, 1.0, 2.8]").wait_for()
 
 
 def test_steer(visit: AppVisit) -> None:
@@ -137,7 +137,7 @@ def test_compare(visit: AppVisit) -> None:
     page.locator("#compared figure").nth(3).wait_for()
     titles = page.locator("#compared figcaption").all_inner_texts()
     assert [title.partition(",")[0] for title in titles[::2]] == ["teacher: dpmpp", "teacher: ddim"]
-    assert all("passes and" in title for title in titles)
+    assert all("network evaluations and" in title for title in titles)
 
 
 def test_explore(visit: AppVisit, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_explore(visit: AppVisit, tmp_path: Path) -> None:
     redraw = page.get_by_role("button", name="Draw again")
     redraw.click()
     page.get_by_text("draw a picture first, or choose a file").wait_for()
-    canvas = page.locator("#easel canvas")
+    canvas = page.locator("#sketchpad canvas")
     canvas.scroll_into_view_if_needed()
     canvas.focus()
     for key in ("Shift+ArrowDown", "Shift+ArrowLeft"):  # a stroke by the keyboard
@@ -164,7 +164,7 @@ def test_explore(visit: AppVisit, tmp_path: Path) -> None:
     first = visit.picture("#inverted figure:nth-child(1) img")
     assert first.max() > 50  # strokes of 22 pixels in 280, on 8
     Image.new("L", (50, 40), 255).save(tmp_path / "white.png")
-    page.locator("#easel .file").set_input_files(tmp_path / "white.png")
+    page.locator("#sketchpad .file").set_input_files(tmp_path / "white.png")
     page.get_by_role("button", name="Swap black and white").click()
     redraw.click()
     page.wait_for_function(
@@ -173,33 +173,28 @@ def test_explore(visit: AppVisit, tmp_path: Path) -> None:
     )
 
 
-def test_train_evaluate_and_stop(visit: AppVisit, browser: Any, address: str) -> None:
+def test_train_and_stop(visit: AppVisit, browser: Any, address: str) -> None:
     page = visit.open("Train")
     page.locator('input[type="radio"][value="tiny"]').check()
     page.get_by_role("button", name="Train", exact=True).click()
-    page.locator("#train-task figure").first.wait_for(timeout=2 * SECONDS)
+    page.locator("#train-job figure").first.wait_for(timeout=2 * SECONDS)
     other = AppVisit(browser, address)  # a second visitor, while the machine is busy, sees how it is going
-    other.open("Train").locator("#train-task figure").first.wait_for()
+    other.open("Train").locator("#train-job figure").first.wait_for()
     other.page.get_by_role("button", name="Train", exact=True).click()
-    other.page.get_by_text("the machine is busy with another training").wait_for()
-    other.open("Generate").get_by_role("button", name="Draw", exact=True).click()
+    other.page.get_by_text("the machine is busy with another training run").wait_for()
+    other.open("Generate").get_by_role("button", name="Sample", exact=True).click()
     other.page.locator("#generated .gif").wait_for()
     other.close()
     page.get_by_role("button", name="Stop and keep").click()
     page.get_by_text("Stopped; what there is, is in").wait_for()
     page.wait_for_function("document.querySelector('input[aria-label=\"Pipeline\"]').value.startsWith('app-tiny-')")
-    visit.open("Evaluate")
-    page.get_by_role("button", name="Evaluate", exact=True).click()
-    page.get_by_text("Running for").last.wait_for()
-    page.get_by_role("button", name="Stop", exact=True).click()
-    page.get_by_text("Stopped; what there is, is in").last.wait_for()
 
 
 def test_narrow_dark_and_closed_in_mid_run(browser: Any, address: str) -> None:
     options = {"color_scheme": "dark", "reduced_motion": "reduce", "viewport": {"width": 360, "height": 800}}
     visit = AppVisit(browser, address, **options)
     page = visit.page
-    for tab in ("Steer", "Compare", "Explore", "Train", "Evaluate", "Generate"):
+    for tab in ("Steer", "Compare", "Explore", "Train", "Generate"):
         shown = page.get_by_role("tab", name=tab)
         if not shown.is_visible():  # in the menu of those that do not fit
             page.locator(".overflow-menu > button").click()
@@ -209,10 +204,10 @@ def test_narrow_dark_and_closed_in_mid_run(browser: Any, address: str) -> None:
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, background.strip("rgb()").split(","))) < 60
     page.get_by_label("number input for Steps").first.fill("100")
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Sample", exact=True).click()
     page.get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
     visit.close()
     after = AppVisit(browser, address)  # the next visitor is not kept waiting
-    after.page.get_by_role("button", name="Draw", exact=True).click()
+    after.page.get_by_role("button", name="Sample", exact=True).click()
     after.page.locator("#generated .gif").wait_for()
     after.close()

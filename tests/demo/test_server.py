@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from mnist_diffusion.demo import drawing
-from mnist_diffusion.demo.drawing import Settings
 from mnist_diffusion.demo.models import Models
 from mnist_diffusion.demo.server import MAX_BODY_BYTES
 from mnist_diffusion.demo.space import write_gradio_space
@@ -31,13 +30,19 @@ from tests.demo.test_studio import make_student
 from tests.support.browser import answer, free_port
 from tests.support.hub_server import HubServer
 
-GOOD: dict[str, Any] = {
-    "class_labels": ("d",),
-    "num_images": 2,
-    "guidance_scale": 2,
-    "num_inference_steps": 2,
-    "seed": 0,
-}
+
+def request(
+    *,
+    class_labels: tuple[str, ...] = ("d",),
+    num_images: Any = 2,
+    seed: int = 0,
+    scale: Any = 2,
+    steps: Any = 2,
+    scheduler: Any = drawing.PIPELINE_DEFAULT,
+    interval: Any = None,
+) -> drawing.Request:
+    settings = drawing.settings_from(scheduler=scheduler, steps=steps, scale=scale, interval=interval)
+    return drawing.Request(class_labels=class_labels, num_images=num_images, settings=settings, seed=seed)
 
 
 def png(picture: Image.Image) -> str:
@@ -100,7 +105,7 @@ def test_objects_that_gradio_takes_for_files_are_refused(address: str, path: str
     for values in ([file], [1, [file]], [[[file]]], file, "data"):
         body = json.dumps({"data": values, "fn_index": 0, "session_hash": "x"})
         status, _, said = ask(address, "POST", path, body=body, headers={"Content-Type": "application/json"})
-        assert (status, said) == (400, b"not what this page sends")
+        assert (status, said) == (400, b"objects are not accepted")
     assert ask(address, "POST", path, body=b"{" * 100_000)[0] == 400
 
 
@@ -123,33 +128,33 @@ def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
     [
         ("num_images", 65, "images per class must be a number from 1 to 64, got 65"),
         ("num_images", 2.5, "images per class must be a whole number, got 2.5"),
-        ("guidance_scale", float("nan"), "guidance scale must be a number from 0 to 20, got nan"),
-        ("guidance_scale", "5", "guidance scale must be a number from 0 to 20, got '5'"),
-        ("guidance_interval", (0, 2), "guidance interval must be a number from 0 to 1, got 2"),
-        ("num_inference_steps", 10**9, "steps must be a number from 1 to 100, got 1000000000"),
-        ("num_inference_steps", True, "steps must be a number from 1 to 100, got True"),
+        ("scale", float("nan"), "guidance scale must be a number from 0 to 20, got nan"),
+        ("scale", "5", "guidance scale must be a number from 0 to 20, got '5'"),
+        ("interval", (0, 2), "guidance_interval.1 must be less than or equal to 1, got 2"),
+        ("steps", 10**9, "steps must be a number from 1 to 100, got 1000000000"),
+        ("steps", True, "steps must be a number from 1 to 100, got True"),
         ("seed", -1, "seed must be a number from 0 to"),
-        ("scheduler", "../secret", "sampler must be one of ddpm,"),
-        ("scheduler", None, "sampler must be a name, got None"),
-        ("class_labels", tuple("d" * 40), "images must be at most 64 in all, got 80"),
+        ("scheduler", "../secret", "scheduler must be one of ddpm,"),
+        ("scheduler", 5, "scheduler must be a valid string, got 5"),
+        ("class_labels", tuple("d" * 40), "images in all must be a number from 1 to 64, got 80"),
     ],
 )
 def test_settings_out_of_bounds(name: str, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Settings(**{**GOOD, name: value})
+        request(**{name: value})
 
 
 def test_settings_that_do_not_fit_the_pipeline() -> None:
     pipeline = make_pipeline()
     with pytest.raises(UserError, match=r"class must be one of a, b, .*, got 'z'"):
-        Settings(**{**GOOD, "class_labels": ("z",)}).call(pipeline)
-    assert "class_labels" in Settings(**GOOD).call(make_pipeline(conditional=False))
+        request(class_labels=("z",)).call(pipeline)
+    assert "class_labels" in request().call(make_pipeline(conditional=False))
     with pytest.raises(UserError, match="pipeline must be one of"):
         Models.__getitem__(_models(pipeline), "../elsewhere")
     with pytest.raises(UserError, match="there is no pipeline yet"):
         Models()["a"]
     many: dict[str, Any] = {"samplers": ["ddim"] * 10**5, "steps": [5] * 10**5, "scales": [1.0] * 10**5}
-    with pytest.raises(UserError, match="combinations must be from 1 to 12, got 1000000000000000"):
+    with pytest.raises(UserError, match="combinations must be a number from 1 to 12, got 1000000000000000"):
         list(drawing.compared({"a": pipeline}, **many, seed=0))
     with pytest.raises(UserError, match="this pipeline is unconditional"):
         drawing.interpolated(make_pipeline(conditional=False), classes=("a", "b"), seeds=(0, 1), frames=3, scale=1.0)
@@ -157,22 +162,20 @@ def test_settings_that_do_not_fit_the_pipeline() -> None:
 
 def test_steps_are_those_that_the_sampler_takes() -> None:
     pipeline = make_pipeline()
-    *_, film = drawing.films(pipeline, Settings(**{**GOOD, "scheduler": "heun", "num_inference_steps": 4}))
-    assert film.frames[-1]["caption"].startswith("Step 7 of 7")
-    steering = drawing.Steering(pipeline, Settings(**{**GOOD, "scheduler": "heun", "num_images": 1}))
+    *_, player = drawing.stream_frames(pipeline, request(scheduler="heun", steps=4))
+    assert player.frames[-1]["caption"].startswith("Step 7 of 7")
+    steering = drawing.Steering(pipeline, request(scheduler="heun", num_images=1))
     while not steering.over:
         steering.advance("d", 2.0)
-    assert len(steering.film.frames) == 3
+    assert len(steering.player.frames) == 3
 
 
 def test_a_drawing_that_was_refused_is_over() -> None:
-    steering = drawing.Steering(make_pipeline(), Settings(**{**GOOD, "num_images": 1}))
+    steering = drawing.Steering(make_pipeline(), request(num_images=1))
     steering.advance("d", 2.0)
     with pytest.raises(UserError, match="class must be one of"):
         steering.advance("z", 2.0)
-    student = drawing.Steering(
-        make_student(make_pipeline()), Settings(**{**GOOD, "guidance_scale": 1, "num_images": 1})
-    )
+    student = drawing.Steering(make_student(make_pipeline()), request(scale=1, num_images=1))
     student.advance("d", 1)
     with pytest.raises(ValueError, match="guidance_scale must be one of"):
         student.advance("d", 5)
@@ -188,7 +191,7 @@ def _models(pipeline: Any) -> Models:
 def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "MAX_SECONDS", 0.0)
     with pytest.raises(UserError, match="took longer than 0 s"):
-        list(drawing.films(make_pipeline(), Settings(**GOOD)))
+        list(drawing.stream_frames(make_pipeline(), request()))
 
 
 @pytest.mark.parametrize(
@@ -226,13 +229,13 @@ def test_a_drawing_becomes_an_image() -> None:
 def test_a_picture_drawn_again_comes_back() -> None:
     pipeline = make_pipeline()
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    rows = drawing.reconstruct(pipeline, image, is_a="a", as_a="b", scale=2.0)
+    rows = drawing.reconstruct(pipeline, image, source_class="a", target_class="b", scale=2.0)
     assert [row.title for row in rows] == [
-        *("Your picture", "Its noise, as if it were a"),
-        *("Drawn again from this noise as a", "The same noise as b"),
+        *("Your picture", "Its noise, as a a"),
+        *("Sampled from this noise as a", "Sampled from this noise as b"),
     ]
     with pytest.raises(UserError, match=r"class must be one of a, .*, got 'z'"):
-        drawing.reconstruct(pipeline, image, is_a="z", as_a="b", scale=2.0)
+        drawing.reconstruct(pipeline, image, source_class="z", target_class="b", scale=2.0)
 
 
 def test_words_are_escaped() -> None:
@@ -242,10 +245,11 @@ def test_words_are_escaped() -> None:
 
 
 def test_addresses_and_ports_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["app", "--port", "99999"]) == 2
-    assert "port must be from 1 to 65535, got 99999" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["app", "--port", "99999"])
+    assert "port must be less than 65536, got '99999'" in capsys.readouterr().err
     assert main(["app", "--only_draw"]) == 2
-    assert "only_draw must be false without a pipeline to draw with" in capsys.readouterr().err
+    assert "only_draw=true needs a pipeline to sample from" in capsys.readouterr().err
     assert main(["app", "no/such/folder"]) == 2
     assert "could not be loaded" in capsys.readouterr().err
     assert AppOptions().host == "127.0.0.1"
@@ -290,4 +294,4 @@ def test_a_space_is_pushed_in_one_commit(
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in names)
     assert len(found.history) == 2  # the first is the repository's own
     assert main(command) == 2
-    assert "--out must be a folder that is new or empty, got 'space'" in capsys.readouterr().err
+    assert "out='space' must be an empty or a new folder" in capsys.readouterr().err

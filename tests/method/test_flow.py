@@ -186,5 +186,5 @@ def test_autoguidance_by_a_model_with_another_sampler(pipeline: MNISTDiffusionPi
 def test_what_has_no_effect_is_refused(pipeline: MNISTDiffusionPipeline) -> None:
     with pytest.raises(ValueError, match="has no effect on flow_prediction; leave it out"):
         DiffusionConfig(prediction_type="flow_prediction", beta_schedule="squaredcos_cap_v2")
-    with pytest.raises(ValueError, match="cannot be inverted with a model of flow matching"):
+    with pytest.raises(ValueError, match="cannot be inverted with flow matching"):
         pipeline.invert(torch.rand(SHAPE), [0] * 6)

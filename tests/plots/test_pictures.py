@@ -1,28 +1,19 @@
-"""EncodedImages: what stands in them, that every command makes its own, and what `compare` sets side by side."""
+"""Plots and sheets: what is in them."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
-import train_cfg
-from mnist_diffusion.cli import main
-from mnist_diffusion.cli.plot import PLOTS
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
-from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.plots.compare import sheet_of_epochs
+from mnist_diffusion.plots.curves import compared_curves, noise_schedules, pixel_histograms, training_curves
 from mnist_diffusion.plots.grids import (
-    LONGEST_LABEL,
+    MAX_LABEL,
     denoising_strip,
     drawable,
     evenly,
@@ -31,31 +22,14 @@ from mnist_diffusion.plots.grids import (
     side_by_side,
     titled,
 )
-from mnist_diffusion.plots.curves import compared_curves, noise_schedules, pixel_histograms, training_curves
+from mnist_diffusion.plots.sheets import sheet_of_epochs
 from mnist_diffusion.training.run_folder import Sheet
-from tests.conftest import make_image_folder
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs of a few steps on pictures in three colours, the first with snapshots."""
-    root = tmp_path_factory.mktemp("runs")
-    make_image_folder(root / "pictures" / "train", images_per_class=40)
-    make_image_folder(root / "pictures" / "test", images_per_class=20)
-    for name, more in (
-        ("first", ["--train.snapshot_every", "4 steps"]),
-        ("second", ["--train.seed", "1", "--train.pictures", "false"]),
-    ):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        flags = ["--train.max_steps", "8", "--train.sample_every", "4 steps", "--output_dir", str(root / name)]
-        assert train_cfg.main(["--config", "tiny", "--data.source", str(root / "pictures"), *flags, *more]) == 0
-    return root / "first", root / "second"
 
 
 def test_letters_that_no_font_has_are_drawn_by_their_code_points() -> None:
     assert drawable("Käfer") == "Käfer"
     assert drawable("\U000f0000") == "\\U000f0000"
-    assert len(drawable("x" * 200)) == LONGEST_LABEL + 1
+    assert len(drawable("x" * 200)) == MAX_LABEL + 1
 
 
 class TestSheets:
@@ -78,14 +52,6 @@ class TestSheets:
         assert pixels[28:50].max() > 0  # the columns' names
         assert pixels[:, :20].max() > 0  # the rows' names
 
-    @pytest.mark.parametrize("name", ["Ärger", "Ω", "ключ"])
-    def test_letters_beyond_ascii_are_drawn_not_boxes(self, name: str) -> None:
-        drawn, missing = (
-            np.asarray(image_grid(torch.zeros(1, 1, 28, 28), 1, row_labels=[text]))
-            for text in (name, "\U0001fffd" * len(name))
-        )
-        assert drawn.shape != missing.shape or (drawn != missing).any()
-
     def test_evenly(self) -> None:
         assert evenly(10, 4) == [0, 3, 6, 9]
         assert evenly(3, 10) == [0, 1, 2]
@@ -100,6 +66,11 @@ class TestSheets:
 
     def test_long_title_widens(self) -> None:
         assert titled(Image.new("L", (10, 10)), "A very long title of a picture").width > 100
+
+    def test_the_chosen_sheets_are_multiples_of_each_other(self) -> None:
+        sheets = [Sheet(str(step), Image.new("L", (20, 20)), step) for step in (60, 125, 250, *range(500, 8001, 500))]
+        wide = sheet_of_epochs(sheets).width
+        assert wide == side_by_side([(str(step), Image.new("L", (20, 20))) for step in (60, 250, 1500, 8000)]).width
 
 
 class TestWays:
@@ -185,135 +156,3 @@ class TestFigures:
         assert of_real[0] == 100
         assert of_drawn[-1] == 100
         assert of_real.sum() == of_drawn.sum() == 100
-
-
-ARGUMENTS: dict[str, Callable[[Path], list[str]]] = {
-    "curves": lambda run: [str(run)],
-    "schedule": lambda run: ["default", "compact_500", str(run)],
-    "forward": lambda run: ["default", "--data.source", str(run.parent / "pictures")],
-    "denoising": lambda run: [str(run / "pipeline"), "--num_inference_steps", "3"],
-    "classes": lambda run: [str(run / "pipeline"), "--guidance_scale", "1"],
-    "epochs": lambda run: [str(run)],
-    "histograms": lambda run: [str(run / "pipeline"), "--data.source", str(run.parent / "pictures")],
-}
-
-
-@pytest.mark.parametrize("kind", ARGUMENTS)
-def test_every_plot_command(
-    kind: str, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plot", kind, *ARGUMENTS[kind](runs[0]), "--out", str(tmp_path)]) == 0
-    written = sorted(tmp_path.iterdir())
-    assert written
-    assert sorted(capsys.readouterr().out.split()) == [str(path) for path in written]
-    for path in written:
-        with Image.open(path) as picture:
-            assert min(picture.size) >= 40
-            low, high = picture.convert("L").getextrema()
-            assert low != high
-            assert (getattr(picture, "n_frames", 1) > 1) == (path.suffix == ".gif")
-
-
-def test_every_kind_is_tried() -> None:
-    assert set(ARGUMENTS) == set(PLOTS)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["curves", "nowhere"], "'nowhere' is not a run folder"),
-        (["classes", "nowhere"], "pipeline 'nowhere' could not be loaded"),
-    ],
-)
-def test_plot_errors(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plot", *arguments, "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_histograms_of_other_images(
-    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = ["--data.source", "digits", "--out", str(tmp_path)]
-    assert main(["plot", "histograms", str(runs[0] / "pipeline"), *asked]) == 2
-    assert (
-        "images (C, H, W): (3, 16, 16) for the pipeline, but (1, 28, 28) for data.source='digits'"
-        in capsys.readouterr().err
-    )
-
-
-class TestCompare:
-    @pytest.fixture(autouse=True)
-    def quick_evaluator(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(evaluator, "STEPS", 20)
-
-    def test_two_runs(self, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["compare", *(str(run) for run in runs), "--out", str(tmp_path)]) == 0
-        text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
-        assert "| first | 8 |" in text
-        assert "| second | 8 |" in text
-        shown = capsys.readouterr().out
-        assert "first" in shown
-        assert "drawn apart" not in shown
-        for name in ("curves.png", "sheets.png"):
-            with Image.open(tmp_path / name) as picture:
-                assert picture.width > 200
-
-    def test_measured_against_the_images_the_runs_saw(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
-        """From the same seeds: a run and its copy have the same figures."""
-        copy = shutil.copytree(runs[0], tmp_path / "copy")
-        shutil.rmtree(copy / "snapshots")
-        chosen = [str(runs[0]), str(copy), str(runs[1])]
-        assert main(["compare", *chosen, "--num_images", "60", "--out", str(tmp_path / "out")]) == 0
-        report = json.loads((tmp_path / "out" / "evaluation" / "report.json").read_text(encoding="utf-8"))
-        first, same, other = report["results"]
-        assert [each["pipeline"] for each in report["results"]] == ["first", "copy", "second"]
-        assert first["fid"] == same["fid"] != other["fid"]
-        assert "pictures (image folder)" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
-
-    def test_snapshots_of_one_run(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
-        assert main(["compare", str(runs[0]), "--num_images", "60", "--out", str(tmp_path)]) == 0
-        report = json.loads((tmp_path / "evaluation" / "report.json").read_text(encoding="utf-8"))
-        assert [each["pipeline"] for each in report["results"]] == ["step-4", "step-8", "pipeline"]
-        assert report["results"][1]["fid"] == report["results"][2]["fid"]
-
-    def test_what_cannot_be_measured_is_said_first(
-        self, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        copy = shutil.copytree(runs[0], tmp_path / "copy")
-        shutil.rmtree(copy / "pipeline")
-        asked = ["--num_images", "60", "--out", str(tmp_path / "out")]
-        assert main(["compare", str(copy), str(runs[1]), *asked]) == 2
-        assert "need" in capsys.readouterr().err
-        shutil.copytree(runs[0] / "pipeline", copy / "pipeline")
-        config = (copy / "config.yaml").read_text(encoding="utf-8").replace("image_size: null", "image_size: 16")
-        (copy / "config.yaml").write_text(config, encoding="utf-8")
-        assert main(["compare", str(copy), str(runs[1]), *asked]) == 2
-        assert "the runs saw different images" in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
-
-    def test_runs_of_different_objectives_are_drawn_apart_and_what_differs_is_listed(
-        self, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        copy = shutil.copytree(runs[0], tmp_path / "copy")
-        config = (copy / "config.yaml").read_text(encoding="utf-8")
-        (copy / "config.yaml").write_text(config.replace("v_prediction", "epsilon").replace("seed: 0", "seed: 5"))
-        # What somebody's program left in a summary is no reason to end.
-        summary = json.loads((copy / "summary.json").read_text())
-        (copy / "summary.json").write_text(json.dumps({**summary, "train_seconds": "long", "loss": [1]}))
-        assert main(["compare", str(runs[0]), str(copy), "--out", str(tmp_path / "out")]) == 0
-        assert "Losses of different objectives do not compare" in capsys.readouterr().out
-        text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
-        assert "| diffusion.prediction_type | 'v_prediction' | 'epsilon' |" in text
-        assert "| train.seed | 0 | 5 |" in text
-        assert "train.batch_size" not in text
-
-    def test_the_chosen_sheets_are_multiples_of_each_other(self) -> None:
-        sheets = [Sheet(str(step), Image.new("L", (20, 20)), step) for step in (60, 125, 250, *range(500, 8001, 500))]
-        wide = sheet_of_epochs(sheets).width
-        assert wide == side_by_side([(str(step), Image.new("L", (20, 20))) for step in (60, 250, 1500, 8000)]).width
-
-    def test_errors(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["compare", str(tmp_path)]) == 2
-        assert "is not a run folder" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -66,6 +67,27 @@ def test_one_page_shows_a_run(tmp_path: Path) -> None:
     sources = [attributes["src"] or "" for tag, attributes in page.elements if tag == "img"]
     assert [re.match(r"data:image/(\w+);base64,", source)[1] for source in sources] == ["png", "png", "gif", "png"]  # type: ignore[index]
     assert "http" not in "".join(value or "" for _, attributes in page.elements for value in attributes.values())
+
+
+def test_several_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Losses of different objectives apart; settings that differ listed; what is broken in a summary left out."""
+    runs = [run_folder(tmp_path / name) for name in ("first", "second")]
+    config = (runs[1] / "config.yaml").read_text()
+    (runs[1] / "config.yaml").write_text(config.replace("v_prediction", "epsilon").replace("seed: 0", "seed: 5"))
+    (runs[1] / "summary.json").write_text(json.dumps({"step": 2, "train_seconds": "long", "loss": [1]}))
+    (runs[0] / "samples").mkdir()
+    Image.new("L", (20, 20), 90).save(runs[0] / "samples" / "step-000002.png")
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "report.html")]) == 0
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    words = "".join(page.words.split())
+    for part in (
+        "Lossesofdifferentobjectivesdonotcompare",
+        "diffusion.prediction_type'v_prediction''epsilon'",
+        "train.seed05",
+    ):
+        assert part in words
+    assert "batch_size" not in words
+    assert [tag for tag, _ in page.elements].count("img") == 2  # the sheet and the curves
 
 
 def test_one_without_pictures_or_pipeline(tmp_path: Path) -> None:

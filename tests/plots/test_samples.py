@@ -109,14 +109,14 @@ def test_a_data_set_in_shards(
     for one, other in zip(loaded["image"], again["image"], strict=True):
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
     sample(folder, out, *flags, "--seed", 1, code=2)
-    assert "train-00000-of-00003.parquet, which was not drawn by this request" in capsys.readouterr().err
+    assert "train-00000-of-00003.parquet, which another request has made" in capsys.readouterr().err
     for shard in shards:
         shard.unlink()
     (out / ".request.json").unlink()
     sample(folder, out, *flags, code=2)
-    assert "holds README.md, which was not drawn by this request; name another --out" in capsys.readouterr().err
+    assert "holds README.md, which another request has made; name another --out" in capsys.readouterr().err
     sample(folder, tmp_path / "pictures", "--processes", 2, code=2)
-    assert "processes must be 1 without as_dataset, got 2" in capsys.readouterr().err
+    assert "processes=2 must be 1 without as_dataset" in capsys.readouterr().err
 
 
 def test_a_labelled_data_set_is_whole_or_not_there(
