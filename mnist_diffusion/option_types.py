@@ -100,6 +100,7 @@ def explain(error: ValidationError) -> str:
         return str(cause)
     rule = str(cause or problem["msg"]).replace("Input should be", "must be")
     rule = rule.replace("Unexpected keyword argument", "is not a known name")
+    rule = rule.partition(", unable to parse")[0]
     name = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", "bool"))
     return f"{name} {rule[0].lower()}{rule[1:]}, got {problem['input']!r:.200}"
 

@@ -36,7 +36,9 @@ def build_parts(paths: Sequence[Path], build: Callable[[Path], object]) -> None:
         build: builds one of them atomically.
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    with state.split_between_processes([path for path in paths if not path.exists()]) as mine:
+    missing = [path for path in paths if not path.exists()]
+    state.wait_for_everyone()  # before the first is built, so that all processes split the same list
+    with state.split_between_processes(missing) as mine:
         for path in tqdm(mine, desc="sampling", unit="part", leave=False, disable=not is_main()):
             build(path)
     state.wait_for_everyone()

@@ -167,7 +167,7 @@ class ImageGenerator:
                 raise ValueError("images of another shape")
         except Exception as error:  # zip and NumPy raise anything for bytes that are not theirs
             print(f"warning: {path} is damaged ({error}); sampling its images again")
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have done it
 
     def _name(self, settings: SamplingSettings) -> str:
         """A folder name that identifies the images: weights, sampler, steps, guidance and seed."""

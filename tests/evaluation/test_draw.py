@@ -15,7 +15,8 @@ from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.external import read_sample
-from mnist_diffusion.evaluation.draw import ImageGenerator, SamplingSettings
+from mnist_diffusion.config import SamplingSettings
+from mnist_diffusion.evaluation.draw import ImageGenerator
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
 
@@ -30,6 +31,10 @@ def letters() -> ImageData:
     return ImageData(split, split, tuple(LETTERS), "letters", "letters")
 
 
+def settings_of(scheduler: str | None, steps: int | None, scale: float | None) -> SamplingSettings:
+    return SamplingSettings(scheduler=scheduler, num_inference_steps=steps, guidance_scale=scale)
+
+
 def generator(
     pipeline: MNISTDiffusionPipeline, data: ImageData, folder: Path | None = None, **changes: int
 ) -> ImageGenerator:
@@ -38,43 +43,43 @@ def generator(
 
 
 class TestDrawing:
-    def test_equal_counts_quantised_and_passes_counted(
+    def test_equal_counts_quantised_and_evaluations_counted(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
     ) -> None:
-        sample = generator(pipeline, letters).draw(SamplingSettings("ddim", 3, 2.0))
+        sample = generator(pipeline, letters).draw(settings_of("ddim", 3, 2.0))
         assert sample.images.dtype == torch.uint8
         assert sample.labels is not None
         assert torch.bincount(sample.labels).tolist() == [6] * 10
         assert sample.nfe_per_image == 6
-        assert generator(pipeline, letters).draw(SamplingSettings("heun", 3, 1.0)).nfe_per_image == 5
+        assert generator(pipeline, letters).draw(settings_of("heun", 3, 1.0)).nfe_per_image == 5
 
-    def test_a_student_takes_one_pass_a_step_at_its_own_scale_alone(
+    def test_a_student_takes_one_evaluation_a_step_at_its_own_scale_alone(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
     ) -> None:
         pipeline.register_to_config(guidance_distilled=[1.5], guidance_scale=1.5)
         pipeline.scheduler = build_sampler("lcm", pipeline.scheduler.config)
         student = generator(pipeline, letters)
-        settings = student.settings(None, 2, None)
-        assert settings == SamplingSettings("lcm", 2, 1.5)
+        settings = student.resolved(settings_of(None, 2, None))
+        assert settings == settings_of("lcm", 2, 1.5)
         student.check(settings)
         assert student.draw(settings).nfe_per_image == 2
-        with pytest.raises(UserError, match=r"guidance_scale must be one of \[1\.5\] for this model"):
-            student.check(student.settings(None, 2, 5.0))
+        with pytest.raises(UserError, match=r"guidance_scale must be one of \[1\.5\], which were distilled"):
+            student.check(student.resolved(settings_of(None, 2, 5.0)))
 
     def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        assert generator(pipeline, letters).settings() == SamplingSettings("dpmpp", 10, 1.9)
-        assert generator(pipeline, letters).settings("ddim", 4, 0.0) == SamplingSettings("ddim", 4, 0.0)
+        assert generator(pipeline, letters).resolved(SamplingSettings()) == settings_of("dpmpp", 10, 1.9)
+        assert generator(pipeline, letters).resolved(settings_of("ddim", 4, 0.0)) == settings_of("ddim", 4, 0.0)
 
     def test_the_sampler_is_put_back(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         before = pipeline.scheduler
-        generator(pipeline, letters).draw(SamplingSettings("ddpm", 2, 1.0))
+        generator(pipeline, letters).draw(settings_of("ddpm", 2, 1.0))
         assert pipeline.scheduler is before
 
     def test_goes_on_where_it_stopped(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("mnist_diffusion.evaluation.draw.IMAGES_PER_PART", 20)
-        settings = SamplingSettings("ddim", 2, 2.0)
+        settings = settings_of("ddim", 2, 2.0)
         whole = generator(pipeline, letters, tmp_path).draw(settings)
         [folder] = tmp_path.iterdir()
         parts = sorted(folder.iterdir())
@@ -96,7 +101,7 @@ class TestDrawing:
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("mnist_diffusion.evaluation.draw.IMAGES_PER_PART", 20)
-        few = generator(pipeline, letters, tmp_path, num_images=70).draw(SamplingSettings("ddim", 2, 2.0))
+        few = generator(pipeline, letters, tmp_path, num_images=70).draw(settings_of("ddim", 2, 2.0))
         drawn = 0
 
         def count(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -104,19 +109,19 @@ class TestDrawing:
             drawn += len(arguments[0])
 
         with pipeline.unet.register_forward_pre_hook(count):
-            more = generator(pipeline, letters, tmp_path, num_images=80).draw(SamplingSettings("ddim", 2, 2.0))
+            more = generator(pipeline, letters, tmp_path, num_images=80).draw(settings_of("ddim", 2, 2.0))
         assert drawn == 20 * 4
         assert torch.equal(more.images[:70], few.images)
 
     def test_damaged_parts_are_drawn_again(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        whole = generator(pipeline, letters, tmp_path).draw(SamplingSettings("ddim", 2, 2.0))
+        whole = generator(pipeline, letters, tmp_path).draw(settings_of("ddim", 2, 2.0))
         [path] = tmp_path.rglob("*.npz")
         for damaged in (b"", path.read_bytes()[:300]):
             path.write_bytes(damaged)
             assert torch.equal(
-                generator(pipeline, letters, tmp_path).draw(SamplingSettings("ddim", 2, 2.0)).images, whole.images
+                generator(pipeline, letters, tmp_path).draw(settings_of("ddim", 2, 2.0)).images, whole.images
             )
             assert f"{path} is damaged" in capsys.readouterr().out
 
@@ -125,7 +130,7 @@ class TestDrawing:
         def draw(seed: int = 0, scale: float = 2.0, weights: int = 0, spacing: str = "trailing") -> torch.Tensor:
             pipe = make_pipeline(seed=weights)
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
-            return generator(pipe, letters, tmp_path, seed=seed).draw(SamplingSettings("dpmpp", 4, scale)).images
+            return generator(pipe, letters, tmp_path, seed=seed).draw(settings_of("dpmpp", 4, scale)).images
 
         changes = {
             "weights": {"weights": 1},
@@ -139,18 +144,18 @@ class TestDrawing:
 
     def test_unconditional(self, letters: ImageData) -> None:
         pipeline = make_pipeline(conditional=False)
-        sample = generator(pipeline, letters, num_images=55).draw(generator(pipeline, letters).settings(None, 2, None))
+        sample = generator(pipeline, letters, num_images=55).draw(generator(pipeline, letters).resolved(settings_of(None, 2, None)))
         assert sample.labels is None
         assert (len(sample.images), sample.nfe_per_image) == (55, 2)
-        with pytest.raises(UserError, match="guidance_scale=2 has nothing to guide: the model is unconditional"):
-            generator(pipeline, letters).settings(None, 2, 2.0)
+        with pytest.raises(UserError, match="guidance_scale=2 has no effect: the model is unconditional"):
+            generator(pipeline, letters).resolved(settings_of(None, 2, 2.0))
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData, value: float) -> None:
         with torch.no_grad():
             pipeline.unet.conv_out.bias.fill_(value)
         with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2: values that are not finite"):
-            generator(pipeline, letters).draw(SamplingSettings("ddim", 2, 2.0))
+            generator(pipeline, letters).draw(settings_of("ddim", 2, 2.0))
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -180,7 +185,7 @@ class TestDrawing:
 
     def test_steps_that_cannot_be(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         with pytest.raises(UserError, match="num_inference_steps"):
-            generator(pipeline, letters).draw(SamplingSettings("ddim", 1001, 2.0))
+            generator(pipeline, letters).draw(settings_of("ddim", 1001, 2.0))
 
 
 def write_pictures(folder: Path, *, each: int = 6, mode: str = "L", size: int = 8, names: str = LETTERS) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mnist_diffusion.data.dataset import ImageData, ImageSplit
+from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator as module
 from mnist_diffusion.evaluation.evaluator import (
@@ -21,7 +21,6 @@ from mnist_diffusion.evaluation.evaluator import (
     evaluator_for,
     load_evaluator,
     logits_and_features,
-    random_features,
     save_evaluator,
     train_evaluator,
 )
@@ -31,37 +30,13 @@ def test_shipped_evaluator_reads_mnist(mnist_data: ImageData) -> None:
     found = evaluator_for(mnist_data)
     assert found.origin == "shipped with the package"
     assert accuracy(found.model, mnist_data.test) >= 0.995
-    assert found.sha256 == hashlib.sha256((SHIPPED["convolutions"] / "model.safetensors").read_bytes()).hexdigest()
-
-
-def test_shipped_second_evaluator_reads_mnist(mnist_data: ImageData) -> None:
-    found = evaluator_for(mnist_data, "transformer")
-    assert found.origin == "shipped with the package"
-    some = ImageSplit(mnist_data.test.tensor[::5], mnist_data.test.labels[::5])
-    assert accuracy(found.model, some) >= 0.97
-
-
-def test_second_opinions(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another architecture and seed, trained once; and random weights, always the same."""
-    monkeypatch.setattr(module, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "evaluator_steps", lambda data: 3)
-    second = evaluator_for(digits, "transformer")
-    assert type(second.model).__name__ == "ViTForImageClassification"
-    assert evaluator_for(digits, "transformer").sha256 == second.sha256 != evaluator_for(digits).sha256
-    images = digits.test.tensor[:20]
-    logits, features = logits_and_features(second.model, images)
-    assert (logits.shape, features.shape) == ((20, 10), (20, 64))
-    one, other = (logits_and_features(random_features(digits), images)[1] for _ in range(2))
-    assert torch.equal(one, other)
-    assert (one.std(dim=0) > 0).all()
+    assert found.sha256 == hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_shipped_evaluator_is_small_and_a_plain_transformers_folder() -> None:
-    for folder in SHIPPED.values():
-        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
-        assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
-    model = ImageEvaluator.from_pretrained(SHIPPED["convolutions"])
-    assert model.config.id2label[7] == "7"
+    assert {path.name for path in SHIPPED.iterdir()} == {"config.json", "model.safetensors"}
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 1_000_000
+    assert ImageEvaluator.from_pretrained(SHIPPED).config.id2label[7] == "7"
 
 
 def test_learns_the_digits(digits: ImageData, digits_evaluator: ImageEvaluator) -> None:
@@ -99,7 +74,7 @@ def test_save_and_load(digits: ImageData, digits_evaluator: ImageEvaluator, tmp_
     weights = tmp_path / "evaluator" / "model.safetensors"
     tensors = load_file(weights)
     save_file({"another": tensors["head.weight"]}, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks tensor|has a tensor|has the shape"):
+    with pytest.raises(UserError, match=r"lacks tensor|has a tensor|has shape"):
         load_evaluator(tmp_path / "evaluator", digits)
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(UserError, match="could not be loaded"):

@@ -1,4 +1,4 @@
-"""Processes that share work: each part is made once, and again by another if its maker dies."""
+"""Processes that share the sampling of one evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from filelock import FileLock
 
-from mnist_diffusion import ranks
+from mnist_diffusion import parallel
 from mnist_diffusion.cli import main
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
@@ -26,58 +24,10 @@ from tests.support.survival import Nursery
 NUM_IMAGES, PARTS = 1000, 4
 
 
-@pytest.fixture
-def paths(tmp_path: Path) -> list[Path]:
-    return [tmp_path / str(number) for number in range(4)]
-
-
-class TestSharing:
-    def test_what_is_there_is_kept(self, paths: list[Path]) -> None:
-        paths[2].write_text("kept")
-        ranks.build_parts(paths, lambda path: path.write_text("made"))
-        assert [path.read_text() for path in paths] == ["made", "made", "kept", "made"]
-        assert sorted(paths[0].parent.iterdir()) == paths
-
-    def test_the_first_waits_for_what_is_claimed_and_makes_it_if_nobody_does(self, paths: list[Path]) -> None:
-        released: list[float] = []
-        made_at: list[tuple[str, float]] = []
-        claimed = FileLock(paths[1].with_name(".1.lock"), thread_local=False)  # released by another thread
-
-        def dies() -> None:
-            time.sleep(0.5)
-            released.append(time.monotonic())
-            claimed.release()
-
-        def make(path: Path) -> None:
-            made_at.append((path.name, time.monotonic()))
-            path.write_text("made")
-
-        claimed.acquire()
-        other = threading.Thread(target=dies)
-        other.start()
-        ranks.build_parts(paths, make)
-        other.join()
-        assert [name for name, _ in made_at] == ["0", "2", "3", "1"]
-        assert made_at[-1][1] >= released[0]
-
-    def test_another_begins_elsewhere_and_leaves(self, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("RANK", "1")
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        made: list[Path] = []
-        with FileLock(paths[3].with_name(".3.lock")):
-            ranks.build_parts(paths, made.append)
-        assert made == [paths[2], paths[0], paths[1]]
-
-    def test_a_helper_whose_parent_has_ended_leaves(self, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("RANK", "1")
-        monkeypatch.setenv(ranks.HELPED, "0")
-        ranks.build_parts(paths, lambda path: path.write_text(""))
-        assert not any(path.exists() for path in paths)
-
-    def test_helpers_under_a_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("RANK", "0")
-        with pytest.raises(UserError, match="processes=2 must be 1 under a launcher"), ranks.helpers(2, ["evaluate"]):
-            pass
+def test_a_launcher_starts_processes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="processes=2 must be 1 under a launcher"):
+        parallel.run_in_processes(2, ["evaluate"])
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +54,6 @@ def found(out: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     figures = {name: value for name, value in result.items() if isinstance(value, float) and "seconds" not in name}
     parts = sorted(out.glob("images/*/*.npz"))
     assert len(parts) == PARTS
-    assert not list(out.glob("images/*/.*.lock"))
     return figures, [np.load(part)["images"] for part in parts]
 
 
@@ -122,24 +71,25 @@ def require_equal(one: tuple[dict[str, Any], list[np.ndarray]], other: tuple[dic
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed(command: list[str], alone: Any, tmp_path: Path) -> None:
-    """The second of two is killed in the middle of a part, and the first makes it."""
+def test_two_processes_one_of_which_is_killed(command: list[str], alone: Any, tmp_path: Path) -> None:
+    """The command ends with an error; the same command finds the parts that are there, and builds the others."""
     with start(command, tmp_path, "--processes", "2") as process:
-        claimed = None
-        while claimed is None:
-            claimed = next(tmp_path.glob("images/*/.000500-000750.npz.lock"), None)
+        while len(list(tmp_path.glob("images/*/*.npz"))) < 1:
             assert process.poll() is None
             time.sleep(0.01)
-        [helper] = [child for child in psutil.Process(process.pid).children() if "evaluate" in child.cmdline()]
-        helper.kill()
-        assert not (claimed.parent / "000500-000750.npz").exists()
+        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "evaluate" in child.cmdline()]
+        max(workers, key=lambda worker: worker.pid).kill()
+        assert process.wait() != 0
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/*/*.npz")}
+    assert 1 <= len(kept) < PARTS
+    with start(command, tmp_path, "--processes", "2") as process:
         assert process.wait() == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     require_equal(found(tmp_path), alone)
 
 
 @pytest.mark.slow
-def test_four_processes(command: list[str], alone: Any, tmp_path: Path) -> None:
-    """As a launcher starts them."""
+def test_four_processes_of_a_launcher(command: list[str], alone: Any, tmp_path: Path) -> None:
     evaluate = [*command[1:], "--out", str(tmp_path)]
     assert Nursery().finish(evaluate, log=tmp_path / "log.txt", ranks=4, work=main) == [0] * 4
     require_equal(found(tmp_path), alone)
