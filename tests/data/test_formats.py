@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from mnist_diffusion.data.decoding import DataError, decode_picture
 from mnist_diffusion.data.transforms import fit_to_size
 from tests.conftest import REPOSITORY
 from tests.data.test_dataset import idx_bytes, load
+from tests.data.test_sources import load_lazily
 from tests.data.test_layouts import SIDE, THREE, classes, digit, place_of_bar, put, table
 
 
@@ -99,13 +99,6 @@ def zip_of_classes(root: Path) -> None:
         archive.writestr("__MACOSX/pictures/0/._0.png", b"junk")
 
 
-def tar_of_splits(root: Path) -> None:
-    classes(root / "p" / "train", ("0", "1", "2"))
-    classes(root / "p" / "test", ("0", "1", "2"), 1)
-    with tarfile.open(root / "pictures.tar.gz", "w:gz") as archive:
-        archive.add(root / "p", "./p")
-
-
 def idx_by_other_names(root: Path) -> None:
     for split, count in (("Train", 12), ("test", 3)):
         images, labels = pixels_and_labels(count)
@@ -126,7 +119,6 @@ FORMATS: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
     ".npy": (npy_pair, ".", 9, 3),
     "flat lists in parquet": (flat_lists, ".", 12, 3),
     "zip": (zip_of_classes, "pictures.zip", 9, 3),
-    "tar.gz": (tar_of_splits, "pictures.tar.gz", 12, 3),
     "IDX by other names": (idx_by_other_names, ".", 12, 3),
 }
 
@@ -140,8 +132,7 @@ def test_formats(name: str, tmp_path: Path) -> None:
     assert data.train.tensor.shape[1:] == (1, SIDE, SIDE)
     assert [place_of_bar(image) for image in data.train.tensor] == data.train.labels.tolist()
     assert data.source.startswith(str(tmp_path / source))
-    lazy = load(tmp_path / source, in_memory=False)
-    assert lazy.fingerprint == data.fingerprint
+    assert load_lazily(tmp_path / source).fingerprint == data.fingerprint
 
 
 DOCUMENTED = {
@@ -149,14 +140,13 @@ DOCUMENTED = {
     "`digits`": "test_digits_and_errors",
     "a folder with one folder per class": "test_junk_is_no_class",
     "a folder of pictures and a table": "a table beside pictures",
-    "a folder of pictures alone": "test_flat_and_patterns",
-    "`.zip`, `.tar.gz` and other archives": "zip",
+    "a folder of pictures alone": "test_flat",
+    "`.zip`": "zip",
     "`.csv`, or a folder of them": "CSV of pixels",
     "`.npz`, `.npy`, or a folder of them": "Keras .npz",
     "parquet or arrow files, or a folder of them": "flat lists in parquet",
     "a folder that `datasets` saved": "test_saved_data_sets_side_by_side",
     "a folder of IDX files": "IDX by other names",
-    "a folder with `usps.bz2`": "test_usps",
     "a Hub id": "test_cached_copy_without_the_network",
 }
 """Each row of the table in docs/data.md, with what reads such a source: one of the formats above, or another test."""
@@ -283,11 +273,10 @@ class TestPixels:
                     picture.putpalette([0, 0, 0, 255, 255, 255])
                 (tmp_path / name).mkdir(exist_ok=True)
                 picture.save(tmp_path / name / f"{index}.png", **options)
-        told = "of one colour; if they are drawn in black on transparency, set data.background=white"
+        told = "of one colour; if they are black on transparency, set data.background=white"
         assert told in load(tmp_path).describe()
-        for background in ("white", "edge"):
-            shown = load(tmp_path, background=background).train.tensor
-            assert (int(shown[0, 0, 0, 0]), int(shown[0, 0, 5].min())) == (255, 0)
+        shown = load(tmp_path, background="white").train.tensor
+        assert (int(shown[0, 0, 0, 0]), int(shown[0, 0, 5].min())) == (255, 0)
 
     def test_contain_keeps_the_whole(self, tmp_path: Path) -> None:
         for name in THREE:
@@ -298,13 +287,13 @@ class TestPixels:
                 put(tmp_path / name / f"{index}.png", tall)
         with pytest.raises(DataError, match=r"set data\.image_size, and data\.fit=contain to keep the whole of each"):
             load(tmp_path)
-        assert "data.fit=resize cuts something off 100% of the images" in load(tmp_path, image_size=16).describe()
-        whole = load(tmp_path, image_size=20, fit="contain", background="edge")
-        assert "cuts" not in whole.describe()
+        assert "data.fit=resize crops content from 100% of the images" in load(tmp_path, image_size=16).describe()
+        whole = load(tmp_path, image_size=20, fit="contain", background="white")
+        assert "crops" not in whole.describe()
         image = whole.train.tensor[0, 0]
         assert image[0, 10] < 100
         assert image[-1, 10] < 100
-        assert int(image[10, 0]) == 250
+        assert int(image[10, 0]) == 255
         assert load(tmp_path, image_size=20, fit="contain").train.tensor[0, 0, 10, 0] == 0
 
     def test_contain_scales_down_and_up(self) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig
-from mnist_diffusion.data.dataset import draw_batch
+from mnist_diffusion.data.dataset import ImageData, draw_batch
 from mnist_diffusion.data.lazy import LazyImages
 from mnist_diffusion.data.decoding import MAX_PIXELS, DataError, decode_picture
 from mnist_diffusion.data.survey import survey
@@ -69,22 +69,6 @@ class TestFamilyOfMnist:
         with pytest.raises(UserError, match=r"data.subset='digits': .* has balanced, letters"):
             load(tmp_path, subset="digits")
 
-    def test_usps(self, tmp_path: Path) -> None:
-        import bz2
-
-        values = np.linspace(-1, 1, 256)
-        line = " ".join(f"{index + 1}:{value:.6f}" for index, value in enumerate(values))
-        for name, labels in (("usps.bz2", (1, 10)), ("usps.t.bz2", (10,))):
-            (tmp_path / name).write_bytes(bz2.compress("\n".join(f"{label} {line}" for label in labels).encode()))
-        data = load(tmp_path)
-        assert data.train.images.shape == (2, 1, 16, 16)
-        assert data.class_names == ("0", "9")
-        expected = ((values + 1) * 127.5).round().astype(np.uint8)
-        np.testing.assert_allclose(data.train.tensor[0].flatten().numpy(), expected, atol=1)
-        (tmp_path / "usps.bz2").write_bytes(b"BZh9 nonsense")
-        with pytest.raises(DataError, match=r"usps\.bz2 could not be read"):
-            load(tmp_path)
-
     def test_medmnist_like_parquet(self, tmp_path: Path) -> None:
         """Labels are lists of one, names come from the user."""
         import datasets
@@ -101,9 +85,16 @@ class TestFamilyOfMnist:
             load(tmp_path, class_names=("a", "b", "c"))
 
 
+def load_lazily(source: Path) -> ImageData:
+    """As if the images did not fit into memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mnist_diffusion.data.dataset.MEMORY_LIMIT_BYTES", 0)
+        return load(source)
+
+
 class TestLazily:
     def test_same_images_order_and_fingerprint(self, image_folder: Path) -> None:
-        eager, lazy = (load(image_folder, in_memory=in_memory) for in_memory in (True, False))
+        eager, lazy = load(image_folder), load_lazily(image_folder)
         assert isinstance(lazy.train.images, LazyImages)
         assert lazy.train.images.shape == eager.train.images.shape
         assert lazy.fingerprint == eager.fingerprint
@@ -121,13 +112,13 @@ class TestLazily:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
         rows = {"image": images, "label": [index % 2 for index in range(12)]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-        eager, lazy = (load(tmp_path / "train.parquet", in_memory=in_memory) for in_memory in (None, False))
+        eager, lazy = load(tmp_path / "train.parquet"), load_lazily(tmp_path / "train.parquet")
         assert isinstance(eager.train.images, torch.Tensor)
         assert lazy.fingerprint == eager.fingerprint
         torch.testing.assert_close(lazy.in_memory().train.tensor, eager.train.tensor)
 
     def test_a_picture_that_breaks_later_is_named(self, image_folder: Path) -> None:
-        data = load(image_folder, in_memory=False)
+        data = load_lazily(image_folder)
         for path in image_folder.rglob("*.png"):
             path.write_bytes(path.read_bytes()[:60])
         with pytest.raises(DataError, match=r"\.png: the picture could not be decoded"):
@@ -277,13 +268,13 @@ class TestTables:
         assert int(look.splits["train"].shown["c"][0]) == 40
 
 
-def test_stand_ins_keep_small_classes(monkeypatch: pytest.MonkeyPatch, image_folder: Path) -> None:
+def test_images_that_represent_a_large_split_keep_small_classes(monkeypatch: pytest.MonkeyPatch, image_folder: Path) -> None:
     for index in range(40):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
-    monkeypatch.setattr("mnist_diffusion.data.dataset.MAX_STAND_INS", 10)
-    stand_ins = load(image_folder, in_memory=False).in_memory()
-    assert stand_ins.counts[:2] == [2, 2]
-    assert 7 <= stand_ins.counts[2] <= 9
+    monkeypatch.setattr("mnist_diffusion.data.dataset.MAX_REPRESENTATIVE_IMAGES", 10)
+    representative = load_lazily(image_folder).in_memory()
+    assert representative.counts[:2] == [2, 2]
+    assert 7 <= representative.counts[2] <= 9
 
 
 def test_several_data_sets_in_one_folder(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_run_is_measured_against_its_own_images(
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
     flags = ["--evaluator", str(folders[1]), "--num_images", "60", "--out", str(tmp_path / "out")]
     assert main(["evaluate", str(tmp_path / "run"), *flags]) == 0
-    assert "Comparing run with digits" in capsys.readouterr().out
+    assert "with digits" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["data"]["fingerprint"] == load_images(ImagesConfig(source="digits"), seed=5).fingerprint
 
