@@ -206,7 +206,9 @@ class DistillationConfig:
 
     teacher: Text
     """Teacher: a pipeline folder, or a Hub id such as `user/name`."""
-    guidance_scales: Annotated[tuple[GuidanceScale, ...], Field(min_length=1, max_length=100)] = (1.0,)
+    guidance_scales: Annotated[
+        tuple[GuidanceScale, ...], Field(min_length=1, max_length=100), AfterValidator(distinct)
+    ] = (1.0,)
     """Guidance scales of the teacher that the student learns to sample at; the first is its default."""
     num_teacher_steps: Count = 8
     """Steps of a teacher trajectory; the student samples in this many steps, or in a divisor of it."""
@@ -216,7 +218,6 @@ class DistillationConfig:
     """`train.seed` of the teacher's run, which chose its held-out images; read from the teacher's run folder."""
 
     def __post_init__(self) -> None:
-        distinct(self.guidance_scales)
         if self.points_per_trajectory > self.num_teacher_steps:
             points, steps = self.points_per_trajectory, self.num_teacher_steps
             raise ConfigError(f"distillation.points_per_trajectory={points} must not exceed num_teacher_steps={steps}")

@@ -13,7 +13,16 @@ import yaml
 from huggingface_hub import CardData, HfApi, snapshot_download
 
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import file_within, pipeline_folder, read_json, read_text, read_yaml, replace_folder
+from mnist_diffusion.files import (
+    file_within,
+    pipeline_folder,
+    read_json,
+    read_text,
+    read_yaml,
+    replace_bytes,
+    replace_folder,
+    replace_text,
+)
 from mnist_diffusion.hub_client import hub_errors, open_repository, upload
 from mnist_diffusion.pipelines import folder as reading
 from mnist_diffusion.pipelines.card import (
@@ -85,25 +94,19 @@ def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, l
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, staged / name)
     # Never the code in a folder, which may be somebody else's.
-    (staged / CODE_FILE).write_bytes(CODE)
+    replace_bytes(staged / CODE_FILE, CODE)
     index = {**read_json(staged / "model_index.json"), "_class_name": CODE_INDEX}
-    _write(staged / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    replace_text(staged / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
     paths: list[str] = []
     if (config_file := staged / "config.yaml").is_file():
         paths = local_paths_in(config := read_yaml(config_file))
-        _write(
-            config_file, redact_paths(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6), paths)
-        )
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6)
+        replace_text(config_file, redact_paths(text, paths))
     if (summary_file := staged / "summary.json").is_file():
-        _write(
-            summary_file, redact_paths(json.dumps(read_json(summary_file), indent=1, ensure_ascii=False) + "\n", paths)
-        )
+        text = json.dumps(read_json(summary_file), indent=1, ensure_ascii=False) + "\n"
+        replace_text(summary_file, redact_paths(text, paths))
     card = read_text(file_within(folder, CARD)) if (folder / CARD).is_file() else short_card(num_classes)
-    _write(staged / CARD, _with_repo_metadata(redact_paths(card_for(card, repo_id), paths), repo_id, license))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    replace_text(staged / CARD, _with_repo_metadata(redact_paths(card_for(card, repo_id), paths), repo_id, license))
 
 
 def _run_of(folder: Path) -> Path | None:

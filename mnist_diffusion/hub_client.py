@@ -128,9 +128,12 @@ def upload(
 
     Raises:
         FileError: a file holds the Hub token.
-        OSError: the Hub refused or could not be reached; nothing has changed there.
+        OSError: the Hub refused, could not be reached, or somebody else pushed meanwhile; nothing of this has changed
+            there.
     """
     api = api or HfApi()
+    where = {name: how.get(name) for name in ("repo_type", "revision")}
+    parent = api.repo_info(repo_id, **where).sha  # so that the result is not a mixture of two models
     token = (api.token if isinstance(api.token, str) else get_token() or "").encode()
     for path in sorted(folder.rglob("*")) if token else ():
         if path.is_file() and token in _searched(path):
@@ -138,7 +141,7 @@ def upload(
     if token and token in message.encode():
         raise FileError("the message holds the Hub token; remove it before pushing")
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=list(stale), **how
+        repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=list(stale), parent_commit=parent, **how
     )
     return str(commit.pr_url or commit.commit_url)
 

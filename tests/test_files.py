@@ -134,18 +134,18 @@ class TestWriting:
         (tmp_path / ".0123abcd.partial").mkdir()
         before = sorted(tmp_path.rglob("*"))
         held = RunFolder(tmp_path)
-        held.hold(resume=True)
+        held.acquire(resume=True)
         with pytest.raises(UserError, match="is not the folder of a run"):
-            held.require_nothing_to_lose()
+            held.ensure_safe_to_overwrite()
         held.release()
         assert sorted(path for path in tmp_path.rglob("*") if path.name != ".lock") == before
 
     def test_who_does_not_get_a_run_folder_leaves_it_to_who_has_it(self, tmp_path: Path) -> None:
         first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
-        second.made = True  # as if it had seen no folder, a moment before the first made it
-        first.hold(resume=False)
+        second.created = True  # as if it had seen no folder, a moment before the first made it
+        first.acquire(resume=False)
         with pytest.raises(UserError, match="another run is writing to"):
-            second.hold(resume=False)
+            second.acquire(resume=False)
         second.release()
         assert (tmp_path / "run" / "run_id").is_file()
         first.release()

@@ -189,7 +189,7 @@ class TestPush:
             push(made_run, NAME)
 
     def test_somebody_else_at_the_same_time(self, hub: HubServer, made_run: Path) -> None:
-        """Another commit between looking and committing: looked again, so that the result is one model."""
+        """Another commit between looking and committing: an error, and not a mixture of two models."""
         push(made_run, NAME)
         repository = hub.repositories[NAME]
         others: list[str] = []
@@ -200,8 +200,10 @@ class TestPush:
 
         hub.fault = fault
         make_pipeline(seed=8).save_pretrained(made_run / "pipeline")
-        push(made_run, NAME)
+        with pytest.raises(HubError, match="somebody else changed it at the same time; try again"):
+            push(made_run, NAME)
         assert len(others) == 1
+        push(made_run, NAME)
         loaded = MNISTDiffusionPipeline.from_pretrained(NAME)
         assert torch.equal(loaded.unet.conv_in.weight, make_pipeline(seed=8).unet.conv_in.weight)
 
@@ -228,7 +230,7 @@ class TestPush:
 
     def test_private_is_private(self, hub: HubServer, made_run: Path) -> None:
         push(made_run, NAME)
-        with pytest.raises(HubError, match="it exists already, and is public"):
+        with pytest.raises(HubError, match="as private: it is public; change that at"):
             push(made_run, NAME, private=True)
 
 
@@ -317,7 +319,7 @@ class TestPull:
         ]
         assert torch.equal(drawn[0], drawn[1])
         assert torch.equal(drawn[0], drawn[2])
-        with pytest.raises(UserError, match="holds something already"):
+        with pytest.raises(UserError, match="or is not empty; name a new one"):
             pull(NAME, out)
 
     def test_a_run_to_go_on_with(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
@@ -346,7 +348,7 @@ class TestPull:
         by_name = load_pipeline(f"{NAME}@{first}", device="cpu", dtype="float32")
         for each in (pinned, by_name):
             assert torch.equal(each.unet.conv_in.weight, make_pipeline().unet.conv_in.weight)
-        with pytest.raises(HubError, match="has no such revision"):
+        with pytest.raises(HubError, match="no such revision"):
             pull(NAME, tmp_path / "c", revision="nothing")
 
     def test_from_the_cache_without_a_hub(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
@@ -392,10 +394,10 @@ class TestPull:
         push(made_run, NAME, private=True)
         assert pull(NAME, tmp_path / "mine")
         monkeypatch.setenv("HF_TOKEN", GUEST)
-        with pytest.raises(HubError, match="it is private and may be seen only with another token"):
+        with pytest.raises(HubError, match=r"repository not found, or private \(use another token\)"):
             pull(NAME, tmp_path / "theirs")
         monkeypatch.delenv("HF_TOKEN")
-        with pytest.raises(HubError, match=r"may be seen only with a token; log in with `hf auth login`"):
+        with pytest.raises(HubError, match="repository not found, or private; log in with `hf auth login`"):
             pull(NAME, tmp_path / "nobodys")
         with pytest.raises(HubError, match="log in with `hf auth login`"):
             load_pipeline(NAME, device="cpu", dtype="float32")
@@ -406,13 +408,13 @@ WRONG = {
     "no token": (None, None, r"nobody is logged in; log in with `hf auth login`, or set HF_TOKEN"),
     "wrong token": ("hf_wrong", None, r"the Hub rejects the token"),
     "not one's own": (GUEST, None, r"the token may not do this; .*--create_pr.* \(You may not create"),
-    "gone": ("", failing(404, code="RepoNotFound", where="preupload"), r"it is not there, or it is private"),
+    "gone": ("", failing(404, code="RepoNotFound", where="preupload"), r"repository not found, or private"),
     "conflict": ("", failing(409, where="/commit/"), r"somebody else changed it at the same time; try again"),
     "moved on": ("", failing(412, where="/commit/"), r"somebody else changed it at the same time; try again"),
-    "too large": ("", failing(413, where="/lfs/"), r"does not take files as large"),
-    "too many": ("", failing(429, where="/commit/"), r"asks to wait, after too many requests"),
-    "trouble": ("", failing(500, where="/preupload/"), r"trouble of its own \(it answered 500\); try again later"),
-    "unavailable": ("", failing(503, where="create"), r"trouble of its own \(it answered 503\)"),
+    "too large": ("", failing(413, where="/lfs/"), r"does not accept files as large"),
+    "too many": ("", failing(429, where="/commit/"), r"too many requests; try again in a few minutes"),
+    "trouble": ("", failing(500, where="/preupload/"), r"the Hub has a problem \(status 500\); try again later"),
+    "unavailable": ("", failing(503, where="create"), r"the Hub has a problem \(status 503\)"),
     "gated": ("", failing(403, code="GatedRepo", where="tree"), r"it is gated: ask for access at"),
     "cut": ("", lambda request: Fault(cut="within") if request.path.startswith("/lfs/") else None, "cannot be reached"),
     "cut at once": ("", lambda request: Fault(cut="before"), r"cannot be reached, or the connection broke; try again"),
@@ -518,6 +520,7 @@ def test_the_commands(hub: HubServer, made_run: Path, tmp_path: Path, capsys: py
     assert cli.main(["push", str(made_run), NAME, "--private", "--with_checkpoints", "--message", "First"]) == 0
     assert capsys.readouterr().out.startswith(f"Pushed: {hub.url}/{NAME}/commit/")
     assert cli.main(["pull", f"{NAME}@main", "--out", str(tmp_path / "out"), "--with_checkpoints"]) == 0
-    assert f"--config {tmp_path / 'out' / 'config.yaml'} --train.resume true" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert f"--config {out / 'config.yaml'} --train.resume --output_dir {out}" in capsys.readouterr().out
     assert cli.main(["pull", "owner/nothing", "--out", str(tmp_path / "none")]) == 2
-    assert "error: cannot pull owner/nothing: it is not there" in capsys.readouterr().err
+    assert "error: cannot pull owner/nothing: repository not found" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 
 from mnist_diffusion.environment import DEFAULT_DEVICE
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import copy_permissions, file_within, read_text
+from mnist_diffusion.files import copy_permissions, file_within, read_text, replace_text
 from mnist_diffusion.hub_client import upload
 from mnist_diffusion.pipelines import folder as reading
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
@@ -378,7 +378,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             self.save_pretrained(temporary, variant=variant)
             loaded = self._beside(CARD, token)
             card = short_card(self.num_classes) if loaded is None else read_text(loaded)
-            Path(temporary, CARD).write_text(card_for(card, repo_id), encoding="utf-8")
+            replace_text(Path(temporary, CARD), card_for(card, repo_id))
             if (picture := self._beside(PICTURE, token)) is not None:
                 shutil.copyfile(picture, Path(temporary, PICTURE))
             stale = [f"{reading.CODE_STEM}*.py", *(() if variant else ("unet/*", "scheduler/*"))]

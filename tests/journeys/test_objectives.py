@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from mnist_diffusion import distill_cfg, train_cfg
 from mnist_diffusion.cli import main
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.evaluation.evaluator import save_evaluator, train_evaluator
@@ -18,13 +17,13 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 OBJECTIVES = {
     "the image, by the velocity, stratified": [
         *("--diffusion.prediction_type", "sample", "--diffusion.loss_space", "v_prediction"),
-        *("--diffusion.timesteps", "stratified", "--diffusion.sigmoid_bias", "1"),
+        *("--diffusion.timesteps", "stratified", "--diffusion.loss_weighting", "sigmoid"),
     ],
     "the noise, min-SNR, log-normal": [
-        *("--diffusion.prediction_type", "epsilon", "--diffusion.min_snr_gamma", "5"),
+        *("--diffusion.prediction_type", "epsilon", "--diffusion.loss_weighting", "min_snr"),
         *("--diffusion.timesteps", "lognormal"),
     ],
-    "the flow": ["--diffusion.prediction_type", "flow_prediction", "--diffusion.sigmoid_bias", "null"],
+    "the flow": ["--diffusion.prediction_type", "flow_prediction", "--diffusion.beta_schedule", "linear"],
 }
 FLAGS = [
     *("--config", "tiny", "--data.source", "digits", "--train.pictures", "false", "--train.num_eval_images", "16"),
@@ -45,10 +44,10 @@ def evaluator(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> st
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_all_the_way(objective: list[str], tmp_path: Path, evaluator: str) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert train_cfg.main([*FLAGS, *objective, "--train.max_steps", "8", "--output_dir", str(whole)]) == 0
-    assert train_cfg.main([*FLAGS, *objective, "--train.max_steps", "4", "--output_dir", str(resumed)]) == 0
+    assert main(["train", *FLAGS, *objective, "--train.max_steps", "8", "--output_dir", str(whole)]) == 0
+    assert main(["train", *FLAGS, *objective, "--train.max_steps", "4", "--output_dir", str(resumed)]) == 0
     again = ["--train.max_steps", "8", "--output_dir", str(resumed), "--train.resume", "true"]
-    assert train_cfg.main([*FLAGS, *objective, *again]) == 0
+    assert main(["train", *FLAGS, *objective, *again]) == 0
     for name in ("unet", "ema", "optimizer"):
         file = f"checkpoints/step-8/{name}.safetensors"
         assert (whole / file).read_bytes() == (resumed / file).read_bytes()
@@ -65,7 +64,7 @@ def test_all_the_way(objective: list[str], tmp_path: Path, evaluator: str) -> No
     short = ["--train.max_steps", "2", "--train.num_eval_images", "8", "--train.samples_per_class", "1"]
     short += ["--data.batch_size", "4", "--train.pictures", "false", "--distillation.num_teacher_steps", "2"]
     student = str(tmp_path / "student")
-    assert distill_cfg.main([str(whole), "--out", student, *short, "--train.num_threads", "1"]) == 0
+    assert main(["distill", str(whole), "--output_dir", student, *short, "--train.num_threads", "1"]) == 0
     evaluate = ["evaluate", str(whole), student, "--num_images", "50", "--evaluator", evaluator]
     assert main([*evaluate, "--out", str(tmp_path / "out")]) == 0
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["results"]) == 2

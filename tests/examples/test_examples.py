@@ -1,0 +1,70 @@
+"""The examples run as they stand, and what they leave can be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+from examples import denoiser, own_objective, sample, steering
+from mnist_diffusion import train
+from mnist_diffusion.config import ModelConfig
+from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.method.network import build_unet
+from tests.conftest import changed, tiny_config
+
+
+def test_own_objective_trains_a_pipeline_that_the_other_examples_sample_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    config = tiny_config(max_steps=3)
+    run = train(dataclasses.replace(config, output_dir=str(folder)), objective=own_objective.huber_objective)
+    assert run.exit_code == 0
+    sample.main(str(folder / "pipeline"), str(tmp_path / "digits.png"))
+    with Image.open(tmp_path / "digits.png") as picture:
+        assert picture.size == (10 * 28, 3 * 28)
+    again = changed(config, train={"resume": True, "max_steps": 5})
+    with pytest.raises(UserError, match="objective"):
+        train(dataclasses.replace(again, output_dir=str(folder)))
+    steering.main(str(folder), str(tmp_path / "steering.png"))
+    assert capsys.readouterr().out.endswith(f"6 rows in {tmp_path / 'steering.png'}\n")
+    with Image.open(tmp_path / "steering.png") as picture:
+        assert picture.convert("L").getextrema() == (0, 255)
+
+
+def test_sweep_measures_psnr_as_it_is_defined(digits: ImageData) -> None:
+    shape = ModelConfig(block_out_channels=(8,), patch_size=1, norm_num_groups=4, class_conditional=False)
+    unet = build_unet(shape, image_size=28, channels=1, num_classes=10).eval()
+    images = digits.test.spread(20)[0]
+    (clear, noisy), picture = denoiser.sweep(unet, images, [0.0, 0.5], seed=0)
+    assert clear["noisy_psnr_db"] is None
+    # The noise's mean square is sigma squared, but for the sample: 10 log10 (1 / 0.25) dB.
+    assert noisy["noisy_psnr_db"] == pytest.approx(10 * math.log10(4), abs=0.2)
+    clean = images.float() / 255
+    with torch.no_grad():
+        denoised = unet(clean, 0).sample.clamp(0, 1)
+    expected = 10 * torch.log10(1 / (denoised - clean).square().mean())
+    assert clear["denoised_psnr_db"] == pytest.approx(float(expected), abs=0.01)
+    assert picture.height > 6 * 56  # noisy, denoised, clean of two images
+
+
+def test_denoiser_learns_and_generalises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["denoiser.py", "--steps", "150", "--out", str(tmp_path)])
+    denoiser.main()
+    rows = json.loads((tmp_path / "psnr.json").read_text(encoding="utf-8"))
+    assert [row["sigma"] for row in rows] == list(denoiser.SIGMAS)
+    gains = {row["sigma"]: row["denoised_psnr_db"] - row["noisy_psnr_db"] for row in rows if row["sigma"]}
+    assert gains[0.5] > 6
+    assert all(gains[sigma] > 3 for sigma in (0.4, 0.6, 0.8, 1.0))  # noise it has never seen
+    assert UNet2DModel.from_pretrained(tmp_path)(torch.rand(2, 1, 28, 28), 0).sample.shape == (2, 1, 28, 28)
+    with Image.open(tmp_path / "denoised.png") as picture:
+        assert picture.width > 7 * 56
