@@ -30,11 +30,11 @@ DECIDED = ("train.max_steps", "train.max_epochs", "train.max_minutes", "train.mi
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes two launches the same run: the configuration, and fingerprints of the images and the objective."""
+    """What makes two launches the same run: the configuration, the fingerprint of the images, and the objective."""
 
     config: RunConfig
     data_fingerprint: str
-    objective_fingerprint: str
+    objective: str
 
 
 def load_newest(
@@ -97,10 +97,10 @@ def allowed_changes(checkpoint: Checkpoint, identity: RunIdentity) -> str:
     changes = {name: text for name, text in changes.items() if then != now or name not in ABOUT_IMAGES}
     fixed = [text for name, text in changes.items() if name.startswith(fixed_names)]
     free = [text for name, text in changes.items() if not name.startswith(fixed_names)]
-    objectives = checkpoint.state["objective_fingerprint"], identity.objective_fingerprint
-    for whose, (before, after) in {"images'": (then, now), "teacher's": objectives}.items():
-        if before != after:
-            fixed.append(f"the {whose} fingerprint was {before[:16]}, now {after[:16]}")
+    if then != now:
+        fixed.append(f"the images' fingerprint was {then[:16]}, now {now[:16]}")
+    if (objective := checkpoint.state["objective"]) != identity.objective:
+        fixed.append(f"the objective was {objective}, now {identity.objective}")
     if fixed:
         wrong = ", ".join(fixed) + (f"; these may change: {', '.join(free)}" if free else "")
         raise CheckpointError(f"cannot resume from {checkpoint.path} with another configuration: {wrong}")

@@ -240,7 +240,7 @@ class Trainer:
             **dataclasses.asdict(self.progress),
             "config": self.config.to_dict(),
             "data_fingerprint": self.data.fingerprint,
-            "objective_fingerprint": self.state.objective.fingerprint,
+            "objective": str(self.state.objective),
         }
         settings = json.dumps(self.config.reproducible().to_dict(), sort_keys=True)
         about = {
@@ -254,7 +254,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Restore the newest valid checkpoint of the run folder, if there is one."""
-        identity = RunIdentity(self.config, self.data.fingerprint, self.state.objective.fingerprint)
+        identity = RunIdentity(self.config, self.data.fingerprint, str(self.state.objective))
         checkpoint = load_newest(self.accelerator, self.processes, self.run_folder, identity)
         if checkpoint is None:
             return

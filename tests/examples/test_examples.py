@@ -19,7 +19,7 @@ from mnist_diffusion.config import ModelConfig
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.method.network import build_unet
-from tests.conftest import changed, tiny_config
+from tests.conftest import tiny_config
 
 
 def test_own_objective_trains_a_pipeline_that_the_other_examples_sample_with(
@@ -32,9 +32,9 @@ def test_own_objective_trains_a_pipeline_that_the_other_examples_sample_with(
     sample.main(str(folder / "pipeline"), str(tmp_path / "digits.png"))
     with Image.open(tmp_path / "digits.png") as picture:
         assert picture.size == (10 * 28, 3 * 28)
-    again = changed(config, train={"resume": True, "max_steps": 5})
+    resumed = dataclasses.replace(config.train, resume=True, max_steps=5)
     with pytest.raises(UserError, match="objective"):
-        train(dataclasses.replace(again, output_dir=str(folder)))
+        train(dataclasses.replace(config, train=resumed, output_dir=str(folder)))
     steering.main(str(folder), str(tmp_path / "steering.png"))
     assert capsys.readouterr().out.endswith(f"6 rows in {tmp_path / 'steering.png'}\n")
     with Image.open(tmp_path / "steering.png") as picture:

@@ -407,7 +407,7 @@ class TestRuns:
         run(config, max_steps=2)
         other = save_teacher(tmp_path / "other", seed=1)
         changed = dataclasses.replace(config, distillation=distillation(other))
-        with pytest.raises(UserError, match="the teacher's fingerprint was"):
+        with pytest.raises(UserError, match="the objective was distillation, fingerprint"):
             run(changed, resume=True)
         stronger = dataclasses.replace(config, distillation=distillation(teacher_folder, guidance_scales=(3.0,)))
         with pytest.raises(UserError, match=r"distillation\.guidance_scales was \[1\.9, .*\], now \[3\.0\]"):

@@ -19,7 +19,6 @@ import re
 import resource
 import shutil
 import struct
-import tarfile
 import tempfile
 import time
 import traceback
@@ -178,20 +177,12 @@ def _npz() -> bytes:
     return file.getvalue()
 
 
-def _archive(kind: str) -> bytes:
+def _archive() -> bytes:
     picture, file = io.BytesIO(), io.BytesIO()
     Image.new("L", (8, 8), 200).save(picture, "PNG")
-    names = [f"{label}/{index}.png" for label in "abc" for index in range(3)]
-    if kind == "zip":
-        with zipfile.ZipFile(file, "w") as archive:
-            for name in names:
-                archive.writestr(name, picture.getvalue())
-    else:
-        with tarfile.open(fileobj=file, mode="w:gz") as tar:
-            for name in names:
-                member = tarfile.TarInfo(name)
-                member.size = len(picture.getvalue())
-                tar.addfile(member, io.BytesIO(picture.getvalue()))
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in (f"{label}/{index}.png" for label in "abc" for index in range(3)):
+            archive.writestr(name, picture.getvalue())
     return file.getvalue()
 
 
@@ -274,24 +265,22 @@ def _saved_data_set(folder: Path) -> Callable[[random.Random], Callable[[], obje
 
 def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callable[[], object]]:
     """A file of a run folder, which a function of the package reads."""
-    from mnist_diffusion.plots import compare
-    from mnist_diffusion.plots import curves as plots
+    from mnist_diffusion.plots import curves, run_page
     from mnist_diffusion.training.run_folder import RunRecord, read_run
     from mnist_diffusion.pipelines.card import write_results_to_card
-    from mnist_diffusion.hub import files_to_push
+    from mnist_diffusion.hub import stage
     from tests.conftest import run_folder
 
     def shown(run: RunRecord) -> None:
-        compare.rows({"a": run})
-        compare.settings_that_differ({"a": run, "b": run})
-        plots.training_curves(run.lines)
+        run_page.comparison_page({"a": run, "b": run})
+        curves.training_curves(run.lines)
 
     run_folder(folder)
     about = {"source": "x", "hub_id": None, "fingerprint": "0"}
     report = {"data": about, "results": [{"accuracy": 0.5, **dict.fromkeys(SETTINGS)}]}
     readers: dict[str, Callable[[], object]] = {
         "run": lambda: shown(read_run(folder)),
-        "push": lambda: files_to_push(folder / "pipeline", "user/name", with_checkpoints=True),
+        "push": lambda: stage(folder / "pipeline", folder.with_name("staged"), "user/name", with_checkpoints=True),
         "card": lambda: write_results_to_card(folder / "pipeline", report, "x"),
     }
     lines = [{"step": step, "epoch": step / 10, "loss": 1.0, "loss_by_noise": [0.1] * 10} for step in range(1, 9)]
@@ -330,21 +319,6 @@ def _checkpoint(folder: Path) -> Callable[[random.Random], Callable[[], object]]
     return make
 
 
-def _part(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    from mnist_diffusion.evaluation.draw import _read_part
-
-    folder.mkdir()
-    file = io.BytesIO()
-    images = np.arange(5 * 64, dtype=np.uint8).reshape(5, 1, 8, 8)
-    np.savez(file, images=images, passes=np.array(10), seconds=np.array(0.5))
-
-    def make(source: random.Random) -> Callable[[], object]:
-        path = _written(folder / "part.npz", mutated(file.getvalue(), source))
-        return lambda: _read_part(path, (5, 1, 8, 8))
-
-    return make
-
-
 def _written(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -356,8 +330,7 @@ TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], objec
     "folders of pictures": _pictures,
     "CSV of pixels": partial(_one_file, name="x.csv", content=_csv),
     "NumPy arrays": partial(_one_file, name="x.npz", content=_npz),
-    "zip archives": partial(_one_file, name="x.zip", content=partial(_archive, "zip")),
-    "tar archives": partial(_one_file, name="x.tar.gz", content=partial(_archive, "tar")),
+    "zip archives": partial(_one_file, name="x.zip", content=_archive),
     "parquet tables": partial(_one_file, name="x.parquet", content=_parquet),
     "tables of labels": _label_table,
     "saved data sets": _saved_data_set,
@@ -367,7 +340,6 @@ TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], objec
     "model cards": partial(_run, name="pipeline/README.md", read="card"),
     "model cards to push": partial(_run, name="pipeline/README.md", read="push"),
     "checkpoints": _checkpoint,
-    "parts of an evaluation": _part,
     "YAML configurations": _yaml,
     "model_index.json": partial(_pipeline, name="model_index.json"),
     "unet/config.json": partial(_pipeline, name="unet/config.json"),
