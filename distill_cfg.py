@@ -15,5 +15,7 @@ import sys
 
 from mnist_diffusion.cli.distill import main
 
+__all__ = ["main"]
+
 if __name__ == "__main__":
     sys.exit(main())

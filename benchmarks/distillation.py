@@ -12,20 +12,20 @@ import dataclasses
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
 
+from mnist_diffusion.command_options import EvaluationOptions
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.pipelines.drawing import generate, load_pipeline
 from mnist_diffusion.environment import machine_description, set_num_threads
 from mnist_diffusion.evaluation.evaluate import evaluate
 from mnist_diffusion.evaluation.report import PLOTS, cells, plot_results
+from mnist_diffusion.pipelines.drawing import generate, load_pipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.plots.grids import image_grid
 from mnist_diffusion.plots.tables import markdown
-from mnist_diffusion.command_options import EvaluationOptions, Precision
-from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 STUDENT_STEPS = (1, 2, 4, 8)
 
@@ -38,7 +38,7 @@ def main(
     num_images: int = 10_000,
     teacher_steps: tuple[int, ...] = (2, 5, 10),
     teacher_scales: tuple[float, ...] = (),
-    dtype: Precision = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     images: Path = Path("runs/distillation"),
     out: Path = Path("docs"),
 ) -> None:

@@ -11,22 +11,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
 
-from mnist_diffusion.option_types import parse_interval
-from mnist_diffusion.config import Config, DataConfig, ModelConfig
+from mnist_diffusion.config import Config
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.method.network import build_unet
-from mnist_diffusion.method.noise import build_noise_scheduler
-from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.environment import machine_description
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
+from mnist_diffusion.method.objective import diffusion_objective
+from mnist_diffusion.option_types import parse_interval
 from mnist_diffusion.training.checkpoint import save_checkpoint
-from mnist_diffusion.training.run_folder import append_metrics
-from mnist_diffusion.training.launch import build_accelerator, start_processes
 from mnist_diffusion.training.distributed import Processes
+from mnist_diffusion.training.launch import build_accelerator, start_processes
+from mnist_diffusion.training.run_folder import append_metrics
 from mnist_diffusion.training.step import TrainState
 
 
@@ -48,23 +49,25 @@ def main(data: str, updates: int = 60) -> None:
         data: labelled images.
         updates: how many updates to time.
     """
-    config = Config(data=DataConfig(source=data), model=ModelConfig())
+    default = Config.load("default")
+    config = replace(default, data=replace(default.data, source=data))
     start_processes(config)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         accelerator, images = build_accelerator(config, root), load_images(config.data, seed=0)
         unet = build_unet(config.model, image_size=images.image_size, channels=images.channels, num_classes=10)
         scheduler = build_noise_scheduler(config.diffusion)
-        objective = diffusion_objective(config.diffusion, scheduler, null_class=10)
+        objective = diffusion_objective(config.diffusion, NoisingProcess.of(scheduler), 10)
         state, processes = TrainState(config, accelerator, images, unet, objective), Processes(accelerator)
         log, measured = root / "metrics.jsonl", state.update(0, 1e-3)
 
         def check() -> None:
-            bad = state._is_bad(measured)
-            state.first_bad_step = torch.where((state.first_bad_step < 0) & bad, 1, state.first_bad_step)
+            bad = state._is_non_finite(measured)
+            first = state.first_non_finite_step
+            state.first_non_finite_step = torch.where((first < 0) & bad, 1, first)
 
         def save() -> None:
-            tensors, values = state.state()
+            tensors, values = state.to_checkpoint()
             save_checkpoint(root / "checkpoints", 1, tensors, {**values, "config": config.to_dict()}, keep=2)
 
         seconds = {
@@ -75,7 +78,7 @@ def main(data: str, updates: int = 60) -> None:
             "checkpoint": median_seconds(save, 10),
         }
     train = config.train
-    checkpoint_every, _ = parse_interval(train.checkpoint_every or "", "train.checkpoint_every")
+    checkpoint_every, _ = parse_interval(train.checkpoint_every or "")
     every = {"log": train.log_every_steps, "checkpoint": int(checkpoint_every)}
     shares = {name: value / every.get(name, 1) / seconds["update"] for name, value in seconds.items()}
     print(f"on {machine_description(accelerator.device, 1)}, {config.data.batch_size} images per update\n")

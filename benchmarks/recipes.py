@@ -11,18 +11,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from jsonargparse import auto_cli
 
-from mnist_diffusion.cli.options import RECIPES, parse_train
+from mnist_diffusion.config import RECIPES, Config
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.method.network import build_unet
-from mnist_diffusion.method.noise import build_noise_scheduler
-from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.environment import set_num_threads
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
+from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.plots.tables import markdown
 from mnist_diffusion.training.probe import seconds_per_image
 from mnist_diffusion.training.step import TrainState
@@ -85,14 +86,18 @@ def _speed(name: str, data: str, kept: Path) -> dict[str, Any]:
     """Parameters, and training images per second."""
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
-    config = parse_train(["--config", name, "--data.source", data, "--train.mixed_precision", "no"]).config
+    recipe = Config.load(name)
+    data_config, train = replace(recipe.data, source=data), replace(recipe.train, mixed_precision="no")
+    config = replace(recipe, data=data_config, train=train)
     set_num_threads(config.train.num_threads)
     images = load_images(config.data, seed=0)
     unet = build_unet(
         config.model, image_size=images.image_size, channels=images.channels, num_classes=images.num_classes
     )
     null_class = images.num_classes if config.model.class_conditional else None
-    objective = diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=null_class)
+    objective = diffusion_objective(
+        config.diffusion, NoisingProcess.of(build_noise_scheduler(config.diffusion)), null_class
+    )
     state = TrainState(config, Accelerator(), images, unet, objective)
     measured = {
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
@@ -112,14 +117,14 @@ def _quality(
         length = ["--train.max_steps", "null", "--train.max_epochs", "null", "--train.max_minutes", str(minutes)]
         _command("train", "--config", name, "--data.source", data, *length, "--output_dir", str(folder))
     if not (evaluation / "report.json").is_file():
-        own = parse_train(["--config", name]).config.sampling.num_inference_steps
+        own = Config.load(name).sampling.num_inference_steps or max_inference_steps
         asked = ["--num_images", str(num_images), "--dtype", dtype]
         steps = ["--num_inference_steps", str(min(own, max_inference_steps))]
         pipeline = str(folder / "pipeline")
         _command("evaluate", pipeline, "--data.source", data, *asked, *steps, "--out", str(evaluation))
     [result] = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))["results"]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    config = parse_train(["--config", str(folder / "config.yaml")]).config
+    config = Config.load(folder / "config.yaml")
     return {**result, "step": summary["step"], "images": summary["step"] * config.data.batch_size}
 
 

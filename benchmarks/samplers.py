@@ -13,16 +13,16 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from mnist_diffusion.pipelines.samplers import SAMPLERS
-from mnist_diffusion.config import DataConfig
+from mnist_diffusion.config import DataConfig, SamplingSettings
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.draw import ImageGenerator
+from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.metrics import frechet_distance
-from mnist_diffusion.evaluation.score import Reference
+from mnist_diffusion.evaluation.score import Reference, embed
+from mnist_diffusion.pipelines.drawing import load_pipeline
+from mnist_diffusion.pipelines.samplers import SAMPLERS
 from mnist_diffusion.plots.tables import markdown
 
 CLASSES = (
@@ -62,12 +62,13 @@ def main(
 
 
 def _cell(generator: ImageGenerator, reference: Reference, sampler: str, num_inference_steps: int) -> str:
-    settings = generator.settings(sampler, num_inference_steps)
+    settings = generator.resolved(SamplingSettings(scheduler=sampler, num_inference_steps=num_inference_steps))
     try:
         generator.check(settings)
     except UserError:
         return "refused"
-    evaluated = reference.evaluated(generator.draw(settings))
+    sample = generator.draw(settings)
+    evaluated = embed(reference.evaluator, sample.images, sample.labels)
     assert evaluated.labels is not None
     accuracy = float((evaluated.logits.argmax(dim=1) == evaluated.labels).float().mean())
     return f"{accuracy:.1%}, {frechet_distance(reference.matched(evaluated).features, evaluated.features):.2f}"

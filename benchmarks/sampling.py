@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -25,15 +26,14 @@ from torch import Tensor
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.data.transforms import to_uint8
-from mnist_diffusion.pipelines.onnx import export_onnx
-from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, set_num_threads
-from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.draw import Sample
+from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.score import Reference
-from mnist_diffusion.plots.tables import markdown
-from mnist_diffusion.command_options import Precision
+from mnist_diffusion.pipelines.drawing import load_pipeline
+from mnist_diffusion.pipelines.onnx import export_onnx
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline, predicted_original_sample
+from mnist_diffusion.plots.tables import markdown
 
 STOCK_STEPS, STOCK_SCALE = 50, 2.0
 
@@ -83,7 +83,7 @@ def main(
     batch_size: int = 100,
     repeats: int = 5,
     device: str = DEFAULT_DEVICE,
-    dtype: Precision = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compiled: bool = False,
 ) -> None:
     """Print the table.
@@ -145,7 +145,7 @@ def _quality(
     for name, drawn in draw.items():
         torch.manual_seed(0)
         parts = [to_uint8(drawn(part.tolist()).cpu() * 2 - 1) for part in labels.split(batch_size)]
-        values = reference.report(Sample(torch.cat(parts), labels)).values
+        values = reference.score(Sample(torch.cat(parts), labels)).values
         found[name] = [f"{values['accuracy']:.2%}", f"{values['fid']:.3f}", f"{values['recall']:.1%}"]
     return found
 

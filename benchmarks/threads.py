@@ -23,18 +23,20 @@ MEASURE = """
 import sys, time
 import torch
 from accelerate import Accelerator
-from mnist_diffusion.cli.options import parse_train
+from dataclasses import replace
+from mnist_diffusion.config import Config
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.method.network import build_unet
-from mnist_diffusion.method.noise import build_noise_scheduler
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.training.step import TrainState
 
 torch.set_num_threads(int(sys.argv[2]))
-config = parse_train(["--config", sys.argv[1], "--data.source", "digits"]).config
+config = Config.load(sys.argv[1])
+config = replace(config, data=replace(config.data, source="digits"))
 images = load_images(config.data, seed=0)
 unet = build_unet(config.model, image_size=28, channels=1, num_classes=10)
-objective = diffusion_objective(config.diffusion, build_noise_scheduler(config.diffusion), null_class=10)
+objective = diffusion_objective(config.diffusion, NoisingProcess.of(build_noise_scheduler(config.diffusion)), 10)
 state = TrainState(config, Accelerator(), images, unet, objective)
 for step in range(3):
     state.update(step, 0.001)

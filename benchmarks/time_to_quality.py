@@ -24,9 +24,9 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from mnist_diffusion.command_options import EvaluationOptions
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.evaluation.evaluate import evaluate
-from mnist_diffusion.command_options import EvaluationOptions
 
 REPOSITORY = Path(__file__).parents[1]
 FIGURES = {"accuracy": "{:.2%}", "fid": "{:.3f}", "recall": "{:.1%}"}

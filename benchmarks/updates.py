@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnist_diffusion.config import Config, DataConfig, TrainConfig
+from mnist_diffusion.config import Config, DataConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
-from mnist_diffusion.method.network import build_unet
-from mnist_diffusion.method.noise import build_noise_scheduler
-from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.environment import machine_description
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
+from mnist_diffusion.method.objective import diffusion_objective
 from mnist_diffusion.training.launch import build_accelerator, reset_accelerate_state, start_processes
+from mnist_diffusion.training.probe import forward_backward
 from mnist_diffusion.training.step import TrainState
 
-WAYS = {
-    "float32": TrainConfig(),
-    "bf16": TrainConfig(mixed_precision="bf16"),
-    "bf16, channels-last": TrainConfig(mixed_precision="bf16", channels_last=True),
-    "float32, compiled": TrainConfig(compile=True),
-    "bf16, channels-last, compiled": TrainConfig(mixed_precision="bf16", channels_last=True, compile=True),
+DEFAULT = Config.load("default")
+WAYS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bf16": {"mixed_precision": "bf16"},
+    "bf16, channels-last": {"mixed_precision": "bf16", "channels_last": True},
+    "float32, compiled": {"compile": True},
+    "bf16, channels-last, compiled": {"mixed_precision": "bf16", "channels_last": True, "compile": True},
 }
 
 
@@ -54,8 +58,9 @@ def main(
     print("| images | | ms per update | images/s | TFLOP/s | of peak |\n|" + " --- |" * 6)
     for size in batch_sizes:
         for way in ways:
-            seconds, work, where = _update(Config(data=DataConfig(source=data, batch_size=size), train=WAYS[way]),
-                                           images, updates)  # fmt: skip
+            train = replace(DEFAULT.train, **WAYS[way])
+            config = replace(DEFAULT, data=DataConfig(source=data, batch_size=size), train=train)
+            seconds, work, where = _update(config, images, updates)
             teraflops = work / seconds / 1e12
             share = "" if peak is None else f"{teraflops / peak:.1%}"
             row = (str(size), way, f"{1000 * seconds:.2f}", f"{size / seconds:.0f}", f"{teraflops:.2f}", share)
@@ -72,7 +77,7 @@ def _update(config: Config, images: ImageData, updates: int) -> tuple[float, flo
     shape = {"image_size": images.image_size, "channels": images.channels, "num_classes": images.num_classes}
     unet = build_unet(config.model, **shape)
     scheduler = build_noise_scheduler(config.diffusion)
-    objective = diffusion_objective(config.diffusion, scheduler, null_class=images.num_classes)
+    objective = diffusion_objective(config.diffusion, NoisingProcess.of(scheduler), images.num_classes)
     state = TrainState(config, accelerator, images, unet, objective)
 
     def wait() -> None:
@@ -87,9 +92,11 @@ def _update(config: Config, images: ImageData, updates: int) -> tuple[float, flo
         state.update(step, 1e-3)
     wait()
     seconds = (time.perf_counter() - started) / updates
-    plain = TrainState(Config(data=config.data), accelerator, images, build_unet(config.model, **shape), objective)
+    plain = TrainState(
+        replace(DEFAULT, data=config.data), accelerator, images, build_unet(config.model, **shape), objective
+    )
     with FlopCounterMode(display=False) as counter:
-        plain.nfe(config.data.batch_size)
+        forward_backward(plain, config.data.batch_size)
     return seconds, float(counter.get_total_flops()), machine_description(accelerator.device, 1)
 
 

@@ -3,8 +3,8 @@
     python examples/denoiser.py                                                # two minutes on a laptop
     python examples/denoiser.py --sigma 0.3 --source path/to/mnist --steps 2000
 
-The denoiser of Berkeley's CS180 project on diffusion models, with a smaller network: it knows neither time nor class, and
-`unet(noisy, 0).sample` is the clean image, for pixels from 0 to 1. The training loop is written out. Leaves a plain
+The denoiser of Berkeley's CS180 project on diffusion models, with a smaller network: it knows neither time nor class,
+and `unet(noisy, 0).sample` is the clean image, for pixels from 0 to 1. The training loop is written out. Leaves a plain
 `UNet2DModel`, `denoised.png` and `psnr.json` in `runs/denoiser`.
 """
 

@@ -1,4 +1,5 @@
-"""Train with a loss of your own: here the pseudo-Huber loss, which is less sensitive to outliers than the squared error.
+"""Train with a loss of your own: here the pseudo-Huber loss, which is less sensitive to outliers than the squared
+error.
 
 python examples/own_objective.py
 """

@@ -85,8 +85,8 @@ class EvaluationOptions(DrawOptions):
     """Options of `mnist-diffusion evaluate`."""
 
     sources: tuple[Text, ...]
-    """Pipeline folders or Hub ids; or one folder of images from any program: a folder per class, parquet, or files named
-    digit_<class>_<number>.png."""
+    """Pipeline folders or Hub ids; or one folder of images from any program: a folder per class, parquet, or files
+    named digit_<class>_<number>.png."""
     names: tuple[Text, ...] = ()
     """Names of the sources in the report; the sources themselves if omitted."""
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)

@@ -62,8 +62,8 @@ class ImagesConfig:
     """Where labelled images come from, and the shape they are converted to."""
 
     source: Text | None = None
-    """`digits`, a folder or zip of images, tables or arrays, such a file, or a Hub data set id. Null takes MNIST from the
-    Hub, or the embedded digits if the Hub cannot be reached."""
+    """`digits`, a folder or zip of images, tables or arrays, such a file, or a Hub data set id. Null takes MNIST from
+    the Hub, or the embedded digits if the Hub cannot be reached."""
     subset: Text | None = None
     """The configuration of a Hub data set, or the part of a source that has several, such as `letters` of EMNIST."""
     image_column: Text | None = None
@@ -77,7 +77,7 @@ class ImagesConfig:
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Side of the square images in pixels; null keeps the source's size."""
     fit: Fit = "resize"
-    """How images reach `image_size`: `contain` scales them to fit and pads, `resize` scales and crops, `pad` only pads."""
+    """How images reach `image_size`: `contain` scales to fit and pads, `resize` scales and crops, `pad` only pads."""
     background: Background = "black"
     """Colour behind transparent pixels and padding."""
     channels: Literal[1, 3] | None = None
@@ -147,11 +147,11 @@ class DiffusionConfig:
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """Noise schedule: `linear` is DDPM's, from 0.0001 to 0.02; `squaredcos_cap_v2` is the cosine schedule."""
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
-    """What the network predicts: the noise, the velocity or the clean image. `flow_prediction` is flow matching, in which
-    every image moves to its noise on a straight line."""
+    """What the network predicts: the noise, the velocity or the clean image. `flow_prediction` is flow matching, in
+    which every image moves to its noise on a straight line."""
     loss_space: Literal["prediction", "epsilon", "v_prediction", "sample", "flow_prediction"] = "prediction"
-    """Quantity the squared error is measured on: the network's prediction, or the noise, velocity, image or flow derived
-    from it."""
+    """Quantity the squared error is measured on: the network's prediction, or the noise, velocity, image or flow
+    derived from it."""
     loss_weighting: Literal["uniform", "sigmoid", "min_snr"] = "uniform"
     """Weight of each timestep in the loss: uniform, sigmoid(2 - log SNR), or min-SNR with gamma 5."""
     timesteps: Literal["uniform", "stratified", "lognormal"] = "uniform"
@@ -164,8 +164,8 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         if self.prediction_type == "epsilon" and self.loss_space not in ("prediction", "epsilon"):
             raise ConfigError(
-                f"diffusion.loss_space={self.loss_space!r} cannot be derived from a prediction of the noise: at the last "
-                "timestep the image is lost; use prediction_type v_prediction or sample"
+                f"diffusion.loss_space={self.loss_space!r} cannot be derived from a prediction of the noise: at the "
+                "last timestep the image is lost; use prediction_type v_prediction or sample"
             )
         if self.loss_weighting == "min_snr" and self.loss_space != "prediction":
             raise ConfigError(
@@ -247,8 +247,8 @@ class TrainConfig:
     lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     """Learning rate after the warm-up. A run limited by minutes alone keeps it constant and then decays it linearly."""
     lr_decay: tuple[Annotated[int, Field(ge=0)], Count] | None = None
-    """First step and length in steps of a linear decay, in place of `lr_schedule`. A run limited by minutes alone records
-    its own decay here."""
+    """First step and length in steps of a linear decay, in place of `lr_schedule`. A run limited by minutes alone
+    records its own decay here."""
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     """Steps over which the learning rate rises linearly from 0."""
     final_lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.01

@@ -132,8 +132,8 @@ def upload(
             there.
     """
     api = api or HfApi()
-    where = {name: how.get(name) for name in ("repo_type", "revision")}
-    parent = api.repo_info(repo_id, **where).sha  # so that the result is not a mixture of two models
+    # Named, so that a push by somebody else in the meantime is an error, and not a mixture of two models.
+    parent = api.repo_info(repo_id, repo_type=how.get("repo_type"), revision=how.get("revision")).sha
     token = (api.token if isinstance(api.token, str) else get_token() or "").encode()
     for path in sorted(folder.rglob("*")) if token else ():
         if path.is_file() and token in _searched(path):
@@ -141,7 +141,12 @@ def upload(
     if token and token in message.encode():
         raise FileError("the message holds the Hub token; remove it before pushing")
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=list(stale), parent_commit=parent, **how
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        delete_patterns=list(stale),
+        parent_commit=parent,
+        **how,
     )
     return str(commit.pr_url or commit.commit_url)
 

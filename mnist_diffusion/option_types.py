@@ -42,6 +42,7 @@ def _rising_pair(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Check that no value is repeated; ValueError if one is."""
     if len(set(values)) < len(values):
         raise ValueError("must not repeat a value")
     return values

@@ -19,17 +19,17 @@ from diffusers import UNet2DModel
 from huggingface_hub import constants
 from PIL import Image
 
-from mnist_diffusion.pipelines.samplers import SAMPLERS
 from mnist_diffusion.cli.options import RunArguments, parse_run
 from mnist_diffusion.config import Config, DataConfig, DistillConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import build_noise_scheduler
-from mnist_diffusion.pipelines.drawing import build_pipeline
-from mnist_diffusion.training.checkpoint import save_checkpoint
 from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER
+from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.pipelines.folder import export_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.samplers import SAMPLERS
+from mnist_diffusion.training.checkpoint import save_checkpoint
 from tests.support.hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -129,8 +129,8 @@ def tiny_config(**train: object) -> Config:
 @lru_cache
 def untrained_network(conditional: bool, channels: int, seed: int) -> UNet2DModel:
     """A network of 10 classes and 8 x 8 pixels, to be copied, whose conditional and null predictions differ."""
-    shape = {"block_out_channels": (8, 16), "patch_size": 1, "norm_num_groups": 4, "class_conditional": conditional}
-    model = dataclasses.replace(DEFAULT.model, **shape)
+    shape: dict[str, Any] = {"block_out_channels": (8, 16), "patch_size": 1, "norm_num_groups": 4}
+    model = dataclasses.replace(DEFAULT.model, class_conditional=conditional, **shape)
     unet = build_unet(model, image_size=8, channels=channels, num_classes=10, seed=seed).eval()
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -166,7 +166,14 @@ def run_folder(folder: Path) -> Path:
     pipeline = make_pipeline()
     values = dict.fromkeys(("samples", "notice", "teacher", "loss", "held_out_loss", "datasets"))
     about = {
-        **{"title": "a run", "location": REPO_PLACEHOLDER, "parameters": 1, "image_size": 8, "channels": 1, "minutes": 1.5},
+        **{
+            "title": "a run",
+            "location": REPO_PLACEHOLDER,
+            "parameters": 1,
+            "image_size": 8,
+            "channels": 1,
+            "minutes": 1.5,
+        },
         **{"source": "digits", "source_id": "digits", "num_train_images": 9, "fingerprint": "0" * 16, "seed": 0},
         **{"steps": 2, "batch_size": 8, "epochs": 1.0, "machine": "a machine", "versions": "none", "config": "data:\n"},
         **{"class_names": "a", "scheduler": "dpmpp", "recipe": "tiny"},

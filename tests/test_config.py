@@ -64,15 +64,16 @@ BAD_DISTILLATIONS = [
     (["a/b", "--config", "nowhere"], "recipes default, tiny, got 'nowhere'"),
     (["a/b", "--distillation.guidance_scales", "[-1]"], "distillation.guidance_scales.0 must be greater than or equal"),
     (["a/b", "--distillation.guidance_scales", "[2, 2]"], "distillation.guidance_scales must not repeat a value"),
-    (["a/b", "--distillation.points_per_trajectory", "9"], "points_per_trajectory=9 must not exceed num_teacher_steps=8"),
+    (
+        ["a/b", "--distillation.points_per_trajectory", "9"],
+        "points_per_trajectory=9 must not exceed num_teacher_steps=8",
+    ),
     (["a/b", "--model.dropout", "0.1"], "model.dropout"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(options) for options, _ in BAD_OPTIONS])
-def test_bad_values_name_option_and_value(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_values_name_option_and_value(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse_train(["--config", "tiny", *options] if options != SMALL and "--config" not in options else options)
     assert stopped.value.code == 2

@@ -22,10 +22,10 @@ import train_cfg
 from examples import denoiser, own_objective
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import VERBS, main
-from mnist_diffusion.cli.options import RECIPES, parse_train
+from mnist_diffusion.config import RECIPES
 from mnist_diffusion.data import sources
-from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.demo.studio.build import RUNTIME_FILES
+from mnist_diffusion.evaluation import evaluator
 from tests.conftest import REPOSITORY, make_image_folder
 from tests.data.test_dataset import idx_bytes
 from tests.support.hub_server import HubServer

@@ -16,13 +16,13 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 
 from mnist_diffusion import cli
-from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.training.checkpoint import load_checkpoint
-from mnist_diffusion.pipelines.card import EVAL_RESULTS, write_results_to_card
-from mnist_diffusion.hub_client import HubError
 from mnist_diffusion.hub import pull, push
+from mnist_diffusion.hub_client import HubError
+from mnist_diffusion.pipelines.card import EVAL_RESULTS, write_results_to_card
+from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.pipelines.pipeline import CODE_FILE, MNISTDiffusionPipeline
+from mnist_diffusion.training.checkpoint import load_checkpoint
 from tests.conftest import make_pipeline, tiny_config, use_hub
 from tests.support.hub_server import Fault, HubServer, Request
 from tests.support.survival import Nursery

@@ -10,12 +10,12 @@ from diffusers import DiffusionPipeline
 
 import train_cfg
 from mnist_diffusion.config import RECIPES
-from mnist_diffusion.option_types import find_recipe
-from tests.conftest import parse_train
-from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.evaluation import evaluator
+from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.option_types import find_recipe
 from mnist_diffusion.training import artifacts
 from mnist_diffusion.training.run_folder import read_metrics
+from tests.conftest import parse_train
 
 SHORT = [
     *("--data.source", "digits", "--data.batch_size", "4", "--train.max_epochs", "null", "--train.max_minutes", "null"),

@@ -1,4 +1,4 @@
-"""`mnist-diffusion distill`: distil a trained pipeline. `distill_cfg.py` is the same command for `accelerate launch`."""
+"""`mnist-diffusion distill`: distil a trained pipeline; `accelerate launch distill_cfg.py` does the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "distill_cfg.py") -> 
     words = ["--output_dir" if word == "--out" else word for word in (sys.argv[1:] if argv is None else argv)]
     if words and not words[0].startswith("-"):
         words.insert(0, "--distillation.teacher")
-    about = "Distil PIPELINE, a folder or a Hub id, into a student that samples in one step or a few: PIPELINE --out FOLDER."
+    about = (
+        "Distil PIPELINE, a folder or a Hub id, into a student that samples in a step or a few: PIPELINE --out FOLDER"
+    )
     arguments = parse_run(DistillConfig, words, prog=prog, about=about)
 
     def command() -> int:

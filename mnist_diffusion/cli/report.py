@@ -27,7 +27,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         Options,
         positional=["runs"],
         prog=prog,
-        description="Show a run on one HTML page: samples, scores, curves, pictures, configuration; or compare several.",
+        description="Show a run on one HTML page: samples, scores, curves, configuration; or compare several.",
         epilog="Scores are those of the run's card: `mnist-diffusion evaluate RUN --write_card` puts them there.",
     )
     options: Options = parser.read(argv)

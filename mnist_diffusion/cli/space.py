@@ -41,7 +41,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         Options,
         positional=["pipeline", "repo_id"],
         prog=prog,
-        description="Write a Space on the Hub that samples from a pipeline (extra `onnx` for static, `app` for gradio).",
+        description="Write a Space that samples from a pipeline (extra `onnx` for static, `app` for gradio).",
         epilog="The token is that of `hf auth login` or of HF_TOKEN; it is never an argument.",
     )
     options: Options = parser.read(argv)

@@ -378,5 +378,5 @@ def _train(models: Models, jobs: JobRunner, data: Sequence[str], pipeline: gr.Dr
 
     clock.tick(refresh, None, outputs, **AT_ONCE)
     start.click(begin, [recipe, minutes, seed], outputs, api_name="train", concurrency_limit=1)
-    stop.click(lambda: jobs.stop(), None, None, **AT_ONCE)
+    stop.click(jobs.stop, None, None, **AT_ONCE)
     return refresh, outputs

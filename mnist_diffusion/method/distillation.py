@@ -129,8 +129,8 @@ def scale_indices(batch: Batch, num_scales: int) -> Tensor:
 def learned_points(config: DistillationConfig, draws: Tensor) -> Tensor:
     """The points of each trajectory to learn from, int64 `[P, B]`; 0 is the noise, which is always among them.
 
-    One-step sampling starts at the noise. The other points are spread evenly, starting at one that `draws`, random int64
-    `[B]`, selects.
+    One-step sampling starts at the noise. The other points are spread evenly, starting at one that `draws`, random
+    int64 `[B]`, selects.
     """
     others, count = config.num_teacher_steps - 1, config.points_per_trajectory - 1
     spread = torch.arange(count, device=draws.device) * others // max(1, count)

@@ -54,8 +54,8 @@ class Objective:
         loss: maps a network and a batch to one loss per image, `[B]`.
         label_dropout: probability of dropping a label.
         num_timesteps: number of timesteps to draw from.
-        fingerprint: identifies what the loss depends on besides configuration and images, such as a teacher's weights; a
-            run resumes only with the same one.
+        fingerprint: identifies what the loss depends on besides configuration and images, such as a teacher's weights;
+            a run resumes only with the same one.
         name: name in the configuration, card and summary of a run; the function's own if empty.
         draw_timesteps: draws timesteps, int64 `[B]`, from a count and a generator; uniform if None.
     """

@@ -164,7 +164,7 @@ def fingerprints(pipeline: MNISTDiffusionPipeline, call: dict[str, Any]) -> list
 
 
 def seeded_call(class_labels: Sequence[int] | None, seeds: Sequence[int]) -> dict[str, Any]:
-    """The arguments of a call that samples one image for each seed, of the class with the same index if there are any."""
+    """The arguments of a call that samples one image for each seed, of the class at the same index, if any."""
     # Generators on the CPU make the noise independent of the device that denoises it.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     labels = {"num_images_per_label": len(seeds)} if class_labels is None else {"class_labels": list(class_labels)}

@@ -114,8 +114,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Load a pipeline folder or Hub repository without running code from it.
 
-        Only `model_index.json`, the two configurations and the safetensors weights are read, and checked before memory is
-        allocated. To run the code of a repository that you trust, use `DiffusionPipeline.from_pretrained` with
+        Only `model_index.json`, the two configurations and the safetensors weights are read, and checked before memory
+        is allocated. To run the code of a repository that you trust, use `DiffusionPipeline.from_pretrained` with
         `trust_remote_code=True` and a pinned `revision`.
 
         Args:

@@ -158,8 +158,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         guidance_interval: default noise levels at which guidance acts.
         eta: default noise of the schedulers that take an eta.
         patch_size: side of the square patches whose pixels are the channels of the network.
-        guidance_distilled: guidance scales that were distilled into the network, which has embeddings for all classes at
-            each of them and then the null class; no other scale is possible. `True` stands for `guidance_scale` alone.
+        guidance_distilled: guidance scales that were distilled into the network, which has embeddings for all classes
+            at each of them and then the null class; no other scale is possible. `True` stands for `guidance_scale`
+            alone.
         flow_matching: whether the network was trained by flow matching; taken from the scheduler if None.
     """
 
@@ -525,7 +526,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                         raise ValueError(f"class_labels must be for {len(latents)} images, got {changes!r:.200}")
 
     def _prepared_scheduler(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> Any:
-        """A copy of the scheduler for one call, which threads do not share, with timesteps on the CPU like its tables."""
+        """A copy of the scheduler for one call, which threads do not share, with timesteps on the CPU."""
         scheduler, steps = copy.deepcopy(self.scheduler), int(num_inference_steps or self.config.num_inference_steps)
         given: dict[str, Any] = {"num_inference_steps": steps}
         if timesteps is not None:

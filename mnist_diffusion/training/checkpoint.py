@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified before they are used, without pickle.
 
-A checkpoint is a folder `step-N` of safetensors and JSON files. It is written beside its final place, with a manifest of
-every file's size and SHA-256; one rename makes it count.
+A checkpoint is a folder `step-N` of safetensors and JSON files. It is written beside its final place, with a manifest
+of every file's size and SHA-256; one rename makes it count.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Post-hoc averages of the weights: two are tracked during training, and any other is reconstructed from them.
 
-Karras et al. (2024), https://arxiv.org/abs/2312.02696, section 3: step `k` has a weight proportional to `k ** gamma`, so
-that an average always spans the same share of the training, given by its relative standard deviation: 0.1 is a tenth.
+Karras et al. (2024), https://arxiv.org/abs/2312.02696, section 3: step `k` has a weight proportional to `k ** gamma`,
+so that an average always spans the same share of the training, given by its relative standard deviation: 0.1 is a
+tenth.
 """
 
 from __future__ import annotations

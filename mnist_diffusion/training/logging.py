@@ -75,8 +75,8 @@ class MetricsLog:
                 processes.on_main(lambda: append_metrics(self.path, self.lines))
                 cause = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
                 raise NonFiniteError(
-                    f"step {bad_step} was not finite ({cause}); the run stopped before saving anything of it. Resume from "
-                    f"an earlier checkpoint in {folder / 'checkpoints'} with a lower train.learning_rate or "
+                    f"step {bad_step} was not finite ({cause}); the run stopped before saving anything of it. Resume "
+                    f"from an earlier checkpoint in {folder / 'checkpoints'} with a lower train.learning_rate or "
                     "train.max_grad_norm, or with train.on_non_finite=skip"
                 )
             finite = {name: value if math.isfinite(value) else None for name, value in zip(names, row, strict=True)}
@@ -153,7 +153,8 @@ def closing_words(
     held_out = "" if progress.held_out_loss is None else f", held-out loss {progress.held_out_loss:.4f}"
     ended = "Stopped" if signal_number else "Done"
     parts = [
-        f"\n{ended} at step {progress.step} after {progress.seconds / 60:.1f} minutes: loss {progress.loss:.4f}{held_out}"
+        f"\n{ended} at step {progress.step} after {progress.seconds / 60:.1f} minutes: "
+        f"loss {progress.loss:.4f}{held_out}"
     ]
     if data.notice:
         parts.append(f"NOTICE: {data.notice}")

@@ -35,9 +35,10 @@ class StopRequest:
         now = time.monotonic()
         if self.number == 0:
             self.number, self.since = number, now
-        elif number == signal.SIGINT:
-            if "TORCHELASTIC_RUN_ID" not in os.environ or now - self.since > REPEATED_BY_TORCHRUN_SECONDS:
-                raise KeyboardInterrupt
+            return
+        repeated = "TORCHELASTIC_RUN_ID" in os.environ and now - self.since <= REPEATED_BY_TORCHRUN_SECONDS
+        if number == signal.SIGINT and not repeated:
+            raise KeyboardInterrupt
 
 
 @contextmanager

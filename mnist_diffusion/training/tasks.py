@@ -18,7 +18,8 @@ class Task:
     """Work of the main process, and when it is due.
 
     Args:
-        stage: `measure` comes before the log is written, `save` after it, `draw` last. A signal skips what is not `save`.
+        stage: `measure` comes before the log is written, `save` after it, `draw` last. A signal skips what is not
+            `save`.
         due: whether it is due after so many updates.
         work: does it.
         at_end: whether it is also due after the last update.

@@ -17,8 +17,8 @@ from PIL import Image
 from mnist_diffusion.config import AugmentConfig, DataConfig
 from mnist_diffusion.data import sources
 from mnist_diffusion.data.dataset import ImageData, draw_batch, load_images
-from mnist_diffusion.data.idx import IdxError, read_idx
 from mnist_diffusion.data.decoding import DataError
+from mnist_diffusion.data.idx import IdxError, read_idx
 from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_channels, to_model_range, to_uint8
 from tests.conftest import COLOURS, make_image_folder
 

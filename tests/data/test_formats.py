@@ -20,8 +20,8 @@ from mnist_diffusion.data.decoding import DataError, decode_picture
 from mnist_diffusion.data.transforms import fit_to_size
 from tests.conftest import REPOSITORY
 from tests.data.test_dataset import idx_bytes, load
-from tests.data.test_sources import load_lazily
 from tests.data.test_layouts import SIDE, THREE, classes, digit, place_of_bar, put, table
+from tests.data.test_sources import load_lazily
 
 
 def table_beside_pictures(root: Path) -> None:

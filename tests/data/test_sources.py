@@ -17,8 +17,8 @@ from PIL import Image
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import ImageData, draw_batch
-from mnist_diffusion.data.lazy import LazyImages
 from mnist_diffusion.data.decoding import MAX_PIXELS, DataError, decode_picture
+from mnist_diffusion.data.lazy import LazyImages
 from mnist_diffusion.data.survey import survey
 from mnist_diffusion.errors import UserError
 from tests.conftest import make_image_folder
@@ -268,7 +268,9 @@ class TestTables:
         assert int(look.splits["train"].shown["c"][0]) == 40
 
 
-def test_images_that_represent_a_large_split_keep_small_classes(monkeypatch: pytest.MonkeyPatch, image_folder: Path) -> None:
+def test_images_that_represent_a_large_split_keep_small_classes(
+    monkeypatch: pytest.MonkeyPatch, image_folder: Path
+) -> None:
     for index in range(40):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(image_folder / "red" / f"more {index}.png")
     monkeypatch.setattr("mnist_diffusion.data.dataset.MAX_REPRESENTATIVE_IMAGES", 10)

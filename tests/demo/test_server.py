@@ -17,14 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
+from mnist_diffusion.cli import main
+from mnist_diffusion.command_options import AppOptions
 from mnist_diffusion.demo import drawing
+from mnist_diffusion.demo.jobs import figure
 from mnist_diffusion.demo.models import Models
 from mnist_diffusion.demo.server import MAX_BODY_BYTES
 from mnist_diffusion.demo.space import write_gradio_space
-from mnist_diffusion.demo.jobs import figure
-from mnist_diffusion.cli import main
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.command_options import AppOptions
 from tests.conftest import make_pipeline
 from tests.demo.test_studio import make_student
 from tests.support.browser import answer, free_port

@@ -16,12 +16,12 @@ import torch
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
-from mnist_diffusion.method.distillation import student_of
-from mnist_diffusion.pipelines.drawing import build_pipeline
-from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
-from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.demo.studio.build import StudioError, write_studio
 from mnist_diffusion.demo.studio.plans import PlanError, sampler_plan
+from mnist_diffusion.method.distillation import student_of
+from mnist_diffusion.pipelines.drawing import build_pipeline
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
 from tests.conftest import make_pipeline
 from tests.support.browser import CHROMIUM, Visit, chromium
 
@@ -38,7 +38,9 @@ def make_student(teacher: MNISTDiffusionPipeline) -> MNISTDiffusionPipeline:
     unet, names = student_of(teacher, len(SCALES)).eval(), tuple("abcdefghij")
     with torch.no_grad():  # so that the scales draw different images
         unet.class_embedding.weight.add_(torch.randn_like(unet.class_embedding.weight))
-    student = build_pipeline(student_scheduler(teacher.scheduler.config), sampling, names, unet, guidance_distilled=SCALES)
+    student = build_pipeline(
+        student_scheduler(teacher.scheduler.config), sampling, names, unet, guidance_distilled=SCALES
+    )
     student.set_progress_bar_config(disable=True)
     return student
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from mnist_diffusion.config import SamplingSettings
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.decoding import DataError
-from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.evaluation.external import read_sample
-from mnist_diffusion.config import SamplingSettings
 from mnist_diffusion.evaluation.draw import ImageGenerator
+from mnist_diffusion.evaluation.external import read_sample
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.samplers import build_sampler
 from tests.conftest import make_pipeline
 
 LETTERS = "abcdefghij"
@@ -144,7 +144,9 @@ class TestDrawing:
 
     def test_unconditional(self, letters: ImageData) -> None:
         pipeline = make_pipeline(conditional=False)
-        sample = generator(pipeline, letters, num_images=55).draw(generator(pipeline, letters).resolved(settings_of(None, 2, None)))
+        sample = generator(pipeline, letters, num_images=55).draw(
+            generator(pipeline, letters).resolved(settings_of(None, 2, None))
+        )
         assert sample.labels is None
         assert (len(sample.images), sample.nfe_per_image) == (55, 2)
         with pytest.raises(UserError, match="guidance_scale=2 has no effect: the model is unconditional"):

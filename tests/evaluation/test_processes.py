@@ -77,7 +77,9 @@ def test_two_processes_one_of_which_is_killed(command: list[str], alone: Any, tm
         while len(list(tmp_path.glob("images/*/*.npz"))) < 1:
             assert process.poll() is None
             time.sleep(0.01)
-        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "evaluate" in child.cmdline()]
+        workers = [
+            child for child in psutil.Process(process.pid).children(recursive=True) if "evaluate" in child.cmdline()
+        ]
         max(workers, key=lambda worker: worker.pid).kill()
         assert process.wait() != 0
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/*/*.npz")}

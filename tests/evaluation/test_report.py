@@ -16,10 +16,10 @@ from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import Config, DataConfig, ImagesConfig, ModelConfig, SamplingSettings, TrainConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, load_evaluator, save_evaluator
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import build_pipeline
-from mnist_diffusion.evaluation.evaluator import ImageEvaluator, load_evaluator, save_evaluator
 from mnist_diffusion.pipelines.folder import export_pipeline
 from tests.conftest import DEFAULT
 
@@ -72,13 +72,9 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     assert report["data"]["fingerprint"]
     text = (out / "report.md").read_text()
     linked = re.findall(r"\]\(([^)]+\.png)\)", text)
-    assert {
-        "quality_against_nfe.png",
-        "guidance.png",
-        "samples-3.png",
-        "misclassified-0.png",
-        "nearest-0.png",
-    } <= set(linked)
+    assert {"quality_against_nfe.png", "guidance.png", "samples-3.png", "misclassified-0.png", "nearest-0.png"} <= set(
+        linked
+    )
     for name in linked:
         with Image.open(out / name) as picture:
             assert picture.getextrema() not in ((0, 0), (255, 255))
@@ -202,9 +198,7 @@ def test_card_is_looked_for_before_any_work(
         (["--num_imags", "2"], "did you mean --num_images?"),
     ],
 )
-def test_parser(
-    folders: tuple[Path, Path], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parser(folders: tuple[Path, Path], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", str(folders[0]), *flags])
     assert stopped.value.code == 2

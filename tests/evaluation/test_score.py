@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.decoding import DataError
-from mnist_diffusion.data.transforms import to_uint8
-from mnist_diffusion.evaluation.evaluator import ImageEvaluator, evaluator_for
 from mnist_diffusion.evaluation.draw import Sample
+from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.score import Reference, embed
 
 

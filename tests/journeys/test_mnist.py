@@ -14,9 +14,9 @@ from torchvision.transforms.functional import gaussian_blur
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.draw import ImageGenerator, Sample
-from mnist_diffusion.evaluation.score import Reference
+from mnist_diffusion.evaluation.evaluator import evaluator_for
+from mnist_diffusion.evaluation.score import Reference, embed
 from tests.journeys.test_commands import ACCELERATE, CONSOLE, SCRIPT, command
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
 
     def drawn(folder: Path) -> Sample:
         generator = ImageGenerator(load(folder), reference.data, num_images=250, seed=0, batch_size=125)
-        return generator.draw(generator.settings(None, None, 1.0))
+        return generator.draw(generator.resolved(SamplingSettings(guidance_scale=1.0)))
 
     test = reference.data.test
     chosen = torch.linspace(0, len(test) - 1, 250).round().long()
@@ -77,7 +77,8 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
         "noise": Sample(noise, labels),
     }
     values: dict[str, dict[str, Any]] = {
-        name: reference.measure(reference.evaluated(sample)).values for name, sample in levels.items()
+        name: reference.measure(embed(reference.evaluator, sample.images, sample.labels)).values
+        for name, sample in levels.items()
     }
     for metric, direction in {"fid": 1, "kernel_distance": 1, "accuracy": -1, "coverage": -1, "recall": -1}.items():
         measured = {name: direction * value[metric] for name, value in values.items()}

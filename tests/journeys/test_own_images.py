@@ -12,9 +12,9 @@ from PIL import Image
 
 import train_cfg
 from mnist_diffusion.cli import main
-from mnist_diffusion.plots.samples import Samples
 from mnist_diffusion.command_options import SampleOptions
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.plots.samples import Samples
 
 SIDE = 16
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mnist_diffusion import cli
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.hub_client import HubError
 from mnist_diffusion.hub import push
+from mnist_diffusion.hub_client import HubError
 from tests.conftest import REPOSITORY
 from tests.support.hub_server import Fault, HubServer
 from tests.support.survival import FLAGS

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 from torch import nn
 
 from mnist_diffusion import distill
+from mnist_diffusion.cli import main
 from mnist_diffusion.config import (
     Config,
     DataConfig,
@@ -26,6 +27,7 @@ from mnist_diffusion.config import (
     TrainConfig,
 )
 from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.errors import UserError
 from mnist_diffusion.method.distillation import (
     SNAP_TOLERANCE,
     clipped_error,
@@ -39,14 +41,12 @@ from mnist_diffusion.method.distillation import (
 )
 from mnist_diffusion.method.objective import Batch
 from mnist_diffusion.pipelines.drawing import fingerprint
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
-from mnist_diffusion.errors import UserError
 from mnist_diffusion.training.run import load_teacher, validate_teacher, with_images_of_teacher
 from mnist_diffusion.training.run_folder import read_metrics
-from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from tests.conftest import DEFAULT, make_pipeline, parse_distill
+from tests.conftest import make_pipeline, parse_distill
 from tests.support.survival import Death, Nursery, final_state
-
 
 ONE_STEP = SamplingSettings(scheduler="lcm", num_inference_steps=1)
 
@@ -321,7 +321,9 @@ class TestRuns:
         student = MNISTDiffusionPipeline.from_pretrained(folder)
         student.set_progress_bar_config(disable=True)
         for scale in (5, 1.5, 0, [1.9, 2.0]):
-            with pytest.raises(ValueError, match=r"guidance_scale must be one of \[1\.9, 1\.0, 1\.4, 2\.8\], which were distilled"):
+            with pytest.raises(
+                ValueError, match=r"guidance_scale must be one of \[1\.9, 1\.0, 1\.4, 2\.8\], which were distilled"
+            ):
                 student([1, 2], guidance_scale=scale)
         labels: list[list[int]] = []
         student.unet.register_forward_pre_hook(
@@ -427,4 +429,4 @@ class TestRuns:
 
 def distilling(arguments: list[str]) -> int:
     """What the nursery's processes run."""
-    return distill_cfg.main(arguments)
+    return main(["distill", *arguments])

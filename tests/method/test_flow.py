@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
+from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.method.guidance import Autoguidance
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import Batch, diffusion_objective
-from mnist_diffusion.pipelines.samplers import FLOW_SAMPLERS, build_sampler, sampler_name
-from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.samplers import FLOW_SAMPLERS, build_sampler, sampler_name
 from tests.conftest import make_pipeline
 
 CONFIG = DiffusionConfig(prediction_type="flow_prediction")

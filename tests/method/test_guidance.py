@@ -20,12 +20,12 @@ from torch import Tensor
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.method.guidance import Autoguidance
 from mnist_diffusion.option_types import GUIDERS
-from mnist_diffusion.pipelines.drawing import call_arguments
 from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
+from mnist_diffusion.pipelines.drawing import call_arguments
 from mnist_diffusion.pipelines.pipeline import GuidanceStep, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
-from tests.pipelines.test_pipeline import CountingUNet, draw
 from tests.demo.test_studio import make_student
+from tests.pipelines.test_pipeline import CountingUNet, draw
 
 
 @pytest.fixture
@@ -145,7 +145,9 @@ class TestGuiders:
     @pytest.mark.parametrize("name", GUIDERS)
     def test_every_guider_that_can_be_named(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
         plain = draw(pipeline, 1, guidance_scale=1)
-        named = call_arguments(pipeline, SamplingSettings(guidance=name, guidance_scale=4.0, guidance_interval=(0.0, 1.0)))
+        named = call_arguments(
+            pipeline, SamplingSettings(guidance=name, guidance_scale=4.0, guidance_interval=(0.0, 1.0))
+        )
         found = draw(pipeline, 1, **named)
         assert torch.isfinite(found).all()
         assert not torch.allclose(found, plain, atol=1e-3)
@@ -162,7 +164,9 @@ class TestGuiders:
     def test_not_in_plain_diffusers(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
         pipeline.save_pretrained(tmp_path)
         loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
-        with pytest.raises(TypeError, match="guidance must be a function of a GuidanceStep, got ClassifierFreeGuidance"):
+        with pytest.raises(
+            TypeError, match="guidance must be a function of a GuidanceStep, got ClassifierFreeGuidance"
+        ):
             draw(loaded, 1, guidance=ClassifierFreeGuidance(guidance_scale=3.0))
 
     @pytest.mark.parametrize(

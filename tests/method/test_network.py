@@ -12,10 +12,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
+from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.method.network import PatchedUNet, build_unet, patch_size_of
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import build_pipeline
-from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.training.run import warm_start
 from tests.conftest import DEFAULT, changed, make_pipeline
 
@@ -141,7 +141,7 @@ class TestWarmStart:
 
     def test_another_prediction_is_refused(self, tmp_path: Path) -> None:
         make_pipeline(diffusion=DiffusionConfig()).save_pretrained(tmp_path)
-        with pytest.raises(ConfigError, match="predicts 'epsilon', but diffusion.prediction_type is 'v_prediction'"):
+        with pytest.raises(ConfigError, match=r"predicts 'epsilon', but diffusion.prediction_type is 'v_prediction'"):
             self.load(str(tmp_path))
 
     def test_nowhere(self) -> None:

@@ -13,13 +13,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 
-from mnist_diffusion.pipelines.samplers import SAMPLERS
 from mnist_diffusion.config import SamplingSettings
-from mnist_diffusion.method.noise import build_noise_scheduler
-from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.training.checkpoint import save_checkpoint
+from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.samplers import SAMPLERS, build_sampler
+from mnist_diffusion.training.checkpoint import save_checkpoint
 from tests.conftest import ALL_SAMPLERS, DEFAULT, make_pipeline
 from tests.pipelines.test_pipeline import draw
 from tests.support.hub_server import HubServer

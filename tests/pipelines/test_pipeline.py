@@ -17,13 +17,13 @@ from PIL import Image
 
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.pipelines.drawing import generate
-from mnist_diffusion.pipelines.samplers import build_sampler
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.pipelines.pipeline_mnist_diffusion import (
     _alpha_cumprod,
     guided_prediction,
     predicted_original_sample,
 )
-from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.samplers import build_sampler
 from tests.conftest import ALL_SAMPLERS, make_pipeline
 
 
@@ -456,11 +456,15 @@ class TestOtherCode:
         student = MNISTDiffusionPipeline(**teacher.components, guidance_scale=1.5, guidance_distilled=[1.5])
         others: list[dict[str, Any]] = [{}, {"guidance_distilled": [2.0], "guidance_scale": 2.0}]
         for other in others:
-            with pytest.raises(ValueError, match=r"guidance_distilled must be \[1\.5\], as distilled into this network"):
+            with pytest.raises(
+                ValueError, match=r"guidance_distilled must be \[1\.5\], as distilled into this network"
+            ):
                 MNISTDiffusionPipeline(**student.components, **other)
         with pytest.raises(ValueError, match=r"guidance_scale must be one of guidance_distilled=\[1\.5\], got 3"):
             MNISTDiffusionPipeline(**teacher.components, guidance_scale=3, guidance_distilled=[1.5])
-        with pytest.raises(ValueError, match=r"guidance_scale must be one of \[1\.5\], which were distilled into this model, got 3"):
+        with pytest.raises(
+            ValueError, match=r"guidance_scale must be one of \[1\.5\], which were distilled into this model, got 3"
+        ):
             MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
 
 

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_diffusion.pipelines.samplers import SAMPLERS
 from mnist_diffusion.config import SamplingSettings
-from mnist_diffusion.pipelines.drawing import generate
-from mnist_diffusion.pipelines.samplers import build_sampler, sampler_name
 from mnist_diffusion.errors import ConfigError
+from mnist_diffusion.pipelines.drawing import generate
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline, slerp
+from mnist_diffusion.pipelines.samplers import SAMPLERS, build_sampler, sampler_name
 from tests.conftest import ALL_SAMPLERS, DEFAULT, make_pipeline
 
 LABEL, SCALE = 3, 2.5

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_diffusion.pipelines.samplers import build_sampler
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.samplers import build_sampler
 from tests.pipelines.test_pipeline import NAN, CountingUNet, generators
 
 

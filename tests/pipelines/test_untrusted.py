@@ -22,14 +22,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import parse_train
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.evaluation.evaluator import SHIPPED, load_evaluator
-from mnist_diffusion.training.checkpoint import newest_valid, save_checkpoint
 from mnist_diffusion.pipelines.pipeline import CODE_FILE, MNISTDiffusionPipeline
-from tests.conftest import make_pipeline
+from mnist_diffusion.training.checkpoint import newest_valid, save_checkpoint
+from tests.conftest import make_pipeline, parse_train
 from tests.support.survival import Nursery
 
 INDEX, UNET, WEIGHTS = "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
@@ -177,7 +176,10 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "another class": (edited(INDEX, _class_name="StableDiffusionPipeline"), "_class_name must be"),
     "custom_pipeline": (edited(INDEX, custom_pipeline="evil"), "custom_pipeline is not a known name"),
     "network of another file": (edited(INDEX, unet=["evil", "Evil"]), "unet must be"),
-    "name that changes the terminal": (edited(INDEX, id2label={"0": "a\x1b[31m"}), "must be a printable line of at most 200"),
+    "name that changes the terminal": (
+        edited(INDEX, id2label={"0": "a\x1b[31m"}),
+        "must be a printable line of at most 200",
+    ),
     "another network": (edited(INDEX, unet=["diffusers", "AutoencoderKL"]), "unet must be"),
     "scheduler of another file": (edited(INDEX, scheduler=["evil", "EvilScheduler"]), "scheduler must be one of"),
     "no scheduler of that name": (

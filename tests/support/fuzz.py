@@ -214,8 +214,7 @@ def _label_table(folder: Path) -> Callable[[random.Random], Callable[[], object]
 
 
 def _yaml(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    from tests.conftest import parse_train
-    from tests.conftest import tiny_config
+    from tests.conftest import parse_train, tiny_config
 
     content = tiny_config().to_yaml().encode()
     folder.mkdir()
@@ -265,10 +264,10 @@ def _saved_data_set(folder: Path) -> Callable[[random.Random], Callable[[], obje
 
 def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callable[[], object]]:
     """A file of a run folder, which a function of the package reads."""
+    from mnist_diffusion.hub import stage
+    from mnist_diffusion.pipelines.card import write_results_to_card
     from mnist_diffusion.plots import curves, run_page
     from mnist_diffusion.training.run_folder import RunRecord, read_run
-    from mnist_diffusion.pipelines.card import write_results_to_card
-    from mnist_diffusion.hub import stage
     from tests.conftest import run_folder
 
     def shown(run: RunRecord) -> None:

@@ -15,9 +15,9 @@ from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import diffusion_objective
-from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.launch import build_accelerator
 from mnist_diffusion.training.run import train
+from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.step import TrainState
 from tests.conftest import tiny_config
 

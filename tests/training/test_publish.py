@@ -11,14 +11,14 @@ from accelerate.state import AcceleratorState
 
 from mnist_diffusion import cli
 from mnist_diffusion.config import HubConfig
-from mnist_diffusion.training.run_folder import read_metrics
-from mnist_diffusion.hub_client import HubError
 from mnist_diffusion.hub import pull
+from mnist_diffusion.hub_client import HubError
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.run import train
+from mnist_diffusion.training.run_folder import read_metrics
 from tests.conftest import changed, tiny_config
-from tests.test_hub import GUEST, NAME, PUSHED, failing
 from tests.support.hub_server import HubServer
+from tests.test_hub import GUEST, NAME, PUSHED, failing
 
 
 class TestTraining:
@@ -44,7 +44,9 @@ class TestTraining:
     def test_a_hub_that_fails_at_the_end(self, hub: HubServer, tmp_path: Path) -> None:
         """The run is complete; the message says how to push it later, and that works."""
         hub.fault = failing(403, where="/commit/")
-        with pytest.raises(HubError, match=r"The run is complete in .*push it later with: mnist-diffusion push") as caught:
+        with pytest.raises(
+            HubError, match=r"The run is complete in .*push it later with: mnist-diffusion push"
+        ) as caught:
             self.train(tmp_path / "run", HubConfig(push=True, repo_id=NAME))
         assert (tmp_path / "run" / "summary.json").is_file()
         hub.fault = lambda request: None

@@ -65,8 +65,8 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
 
     build = pipeline.build_pipeline
 
-    def forgetful(*parts: Any, unet: Any, **_: Any) -> MNISTDiffusionPipeline:
-        return build(*parts, unet)
+    def forgetful(*parts: Any, patch_size: int = 1, **named: Any) -> MNISTDiffusionPipeline:
+        return build(*parts, **named)
 
     monkeypatch.setattr(drawing, "build_pipeline", forgetful)
     with pytest.raises(UserError, match=r"images \(C, H, W\): \(4, 14, 14\) for the pipeline, but \(1, 28, 28\)"):
@@ -77,7 +77,11 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
 @pytest.mark.parametrize(
     ("changes", "folder", "message"),
     [
-        ({"sampling": SamplingSettings(scheduler="lcm", num_inference_steps=60)}, "run", "sampling as configured cannot work"),
+        (
+            {"sampling": SamplingSettings(scheduler="lcm", num_inference_steps=60)},
+            "run",
+            "sampling as configured cannot work",
+        ),
         ({}, "a\nb", "has control characters"),
     ],
     ids=["more LCM steps than it takes", "newline"],

@@ -13,15 +13,14 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import parse_train
 from mnist_diffusion.config import Config, TrainConfig
-from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training import schedule, trainer
-from mnist_diffusion.training.schedule import learning_rate_at, steps_of_epochs
-from mnist_diffusion.training.probe import expected_cost, seconds_per_image
-from mnist_diffusion.training.step import TrainState
 from mnist_diffusion.training.artifacts import Artifacts
-from tests.conftest import tiny_config
+from mnist_diffusion.training.probe import expected_cost, seconds_per_image
+from mnist_diffusion.training.run_folder import read_metrics
+from mnist_diffusion.training.schedule import learning_rate_at, steps_of_epochs
+from mnist_diffusion.training.step import TrainState
+from tests.conftest import parse_train, tiny_config
 from tests.training.conftest import losses, make_state, run
 
 
@@ -129,7 +128,7 @@ class TestLength:
         assert max(rates) == 1.0
         assert rates[-1] < (0.1 if step_seconds(0, 0) == step_seconds(0, 100) else 1)  # it has come down
         assert sum(rate == 1.0 for rate in rates) > len(rates) / 4
-        start, length = train["lr_decay"]
+        start, _ = train["lr_decay"]
         assert rates[start] == 1.0 > rates[start + 1]
 
     def test_killed_at_any_moment_and_run_again_give_the_same_bits(self, tmp_path: Path, clock: FakeClock) -> None:
@@ -192,5 +191,7 @@ class TestLength:
                 state.update(step, 0.01)
         for mine, theirs in zip(measured.unet.parameters(), plain.unet.parameters(), strict=True):
             assert torch.equal(mine, theirs)
-        for mine, theirs in zip(measured.update_averaged_unet().parameters(), plain.update_averaged_unet().parameters(), strict=True):
+        for mine, theirs in zip(
+            measured.update_averaged_unet().parameters(), plain.update_averaged_unet().parameters(), strict=True
+        ):
             assert torch.equal(mine, theirs)

@@ -295,7 +295,7 @@ class TestBadTimes:
 
     def test_a_slow_save_ends_no_run(self) -> None:
         """A large network on a slow disk takes minutes to save."""
-        assert distributed.COLLECTIVE_TIMEOUT >= timedelta(hours=1)
+        assert timedelta(hours=1) <= distributed.COLLECTIVE_TIMEOUT
 
     def test_not_finite_stops_before_a_save(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"

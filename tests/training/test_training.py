@@ -20,19 +20,17 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import mnist_diffusion
-from mnist_diffusion.training.run import train
-from tests.conftest import parse_train
 from mnist_diffusion.config import AugmentConfig
 from mnist_diffusion.data.dataset import draw_batch, load_images
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator
-from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training import artifacts
 from mnist_diffusion.training.artifacts import Artifacts
 from mnist_diffusion.training.run import TrainedRun, train
+from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.step import TrainState
-from tests.conftest import tiny_config
+from tests.conftest import parse_train, tiny_config
 from tests.training.conftest import losses, run, weights
 
 EVALUATE_EVERY_TWO: dict[str, Any] = {"evaluate_every": "2 steps"}
