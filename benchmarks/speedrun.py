@@ -71,7 +71,7 @@ def main(
         summary = zip(_cells({k: statistics.mean(v) for k, v in means.items()}),
                       _cells({k: statistics.stdev(v) for k, v in means.items()}), strict=True)  # fmt: skip
         rows.append(["mean ± s.d.", *(f"{mean} ± {deviation}" for mean, deviation in summary), ""])
-    print(f"{recipe} on {record['machine']}\n\n{markdown(HEADINGS, rows)}")
+    print(f"{recipe} on {machine}\n\n{markdown(HEADINGS, rows)}")
     if against is not None:
         theirs = json.loads(against.read_text(encoding="utf-8"))["runs"]
         for name, values in means.items():

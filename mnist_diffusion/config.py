@@ -197,7 +197,9 @@ class SamplingSettings:
         guided = "" if self.guidance_scale is None else f", guidance {self.guidance_scale:g}"
         if self.guidance_interval is not None:
             guided += " from {:g} to {:g}".format(*self.guidance_interval)
-        return f"{self.scheduler}, {steps}{guided}" + (f" by {self.guidance}" if self.guidance != CFG else "")
+        return f"{self.scheduler or 'own sampler'}, {steps}{guided}" + (
+            f" by {self.guidance}" if self.guidance != CFG else ""
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

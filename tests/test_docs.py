@@ -19,14 +19,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import train_cfg
-from examples import denoiser, own_objective
 from mnist_diffusion import MNISTDiffusionPipeline
 from mnist_diffusion.cli import VERBS, main
 from mnist_diffusion.config import RECIPES
 from mnist_diffusion.data import sources
 from mnist_diffusion.demo.studio.build import RUNTIME_FILES
 from mnist_diffusion.evaluation import evaluator
-from tests.conftest import REPOSITORY, make_image_folder
+from tests.conftest import REPOSITORY, make_image_folder, parse_train
 from tests.data.test_dataset import idx_bytes
 from tests.support.hub_server import HubServer
 
@@ -43,7 +42,7 @@ PLACEHOLDERS = {
     "user/": "owner/",
     "steps = 800": "steps = 3",
     "max_steps=1000": "max_steps=3, pictures=False, num_eval_images=16",
-    "max_minutes=5": "max_steps=3, pictures=False, num_eval_images=16",
+    "max_minutes=5": "max_minutes=None, max_steps=3, pictures=False, num_eval_images=16",
     "num_images=1000": "num_images=50",
     "seed in range(3)": "seed in range(1)",
     " ".join([*(f"runs/adm-{seed}" for seed in range(3)), *(f"runs/default/seed-{seed}" for seed in range(3))]): BOTH,
@@ -70,10 +69,11 @@ NOT_RUN = {
     "python3 -m venv": "installs; the second of the two is what runs these tests",
     "accelerate launch --multi_gpu": "needs GPUs",
     "mnist-diffusion studio runs": "as in docs/studio.md, and takes half a minute",
-    "mnist-diffusion app": "serves until it is interrupted, tried in tests/app",
+    "mnist-diffusion app": "serves until it is interrupted, tried in tests/demo",
     "pip install": "installs",
-    "mnist-diffusion speedrun": "trains for minutes, tried in tests/evaluation",
-    "mnist-diffusion space runs/first/pipeline owner/digits --student": "tried in docs/studio.md and tests/app",
+    "python benchmarks/speedrun.py": "trains for minutes",
+    "python examples/": "tried in tests/examples",
+    "mnist-diffusion space runs/first/pipeline owner/digits --student": "tried in docs/studio.md and tests/demo",
     "ACCELERATE_USE_CPU=true torchrun": "several processes, tried in tests/journeys",
     "torchrun": "several machines, tried in tests/journeys",
 }
@@ -160,19 +160,12 @@ def run_command(line: str, number: int) -> None:
         arguments = [*arguments, *SHORT["train"]]
         arguments += [] if "--data.source" in arguments or "config.yaml" in line else ["--data.source", "digits"]
         arguments += [] if "--output_dir" in arguments else ["--output_dir", f"runs/document-{number}"]
-        arguments += ["--train.max_minutes", "null"] if program == "examples/denoiser.py" else []
     else:
         pipeline = arguments[:2] != ["evaluate", "images"]
         arguments = [*arguments, *(SHORT.get(arguments[0], []) if pipeline else [])]
-        arguments += ["--num_images", "50"] if arguments[0] == "compare" and "--num_images" in arguments else []
         if arguments[0] in ("pull", "distill"):
             shutil.rmtree(arguments[arguments.index("--out") + 1], ignore_errors=True)
-    programs: dict[str, Any] = {
-        "train_cfg.py": train_cfg.main,
-        "examples/own_objective.py": own_objective.main,
-        "examples/denoiser.py": denoiser.main,
-        "mnist-diffusion": main,
-    }
+    programs: dict[str, Any] = {"train_cfg.py": train_cfg.main, "mnist-diffusion": main}
     assert programs[program](arguments) == (2 if "refused" in line else 0), line
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import UNet2DModel, guiders
 from diffusers.utils import logging
@@ -24,7 +25,7 @@ from mnist_diffusion.hub_client import HubError, hub_errors
 from mnist_diffusion.method.guidance import Autoguidance
 from mnist_diffusion.option_types import AUTOGUIDANCE, CFG
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.pipelines.samplers import build_sampler, sampler_name
+from mnist_diffusion.pipelines.samplers import SAMPLERS, build_sampler, sampler_name
 
 VALUES_PER_BATCH = {"cpu": 100_000, "gpu": 800_000}
 """Pixel values sampled together: on a CPU they should fit into the caches."""
@@ -73,11 +74,12 @@ def with_sampler(pipeline: MNISTDiffusionPipeline, name: str) -> MNISTDiffusionP
 
 
 def resolved(pipeline: MNISTDiffusionPipeline, settings: SamplingSettings) -> SamplingSettings:
-    """The settings with the pipeline's defaults in place of None."""
-    own = pipeline.config
+    """The settings with the pipeline's defaults in place of None; a sampler of the user's own stays None."""
+    own, name = pipeline.config, sampler_name(pipeline.scheduler)
+    nameable = name if name in SAMPLERS or hasattr(diffusers, name) else None  # not a class of the user's own
     scale = settings.guidance_scale if settings.guidance_scale is not None else own.guidance_scale
     return SamplingSettings(
-        scheduler=settings.scheduler or sampler_name(pipeline.scheduler),
+        scheduler=settings.scheduler or nameable,
         num_inference_steps=settings.num_inference_steps or own.num_inference_steps,
         guidance_scale=None if pipeline.num_classes is None else scale,
         guidance_interval=settings.guidance_interval,

@@ -350,7 +350,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     def _check_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
-        arguments = inspect.signature(type(self.scheduler).__init__).parameters
         flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
         if not flow == (prediction_type_of(self.scheduler) == FLOW) == self.config.flow_matching:
             raise ValueError(
@@ -358,11 +357,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 f"flow_matching={self.config.flow_matching}; flow matching takes FlowMatch schedulers, or "
                 f"DPMSolverMultistepScheduler with use_flow_sigmas=True and prediction_type={FLOW!r}"
             )
-        if not flow and not {"beta_schedule", "prediction_type"} <= arguments.keys():
-            raise ValueError(
-                f"scheduler: {name} ignores the betas or the prediction type of the training; use DDIMScheduler, "
-                "DPMSolverMultistepScheduler or EulerDiscreteScheduler"
-            )
+        known = inspect.signature(type(self.scheduler)).parameters
+        if not flow and not known.keys() >= {"beta_schedule", "prediction_type"}:
+            raise ValueError(f"scheduler: {name} ignores the betas or the prediction type of the training")
+        if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
+            raise ValueError(f"scheduler: {name} has zero SNR at its last timestep, where epsilon is not enough")
         if "Inverse" in name or "timestep_back" in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"scheduler: {name} does not go from noise to images one step at a time")
 
@@ -438,8 +437,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     tensors = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, done.step, done.timestep, tensors) or {}
                     done.latents = changed.get("latents", done.latents)
-        images = done.images(output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=done.images(output_type)) if return_dict else (done.images(output_type),)
 
     def stream(
         self,

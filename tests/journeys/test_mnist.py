@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from torchvision.transforms.functional import gaussian_blur
 
 from mnist_diffusion import MNISTDiffusionPipeline
-from mnist_diffusion.config import DataConfig
+from mnist_diffusion.config import DataConfig, SamplingSettings
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.evaluation.draw import ImageGenerator, Sample
 from mnist_diffusion.evaluation.evaluator import evaluator_for

@@ -371,6 +371,12 @@ class TestSchedulers:
         with pytest.raises(ValueError, match="EDMEulerScheduler ignores the betas"):
             pipeline(3)
 
+    def test_epsilon_at_zero_snr_is_refused(self) -> None:
+        pipeline = make_pipeline(diffusion=DiffusionConfig())
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+        with pytest.raises(ValueError, match="has zero SNR at its last timestep"):
+            pipeline(3)
+
     def test_inverse_ones_are_refused(self, pipeline: MNISTDiffusionPipeline) -> None:
         pipeline.scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
         with pytest.raises(ValueError, match="DDIMInverseScheduler does not go from noise to images"):
