@@ -58,12 +58,8 @@ def main(
     """
     runs = [_run(recipe, data, seed, options, num_images, out) for seed in range(seeds)]
     config = Config.load(out / "seed-0" / "config.yaml").reproducible().to_dict()
-    record = {
-        "recipe": recipe,
-        "options": options,
-        "machine": machine_description(torch.device(DEFAULT_DEVICE), 1),
-        "config": config,
-    }
+    machine = machine_description(torch.device(DEFAULT_DEVICE), 1)
+    record = {"recipe": recipe, "options": options, "machine": machine, "config": config}
     (out / "record.json").write_text(json.dumps({**record, "runs": runs}, indent=1) + "\n", encoding="utf-8")
     rows = [[str(run["seed"]), *_cells(run), "reached" if run["reached"] else "missed"] for run in runs]
     means = {name: [float(run[name]) for run in runs] for name in METRICS}
@@ -76,7 +72,7 @@ def main(
         theirs = json.loads(against.read_text(encoding="utf-8"))["runs"]
         for name, values in means.items():
             test = ttest_ind(values, [run[name] for run in theirs], equal_var=False)
-            print(f"{name}: p = {test.pvalue:.2f} that {against} has the same mean (Welch's t-test)")
+            print(f"{name}: p = {test.pvalue:.2f} in Welch's t-test against {against}")
 
 
 def _run(recipe: str, data: str, seed: int, options: tuple[str, ...], num_images: int, out: Path) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class TrainState:
         return Batch(to_model_range(images), labels, *draws)
 
     def _is_non_finite(self, metrics: dict[str, Tensor]) -> Tensor:
-        """Whether loss or gradient is not finite; the loss alone with a gradient scaler, which may let gradients overflow."""
+        """Whether loss or gradient is not finite; only the loss with a gradient scaler (its gradients may overflow)."""
         names = ("loss", "grad_norm") if self.accelerator.scaler is None else ("loss",)
         return ~torch.isfinite(torch.stack([metrics[name] for name in names])).all()
 

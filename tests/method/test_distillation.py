@@ -311,7 +311,7 @@ class TestRuns:
         assert all(torch.equal(picture, pictures[0]) for picture in pictures)
         card = (folder / "README.md").read_text()
         method = "4 steps of dpmpp at guidance 1.9, 1, 1.4, 2.8"
-        for part in ("It is a student", str(teacher_folder), method, "1 step of lcm"):
+        for part in ("This is a distilled student", str(teacher_folder), method, "1 step of lcm"):
             assert part in card
         assert "guidance_scale=5" not in card
         assert "other scales that a call may name:\n1.0, 1.4, 2.8. Others are refused." in card

@@ -86,7 +86,7 @@ class TestRunFolder:
         assert "| steps | 5 of 8 images" in card
         assert "scikit-learn digits" in card
         assert "{{" not in card
-        assert "not measured" not in card
+        assert "| not measured |" not in card
 
     def test_config_reproduces_the_run_to_the_bit(self, folder: Path, tmp_path: Path) -> None:
         arguments = parse_train(["--config", str(folder / "config.yaml")])
