@@ -148,7 +148,7 @@ def filled(text: str, commit: str) -> str:
 
 def run_command(line: str, number: int) -> None:
     """Run one line of a shell block in this process, shortened; where its comment says so, it must be refused."""
-    if any(line.startswith(start) for start in NOT_RUN):
+    if any(line.startswith(start) for start in NOT_RUN) or "--processes" in line:
         if "train_cfg.py" in line:
             parse_train(shlex.split(line, comments=True)[shlex.split(line).index("train_cfg.py") + 1 :])
         return

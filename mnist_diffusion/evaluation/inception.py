@@ -13,6 +13,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.evaluation.metrics import ALONE
 
 BATCH_SIZE = 100
 
@@ -30,7 +31,7 @@ class ImageNetDistance:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         try:
-            self.metric = FrechetInceptionDistance(feature=2048, reset_real_features=False).to(device)
+            self.metric = FrechetInceptionDistance(feature=2048, reset_real_features=False, **ALONE).to(device)
         except ModuleNotFoundError as error:
             raise UserError(
                 "imagenet_fid=true needs torch-fidelity: pip install 'mnist-diffusion[inception]'"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ CONFIDENCE = 0.95
 
 # They warn of features kept in memory, which is what they are given, and of the deviation over one split.
 warnings.filterwarnings("ignore", message="Metric `(Kernel Inception Distance|InceptionScore)` will save")
+ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""Of several processes only the first scores images, so its metrics must not wait for the others."""
 warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom", module="torchmetrics")
 
 
@@ -48,7 +51,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
         ValueError: fewer than two rows, different widths, or values that are not finite.
     """
     _check_features(real, generated, at_least=2)
-    metric = FrechetInceptionDistance(feature=_extractor(real.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_extractor(real.shape[1]), **ALONE).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
@@ -74,7 +77,7 @@ def kernel_distance(
     """
     _check_features(real, generated, at_least=2)
     size = min(subset_size, len(real), len(generated))
-    metric = KernelInceptionDistance(feature=_extractor(real.shape[1]), subsets=subsets, subset_size=size)
+    metric = KernelInceptionDistance(feature=_extractor(real.shape[1]), subsets=subsets, subset_size=size, **ALONE)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -92,7 +95,7 @@ def inception_score(logits: Tensor) -> float:
     Args:
         logits: `[N, classes]`.
     """
-    metric = InceptionScore(feature=_extractor(logits.shape[1]), splits=1)
+    metric = InceptionScore(feature=_extractor(logits.shape[1]), splits=1, **ALONE)
     # Probabilities that round to 0 for every image would make the logarithm of their mean infinite.
     metric.update(logits.double().log_softmax(dim=1).clamp(min=-600))
     with torch.random.fork_rng(devices=[]):  # it shuffles

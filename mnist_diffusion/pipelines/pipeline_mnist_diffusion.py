@@ -91,11 +91,6 @@ def classifier_free_guidance(step: GuidanceStep) -> torch.Tensor:
     return guided_prediction(conditional, unconditional, step.scales.to(conditional.device).view(-1, 1, 1, 1))
 
 
-def no_guidance(step: GuidanceStep) -> torch.Tensor:
-    """The unconditional prediction."""
-    return step.predict(False)[1]
-
-
 def prediction_type_of(scheduler: Any) -> Any:
     """The prediction target of a scheduler; those of flow matching do not name it themselves."""
     return FLOW if type(scheduler).__name__.startswith("FlowMatch") else scheduler.config.get("prediction_type")
@@ -413,7 +408,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: scales above 1 act inside only.
                 Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
             num_inference_steps: number of denoising steps.
-            timesteps, sigmas: falling timesteps or noise levels, if the scheduler takes them.
+            timesteps: falling timesteps, if the scheduler takes them.
+            sigmas: falling noise levels, if the scheduler takes them.
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
             generator: one for the batch, or one per image, which makes an image independent of the batch.
             latents: the initial noise, `[B, C, H, W]` of unit variance.
@@ -500,7 +496,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 model_input = scaled(latents, timestep)
                 acting = self._guided(timestep, scales, interval)
                 guided = GuidanceStep(self, step, total, timestep, model_input, conditions, *acting, nfe)
-                model_output = rule(guided) if len(conditions.rows) else no_guidance(guided)
+                model_output = rule(guided) if len(conditions.rows) else guided.predict(False)[1]
                 nfe = guided.nfe
                 if getattr(model_output, "shape", None) != latents.shape:
                     shape = tuple(latents.shape)

@@ -186,7 +186,7 @@ def test_train_and_stop(visit: AppVisit, browser: Any, address: str) -> None:
     other.page.locator("#generated .gif").wait_for()
     other.close()
     page.get_by_role("button", name="Stop and keep").click()
-    page.get_by_text("Stopped; what there is, is in").wait_for()
+    page.get_by_text("Stopped; the results so far are in").wait_for()
     page.wait_for_function("document.querySelector('input[aria-label=\"Pipeline\"]').value.startsWith('app-tiny-')")
 
 

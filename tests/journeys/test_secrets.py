@@ -66,7 +66,7 @@ def test_train_push_fail_and_crash(hub: HubServer, tmp_path: Path) -> None:
     assert command("push", "run", NAME, hub=hub, folder=tmp_path).returncode == 2
 
     hub.fault = lambda request: None
-    code = "import sys\nfrom mnist_diffusion.sharing import hub\nfrom mnist_diffusion import cli\n"
+    code = "import sys\nfrom mnist_diffusion import hub\nfrom mnist_diffusion import cli\n"
     code += "hub.HfApi.create_commit = None\nsys.exit(cli.main())"
     (tmp_path / "crash.py").write_text(code)
     crashed = subprocess.run(
