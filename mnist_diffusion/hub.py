@@ -68,15 +68,20 @@ def find_pipeline(source: Path) -> Path:
     raise UserError(f"{source} is neither a pipeline folder nor a run folder with one")
 
 
-def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, license: str | None = None) -> None:
+def stage(
+    folder: Path,
+    staged: Path,
+    repo_id: str,
+    *,
+    num_classes: int | None,
+    with_checkpoints: bool,
+    license: str | None = None,
+) -> None:
     """Copy what is pushed of a pipeline folder, and of the run that exported it, without local paths.
 
-    The pipeline is loaded first, so that nothing is pushed that could not be pulled.
-
     Raises:
-        UserError: it is invalid, a link leads out of the folder, or there is no checkpoint.
+        UserError: a link leads out of the folder, a file could not be read, or there is no checkpoint.
     """
-    num_classes = MNISTDiffusionPipeline.from_pretrained(folder).num_classes
     run = _run_of(folder.resolve())
     files = {name: file_within(folder, name) for name in PIPELINE_FILES}
     files |= {
@@ -149,8 +154,11 @@ def push(
     stale = (*STALE, f"{CHECKPOINTS}/*") if with_checkpoints else STALE
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            options: dict[str, Any] = {"with_checkpoints": with_checkpoints, "license": license}
-            stage(folder := find_pipeline(source), Path(temporary, "check"), repo_id, **options)
+            # Loaded first, so that nothing is pushed that could not be pulled; and staged, so that errors come early.
+            num_classes = MNISTDiffusionPipeline.from_pretrained(folder := find_pipeline(source)).num_classes
+            options: dict[str, Any] = {"num_classes": num_classes, "with_checkpoints": with_checkpoints}
+            options["license"] = license
+            stage(folder, Path(temporary, "check"), repo_id, **options)
             repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
             stage(folder, staged := Path(temporary, "push"), repo_id, **options)
             with hub_errors(repo_id, f"cannot push to {repo_id}"):

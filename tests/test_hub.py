@@ -410,14 +410,10 @@ WRONG = {
     "not one's own": (GUEST, None, r"the token may not do this; .*--create_pr.* \(You may not create"),
     "gone": ("", failing(404, code="RepoNotFound", where="preupload"), r"repository not found, or private"),
     "conflict": ("", failing(409, where="/commit/"), r"somebody else changed it at the same time; try again"),
-    "moved on": ("", failing(412, where="/commit/"), r"somebody else changed it at the same time; try again"),
-    "too large": ("", failing(413, where="/lfs/"), r"does not accept files as large"),
     "too many": ("", failing(429, where="/commit/"), r"too many requests; try again in a few minutes"),
     "trouble": ("", failing(500, where="/preupload/"), r"the Hub has a problem \(status 500\); try again later"),
-    "unavailable": ("", failing(503, where="create"), r"the Hub has a problem \(status 503\)"),
     "gated": ("", failing(403, code="GatedRepo", where="tree"), r"it is gated: ask for access at"),
     "cut": ("", lambda request: Fault(cut="within") if request.path.startswith("/lfs/") else None, "cannot be reached"),
-    "cut at once": ("", lambda request: Fault(cut="before"), r"cannot be reached, or the connection broke; try again"),
 }
 
 

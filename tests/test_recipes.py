@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 import train_cfg
@@ -63,9 +64,10 @@ def test_says_what_it_is_how_large_and_what_it_costs(name: str) -> None:
     text = find_recipe(name, RECIPES).read_text(encoding="utf-8")
     comment = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     config = parse_train(["--config", name]).config
-    unet = build_unet(
-        config.model, image_size=config.data.image_size or 28, channels=config.data.channels or 1, num_classes=10
-    )
+    with torch.device("meta"):
+        unet = build_unet(
+            config.model, image_size=config.data.image_size or 28, channels=config.data.channels or 1, num_classes=10
+        )
     count = sum(parameter.numel() for parameter in unet.parameters())
     shown = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"
     assert f"{shown} parameters" in comment

@@ -71,6 +71,11 @@ class TrajectoryOutput(BaseOutput):
     timesteps: torch.Tensor
 
 
+def unconditional_prediction(step: shipped.GuidanceStep) -> torch.Tensor:
+    """The guidance rule without a class."""
+    return step.predict(False)[1]
+
+
 def guider_rule(guider: Any) -> Callable[[shipped.GuidanceStep], torch.Tensor]:
     """A guidance rule from a guider of `diffusers.guiders` that combines conditional and unconditional predictions.
 
@@ -233,7 +238,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(int(num_inference_steps))
         conditions, _ = self._conditions(labels, len(images) if labels is None else 1)
-        rule = shipped.no_guidance if labels is None else shipped.classifier_free_guidance
+        rule = unconditional_prediction if labels is None else shipped.classifier_free_guidance
         sample = images.to(self._execution_device, torch.float32) * 2 - 1
         before = torch.tensor(1.0)
         for timestep in self.progress_bar(scheduler.timesteps.flip(0)):

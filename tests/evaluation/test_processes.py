@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from mnist_diffusion import parallel
@@ -19,7 +18,6 @@ from mnist_diffusion.cli import main
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, save_evaluator
 from tests.conftest import REPOSITORY
-from tests.support.survival import Nursery
 
 NUM_IMAGES, PARTS = 1000, 4
 
@@ -42,12 +40,6 @@ def command(tmp_path_factory: pytest.TempPathFactory, digits_evaluator: ImageEva
     return ["mnist_diffusion", "evaluate", str(root / "run"), *flags]
 
 
-def start(command: list[str], out: Path, *flags: str) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", *command, "--out", str(out), *flags]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(line, cwd=REPOSITORY, env=environment)
-
-
 def found(out: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The figures and the images that an evaluation left."""
     [result] = json.loads((out / "report.json").read_text())["results"]
@@ -58,41 +50,26 @@ def found(out: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[np.ndarray]]:
+def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[np.ndarray], Path]:
     out = tmp_path_factory.mktemp("alone")
     assert main([*command[1:], "--out", str(out)]) == 0
-    return found(out)
+    return *found(out), out
 
 
-def require_equal(one: tuple[dict[str, Any], list[np.ndarray]], other: tuple[dict[str, Any], list[np.ndarray]]) -> None:
-    for mine, theirs in zip(one[1], other[1], strict=True):
+@pytest.mark.slow
+def test_two_processes_give_what_one_does_and_keep_the_parts_that_are_there(
+    command: list[str], alone: Any, tmp_path: Path
+) -> None:
+    [folder] = (path for path in alone[2].glob("images/*"))
+    kept = tmp_path / "images" / folder.name / "000250-000500.npz"
+    kept.parent.mkdir(parents=True)
+    shutil.copy(folder / kept.name, kept)
+    before = kept.stat().st_mtime_ns
+    line = [sys.executable, "-m", *command, "--out", str(tmp_path), "--processes", "2"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    printed = subprocess.run(line, cwd=REPOSITORY, env=environment, check=True, capture_output=True, text=True).stdout
+    assert printed.count("The report is in") == 1
+    assert kept.stat().st_mtime_ns == before
+    for mine, theirs in zip(found(tmp_path)[1], alone[1], strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    assert one[0] == pytest.approx(other[0], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_two_processes_one_of_which_is_killed(command: list[str], alone: Any, tmp_path: Path) -> None:
-    """The command ends with an error; the same command finds the parts that are there, and builds the others."""
-    with start(command, tmp_path, "--processes", "2") as process:
-        while len(list(tmp_path.glob("images/*/*.npz"))) < 1:
-            assert process.poll() is None
-            time.sleep(0.01)
-        workers = [
-            child for child in psutil.Process(process.pid).children(recursive=True) if "evaluate" in child.cmdline()
-        ]
-        max(workers, key=lambda worker: worker.pid).kill()
-        assert process.wait() != 0
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("images/*/*.npz")}
-    assert 1 <= len(kept) < PARTS
-    with start(command, tmp_path, "--processes", "2") as process:
-        assert process.wait() == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    require_equal(found(tmp_path), alone)
-
-
-@pytest.mark.slow
-def test_four_processes_of_a_launcher(command: list[str], alone: Any, tmp_path: Path) -> None:
-    evaluate = [*command[1:], "--out", str(tmp_path)]
-    assert Nursery().finish(evaluate, log=tmp_path / "log.txt", ranks=4, work=main) == [0] * 4
-    require_equal(found(tmp_path), alone)
-    assert (tmp_path / "log.txt").read_text().count("The report is in") == 1
+    assert found(tmp_path)[0] == pytest.approx(alone[0], rel=1e-6)

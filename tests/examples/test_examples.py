@@ -57,6 +57,7 @@ def test_sweep_measures_psnr_as_it_is_defined(digits: ImageData) -> None:
     assert picture.height > 6 * 56  # noisy, denoised, clean of two images
 
 
+@pytest.mark.slow
 def test_denoiser_learns_and_generalises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["denoiser.py", "--steps", "150", "--out", str(tmp_path)])
     denoiser.main()

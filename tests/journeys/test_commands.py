@@ -65,7 +65,9 @@ def test_launch_and_the_lines_that_it_prints(tmp_path: Path) -> None:
     require_a_run(printed, tmp_path)
     lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
     assert len(lines) == 3
-    command(sys.executable, "-c", "\n".join(lines), cwd=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        exec("\n".join(lines), {})
     assert (tmp_path / "sample.png").is_file()
 
 
@@ -154,7 +156,9 @@ for folder in folders:
 
 
 @pytest.mark.slow
-def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path) -> None:
+def test_three_ways_to_load_agree_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The installed class, plain diffusers where the project cannot be imported, and a folder saved again by each."""
     folders = [tmp_path / name for name in ("conditional", "free")]
     for folder, conditional in zip(folders, (True, False), strict=True):
@@ -162,11 +166,14 @@ def test_three_ways_to_load_agree_to_the_bit(tmp_path: Path) -> None:
     (tmp_path / "draw.py").write_text(DRAW)
     printed: list[str] = []
     for saved_by in ("own", "plain", "own"):
-        names = [str(folder) for folder in folders]
-        drawn = command(
-            sys.executable, "draw.py", saved_by, *names, cwd=tmp_path, environment={"HF_HOME": str(tmp_path / "cache")}
-        )
-        printed += drawn.stdout.splitlines()
+        arguments = ["draw.py", saved_by, *map(str, folders)]
+        if saved_by == "own":
+            monkeypatch.setattr(sys, "argv", arguments)
+            exec(DRAW, {})
+            printed += capsys.readouterr().out.splitlines()
+        else:
+            elsewhere = {"HF_HOME": str(tmp_path / "cache")}
+            printed += command(sys.executable, *arguments, cwd=tmp_path, environment=elsewhere).stdout.splitlines()
         folders = [folder.with_name(f"{folder.name}-{saved_by}") for folder in folders]
     assert len(printed) == 6
     assert len(set(printed)) == 2
@@ -188,7 +195,9 @@ def test_from_a_teacher_to_a_student_and_its_pictures(
 
 
 @pytest.mark.slow
-def test_from_five_folders_of_pictures_to_pictures_of_five_classes(tmp_path: Path) -> None:
+def test_from_five_folders_of_pictures_to_pictures_of_five_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One command; then the pipeline draws each class in its colour, and knows the folders' names."""
     colours = {
         "Äpfel": (200, 30, 30),
@@ -206,7 +215,10 @@ def test_from_five_folders_of_pictures_to_pictures_of_five_classes(tmp_path: Pat
     small = ["--model.block_out_channels", "[16,16]", "--model.norm_num_groups", "4", "--train.max_steps", "150"]
     learn = ["--train.learning_rate", "0.01", "--train.ema_decay", "0.9", "--train.sample_every", "1000 steps"]
     flags = ["--data.source", "my pictures", *small, *learn, "--train.warmup_steps", "10", "--output_dir", "run"]
-    printed = command(sys.executable, SCRIPT, *flags, cwd=tmp_path).stdout
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train_cfg.main(flags) == 0
+    printed = capsys.readouterr().out
     assert "5 (blue jays: 27, grass: 27, snow: 27, tar: 27, Äpfel: 27)" in printed
     pipeline = MNISTDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert list(pipeline.config.id2label.values()) == ["blue jays", "grass", "snow", "tar", "Äpfel"]

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
 from torchvision.transforms.functional import gaussian_blur
 
 from mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig, SamplingSettings
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.evaluation.draw import ImageGenerator, Sample
 from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.score import Reference, embed
-from tests.journeys.test_commands import ACCELERATE, CONSOLE, SCRIPT, command
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, mnist_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("mnist") / "run"
     flags = ["--data.source", str(mnist_folder.resolve()), "--output_dir", str(folder), "--train.max_steps", "240"]
     flags += ["--train.snapshot_every", "80 steps", "--train.sample_every", "null"]
-    command(ACCELERATE, "launch", SCRIPT, *flags, cwd=folder.parent, timeout=900)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["train", *flags]) == 0
     return folder
 
 
@@ -47,8 +49,8 @@ def load(folder: Path) -> MNISTDiffusionPipeline:
 def test_evaluate_finds_high_class_accuracy(run: Path, mnist_folder: Path, tmp_path: Path) -> None:
     data = ["--data.source", str(mnist_folder.resolve())]
     flags = ["--num_images", "200", "--scheduler", "ddim", "--num_inference_steps", "10"]
-    flags += ["--guidance_scale", "4", "--out", "report"]
-    command(CONSOLE, "evaluate", str(run / "pipeline"), *data, *flags, "--write_card", cwd=tmp_path, timeout=900)
+    flags += ["--guidance_scale", "4", "--out", str(tmp_path / "report")]
+    assert main(["evaluate", str(run / "pipeline"), *data, *flags, "--write_card"]) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     [result] = report["results"]
     assert result["accuracy"] > 0.93

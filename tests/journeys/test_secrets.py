@@ -67,7 +67,7 @@ def test_train_push_fail_and_crash(hub: HubServer, tmp_path: Path) -> None:
 
     hub.fault = lambda request: None
     code = "import sys\nfrom mnist_diffusion import hub\nfrom mnist_diffusion import cli\n"
-    code += "hub.HfApi.create_commit = None\nsys.exit(cli.main())"
+    code += "hub.upload = None\nsys.exit(cli.main())"
     (tmp_path / "crash.py").write_text(code)
     crashed = subprocess.run(
         [sys.executable, "crash.py", "push", "run", NAME],

@@ -25,7 +25,7 @@ from tests.support.hub_server import HubServer
 
 
 class TestFolders:
-    @pytest.mark.parametrize("first", ["ddpm", "dpmpp-sde", "lcm"])
+    @pytest.mark.parametrize("first", ["dpmpp-sde", "lcm"])
     @pytest.mark.parametrize("name", ALL_SAMPLERS)
     def test_swaps_give_the_same_images_before_and_after_saving(self, tmp_path: Path, first: Any, name: Any) -> None:
         """From any sampler, in memory or loaded, by name or by the stock idiom."""

@@ -155,10 +155,10 @@ def test_solvers_agree_in_the_limit() -> None:
     names += ["DEISMultistepScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler"]
     for name in names:
         pipeline.scheduler = build_sampler(name, config)
-        drawn[name] = generate(pipeline, [1, 2], [3, 4], num_inference_steps=100, guidance_scale=1)
+        drawn[name] = generate(pipeline, [1, 2], [3, 4], num_inference_steps=60, guidance_scale=1)
     for name in names:
         difference = float((drawn[name] - drawn["dpmpp"]).abs().max())
-        assert difference < 0.02, f"{name} differs from dpmpp by {difference}"
+        assert difference < 0.04, f"{name} differs from dpmpp by {difference}"
 
 
 @pytest.mark.parametrize("name", ["heun", "KDPM2DiscreteScheduler"])

@@ -277,9 +277,12 @@ def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callab
     run_folder(folder)
     about = {"source": "x", "hub_id": None, "fingerprint": "0"}
     report = {"data": about, "results": [{"accuracy": 0.5, **dict.fromkeys(SETTINGS)}]}
+    staged = folder.with_name("staged")
     readers: dict[str, Callable[[], object]] = {
         "run": lambda: shown(read_run(folder)),
-        "push": lambda: stage(folder / "pipeline", folder.with_name("staged"), "user/name", with_checkpoints=True),
+        "push": lambda: stage(
+            folder / "pipeline", folder.with_name("staged"), "user/name", num_classes=10, with_checkpoints=True
+        ),
         "card": lambda: write_results_to_card(folder / "pipeline", report, "x"),
     }
     lines = [{"step": step, "epoch": step / 10, "loss": 1.0, "loss_by_noise": [0.1] * 10} for step in range(1, 9)]

@@ -36,6 +36,7 @@ class TestResume:
         for name, tensor in weights(whole).items():
             assert torch.equal(tensor, weights(parts)[name]), name
 
+    @pytest.mark.slow
     def test_equal_to_the_bit_when_compiled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Traced as for any compiler, with one that takes no minute in place of the default."""
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

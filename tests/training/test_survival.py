@@ -86,28 +86,13 @@ class TestKills:
 class TestSignals:
     @pytest.mark.parametrize(
         ("kind", "ranks", "count"),
-        [
-            (signal.SIGTERM, 1, 2),
-            (signal.SIGINT, 1, 1),
-            (signal.SIGTERM, 2, 1),
-            (signal.SIGINT, 2, 1),
-            (signal.SIGUSR1, 2, 1),
-            (signal.SIGHUP, 1, 1),
-        ],
+        [(signal.SIGTERM, 1, 2), (signal.SIGINT, 2, 1), (signal.SIGUSR1, 1, 1), (signal.SIGHUP, 1, 1)],
         ids=str,
     )
     def test_ends_with_a_checkpoint_and_a_pipeline(
         self, nursery: Nursery, tmp_path: Path, kind: signal.Signals, ranks: int, count: int
     ) -> None:
         interrupt_again_and_again(nursery, tmp_path, kind, ranks=ranks, count=count)
-
-    @pytest.mark.slow
-    def test_two_dozen_signals(self, nursery: Nursery, tmp_path: Path) -> None:
-        for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            for ranks, count in ((1, 5), (2, 3)):
-                folder = tmp_path / f"{kind.name}-{ranks}"
-                folder.mkdir()
-                interrupt_again_and_again(nursery, folder, kind, ranks=ranks, count=count)
 
     def test_second_int_ends_it_at_once(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"
@@ -163,6 +148,7 @@ def steps_of_a_minute(arguments: list[str]) -> int:
 
 
 class TestElastic:
+    @pytest.mark.slow
     def test_one_to_two_to_one_in_float64(self, nursery: Nursery, tmp_path: Path) -> None:
         """Same samples, draws and learning rates in the same order, so the same weights to rounding."""
         whole, elastic = elastic_runs(nursery, tmp_path, dtype="float64")
@@ -286,6 +272,7 @@ class TestBadTimes:
         assert "data.batch_size=15 must be divisible by 2 processes" in log.read_text()
         assert not folder.exists()
 
+    @pytest.mark.slow
     def test_two_processes_agree_on_the_length_that_the_time_allows(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"
         flags = [*FLAGS, "--train.max_minutes", "0.1", "--output_dir", str(folder)]
