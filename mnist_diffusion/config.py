@@ -247,7 +247,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    """Learning rate after the warm-up. A run limited by minutes alone keeps it constant and then decays it linearly."""
+    """Learning rate after the warm-up. A run limited by minutes keeps it, then decays linearly, unless `constant`."""
     lr_decay: tuple[Annotated[int, Field(ge=0)], Count] | None = None
     """First step and length in steps of a linear decay, in place of `lr_schedule`. A run limited by minutes alone
     records its own decay here."""

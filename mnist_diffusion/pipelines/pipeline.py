@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import shutil
 import tempfile
@@ -69,6 +70,14 @@ class TrajectoryOutput(BaseOutput):
     latents: torch.Tensor
     pred_original_samples: torch.Tensor
     timesteps: torch.Tensor
+
+
+def is_loadable(folder: Path) -> bool:
+    """Whether a pipeline folder is complete."""
+    try:
+        return folder.is_dir() and bool(MNISTDiffusionPipeline.from_pretrained(folder))
+    except (OSError, ValueError):
+        return False
 
 
 def unconditional_prediction(step: shipped.GuidanceStep) -> torch.Tensor:
@@ -224,9 +233,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         if self.config.guidance_distilled:
             raise ValueError("images cannot be inverted with a distilled model; use its teacher")
         labels = self.label_ids(class_labels)
-        shipped._check_images(
-            "images", images, (len(images) if isinstance(images, torch.Tensor) else 0, *self.image_shape)
-        )
+        shape = (len(images) if isinstance(images, torch.Tensor) else 0, *self.image_shape)
+        shipped._check_images("images", images, shape)
         if images.min() < 0 or images.max() > 1:
             raise ValueError(f"images must be from 0 to 1, got {float(images.min())} to {float(images.max())}")
         if labels is not None and len(labels) != len(images):
@@ -239,8 +247,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         scheduler.set_timesteps(int(num_inference_steps))
         conditions, _ = self._conditions(labels, len(images) if labels is None else 1)
         rule = unconditional_prediction if labels is None else shipped.classifier_free_guidance
-        sample = images.to(self._execution_device, torch.float32) * 2 - 1
-        before = torch.tensor(1.0)
+        sample, before = images.to(self._execution_device, torch.float32) * 2 - 1, torch.tensor(1.0)
+        limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf
         for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
             alpha = scheduler.alphas_cumprod[timestep]
             angle = torch.arccos(alpha.sqrt()) - torch.arccos(before.sqrt())
@@ -248,9 +256,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             for _ in range(int(num_iterations)):
                 output = rule(shipped.GuidanceStep(self, 0, 1, timestep, sample, conditions, *now))
                 clean = shipped.predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)
-                if scheduler.config.clip_sample:
-                    clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-                velocity = (alpha.sqrt() * sample - clean) / (1 - alpha).sqrt()
+                velocity = (alpha.sqrt() * sample - clean.clamp(-limit, limit)) / (1 - alpha).sqrt()
                 sample = (target + angle.sin() * velocity) / angle.cos()
             before = alpha
         return sample

@@ -63,26 +63,10 @@ class Samples:
         if self.pipeline.num_classes is None and not self.options.class_labels:
             return None
         try:
-            labels = [self._resolve_label(name) for name in self.options.class_labels]
+            labels = [_resolve_label(name, self.names) for name in self.options.class_labels]
             return self.pipeline.label_ids(labels or range(self.pipeline.num_classes))
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-
-    def _resolve_label(self, text: str) -> str | int:
-        """A class as Python takes it: its name, or its number if there is no such name.
-
-        Raises:
-            UserError: this is the name of one class and the number of another.
-        """
-        if not text.lstrip("-").isdigit():
-            return text
-        number, named = int(text), self.names.index(text) if text in self.names else None
-        if named is not None and named != number and 0 <= number < len(self.names):
-            raise UserError(
-                f"class_labels={text!r} is the name of class {named}, but {number} is {self.names[number]!r}: set "
-                f"data.class_names in training, or sample from Python: pipeline([{number}]) or pipeline([{text!r}])"
-            )
-        return number if named is None else text
 
     def batches(self, part: slice = slice(None)) -> Iterator[Tensor]:
         """The images, or some of them, in batches, float `[b, C, H, W]` in [0, 1]."""
@@ -219,6 +203,23 @@ class Samples:
         if others and not (file.exists() and read_text(file) == note):
             raise UserError(f"{folder} holds {others[0].name}, which another request has made; name another --out")
         replace_text(file, note)
+
+
+def _resolve_label(text: str, names: Sequence[str]) -> str | int:
+    """A class as Python takes it: its name, or its number if there is no such name.
+
+    Raises:
+        UserError: this is the name of one class and the number of another.
+    """
+    if not text.lstrip("-").isdigit():
+        return text
+    number, named = int(text), names.index(text) if text in names else None
+    if named is not None and named != number and 0 <= number < len(names):
+        raise UserError(
+            f"class_labels={text!r} is the name of class {named}, but {number} is {names[number]!r}: set "
+            f"data.class_names in training, or sample from Python: pipeline([{number}]) or pipeline([{text!r}])"
+        )
+    return number if named is None else text
 
 
 def _sheet(rows: Sequence[tuple[str, Tensor]], title: str, columns: Sequence[str] | None) -> Image.Image:

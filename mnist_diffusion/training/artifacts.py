@@ -148,6 +148,11 @@ class Artifacts:
             except UserError as error:
                 raise UserError(f"the run's configuration cannot be read back to resume from it: {error}") from error
 
+    def measure_loss(self, progress: Progress, log: logging.MetricsLog) -> None:
+        """Measure the held-out loss."""
+        if self.config.train.num_eval_images > 0:
+            progress.held_out_loss = log.measured["held_out_loss"] = self.state.held_out_loss()
+
     def evaluate(self, progress: Progress, log: logging.MetricsLog) -> None:
         """Measure images, and keep the pipeline if its FID is the best so far."""
         with warn_on_failure("evaluate"):
@@ -165,32 +170,11 @@ class Artifacts:
         samples = None
         with contextlib.suppress(FileError):  # better no picture than no pipeline
             samples = read_picture(self._sheet_path(progress.step))
-        export_pipeline(self.pipeline(), folder, card=self._card_values(folder, progress), samples=samples)
+        export_pipeline(self.pipeline(), folder, card=card_values(self, folder, progress), samples=samples)
 
     def export_snapshot(self, progress: Progress) -> None:
         """Write a snapshot of this step."""
         self.export(self.folder / "snapshots" / f"step-{progress.step}", progress)
-
-    def is_loadable(self, folder: Path) -> bool:
-        """Whether a pipeline folder is complete."""
-        try:
-            return folder.is_dir() and bool(MNISTDiffusionPipeline.from_pretrained(folder))
-        except (OSError, ValueError):
-            return False
-
-    def usage(self, folder: Path) -> str:
-        """Python that loads a pipeline folder with plain diffusers and saves one image."""
-        return (
-            "from diffusers import DiffusionPipeline\n"
-            f'pipeline = DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)\n'
-            f'{self._example_call()}.images[0].resize((280, 280), 0).save("sample.png")'
-        )
-
-    def _example_call(self) -> str:
-        if (classes := self.averaged.num_classes) is None:
-            return "pipeline()"
-        guidance = "" if self.averaged.config.guidance_distilled else ", guidance_scale=5"
-        return f"pipeline(class_labels=[{min(3, classes - 1)}]{guidance})"
 
     def draw_first(self) -> None:
         """Draw the noise schedule, and what it does to the first training images."""
@@ -247,41 +231,59 @@ class Artifacts:
         with warn_on_failure("send a picture to the trackers"):
             logging.track_picture(self.context.accelerator, name, picture, step)
 
-    def _card_values(self, folder: Path, progress: Progress) -> dict[str, Any]:
-        """The values of the model card."""
-        data, config, pipeline = self.data, self.config, self.averaged
-        conditional = [] if pipeline.num_classes is None else ["class-conditional", "classifier-free-guidance"]
-        defaults = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_distilled", "flow_matching")
-        return {
-            "title": f"{folder.parent.name} ({self.context.recipe})" if folder.name == "pipeline" else folder.name,
-            "location": REPO_PLACEHOLDER,
-            "tags": ["diffusion", *conditional],
-            "datasets": [data.hub_id] if data.hub_id is not None else None,
-            "class_names": ", ".join(map(as_markdown, data.class_names)),
-            "num_classes": pipeline.num_classes,
-            "parameters": sum(parameter.numel() for parameter in pipeline.unet.parameters()),
-            "example_call": self._example_call(),
-            "scheduler": config.sampling.scheduler or "ddpm",
-            **{name: pipeline.config[name] for name in defaults},
-            **{name: getattr(data, name) for name in ("image_size", "channels", "source", "source_id", "notice")},
-            "seed": config.train.seed,
-            "num_train_images": len(data.train),
-            "fingerprint": data.fingerprint[:16],
-            "objective": self.state.objective,
-            "steps": progress.step,
-            "epochs": progress.step * config.data.batch_size / len(data.train),
-            "batch_size": config.data.batch_size,
-            "minutes": progress.seconds / 60,
-            "machine": logging.machine(self.context.accelerator),
-            "loss": progress.loss,
-            "held_out_loss": progress.held_out_loss,
-            "versions": ", ".join(f"{name} {number}" for name, number in package_versions().items()),
-            "config": config.reproducible().to_yaml(),
-            **self.card,
-        }
-
 
 def interrupt_after_first_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
     """A callback that ends a call after its first step."""
     pipeline._interrupt = True
     return values
+
+
+def example_call(pipeline: MNISTDiffusionPipeline) -> str:
+    """Python that calls a pipeline."""
+    if (classes := pipeline.num_classes) is None:
+        return "pipeline()"
+    guidance = "" if pipeline.config.guidance_distilled else ", guidance_scale=5"
+    return f"pipeline(class_labels=[{min(3, classes - 1)}]{guidance})"
+
+
+def usage(pipeline: MNISTDiffusionPipeline, folder: Path) -> str:
+    """Python that loads a pipeline from its folder with plain diffusers and saves one image."""
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{folder}", trust_remote_code=True)\n'
+        f'{example_call(pipeline)}.images[0].resize((280, 280), 0).save("sample.png")'
+    )
+
+
+def card_values(artifacts: Artifacts, folder: Path, progress: Progress) -> dict[str, Any]:
+    """The values of the model card."""
+    data, config, pipeline = artifacts.data, artifacts.config, artifacts.averaged
+    conditional = [] if pipeline.num_classes is None else ["class-conditional", "classifier-free-guidance"]
+    defaults = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_distilled", "flow_matching")
+    return {
+        "title": f"{folder.parent.name} ({artifacts.context.recipe})" if folder.name == "pipeline" else folder.name,
+        "location": REPO_PLACEHOLDER,
+        "tags": ["diffusion", *conditional],
+        "datasets": [data.hub_id] if data.hub_id is not None else None,
+        "class_names": ", ".join(map(as_markdown, data.class_names)),
+        "num_classes": pipeline.num_classes,
+        "parameters": sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        "example_call": example_call(pipeline),
+        "scheduler": config.sampling.scheduler or "ddpm",
+        **{name: pipeline.config[name] for name in defaults},
+        **{name: getattr(data, name) for name in ("image_size", "channels", "source", "source_id", "notice")},
+        "seed": config.train.seed,
+        "num_train_images": len(data.train),
+        "fingerprint": data.fingerprint[:16],
+        "objective": artifacts.state.objective,
+        "steps": progress.step,
+        "epochs": progress.step * config.data.batch_size / len(data.train),
+        "batch_size": config.data.batch_size,
+        "minutes": progress.seconds / 60,
+        "machine": logging.machine(artifacts.context.accelerator),
+        "loss": progress.loss,
+        "held_out_loss": progress.held_out_loss,
+        "versions": ", ".join(f"{name} {number}" for name, number in package_versions().items()),
+        "config": config.reproducible().to_yaml(),
+        **artifacts.card,
+    }

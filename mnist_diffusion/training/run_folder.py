@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig
+from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig, RunConfig
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import (
     append_text,
@@ -143,6 +143,11 @@ class RunFolder:
                     self.path.rmdir()
         finally:
             self.lock.release()
+
+
+def config_text(config: RunConfig, objective: object) -> str:
+    """The configuration to save: it repeats the run, in a folder of its own, without publishing."""
+    return f"{OBJECTIVE}{objective}\n{config.reproducible().to_yaml()}"
 
 
 def cut_metrics(path: Path, step: int) -> None:

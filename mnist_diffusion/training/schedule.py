@@ -122,3 +122,11 @@ def planned_steps(config: RunConfig, images: int) -> int:
     if train.max_steps is None and train.max_epochs is not None:
         return steps_of_epochs(train.max_epochs, images, config.data.batch_size)
     return train.max_steps or (sum(train.lr_decay) if train.lr_decay else 0)
+
+
+def last_step(config: RunConfig, images: int) -> int:
+    """The step at which a run is finished."""
+    if is_timed(config.train):
+        return NEVER
+    planned, epochs = planned_steps(config, images), config.train.max_epochs
+    return planned if epochs is None else min(planned, steps_of_epochs(epochs, images, config.data.batch_size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,6 +157,11 @@ class TrainState:
             batch = self.batch(images, labels, *draws)
             total += float(self.objective.loss(self.averaged_model, batch).mean()) * len(images)
         return total / len(split[1])
+
+    def save_power_averages(self, folder: Path, step: int) -> None:
+        """Write the power-function averages of this step into a run folder."""
+        if self.power_averages is not None:
+            self.power_averages.write(folder, step)
 
     def to_checkpoint(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything to resume from: tensors by file and name, and values for JSON."""

@@ -19,15 +19,16 @@ from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.environment import package_versions, set_num_threads
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import read_json, replace_text
+from mnist_diffusion.pipelines.pipeline import is_loadable
 from mnist_diffusion.training import logging, schedule
-from mnist_diffusion.training.artifacts import Artifacts, Progress, warn_on_failure
+from mnist_diffusion.training.artifacts import Artifacts, Progress, usage, warn_on_failure
 from mnist_diffusion.training.checkpoint import WRONG_CONTENT, CheckpointError, save_checkpoint
 from mnist_diffusion.training.distributed import Processes
 from mnist_diffusion.training.ema import prune_after_step
 from mnist_diffusion.training.launch import RunContext
 from mnist_diffusion.training.probe import choose_threads, expected_cost
 from mnist_diffusion.training.resume import RunIdentity, load_newest
-from mnist_diffusion.training.run_folder import OBJECTIVE, RunFolder, cut_metrics
+from mnist_diffusion.training.run_folder import RunFolder, config_text, cut_metrics
 from mnist_diffusion.training.signals import StopRequest, detach_stdio, stop_signals
 from mnist_diffusion.training.step import TrainState
 from mnist_diffusion.training.tasks import Task, early, either, every
@@ -81,10 +82,10 @@ class Trainer:
                 self.processes.on_main(lambda: self.run_folder.acquire(resume=True))
                 self._resume()
             self._set_config(self._resolved())
-            if self.progress.step >= self.last_step:
+            if self.progress.step >= self._last_step:
                 self.processes.on_main(self._finish_interrupted_export)
                 return 0
-            self.processes.on_main(lambda: self.artifacts.prepare(self.config_text()))
+            self.processes.on_main(lambda: self.artifacts.prepare(config_text(self.config, self.state.objective)))
             if not resume:
                 self.processes.on_main(lambda: self.run_folder.acquire(resume=False))
             return self._loop()
@@ -97,8 +98,11 @@ class Trainer:
         logging.start_trackers(self.accelerator, self.config, self.folder, self.run_folder.run_id)
         self.processes.on_main(self._begin)
         signal_number, stopping = 0, False
+        bar_options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5}
+        bar_options |= {"total": progress.planned_steps or None, "initial": progress.step}
+        bar_options["disable"] = not self.processes.main
         self.clock.skip()  # preparations do not count
-        with stop_signals() as stop, self._progress_bar() as bar:
+        with stop_signals() as stop, tqdm(**bar_options) as bar:
             while not stopping:
                 learning_rate = schedule.learning_rate_at(self.config.train, progress.step, progress.planned_steps)
                 self.clock.count()
@@ -131,12 +135,16 @@ class Trainer:
         sheets = either(sampling, early(train.sample_every if train.pictures else None, per_epoch))
         measures, averages = train.evaluate_every is not None, train.averages_every is not None
         evaluate = every(train.evaluate_every, per_epoch)
+
+        def save_averages() -> None:
+            self.state.save_power_averages(self.folder, self.progress.step)
+
         return [
-            Task("measure", sampling, self._measure_held_out_loss, at_end=True),
+            Task("measure", sampling, lambda: artifacts.measure_loss(self.progress, self.log), at_end=True),
             Task(
                 "measure", evaluate, lambda: artifacts.evaluate(self.progress, self.log), at_end=measures, counted=False
             ),
-            Task("save", every(train.averages_every, per_epoch), self._save_power_averages, at_end=averages),
+            Task("save", every(train.averages_every, per_epoch), save_averages, at_end=averages),
             Task("save", every(train.checkpoint_every, per_epoch), self._save_checkpoint, at_end=True),
             Task("draw", sheets, lambda: artifacts.draw(self.progress, self.log.path), at_end=True),
             Task("draw", every(train.snapshot_every, per_epoch), lambda: artifacts.export_snapshot(self.progress)),
@@ -165,7 +173,7 @@ class Trainer:
         number, late, *agreed = self.processes.largest(stop.number, int(left <= 0), *(decay or (0, 0)))
         if agreed[1]:
             self._decide(lr_decay=tuple(agreed))
-        over = bool(late) or step == self.last_step
+        over = bool(late) or step == self._last_step
         if over and timed and not number:  # from here on, a run of so many steps
             self._decide(max_steps=step, max_minutes=None)
         return number, over or number > 0
@@ -173,23 +181,14 @@ class Trainer:
     def _decide(self, **train: Any) -> None:
         """Change the configuration, and write it before anything depends on it."""
         self._set_config(dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, **train)))
-        self.processes.on_main(lambda: replace_text(self.folder / "config.yaml", self.config_text()))
+        self.processes.on_main(
+            lambda: replace_text(self.folder / "config.yaml", config_text(self.config, self.state.objective))
+        )
 
     def _set_config(self, config: RunConfig) -> None:
         self.config = self.artifacts.config = config
         self.progress.planned_steps = schedule.planned_steps(config, len(self.data.train))
-
-    @property
-    def last_step(self) -> int:
-        """The step at which the run is finished."""
-        train = self.config.train
-        if schedule.is_timed(train):
-            return schedule.NEVER
-        planned = self.progress.planned_steps
-        if train.max_epochs is None:
-            return planned
-        epochs = schedule.steps_of_epochs(train.max_epochs, len(self.data.train), self.config.data.batch_size)
-        return min(planned, epochs)
+        self._last_step = schedule.last_step(config, len(self.data.train))
 
     def _resolved(self) -> RunConfig:
         """The configuration with what the run decides at its start: precision, source, and threads of a timed run."""
@@ -200,13 +199,9 @@ class Trainer:
         data = dataclasses.replace(self.config.data, source=self.config.data.source or self.data.source_id)
         return dataclasses.replace(self.config, train=train, data=data)
 
-    def config_text(self) -> str:
-        """The configuration to save: it repeats this run, in a folder of its own, without publishing."""
-        return f"{OBJECTIVE}{self.state.objective}\n{self.config.reproducible().to_yaml()}"
-
     def _begin(self) -> None:
         """Write the configuration, drop what later steps left, and draw what does not change."""
-        replace_text(self.folder / "config.yaml", self.config_text())
+        replace_text(self.folder / "config.yaml", config_text(self.config, self.state.objective))
         cut_metrics(self.log.path, self.progress.step)
         prune_after_step(self.folder, self.progress.step)
         if self.config.output_dir is None:
@@ -215,23 +210,6 @@ class Trainer:
             self.artifacts.draw_first()
         elif every(self.config.train.sample_every, self.steps_per_epoch)(self.progress.step):
             self.artifacts.draw(self.progress, self.log.path)  # it may have been killed between checkpoint and pictures
-
-    def _progress_bar(self) -> Any:
-        look: dict[str, Any] = {
-            "unit": "step",
-            "dynamic_ncols": True,
-            "mininterval": 0.5,
-            "initial": self.progress.step,
-        }
-        return tqdm(total=self.progress.planned_steps or None, disable=not self.processes.main, **look)
-
-    def _measure_held_out_loss(self) -> None:
-        if self.config.train.num_eval_images > 0:
-            self.progress.held_out_loss = self.log.measured["held_out_loss"] = self.state.held_out_loss()
-
-    def _save_power_averages(self) -> None:
-        if self.state.power_averages is not None:
-            self.state.power_averages.write(self.folder, self.progress.step)
 
     def _save_checkpoint(self) -> None:
         """Save everything a resumed run needs: weights, averages, optimizer, progress, and what must not change."""
@@ -288,12 +266,12 @@ class Trainer:
         if signal_number == signal.SIGHUP:
             detach_stdio()
         self.progress.seconds = self.clock.count()
-        finished = self.progress.step >= self.last_step
+        finished = self.progress.step >= self._last_step
         summary = logging.summary(self.config, self.data, self.context, self.progress, str(self.state.objective))
         summary |= {"finished": finished, "stopped_by_signal": signal_number or None}
         replace_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        usage = self.artifacts.usage(self.folder / "pipeline")
-        print(logging.closing_words(self.config, self.data, self.folder, self.progress, signal_number, usage))
+        lines = usage(self.artifacts.averaged, self.folder / "pipeline")
+        print(logging.closing_words(self.config, self.data, self.folder, self.progress, signal_number, lines))
 
     def _finish_interrupted_export(self) -> None:
         """Report that the run is finished; first write again what it was killed before writing."""
@@ -301,7 +279,7 @@ class Trainer:
         with contextlib.suppress(FileError):
             summary = read_json(self.folder / "summary.json")
         same = summary.get("step") == self.progress.step and not summary.get("stopped_by_signal")
-        if same and self.artifacts.is_loadable(exported):
+        if same and is_loadable(exported):
             print(f"Finished at step {self.progress.step} already; nothing to do. The pipeline is in {exported}")
             return
         for task in self._tasks():

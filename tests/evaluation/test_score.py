@@ -142,7 +142,7 @@ def test_same_seed_same_figures(digits: ImageData, digits_reference: Reference) 
 
 @pytest.mark.slow
 def test_train_on_synthetic(digits_reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_diffusion.evaluation.score.SYNTHETIC_STEPS", 40)
+    monkeypatch.setattr("mnist_diffusion.evaluation.score.SYNTHETIC_STEPS", 60)
     train = digits_reference.data.train
     values = digits_reference.score(Sample(train.tensor, train.labels), train_on_synthetic=True).values
     assert values["train_on_synthetic_accuracy"] == values["train_on_synthetic_accuracy_floor"] > 0.8

@@ -59,7 +59,7 @@ def test_sweep_measures_psnr_as_it_is_defined(digits: ImageData) -> None:
 
 @pytest.mark.slow
 def test_denoiser_learns_and_generalises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["denoiser.py", "--steps", "150", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["denoiser.py", "--steps", "100", "--out", str(tmp_path)])
     denoiser.main()
     rows = json.loads((tmp_path / "psnr.json").read_text(encoding="utf-8"))
     assert [row["sigma"] for row in rows] == list(denoiser.SIGMAS)

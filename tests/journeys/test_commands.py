@@ -22,7 +22,8 @@ from mnist_diffusion import cli
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
 from tests.support.hub_server import HubServer
-from tests.support.survival import FLAGS
+from tests.support.survival import FLAGS, Nursery
+from tests.training.test_survival import recording_batches
 
 BIN = Path(sys.executable).parent
 ACCELERATE, TORCHRUN, CONSOLE = str(BIN / "accelerate"), str(BIN / "torchrun"), str(BIN / "mnist-diffusion")
@@ -267,7 +268,8 @@ def test_two_torchrun_nodes_on_loopback(tmp_path: Path) -> None:
     ]
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    command(sys.executable, str(worker), *flags, str(tmp_path / "one"), cwd=tmp_path, environment=environment)
+    log = tmp_path / "log.txt"
+    assert Nursery().finish([*flags, str(tmp_path / "one")], log=log, work=recording_batches) == [0], log.read_text()
     one = torch.load(tmp_path / "one" / "seen-0.pt", weights_only=True)
     two = [torch.load(tmp_path / "two" / f"seen-{rank}.pt", weights_only=True) for rank in range(2)]
     for name in ("images", "noise", "timesteps", "labels", "dropped"):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from mnist_diffusion import cli
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.hub import push
 from mnist_diffusion.hub_client import HubError
-from tests.conftest import REPOSITORY
 from tests.support.hub_server import Fault, HubServer
 from tests.support.survival import FLAGS
 
@@ -32,53 +29,38 @@ def require_nowhere(folder: Path) -> int:
     return len(files)
 
 
-def command(*arguments: str, hub: HubServer, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A real command with the token in its environment; it has a home of its own."""
-    (folder / "home").mkdir(exist_ok=True)
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "WANDB_MODE": "offline"}
-    home = {"HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY), "HF_HOME": str(folder / "home" / "hf")}
-    result = subprocess.run(
-        [str(Path(sys.executable).with_name("mnist-diffusion")), *arguments],
-        cwd=folder,
-        env={**os.environ, **settings, **home, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert TOKEN not in result.stdout + result.stderr
-    return result
-
-
 @pytest.mark.slow
-def test_train_push_fail_and_crash(hub: HubServer, tmp_path: Path) -> None:
+def test_train_push_fail_and_crash(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Trained with both trackers and pushed; refused; and crashed in the midst: searched, all of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def command(*arguments: str) -> tuple[int, str]:
+        """The exit code, and all that is printed."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        code = cli.main(list(arguments))
+        printed = "".join(capfd.readouterr())
+        assert TOKEN not in printed
+        return code, printed
+
     flags = [*FLAGS, "--train.max_steps", "2", "--train.trackers", "[tensorboard,wandb]", "--train.pictures", "true"]
     pushing = ["--hub.push", "true", "--hub.repo_id", NAME, "--hub.with_checkpoints", "true"]
-    done = command("train", *flags, *pushing, "--output_dir", "run", hub=hub, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"Pushed: {hub.url}/{NAME}" in done.stdout
-
+    code, printed = command("train", *flags, *pushing, "--output_dir", "run")
+    assert code == 0
+    assert f"Pushed: {hub.url}/{NAME}" in printed
     hub.fault = lambda request: Fault(status=500) if "/commit/" in request.path else None
-    failed = command("train", *flags, *pushing, "--output_dir", "failed", hub=hub, folder=tmp_path)
-    assert failed.returncode == 2
-    assert "push it later with: mnist-diffusion push failed" in failed.stderr
+    code, printed = command("train", *flags, *pushing, "--output_dir", "failed")
+    assert code == 2
+    assert "push it later with: mnist-diffusion push failed" in printed
     hub.fault = lambda request: Fault(status=401) if "preupload" in request.path else None
-    assert command("push", "run", NAME, hub=hub, folder=tmp_path).returncode == 2
-
+    assert command("push", "run", NAME)[0] == 2
     hub.fault = lambda request: None
-    code = "import sys\nfrom mnist_diffusion import hub\nfrom mnist_diffusion import cli\n"
-    code += "hub.upload = None\nsys.exit(cli.main())"
-    (tmp_path / "crash.py").write_text(code)
-    crashed = subprocess.run(
-        [sys.executable, "crash.py", "push", "run", NAME],
-        cwd=tmp_path,
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "TypeError: 'NoneType' object is not callable" in crashed.stderr
-    assert TOKEN not in crashed.stdout + crashed.stderr
+    monkeypatch.setattr("mnist_diffusion.hub.upload", None)
+    with pytest.raises(TypeError) as crashed:
+        command("push", "run", NAME)
+    assert TOKEN not in "".join(traceback.format_exception(crashed.value)) + "".join(capfd.readouterr())
 
     assert require_nowhere(tmp_path) > 20
     assert (tmp_path / "run" / "wandb").is_dir()

@@ -277,7 +277,6 @@ def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callab
     run_folder(folder)
     about = {"source": "x", "hub_id": None, "fingerprint": "0"}
     report = {"data": about, "results": [{"accuracy": 0.5, **dict.fromkeys(SETTINGS)}]}
-    staged = folder.with_name("staged")
     readers: dict[str, Callable[[], object]] = {
         "run": lambda: shown(read_run(folder)),
         "push": lambda: stage(
