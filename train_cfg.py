@@ -7,7 +7,7 @@
 
 Leaves `runs/<recipe>-<time>/pipeline`, a folder that `DiffusionPipeline.from_pretrained` loads.
 
-What is trained is said below: a network, and what it learns. Both can be replaced by functions of your own with the
+The network and its objective are chosen at the bottom. Both can be replaced by functions of your own with the
 same arguments. Everything else (images, order, precision, processes, checkpoints, export) is the configuration's, and
 `mnist_diffusion.training.run.train` puts it together in the order in which it happens.
 """

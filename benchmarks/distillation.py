@@ -84,7 +84,7 @@ def main(
         *speeds(learned),
     ]
     print("\n".join(lines))
-    figure = plot_results(results, *PLOTS["quality_against_passes"])
+    figure = plot_results(results, *PLOTS["quality_against_nfe"])
     assert figure is not None
     figure.savefig(out / "distillation_plot.png", dpi=100)
     side_by_side(load_pipeline(teacher, device=None, dtype="float32"), student).save(out / "distillation.png")
@@ -105,7 +105,7 @@ def speeds(student: MNISTDiffusionPipeline, repeats: int = 51) -> list[str]:
     single = statistics.median(seconds(1) for _ in range(repeats))
     dtype = str(student.dtype).removeprefix("torch.")
     return [
-        f"One pass, median of {repeats} calls in {dtype}: {64 / batch:.0f} digits/s in batches of 64, "
+        f"One step, median of {repeats} calls in {dtype}: {64 / batch:.0f} digits/s in batches of 64, "
         f"{1000 * single:.1f} ms for a single digit as a PIL image."
     ]
 

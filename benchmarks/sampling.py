@@ -107,14 +107,14 @@ def main(
     }
     if student is not None:
         learned = load_pipeline(student, device=device, dtype=dtype)
-        draw["student, one pass"] = lambda labels: learned(labels, num_inference_steps=1, output_type="pt").images
+        draw["student, 1 step"] = lambda labels: learned(labels, num_inference_steps=1, output_type="pt").images
         if learned.device.type == "cpu" and dtype == "float32":
             with tempfile.TemporaryDirectory() as folder:
-                draw["student, one pass, ONNX Runtime"] = in_onnx_runtime(learned, Path(folder))
+                draw["student, 1 step, ONNX Runtime"] = in_onnx_runtime(learned, Path(folder))
     quality = {name: ["", "", ""] for name in draw} if data is None else _quality(draw, data, num_images)
     if compiled:
         faster = load_pipeline(pipeline, device=device, dtype=dtype)
-        faster.compile(mode="reduce-overhead", dynamic=False)
+        faster.unet.compile(mode="reduce-overhead", dynamic=False)
         draw["default call, compiled"] = lambda labels: faster(labels, output_type="pt").images
     seconds: dict[tuple[str, int], list[float]] = {(name, size): [] for name in draw for size in (1, batch_size)}
     for repeat in range(repeats + 2):  # the first two are not counted

@@ -75,7 +75,7 @@ def main(recipe: str = "default", *, busy: int = 4, seconds: float = 8.0, repeat
 
 
 def _measure(recipe: str, threads: int, spin: str | None, seconds: float) -> float:
-    spins = {} if spin is None else {"GOMP_SPINCOUNT": spin}
+    spins = {"GOMP_SPINCOUNT": spin or "10000"}  # else as the training commands set it
     command = [sys.executable, "-c", MEASURE, recipe, str(threads), str(seconds)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **spins}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Draw digits with a trained pipeline: other classes, other guidance, another sampler.
+"""Sample all classes from a trained pipeline: two guidance scales, two samplers.
 
     python examples/sample.py runs/my-run/pipeline digits.png
 

@@ -110,7 +110,7 @@ class EvaluationOptions(DrawOptions):
     train_on_synthetic: bool = False
     """Also train a classifier on the images and test it on real ones."""
     imagenet_fid: bool = False
-    """Also compute FID with ImageNet's Inception network, as a second opinion."""
+    """Also compute FID with ImageNet's Inception network, for comparison with other work."""
     out: Path = Path("evaluation")
     """Output folder; images found there are used again."""
     write_card: bool = False
@@ -149,7 +149,7 @@ class AppOptions:
     runs: Path = Path("runs")
     """Folder for training runs."""
     only_draw: bool = False
-    """Leave out training, which takes minutes of this machine."""
+    """Disable training in the app."""
     host: Text = "127.0.0.1"
     """Address to listen at; 0.0.0.0 admits other machines."""
     port: Annotated[int, Field(ge=1, lt=2**16)] = 7860

@@ -54,7 +54,7 @@ class AugmentConfig:
     scale: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest relative change of size: 0.1 draws factors from 0.9 to 1.1."""
     horizontal_flip: bool = False
-    """Mirror every second image left to right; wrong for digits and letters."""
+    """Flip images left to right half the time; wrong for digits and letters."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -110,7 +110,7 @@ class ModelConfig:
     block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1, max_length=10)] = (64, 128, 128)
     """Channels at each resolution level, finest first."""
     patch_size: Count = 1
-    """Side of the pixel patches that become input channels; 2 costs about a quarter of 1."""
+    """Side of the pixel patches that become input channels; 2 is about 4x cheaper than 1."""
     layers_per_block: Count = 2
     """Residual blocks per level."""
     attention_levels: Annotated[tuple[int, ...], AfterValidator(distinct)] = ()
@@ -236,9 +236,9 @@ class TrainConfig:
     max_steps: Count | None = None
     """Stop after this many steps."""
     max_epochs: Positive | None = None
-    """Stop after this many passes over the training images."""
+    """Stop after this many epochs."""
     max_minutes: Positive | None = None
-    """Alone: as many steps as fit into this time. With `max_steps` or `max_epochs`: stop at this time at the latest.
+    """Set alone: as many steps as fit in this time. With `max_steps` or `max_epochs`: an upper limit.
     Five minutes if none of the three is set. Evaluations do not count."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for convolutions and linear layers with AdamW for the rest."""
@@ -276,7 +276,7 @@ class TrainConfig:
     num_eval_images: Annotated[int, Field(ge=0)] = 2000
     """Held-out images the loss is measured on, always with the same noise; 0 disables it."""
     log_every_steps: Count = 50
-    """Write `metrics.jsonl` and the trackers every so many steps."""
+    """Steps between writes to `metrics.jsonl` and the trackers."""
     checkpoint_every: Interval | None = "500 steps"
     """Save a checkpoint to resume from, such as `500 steps` or `0.5 epochs`; one is always saved at the end."""
     keep_checkpoints: Count = 2
@@ -343,7 +343,7 @@ class RunConfig:
 
     RECIPE_FOLDER: ClassVar[Path] = RECIPES
     FIXED: ClassVar[tuple[str, ...]] = ()
-    """Options that a resumed run may not change, besides those that no run may."""
+    """Options that a resumed run may not change, besides `resume.FIXED`."""
 
     def __post_init__(self) -> None:
         if self.train.resume and self.output_dir is None:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         try:
             pipeline.unet.load_state_dict(weights)
         except RuntimeError as wrong:
-            raise UserError(f"{options.run} has averages of another network than its pipeline's: {wrong}") from wrong
+            raise UserError(f"the averages in {options.run} do not fit its pipeline: {wrong}") from wrong
         folder = options.run / f"average-{std:g}"
         replace_folder(folder, pipeline.save_pretrained)
         print(f"{folder}: from {len(steps)} saved averages up to step {steps[-1]}; error in the weights {error:.1e}")

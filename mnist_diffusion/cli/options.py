@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
     def words(self, argv: Sequence[str]) -> argparse.Namespace:
         """The words behind each flag; exits with status 2 if a flag is unknown."""
         if any(word.startswith("-") and word.partition("=")[0].endswith("token") for word in argv):
-            self.error("a token is never an argument, which others can see; use `hf auth login` or set HF_TOKEN")
+            self.error("a token is never an argument, as others can see it; use `hf auth login` or HF_TOKEN")
         found, unknown = self.parse_known_args(list(argv))
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], list(self._option_string_actions), 1)

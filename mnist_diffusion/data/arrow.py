@@ -168,7 +168,7 @@ def _encoded(value: Any, description: str, folder: Path | None, factor: int) -> 
     with wrap_errors(f"{description}: a picture is named {str(path)[:200]!r}"):
         inside = None if folder is None or path is None else (folder / path).resolve()
     if folder is None or inside is None or not inside.is_relative_to(folder.resolve()):
-        raise DataError(f"{description}: a picture is only named, {str(path)[:200]!r}, not a file in the same folder")
+        raise DataError(f"{description}: a picture is a path, {str(path)[:200]!r}, not a file in the same folder")
     return read_file(inside)
 
 

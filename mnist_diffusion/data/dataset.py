@@ -210,11 +210,11 @@ def _readable(source: RawSource) -> RawSource:
             except DataError as error:
                 problems.append(str(error))
         if not kept and count:
-            raise DataError(f"{source.description}: no picture of a split could be read, such as {problems[-1]}")
+            raise DataError(f"{source.description}: no picture of a split could be read: {problems[-1]}")
         return RawSplit(split.images.select(kept), [split.labels[index] for index in kept])
 
     train, test = readable(source.train), source.test and readable(source.test)
-    note = f"{len(problems)} pictures that could not be read are left out, such as {problems[0]}" if problems else ""
+    note = f"{len(problems)} unreadable pictures skipped; the first: {problems[0]}" if problems else ""
     return replace(source, train=train, test=test, notes=(*source.notes, note) if note else source.notes)
 
 

@@ -42,7 +42,7 @@ Encoded = bytes | np.ndarray
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """EncodedImages of any sizes that are read and decoded when they are needed.
+    """Encoded images of any sizes, read and decoded when needed.
 
     Args:
         count: how many there are.
@@ -64,7 +64,7 @@ class EncodedImages:
             yield self.decode([index])[0]
 
     def decode(self, indices: Sequence[int], *, grey: bool = False) -> list[Tensor]:
-        """EncodedImages as uint8 `[C, H, W]`: grey if a picture is grey or `grey` asks for it, else RGB.
+        """Images as uint8 `[C, H, W]`: grey if a picture is grey or `grey` asks for it, else RGB.
 
         Raises:
             DataError: one could not be decoded; the message names it.
@@ -145,7 +145,7 @@ def decode_picture(encoded: Encoded, where: str, *, grey: bool = False, backgrou
             values = np.asarray(picture)
             if 0 < (largest := int(values.max())) < MIN_SIXTEEN_BIT_WHITE:
                 raise DataError(
-                    f"{where}: the largest value is {largest}, of 65535 that 16 bits mean by white; save it with 8 bits"
+                    f"{where}: the largest value is {largest}, but white in 16 bits is 65535; save it with 8 bits"
                 )
             picture = Image.fromarray((values >> 8).astype(np.uint8))
         grey = grey or picture.mode in GREY_MODES

@@ -52,7 +52,7 @@ class Layout:
     Args:
         splits: for each split, by the name it has there, its files and the class of each; None where no folder names
             one.
-        notes: what was left out, or taken for what, one sentence each.
+        notes: how files were interpreted and which were skipped.
         has_subsets: whether `data.subset` chose something.
     """
 

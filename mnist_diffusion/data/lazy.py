@@ -12,7 +12,7 @@ from mnist_diffusion.data.decoding import CHUNK, EncodedImages
 
 MANY = 20_000
 AT_ONCE = 8
-"""EncodedImages that are in memory at their own size, which may be large."""
+"""Images decoded at once at their original size, which may be large."""
 
 
 class LazyImages:

@@ -51,7 +51,7 @@ class Survey:
         duplicates: groups of places with the same pixels.
         in_two_classes: those of them that are of different classes.
         in_both_splits: those of them that are in the training and in the held-out split.
-        notes: what was left out, what was taken for what, and what looks wrong.
+        notes: how files were interpreted, which were skipped, and warnings.
     """
 
     description: str

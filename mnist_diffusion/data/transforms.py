@@ -35,7 +35,7 @@ def fit_to_size(images: Tensor, size: int, fit: Fit, background: Background = "b
     shorter side to `size` and crops the middle; `pad` fills up alone.
 
     Raises:
-        ValueError: `pad` was asked for and the image is larger than `size`.
+        ValueError: one is too large for `pad`, or too thin for `resize`.
     """
     height, width = images.shape[-2:]
     if height == width == size:

@@ -172,7 +172,7 @@ def _foldered_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> Ra
 
 
 def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource | None:
-    """EncodedImages that tables beside them list with their labels; None if no table does."""
+    """Pictures listed with their labels in tables beside them; None if no table lists any."""
     tables: dict[str, tuple[Any, str, str | None]] = {}
     known = set(names)
     by_end: dict[str, list[str]] = defaultdict(list)
@@ -234,7 +234,7 @@ def _picture_named(file: Any, by_end: dict[str, list[str]], table: PurePosixPath
     if len(found) > 1:
         found = [name for name in found if any(kind_of(part) == split for part in PurePosixPath(name).parts[:-1])]
     if len(found) != 1:
-        raise DataError(f"{where} names {str(file)!r}, and {len(found) or 'none'} of the pictures are called so")
+        raise DataError(f"{where} names {str(file)!r}, but {len(found) or 'no'} pictures have that name")
     return found[0]
 
 

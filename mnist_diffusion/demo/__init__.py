@@ -1,1 +1,1 @@
-"""The page to play with: drawing, steering, comparing, training and evaluating in a browser, with Gradio."""
+"""The web app: sampling, steering, comparing, exploring and training in a browser, with Gradio."""

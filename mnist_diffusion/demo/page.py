@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 RECIPES = {
-    "default": "default: digits that read as asked, in five minutes.",
+    "default": "default: legible digits, in five minutes.",
     "tiny": "tiny: blobs that begin to look like digits, in one.",
 }
 FALLBACK_SAMPLING: Any = Config.load("default").sampling
@@ -131,7 +131,7 @@ def build_page(models: Models, jobs: JobRunner | None, data: Sequence[str]) -> g
     Args:
         models: what it draws with.
         jobs: runs trainings; without it the app only samples.
-        data: arguments that name the images to train on and to measure against.
+        data: flags of `mnist-diffusion train` that name the images.
     """
     with gr.Blocks(title="mnist-diffusion", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# mnist-diffusion\nWatch a diffusion model sample, and change how it does.")
@@ -315,8 +315,8 @@ def _explore(models: Models, controls: Controls) -> None:
     with gr.Row():
         with gr.Column():
             gr.Markdown(
-                "### A picture of your own, under another label\nThe noise from which the model draws your picture is "
-                "found (DDIM inversion). Drawn from this noise as another class, it keeps its style."
+                "### Redraw your picture as another class\nDDIM inversion finds the noise that generates your "
+                "picture. Sampled from this noise as another class, it keeps its style."
             )
             sketchpad = _component("sketchpad", "sketchpad")
             is_a = controls.classes(gr.Dropdown, place=3, label="It is a")

@@ -45,7 +45,7 @@ SECONDS_TO_CLOSE = 3
 
 
 class RouteAllowlist:
-    """Middleware that rejects other routes, and requests with objects, and lets browsers load nothing from elsewhere.
+    """Middleware that allows only the listed routes, rejects JSON objects, and blocks content from other origins.
 
     The app sends strings, numbers and lists of them. To Gradio an object may name a file: mounted by
     `mount_gradio_app`, Gradio 6.31 copies any file that a visitor names into its cache and serves it, since it checks

@@ -23,7 +23,7 @@ WORKING_MEMORY_MIB = 256
 CONFIDENCE = 0.95
 
 
-# They warn of features kept in memory, which is what they are given, and of the deviation over one split.
+# torchmetrics warns that it keeps features in memory, as intended, and of the deviation over one split.
 warnings.filterwarnings("ignore", message="Metric `(Kernel Inception Distance|InceptionScore)` will save")
 ALONE: dict[str, Any] = {"sync_on_compute": False}
 """Of several processes only the first scores images, so its metrics must not wait for the others."""

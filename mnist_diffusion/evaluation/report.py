@@ -125,8 +125,8 @@ def _explanations(report: Mapping[str, Any]) -> list[str]:
         "training images, in the class proportions of the images evaluated; floor: as many held-out images.",
         f"Evaluator: {evaluator['origin']}, SHA-256 `{evaluator['sha256'][:16]}`, classifies "
         f"{evaluator['accuracy']:.2%} of the held-out images correctly.",
-        "FID and KID are Fréchet and kernel distance in this evaluator's features, not ImageNet's: they compare with "
-        "figures of the same evaluator and number of images only.",
+        "FID and KID are Fréchet and kernel distance in this evaluator's features, not ImageNet's: compare them "
+        "only at the same evaluator and number of images.",
         f"Seed {report['seed']}; {report['machine']}; "
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
         *[f"**Warning:** {warning}" for warning in warnings],

@@ -243,15 +243,15 @@ class Reference:
         count, real_count = entry["num_images"], entry["num_images_floor"]
         few = (
             f"{count} images are few: distances are biased upwards, by an amount that depends on the number. "
-            f"{real_count} real images score {entry['fid_floor']:.3g}. Compare figures of one number only, and "
+            f"{real_count} real images score {entry['fid_floor']:.3g}. Compare equal image counts only, and "
             "report 10,000 images or more."
         )
         high_floor = (
-            f"the floor is that of {real_count} held-out images, all there are, for {count} images: it is higher "
-            "than that of as many would be, and the ratio lower."
+            f"the floor is from all {real_count} held-out images, fewer than the {count} images: it is higher "
+            "than at an equal number, and the ratio is lower."
         )
         copies = (
-            f"{entry['copied_share']:.1%} of the images are nearer to one training image than {COPY_QUANTILE:.0%} "
+            f"{entry['copied_share']:.1%} of images are nearer to one training image than {1 - COPY_QUANTILE:.0%} "
             "of held-out images are: look for copies of training images."
         )
         raised = ((few, count < SMALL_SAMPLE), (high_floor, real_count < count), (copies, entry["copies_suspected"]))

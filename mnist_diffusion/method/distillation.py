@@ -45,7 +45,7 @@ def student_of(teacher: MNISTDiffusionPipeline, num_scales: int = 1) -> UNet2DMo
 
 
 def clipped_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Error of a predicted image after clipping to [-1, 1], all `[B, C, H, W]`.
+    """Error of a prediction clipped at black and white targets, all `[B, C, H, W]`.
 
     Predictions beyond black where the target is black, or beyond white where it is white, have no error: most pixels of
     a digit lie on a bound, which a network can only hit by overshooting.

@@ -1,1 +1,1 @@
-"""Pipelines that travel inside every export; each is one self-contained file."""
+"""The pipeline class, samplers, pipeline folders, model cards, ONNX export."""

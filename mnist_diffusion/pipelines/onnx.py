@@ -37,7 +37,7 @@ def export_onnx(pipeline: MNISTDiffusionPipeline, folder: Path) -> Path:
     """Write `model.onnx`, checked against the network.
 
     Its inputs, for any number B of images: `sample`, float32 `[B, C, H, W]` noisy images; `timestep`, float32 `[B]`;
-    and for a class-conditional network `class_labels`, int64 `[B]`, of which the last is the null class. Its output is
+    and for a class-conditional network `class_labels`, int64 `[B]`; the highest label is the null class. Its output is
     `prediction`, float32 `[B, C, H, W]`. Patches are cut and put together inside.
 
     Args:

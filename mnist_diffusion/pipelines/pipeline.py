@@ -105,7 +105,7 @@ def guider_rule(guider: Any) -> Callable[[shipped.GuidanceStep], torch.Tensor]:
             raise ValueError(f"guidance_scale has no effect with guidance={name}, which has a scale of its own")
         guider.set_state(step.step, step.num_steps, step.timestep)
         parts = guider.prepare_inputs({"conditional": (torch.tensor(True), torch.tensor(False))})
-        if not step.acts:  # after the line above, with which a guider begins its memory at step 0
+        if not step.acts:  # after `prepare_inputs`, which resets a guider at step 0
             return step.predict(True, False)[0]
         conditional = [bool(part.conditional) for part in parts]
         predictions = step.predict(any(conditional), not all(conditional))
@@ -380,7 +380,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
 
         Raises:
             ValueError: what is to be pushed holds the token.
-            OSError: the Hub refused or could not be reached; nothing has changed there.
+            OSError: the Hub refused or could not be reached; the files are unchanged.
         """
 
         api = HfApi(token=token)

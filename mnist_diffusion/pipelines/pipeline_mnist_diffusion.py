@@ -370,14 +370,14 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             _check_count("num_inference_steps", steps, high=available)
         for name, values in given.items():
             if name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(f"{name} cannot be chosen with {type(self.scheduler).__name__}")
+                raise ValueError(f"{name} is not supported by {type(self.scheduler).__name__}")
             if not isinstance(values, list | tuple | np.ndarray | torch.Tensor) or len(values) == 0:
                 raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
             top = available - 1 if name == "timesteps" else None
             for value in values:
                 _check_number(name, value, low=0, high=top)
             if any(later >= earlier for earlier, later in pairwise(values)):
-                raise ValueError(f"{name} must fall from step to step, got {list(values)}")
+                raise ValueError(f"{name} must be strictly decreasing, got {list(values)}")
 
     @torch.no_grad()
     def __call__(
@@ -398,7 +398,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance: Any = None,
     ) -> Any:
-        """Sample one image for each class label. Raises TypeError or ValueError before anything is computed.
+        """Sample images of each class label. Bad arguments raise TypeError or ValueError before sampling.
 
         Args:
             class_labels: an int, a class name, or a list, array or tensor of them. None samples unconditionally.

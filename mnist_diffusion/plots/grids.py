@@ -169,7 +169,7 @@ def denoising_strip(
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """Class names as parts of file names, no two alike: with their numbers if they would be without."""
+    """Class names for use in file names, made unique with class numbers where necessary."""
     short = ["".join(letter if letter.isalnum() else "_" for letter in name[:MAX_LABEL]) for name in names]
     if len(set(map(str.lower, short))) == len(short):  # some file systems take upper and lower case for the same
         return short
@@ -190,7 +190,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 150) -> None:
-    """Write frames as a looping GIF that rests on its last frame, the old one or the new, nothing between."""
+    """Write frames atomically as a looping GIF that rests on its last frame."""
     replace_picture(frames[0], path, **animation(frames, milliseconds=milliseconds))
 
 

@@ -71,7 +71,7 @@ def run_page(run: RunRecord) -> str:
 def comparison_page(runs: Mapping[str, RunRecord]) -> str:
     """Several runs compared as HTML: results, settings that differ, curves, last sample sheets."""
     groups = by_objective(runs)
-    apart = " Losses of different objectives do not compare, and are plotted apart." if len(groups) > 1 else ""
+    apart = " Losses of different objectives cannot be compared; plotted apart." if len(groups) > 1 else ""
     sheet = last_sheets(runs)
     figure = curves.compared_curves([{name: run.lines for name, run in group.items()} for group in groups])
     return _render(

@@ -11,7 +11,7 @@ from rich.table import Table
 from mnist_diffusion.pipelines.card import as_markdown
 
 WIDTH = 140
-"""Of what is no terminal, in letters, so that tables are not cut in files and logs."""
+"""Characters per line in files and logs, so that tables are not cut there."""
 
 
 def console() -> Console:

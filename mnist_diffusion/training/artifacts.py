@@ -1,4 +1,4 @@
-"""What a run makes of its averaged weights: sample sheets and plots, scores, and pipeline folders."""
+"""Outputs of the averaged weights of a run: sample sheets, plots, scores and pipeline folders."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class Artifacts:
         self.export(self.folder / "snapshots" / f"step-{progress.step}", progress)
 
     def draw_first(self) -> None:
-        """Draw the noise schedule, and what it does to the first training images."""
+        """Draw the noise schedule, and what it does to a few training images."""
         if self.config.train.pictures:
             with warn_on_failure("draw the noise schedule"):
                 process = NoisingProcess.of(self.averaged.scheduler)

@@ -166,7 +166,7 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
 
 
 def verify(path: Path, step: int, run_id: str | None = None) -> dict[str, Any]:
-    """Check that every file of a checkpoint is the one that was written; its manifest.
+    """Check every file of a checkpoint against its manifest; returns the manifest.
 
     Raises:
         ForeignCheckpointError: it belongs to another run or version.

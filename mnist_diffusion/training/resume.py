@@ -72,7 +72,7 @@ def load_newest(
     if problems := [each for each in gather_object([problem]) if each is not None]:
         raise CheckpointError(problems[0])
     if changes:
-        accelerator.print(f"Changed since: {changes}")
+        accelerator.print(f"Changes: {changes}")
     return checkpoint
 
 

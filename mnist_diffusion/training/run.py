@@ -1,4 +1,4 @@
-"""The door to a run: `train(config)` and `distill(config)` assemble what the configuration describes, and train it."""
+"""Entry points: `train(config)` and `distill(config)` assemble a run from its configuration and execute it."""
 
 from __future__ import annotations
 

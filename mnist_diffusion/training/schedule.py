@@ -14,11 +14,11 @@ DECAY_SHARE = 0.4
 SMOOTHING_SECONDS = 10.0
 """Time constant of the mean step time."""
 PAUSE_SECONDS, PAUSE_STEPS = 30.0, 20
-"""A step that takes longer than both, the second in mean steps, was suspended and does not count."""
+"""A step longer than both (the second in mean steps) was suspended, and counts as a mean step."""
 
 
 def learning_rate_at(config: TrainConfig, step: int, planned_steps: int) -> float:
-    """The learning rate of the update after `step` others.
+    """The learning rate of update `step`, counted from 0.
 
     Args:
         config: peak, warm-up and schedule.

@@ -58,7 +58,7 @@ class TrainState:
         self.loss_by_noise = torch.zeros(2, NOISE_LEVELS, device=accelerator.device)  # sums and counts
 
     def update(self, step: int, learning_rate: float) -> dict[str, Tensor]:
-        """Make the optimizer update after `step` others.
+        """Do optimizer update `step`, counted from 0.
 
         With `train.on_non_finite: skip`, an update that is not finite on some process changes nothing.
 

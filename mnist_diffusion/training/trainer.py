@@ -274,7 +274,7 @@ class Trainer:
         print(logging.closing_words(self.config, self.data, self.folder, self.progress, signal_number, lines))
 
     def _finish_interrupted_export(self) -> None:
-        """Report that the run is finished; first write again what it was killed before writing."""
+        """Write any results that the run was killed before writing, and print that it is done."""
         exported, summary = self.folder / "pipeline", {}
         with contextlib.suppress(FileError):
             summary = read_json(self.folder / "summary.json")

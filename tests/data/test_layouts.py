@@ -286,13 +286,13 @@ class TestFiles:
             load(tmp_path)
         data = load(tmp_path, skip_unreadable=True)
         assert len(data.train) + len(data.test) == 12
-        assert "1 pictures that could not be read are left out, such as" in data.describe()
+        assert "1 unreadable pictures skipped; the first:" in data.describe()
 
     def test_nothing_that_can_be_read(self, tmp_path: Path) -> None:
         classes(tmp_path, THREE)
         for path in tmp_path.rglob("*.png"):
             path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-        with pytest.raises(DataError, match=r"no picture of a split could be read, such as .* Git LFS pointer"):
+        with pytest.raises(DataError, match=r"no picture of a split could be read: .* Git LFS pointer"):
             load(tmp_path, skip_unreadable=True)
 
     def test_too_long_and_thin(self, tmp_path: Path) -> None:

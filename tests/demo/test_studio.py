@@ -184,7 +184,7 @@ def test_an_error_is_said(browser: Any, address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("unipc", "is no sum of the last two predictions"), ("euler", "not of unit variance")]
+    ("name", "message"), [("unipc", "does not combine the last two predictions"), ("euler", "not of unit variance")]
 )
 def test_samplers_that_are_no_sums_are_refused(name: str, message: str) -> None:
     pipeline = make_pipeline(diffusion=DiffusionConfig(beta_schedule="linear"))

@@ -118,7 +118,7 @@ def test_small_samples_carry_their_floor_in_a_warning(digits_reference: Referenc
     assert "100 images are few" in few
     assert f"{values['fid_floor']:.3g}" in few
     more = Sample(digits_reference.data.train.tensor[:500], digits_reference.data.train.labels[:500])
-    assert any("the floor is that of 180" in warning for warning in digits_reference.score(more).values["warnings"])
+    assert any("the floor is from all 180" in warning for warning in digits_reference.score(more).values["warnings"])
 
 
 def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) -> None:

@@ -81,7 +81,7 @@ def test_several_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     words = "".join(page.words.split())
     for part in (
-        "Lossesofdifferentobjectivesdonotcompare",
+        "Lossesofdifferentobjectivescannotbecompared",
         "diffusion.prediction_type'v_prediction''epsilon'",
         "train.seed05",
     ):

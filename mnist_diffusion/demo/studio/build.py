@@ -98,7 +98,7 @@ def _runtime_files(folder: Path | None) -> dict[str, bytes]:
             raise StudioError(f"runtime={str(folder)!r} has no {', '.join(missing)}; name the package's `dist` folder")
         return {name: read_bytes(folder / name, MAX_RUNTIME_BYTES) for name in RUNTIME_FILES}
     if (npm := shutil.which("npm")) is None:
-        raise StudioError(f"npm fetches {RUNTIME}, and is not installed; or name its `dist` folder with --runtime")
+        raise StudioError(f"{RUNTIME} needs npm, which is not installed; or set --runtime to its `dist`")
     with tempfile.TemporaryDirectory() as temporary:
         command = [npm, "pack", RUNTIME, "--silent", "--pack-destination", temporary]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=temporary)

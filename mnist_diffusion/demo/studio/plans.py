@@ -56,7 +56,7 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         (a, b, c, d), wrong, _ = sums[clip]
         if max(error, wrong) > TOLERANCE:
             raise PlanError(
-                f"{name} in {num_inference_steps} steps is no sum of the last two predictions; use dpmpp, say"
+                f"{name} in {num_inference_steps} steps does not combine the last two predictions; use dpmpp"
             )
         if abs(d) < TOLERANCE:
             d = 0.0
