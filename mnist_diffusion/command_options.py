@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.config import ImagesConfig, SamplingSettings
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.option_types import (
     CFG,
     STRICT,
@@ -115,6 +115,10 @@ class EvaluationOptions(DrawOptions):
     """Output folder; images found there are used again."""
     write_card: bool = False
     """Write the results into the pipeline folder's card."""
+
+    def __post_init__(self) -> None:
+        if self.names and len(self.names) != len(self.sources):
+            raise ConfigError(f"names={list(self.names)} must be one for each of the {len(self.sources)} sources")
 
     def settings(self) -> list[SamplingSettings]:
         """Every combination of the settings asked for."""

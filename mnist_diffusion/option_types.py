@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
-from mnist_diffusion.errors import ConfigError
+from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.files import read_yaml
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -91,14 +91,18 @@ def checked(schema: type[Any], values: dict[str, Any]) -> Any:
         return schema(**values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
+    except TypeError as error:  # a key that is no name
+        raise ConfigError(str(error)) from error
 
 
 def explain(error: ValidationError) -> str:
     """The first problem of a failed validation in one line, with the dotted name of the option and its value."""
     problem = error.errors(include_url=False)[0]
     cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):  # of several options together, which it names
+    if isinstance(cause, UserError):  # of several options together, which it names
         return str(cause)
+    if problem["type"] == "missing":
+        return f"{'.'.join(map(str, problem['loc']))} is missing"
     rule = str(cause or problem["msg"]).replace("Input should be", "must be")
     rule = rule.replace("Unexpected keyword argument", "is not a known name")
     rule = rule.partition(", unable to parse")[0]

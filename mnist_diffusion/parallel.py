@@ -6,13 +6,16 @@ Parts that an interrupted command has left are found again by the next one.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from mnist_diffusion.errors import UserError
@@ -34,31 +37,60 @@ def build_parts(paths: Sequence[Path], build: Callable[[Path], object]) -> None:
     Args:
         paths: the files, in a folder that exists.
         build: builds one of them atomically.
+
+    Raises:
+        UserError: another process has ended.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    missing = [path for path in paths if not path.exists()]
-    state.wait_for_everyone()  # before the first is built, so that all processes split the same list
-    with state.split_between_processes(missing) as mine:
-        for path in tqdm(mine, desc="sampling", unit="part", leave=False, disable=not is_main()):
-            build(path)
-    state.wait_for_everyone()
+    # Over the CPU, whatever samples; the main process may score for hours between two lists of parts.
+    state = PartialState(cpu=True, timeout=timedelta(hours=6))
+    try:
+        state.wait_for_everyone()
+        [missing] = broadcast_object_list([[path for path in paths if not path.exists()]])
+        with state.split_between_processes(missing) as mine:
+            for path in tqdm(mine, desc="sampling", unit="part", leave=False, disable=not is_main()):
+                build(path)
+        state.wait_for_everyone()
+    except RuntimeError as error:
+        if num_processes() == 1 or not isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+            raise
+        raise UserError(f"another process has ended; start again, finished parts are kept ({error!r:.100})") from error
 
 
-def run_in_processes(count: int, command: Sequence[str]) -> int | None:
-    """Run a command of this package again in `count` processes; its exit code, or None if this process is to do it.
+def in_processes(count: int, command: Sequence[str], work: Callable[[], int]) -> int:
+    """Run `work` in this process, and the command of which it is part in `count - 1` others; the exit code.
 
     Args:
         count: number of processes.
         command: a verb of this package and its arguments.
+        work: carries it out here.
 
     Raises:
         UserError: a launcher has started several processes already.
     """
     if count == 1:
-        return None
+        return work()
     if "RANK" in os.environ:
         raise UserError(f"processes={count} must be 1 under a launcher, which starts processes itself")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **os.environ}
-    command = [*torchrun, "-m", "mnist_diffusion", *command, "--processes", "1"]
-    return subprocess.run(command, env=environment, check=False).returncode
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    line = [sys.executable, "-m", "mnist_diffusion", *command, "--processes", "1"]
+    others = [
+        subprocess.Popen(
+            line,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # they fail for the same reasons as this one, which says so
+        )
+        for rank in range(1, count)
+    ]
+    os.environ.update(shared, RANK="0", LOCAL_RANK="0")
+    try:
+        return work()
+    finally:
+        for process in others:
+            process.terminate()
+        for process in others:
+            process.wait()

@@ -103,8 +103,7 @@ def parse_train(argv: Sequence[str]) -> RunArguments[Config]:
 
 
 def parse_distill(argv: Sequence[str]) -> RunArguments[DistillConfig]:
-    words = ["--distillation.teacher", *argv] if argv and not argv[0].startswith("-") else argv
-    return parse_run(DistillConfig, words, prog="distill", about="")
+    return parse_run(DistillConfig, argv, prog="distill", about="", positional=["distillation.teacher"])
 
 
 def changed(config: Any, **sections: dict[str, Any]) -> Any:

@@ -54,13 +54,14 @@ BAD_OPTIONS = [
     (["--train.checkpoint_every", "often"], "train.checkpoint_every must be a number of steps or epochs"),
     (["--train.sample_every", "0 steps"], "train.sample_every must be a number of steps or epochs"),
     (["--train.snapshot_every", "0.5 steps"], "train.snapshot_every must be a number of steps or epochs"),
+    (["--model.block_out_channels", "[8, 16"], "'[8, 16' is not a list such as [8, 16]"),
     (["--train.trackers", "[abacus]"], "train.trackers.0 must be 'tensorboard' or 'wandb', got 'abacus'"),
     (["--train.resume", "true"], "train.resume=true needs output_dir"),
     (["--hub.private", "true"], "hub.private=True has no effect without hub.push"),
     (["--config", "no-such-recipe"], "config must be a YAML file or one of the recipes compact_500, ddpm_1000,"),
 ]
 BAD_DISTILLATIONS = [
-    ([], "distillation.teacher"),
+    ([], "distillation.teacher is missing"),
     (["a/b", "--config", "nowhere"], "recipes default, tiny, got 'nowhere'"),
     (["a/b", "--distillation.guidance_scales", "[-1]"], "distillation.guidance_scales.0 must be greater than or equal"),
     (["a/b", "--distillation.guidance_scales", "[2, 2]"], "distillation.guidance_scales must not repeat a value"),
@@ -112,12 +113,20 @@ def test_flags_win_wherever_config_stands_and_a_later_config_wins(tmp_path: Path
     assert after.recipe == "second"
 
 
-def test_unknown_name_in_a_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  max_stepz: 5\n", "train.max_stepz is not a known name, got 5"),
+        ("train: fast", "train must be a section of options, got 'fast'"),
+        ("1: 2", "keywords must be strings"),
+    ],
+)
+def test_bad_files(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("train:\n  max_stepz: 5\n")
+    file.write_text(text)
     with pytest.raises(SystemExit):
-        parse_train(["--config", str(file)])
-    assert "train.max_stepz is not a known name, got 5" in capsys.readouterr().err
+        parse_train(["--config", str(file), "--train.seed", "3"])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -41,5 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("verb", choices=VERBS, metavar="verb", help="what to do; `<verb> --help` lists its options")
     parser.add_argument("--version", action="version", version=f"mnist-diffusion {version('mnist-diffusion')}")
     verb = parser.parse_args(argv[:1]).verb
+    # OpenMP threads that wait go to sleep soon: by default they spin, which slows down cores that others use too.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     command = import_module(f"mnist_diffusion.cli.{verb}")
     return reporting_errors(lambda: int(command.main(argv[1:], prog=f"mnist-diffusion {verb}")))

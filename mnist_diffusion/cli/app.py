@@ -13,15 +13,13 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """Serve the app until it is interrupted."""
     parser = Parser(
         AppOptions,
+        positional=["pipelines"],
         prog=prog,
         usage=f"{prog} [PIPELINE ...] [--option VALUE ...]",
         description="Serve a web app on this machine that samples, steers, compares and trains (extra `app`).",
-        epilog="PIPELINE ... is short for --pipelines. Without one, the app starts with training.",
+        epilog="Without a PIPELINE, the app starts with training.",
     )
-    words = list(argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--pipelines")
-    options: AppOptions = parser.read(words)
+    options: AppOptions = parser.read(argv)
     try:
         from mnist_diffusion.demo.server import serve
     except ModuleNotFoundError as error:

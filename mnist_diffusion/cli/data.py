@@ -33,11 +33,9 @@ class Options:
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Count, preview and check images; the exit code is 1 if one could not be read."""
     about = "Inspect labelled images before training: classes, sizes, duplicates, unreadable files."
-    parser = Parser(Options, prog=prog, usage=f"{prog} SOURCE [--option VALUE ...]", description=about)
-    words = list(argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--data.source")
-    options: Options = parser.read(words)
+    usage = f"{prog} SOURCE [--option VALUE ...]"
+    parser = Parser(Options, positional=["data.source"], prog=prog, usage=usage, description=about)
+    options: Options = parser.read(argv)
     if (source := options.data.source) is None:
         parser.error("SOURCE is missing: a folder, a file, a Hub id, or digits")
     _require_own(options.out, Path(source).expanduser())

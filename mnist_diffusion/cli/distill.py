@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -15,15 +16,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in `mnist_diffusion.cli.t
 def main(argv: Sequence[str] | None = None, *, prog: str = "distill_cfg.py") -> int:
     """Parse the command line, and distil.
 
-    A first word without dashes stands for `--distillation.teacher`, and `--out` for `--output_dir`.
+    A word without a flag stands for `--distillation.teacher`, and `--out` for `--output_dir`.
     """
-    words = ["--output_dir" if word == "--out" else word for word in (sys.argv[1:] if argv is None else argv)]
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--distillation.teacher")
+    words = [re.sub("^--out(?==|$)", "--output_dir", word) for word in (sys.argv[1:] if argv is None else argv)]
     about = (
         "Distil PIPELINE, a folder or a Hub id, into a student that samples in a step or a few: PIPELINE --out FOLDER"
     )
-    arguments = parse_run(DistillConfig, words, prog=prog, about=about)
+    arguments = parse_run(DistillConfig, words, prog=prog, about=about, positional=["distillation.teacher"])
 
     def command() -> int:
         from mnist_diffusion.training.run import distill

@@ -28,17 +28,19 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         raise UserError(f"--write_card needs a pipeline folder with a card, but there is no {card}")
     from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.evaluation import evaluate, report
-    from mnist_diffusion.parallel import is_main, run_in_processes
+    from mnist_diffusion.parallel import in_processes, is_main
     from mnist_diffusion.pipelines.card import write_results_to_card
     from mnist_diffusion.plots.tables import console
 
-    if (code := run_in_processes(options.processes, ["evaluate", *argv])) is not None:
-        return code
-    set_num_threads()
-    scores = evaluate.evaluate(options)
-    if is_main():
-        report.print_table(scores, console())
-        if options.write_card:
-            write_results_to_card(card.parent, scores, report.card_text(scores))
-        print(f"The report is in {options.out / 'report.md'}" + (f", the card is {card}" if options.write_card else ""))
-    return 0
+    def work() -> int:
+        set_num_threads()
+        scores = evaluate.evaluate(options)
+        if is_main():
+            report.print_table(scores, console())
+            if options.write_card:
+                write_results_to_card(card.parent, scores, report.card_text(scores))
+            written = f", the card is {card}" if options.write_card else ""
+            print(f"The report is in {options.out / 'report.md'}{written}")
+        return 0
+
+    return in_processes(options.processes, ["evaluate", *argv], work)

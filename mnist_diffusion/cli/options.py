@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from mnist_diffusion.config import RunConfig
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.files import read_text
 from mnist_diffusion.option_types import checked, find_recipe, read_mapping
 
@@ -45,9 +46,13 @@ class Parser(argparse.ArgumentParser):
         self.schema, self.kinds = schema, dict(_leaves(schema))
         for name, info in self.kinds.items():
             text = " ".join((info.description or "").split()).replace("%", "%%")
+            required = info.is_required() and "." not in name  # a section's may come from a file
             if name in positional:
-                self.add_argument(name, nargs="+" if _is_list(info.annotation) else None, help=text)
-                continue
+                one, several = (None, "+") if required else ("?", "*")
+                count = several if _is_list(info.annotation) else one
+                self.add_argument(name, nargs=count, default=argparse.SUPPRESS, help=text)
+                if required:
+                    continue
             default = info.get_default(call_default_factory=False)
             shown = "" if info.is_required() or default in (None, ()) else f" (default: {default})"
             nargs = "+" if _is_list(info.annotation) else "?" if info.annotation is bool else None
@@ -65,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         """The words behind each flag; exits with status 2 if a flag is unknown."""
         if any(word.startswith("-") and word.partition("=")[0].endswith("token") for word in argv):
             self.error("a token is never an argument, as others can see it; use `hf auth login` or HF_TOKEN")
-        found, unknown = self.parse_known_args(list(argv))
+        found, unknown = self.parse_known_intermixed_args(list(argv))
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], list(self._option_string_actions), 1)
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -81,8 +86,10 @@ class Parser(argparse.ArgumentParser):
                 *sections, field = name.split(".")
                 place = values
                 for section in sections:
-                    place[section] = dict(place.get(section) or {})
-                    place = place[section]
+                    below = place.get(section) or {}
+                    if not isinstance(below, dict):
+                        raise ConfigError(f"{section} must be a section of options, got {below!r:.100}")
+                    place[section] = place = dict(below)
                 place[field] = _plain(given)
             return checked(self.schema, values)
         except UserError as error:
@@ -102,12 +109,14 @@ class RunArguments(Generic[Run]):
     dry_run: bool
 
 
-def parse_run(schema: type[Run], argv: Sequence[str] | None, *, prog: str, about: str) -> RunArguments[Run]:
+def parse_run(
+    schema: type[Run], argv: Sequence[str] | None, *, prog: str, about: str, positional: Sequence[str] = ()
+) -> RunArguments[Run]:
     """Read a run's configuration: the defaults, then each `--config`, then flags; exits with status 2 on an error."""
     recipes = schema.RECIPE_FOLDER
     costs = "\n".join(f"  {file.stem:24} {_cost(file)}" for file in sorted(recipes.glob("*.yaml")))
     epilog = f"recipes for --config, and what they cost:\n{costs}".replace("%", "%%")
-    parser = Parser(schema, prog=prog, description=about, epilog=epilog)
+    parser = Parser(schema, positional=positional, prog=prog, description=about, epilog=epilog)
     parser.add_argument("--config", action="append", default=[], help="YAML file or recipe name; `default` if omitted")
     parser.add_argument("--dry_run", action="store_true", help="print what would be done, and stop")
     found = parser.words(sys.argv[1:] if argv is None else argv)
@@ -177,7 +186,10 @@ def _plain(given: Any) -> Any:
     if given in ("null", ["null"]):
         return None
     if isinstance(given, list) and len(given) == 1 and given[0].startswith("["):
-        return yaml.safe_load(given[0])
+        try:
+            return yaml.safe_load(given[0])
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{given[0]!r:.100} is not a list such as [8, 16]") from error
     return given
 
 
@@ -191,6 +203,10 @@ def reporting_errors(command: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), select.POLLERR)
+        if not output.poll(0):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, as after `| head`
         return 141
     except OSError as error:

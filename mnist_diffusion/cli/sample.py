@@ -15,13 +15,19 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     options: SampleOptions = parser.read(argv)
     if options.processes > 1 and not options.as_dataset:
         raise UserError(f"processes={options.processes} must be 1 without as_dataset")
+    from mnist_diffusion.parallel import in_processes, is_main
+
+    if not (options.as_dataset or is_main()):
+        return 0  # a launcher's other processes
+    return in_processes(options.processes, ["sample", *argv], lambda: _sample(options))
+
+
+def _sample(options: SampleOptions) -> int:
     from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.files import replace_picture
-    from mnist_diffusion.parallel import is_main, run_in_processes
+    from mnist_diffusion.parallel import is_main
     from mnist_diffusion.plots.samples import Samples
 
-    if (code := run_in_processes(options.processes, ["sample", *argv])) is not None:
-        return code
     set_num_threads()
     out = options.out
     try:

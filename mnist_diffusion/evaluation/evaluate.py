@@ -55,12 +55,13 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         UserError: something that the user can fix.
     """
     options = _with_training_images(options)
-    print(f"Comparing {', '.join(options.sources)} with {options.data.source or 'MNIST'}", flush=True)
+    if is_main():
+        print(f"Comparing {', '.join(options.sources)} with {options.data.source or 'MNIST'}", flush=True)
     device = _device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     imagenet = _imagenet_distance(device) if options.imagenet_fid and is_main() else None
     data = load_images(options.data, seed=options.split_seed or 0).in_memory()
-    print(data.banner, end="")
+    print(data.banner if is_main() else "", end="")
     draws = _draws(options, data)
     if not is_main():
         for _, draw in draws:

@@ -7,6 +7,7 @@ import inspect
 import re
 import struct
 from collections.abc import Collection, Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,14 +66,16 @@ class IndexValues:
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 50
     guidance_scale: GuidanceScale = 1.0
-    guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)] | None = None
+    guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)] = field(
+        default_factory=lambda: [0.0, 1.0]
+    )
     eta: Probability = 0.0
     patch_size: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 1
     guidance_distilled: bool | Annotated[list[GuidanceScale], Field(max_length=100)] = False
     flow_matching: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+        if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ConfigError(f"guidance_interval={self.guidance_interval} must not be reversed")
         scales = self.guidance_distilled
         if isinstance(scales, list) and scales and self.guidance_scale not in scales:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 import shutil
@@ -98,11 +99,6 @@ def guider_rule(guider: Any) -> Callable[[shipped.GuidanceStep], torch.Tensor]:
     guider = copy.deepcopy(guider)
 
     def rule(step: shipped.GuidanceStep) -> torch.Tensor:
-        default = step.pipeline.config.guidance_scale
-        if step.step == 0 and not torch.allclose(
-            step.scales, torch.tensor(default if step.acts else min(default, 1.0))
-        ):
-            raise ValueError(f"guidance_scale has no effect with guidance={name}, which has a scale of its own")
         guider.set_state(step.step, step.num_steps, step.timestep)
         parts = guider.prepare_inputs({"conditional": (torch.tensor(True), torch.tensor(False))})
         if not step.acts:  # after `prepare_inputs`, which resets a guider at step 0
@@ -192,6 +188,19 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             used = torch.tensor(list(dict.fromkeys(labels.tolist())))
             labels, rows = torch.cartesian_prod(used, torch.arange(len(weights))).T
         return shipped.Conditions(rows, labels, weights[rows, labels]), len(weights)
+
+    def stream(self, *arguments: Any, **named: Any) -> Any:
+        """As the shipped class's; a guider has a scale of its own.
+
+        Raises:
+            TypeError, ValueError: an argument cannot work, or both a guider and a guidance scale are given.
+        """
+        given = inspect.signature(super().stream).bind(*arguments, **named).arguments
+        guider, scale = given.get("guidance"), given.get("guidance_scale")
+        if isinstance(guider, BaseGuidance) and scale is not None:
+            kind = type(guider).__name__
+            raise ValueError(f"guidance_scale={scale!r} has no effect with guidance={kind}, which has its own")
+        return super().stream(*arguments, **named)
 
     def _rule(self, guidance: Any, class_labels: Any, interval: Any) -> Any:
         """Also for a guider of diffusers."""

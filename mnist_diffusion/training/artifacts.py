@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,7 @@ from mnist_diffusion.training.step import TrainState
 
 ANIMATED_PER_CLASS = 2
 NUM_EVALUATION_IMAGES = 1000
-"""Images sampled at each evaluation during training."""
+"""Images sampled at each evaluation during training, or the next multiple of the classes."""
 
 
 @dataclass
@@ -125,8 +126,9 @@ class Artifacts:
         if self.config.train.evaluate_every is not None:
             from mnist_diffusion.evaluation.evaluate import monitor  # takes seconds to import
 
-            seed, count = self.config.train.seed, NUM_EVALUATION_IMAGES
-            self.measure = monitor(self.averaged, self.data, num_images=count, seed=seed)
+            classes = self.averaged.num_classes or 1
+            count = math.ceil(NUM_EVALUATION_IMAGES / classes) * classes
+            self.measure = monitor(self.averaged, self.data, num_images=count, seed=self.config.train.seed)
 
     def _rehearse(self, config_text: str) -> None:
         """Sample one step, export, load and read back in a temporary folder, so that what fails does so now."""

@@ -22,8 +22,6 @@ from mnist_diffusion.files import replace_bytes
 
 TRACKED = (0.05, 0.1)
 """The relative standard deviations that are tracked, those of the paper."""
-MIN_STD, MAX_STD = 0.005, 0.25
-"""Range of standard deviations that can be reconstructed; a uniform average over all steps has 0.289."""
 MAX_PLACES = 4000
 FOLDER, FILE = "averages", re.compile(r"step-(\d+)\.safetensors")
 

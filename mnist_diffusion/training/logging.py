@@ -82,7 +82,7 @@ class MetricsLog:
             finite = {name: value if math.isfinite(value) else None for name, value in zip(names, row, strict=True)}
             self.lines.append({**about, **finite})
 
-    def write(self, progress: Progress, state: TrainState, batch_size: int) -> None:
+    def write(self, progress: Progress, state: TrainState, processes: Processes, batch_size: int) -> None:
         """Write the collected lines, and what was measured after the last of them, to the file and the trackers."""
         lines, last = self.lines, self.lines[-1]
         self.images_per_second = len(lines) * batch_size / (time.perf_counter() - self.since)
@@ -98,8 +98,7 @@ class MetricsLog:
             self.accelerator.log(values, step=progress.step)
         except Exception as error:  # a tracker that fails is no reason to stop
             print(f"warning: could not write to the trackers (continuing): {error!r:.300}")
-        if self.accelerator.is_main_process:
-            append_metrics(self.path, lines)
+        processes.on_main(lambda: append_metrics(self.path, lines))
         self.pending, self.lines, self.measured, self.since = [], [], {}, time.perf_counter()
 
 

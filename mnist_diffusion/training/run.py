@@ -151,17 +151,15 @@ def run_training(
     """Train a network on an objective, and publish it if `hub.push` is set."""
     state = TrainState(config, context.accelerator, images, unet, objective)
     artifacts = Artifacts(context, config, images, state, make_pipeline=make_pipeline, card=card)
-    trainer, repository = (
-        Trainer(context, config, images, state, artifacts),
-        [config.hub.repo_id or context.folder.name],
-    )
+    trainer = Trainer(context, config, images, state, artifacts)
+    repository = [config.hub.repo_id or context.folder.name]
 
     def open_hub() -> None:  # before the first step, so that a missing login costs nothing
         repository[0] = open_repository(repository[0], private=config.hub.private)
 
     code = trainer.run(dry_run=dry_run, before_training=open_hub if config.hub.push else lambda: None)
-    if config.hub.push and code == 0 and not dry_run:
-        trainer.processes.on_main(lambda: publish(config.hub, context.folder, repository[0]))
+    if config.hub.push and code == 0 and not dry_run and trainer.processes.main:  # the process group has ended
+        publish(config.hub, context.folder, repository[0])
     return TrainedRun(context.folder, code)
 
 

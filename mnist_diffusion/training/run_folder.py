@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from PIL import Image
+from pydantic import ValidationError
 
 from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig, RunConfig
 from mnist_diffusion.errors import FileError, UserError
@@ -29,6 +30,7 @@ from mnist_diffusion.files import (
     remove_left_behind,
     replace_text,
 )
+from mnist_diffusion.option_types import explain
 from mnist_diffusion.training.checkpoint import NAME, newest_intact, verify
 
 LOCK, RUN_ID = ".lock", "run_id"
@@ -288,7 +290,8 @@ def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:
         seed = run.get("distillation", {}).get("split_seed", run["train"]["seed"])  # a student's is its teacher's
         return ImagesConfig(**images), int(seed)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        problem = f"does not name the images of the run ({error!r:.200}); use --data.source"
+        reason = explain(error) if isinstance(error, ValidationError) else repr(error)
+        problem = f"does not name the images of the run ({reason:.200}); use --data.source"
         raise UserError(f"{config_file} {problem}") from error
 
 

@@ -18,15 +18,15 @@ class Task:
     """Work of the main process, and when it is due.
 
     Args:
-        stage: `measure` comes before the log is written, `save` after it, `draw` last. A signal skips what is not
-            `save`.
+        stage: `measure` comes before the log is written, then `save`, `draw` and `export`. A signal skips what is
+            measured or drawn.
         due: whether it is due after so many updates.
         work: does it.
         at_end: whether it is also due after the last update.
         counted: whether its time counts as training time.
     """
 
-    stage: Literal["measure", "save", "draw"]
+    stage: Literal["measure", "save", "draw", "export"]
     due: Due
     work: Callable[[], object]
     at_end: bool = False

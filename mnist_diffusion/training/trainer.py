@@ -114,13 +114,14 @@ class Trainer:
                 signal_number, stopping = self._should_stop(stop)
                 due = [task for task in tasks if task.due(progress.step) or (stopping and task.at_end)]
                 if signal_number:  # whoever sends a signal does not want to wait for pictures
-                    due = [task for task in due if task.stage == "save"]
+                    due = [task for task in due if task.stage in ("save", "export")]
                 if due or progress.step % train.log_every_steps == 0:
                     self.log.collect(self.state, self.processes, policy=train.on_non_finite, folder=self.folder)
                     self._run_due_tasks(due, "measure")
-                    self.log.write(progress, self.state, self.config.data.batch_size)
+                    self.log.write(progress, self.state, self.processes, self.config.data.batch_size)
                     self._run_due_tasks(due, "save")
                     self._run_due_tasks(due, "draw")
+                    self._run_due_tasks(due, "export")
                     bar.total = progress.planned_steps or None
                     bar.set_postfix(loss=f"{progress.loss:.4f}", img_s=f"{self.log.images_per_second:.0f}")
             self.processes.on_main(lambda: self._finish(signal_number))
@@ -147,7 +148,7 @@ class Trainer:
             Task("save", every(train.averages_every, per_epoch), save_averages, at_end=averages),
             Task("save", every(train.checkpoint_every, per_epoch), self._save_checkpoint, at_end=True),
             Task("draw", sheets, lambda: artifacts.draw(self.progress, self.log.path), at_end=True),
-            Task("draw", every(train.snapshot_every, per_epoch), lambda: artifacts.export_snapshot(self.progress)),
+            Task("export", every(train.snapshot_every, per_epoch), lambda: artifacts.export_snapshot(self.progress)),
         ]
 
     def _run_due_tasks(self, due: list[Task], stage: str) -> None:
@@ -283,6 +284,6 @@ class Trainer:
             print(f"Finished at step {self.progress.step} already; nothing to do. The pipeline is in {exported}")
             return
         for task in self._tasks():
-            if task.stage == "draw" and (task.at_end or task.due(self.progress.step)):
+            if task.stage in ("draw", "export") and (task.at_end or task.due(self.progress.step)):
                 task.work()
         self._finish(0)

@@ -25,7 +25,7 @@ NUM_IMAGES, PARTS = 1000, 4
 def test_a_launcher_starts_processes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="processes=2 must be 1 under a launcher"):
-        parallel.run_in_processes(2, ["evaluate"])
+        parallel.in_processes(2, ["evaluate"], lambda: 0)
 
 
 @pytest.fixture(scope="module")

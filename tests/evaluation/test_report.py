@@ -196,6 +196,7 @@ def test_card_is_looked_for_before_any_work(
         (["--scheduler", "euler", "oiler"], "scheduler.1 must be one of ddpm, ddim"),
         (["--guidance", "autoguidance:"], "guidance.0 must be cfg, autoguidance:PIPELINE or one of"),
         (["--num_imags", "2"], "did you mean --num_images?"),
+        (["--names", "a", "b"], "names=['a', 'b'] must be one for each of the 1 sources"),
     ],
 )
 def test_parser(folders: tuple[Path, Path], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,6 +202,8 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     ),
     "infinite guidance": (edited(INDEX, guidance_scale=1e999), "guidance_scale must be a finite"),
     "guidance at noise of no kind": (edited(INDEX, guidance_interval=[0, "1"]), "guidance_interval.1 must be"),
+    "guidance nowhere": (edited(INDEX, guidance_interval=None), "guidance_interval must be"),
+    "key that is no name": (edited(INDEX, __dataclass_self__=1), "multiple values for argument"),
     "guidance backwards": (edited(INDEX, guidance_interval=[0.9, 0.1]), "must not be reversed"),
     "patches of other pixels": (edited(INDEX, patch_size=2), "patch_size=2 does not fit a network of 1 channels"),
     "wide network": (edited(UNET, block_out_channels=[10**9, 10**9]), "block_out_channels must be within"),
