@@ -57,21 +57,17 @@ class IdxFamily:
         return dict(enumerate(names)) or None
 
 
-class IdxError(UserError):
-    """An IDX file is not what it says it is; the message names the file."""
-
-
 def find_idx_folder(folder: Path) -> Path | None:
     """The folder that holds the IDX training images: `folder` itself, or torchvision's `<name>/raw` below it.
 
     Raises:
-        IdxError: there are several.
+        UserError: there are several.
     """
     for candidates in ([folder], [folder / "raw"], sorted(path for path in folder.glob("*/raw") if path.is_dir())):
         found = [path for path in candidates if _find(path, TRAIN_IMAGES) or _emnist_subsets(path)]
         if len(found) > 1:
             places = ", ".join(str(path.parent) for path in found)
-            raise IdxError(f"{folder} holds several data sets; name one of {places}")
+            raise UserError(f"{folder} holds several data sets; name one of {places}")
         if found:
             return found[0]
     return None
@@ -90,13 +86,13 @@ def find_idx_family(folder: Path, subset: str | None) -> IdxFamily:
         subset: which part of EMNIST is wanted, if there are several.
 
     Raises:
-        IdxError: `subset` is not there, or is needed.
+        UserError: `subset` is not there, or is needed.
     """
     subsets = _emnist_subsets(folder)
     if subset is not None and subset not in subsets:
-        raise IdxError(f"data.subset={subset!r}: {folder} has {', '.join(subsets) or 'no parts'}")
+        raise UserError(f"data.subset={subset!r}: {folder} has {', '.join(subsets) or 'no parts'}")
     if len(subsets) > 1 and subset is None:
-        raise IdxError(f"{folder} holds several parts of EMNIST; set data.subset to one of {', '.join(subsets)}")
+        raise UserError(f"{folder} holds several parts of EMNIST; set data.subset to one of {', '.join(subsets)}")
     if subsets:
         chosen = subset or subsets[0]
         return IdxFamily(f"IDX, EMNIST {chosen}", "EMNIST", chosen)
@@ -123,33 +119,33 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
         A uint8 array of that many dimensions.
 
     Raises:
-        IdxError: wrong magic, type or dimensions; fewer or more bytes than declared; a broken gzip stream.
+        UserError: wrong magic, type or dimensions; fewer or more bytes than declared; a broken gzip stream.
     """
     try:
         with _unzipped(path) as stream:
             header_size = 4 + 4 * dimensions
             header = stream.read(header_size)
             if len(header) < header_size:
-                raise IdxError(f"{path}: truncated header, {len(header)} bytes where {header_size} are needed")
+                raise UserError(f"{path}: truncated header, {len(header)} bytes where {header_size} are needed")
             magic, *sizes = struct.unpack(f">{1 + dimensions}I", header)
             expected, shape = UNSIGNED_BYTE << 8 | dimensions, tuple(sizes)
             if magic != expected:
                 kind = f"unsigned bytes, {dimensions} dimension{'s' if dimensions > 1 else ''}"
-                raise IdxError(f"{path}: magic number 0x{magic:08x}, expected 0x{expected:08x} ({kind})")
+                raise UserError(f"{path}: magic number 0x{magic:08x}, expected 0x{expected:08x} ({kind})")
             if 0 in shape:
-                raise IdxError(f"{path}: holds no pixels, its shape is {shape}")
+                raise UserError(f"{path}: holds no pixels, its shape is {shape}")
             size = math.prod(shape)
             if size > MAX_BYTES:
-                raise IdxError(f"{path}: declares {size} bytes of data ({shape}), more than the limit of {MAX_BYTES}")
+                raise UserError(f"{path}: declares {size} bytes of data ({shape}), more than the limit of {MAX_BYTES}")
             values = stream.read(size)
             if len(values) < size:
-                raise IdxError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
+                raise UserError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
             if stream.read(1):
-                raise IdxError(f"{path}: holds more than the {size} values {shape} that it declares")
+                raise UserError(f"{path}: holds more than the {size} values {shape} that it declares")
     except FileError as error:
-        raise IdxError(str(error)) from error
+        raise UserError(str(error)) from error
     except (EOFError, OSError, zlib.error) as error:
-        raise IdxError(f"{path}: could not be read: {error}") from error
+        raise UserError(f"{path}: could not be read: {error}") from error
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
@@ -157,7 +153,7 @@ def read_idx_split(folder: Path, split: str, family: IdxFamily) -> tuple[np.ndar
     """Images `[N, H, W]` and labels `[N]`, both uint8, of `train` or `test`; None if the split has no files.
 
     Raises:
-        IdxError: a file is broken, one of the pair is missing, or the counts differ.
+        UserError: a file is broken, one of the pair is missing, or the counts differ.
     """
     stems = family.stems(split)
     images_path, labels_path = (_find(folder, stem) for stem in stems)
@@ -165,7 +161,7 @@ def read_idx_split(folder: Path, split: str, family: IdxFamily) -> tuple[np.ndar
         return None
     if images_path is None or labels_path is None:
         missing = stems[0] if images_path is None else stems[1]
-        raise IdxError(f"{folder}: {missing} (raw or .gz) is missing beside its partner")
+        raise UserError(f"{folder}: {missing} (raw or .gz) is missing beside its partner")
     images, labels = _pair(images_path, labels_path)
     return images.transpose(0, 2, 1) if family.subset is not None else images, labels
 
@@ -173,9 +169,9 @@ def read_idx_split(folder: Path, split: str, family: IdxFamily) -> tuple[np.ndar
 def _pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
     images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
     if len(images) != len(labels):
-        raise IdxError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
+        raise UserError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
     if images.size == 0:
-        raise IdxError(f"{images_path}: holds no pixels, its shape is {images.shape}")
+        raise UserError(f"{images_path}: holds no pixels, its shape is {images.shape}")
     return images, labels
 
 
@@ -187,7 +183,7 @@ def read_loose_idx(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         none does; empty if there are no such files.
 
     Raises:
-        IdxError: a file is broken, has no partner, or there are several of a kind.
+        UserError: a file is broken, has no partner, or there are several of a kind.
     """
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -196,12 +192,12 @@ def read_loose_idx(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             continue
         roles = found.setdefault(kind_in(path.name) or "train", {})
         if role in roles:
-            raise IdxError(f"{path} and {roles[role].name} could both hold the {role}s of one split; keep one")
+            raise UserError(f"{path} and {roles[role].name} could both hold the {role}s of one split; keep one")
         roles[role] = path
     for roles in found.values():
         if len(roles) < 2:
             [(role, path)] = roles.items()
-            raise IdxError(f"{path} has no partner with the {'labels' if role == 'image' else 'images'}")
+            raise UserError(f"{path} has no partner with the {'labels' if role == 'image' else 'images'}")
     return {split: _pair(roles["image"], roles["label"]) for split, roles in found.items()}
 
 

@@ -18,10 +18,6 @@ FILE = "model.onnx"
 TOLERANCE = 1e-4
 
 
-class OnnxError(UserError):
-    """The network could not be exported."""
-
-
 class _Network(nn.Module):
     """The network of a pipeline as a function of tensors."""
 
@@ -48,13 +44,13 @@ def export_onnx(pipeline: MNISTDiffusionPipeline, folder: Path) -> Path:
         The file.
 
     Raises:
-        OnnxError: the extra is not installed, or the export computes something else.
+        UserError: the extra is not installed, or the export computes something else.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise OnnxError(f"exporting needs {error.name}; pip install 'mnist-diffusion[onnx]'") from error
+        raise UserError(f"exporting needs {error.name}; pip install 'mnist-diffusion[onnx]'") from error
     network = _Network(pipeline).eval()
     inputs = example_inputs(pipeline, 2)
     batch = torch.export.Dim("batch")
@@ -79,7 +75,7 @@ def export_onnx(pipeline: MNISTDiffusionPipeline, folder: Path) -> Path:
             expected = network(*inputs.values()).numpy()
         if not np.allclose(output, expected, rtol=0, atol=TOLERANCE):
             apart = float(np.abs(output - expected).max())
-            raise OnnxError(f"the exported network differs by up to {apart:.2g}, more than {TOLERANCE:g}")
+            raise UserError(f"the exported network differs by up to {apart:.2g}, more than {TOLERANCE:g}")
     folder.mkdir(parents=True, exist_ok=True)
     replace_bytes(folder / FILE, content)
     return folder / FILE

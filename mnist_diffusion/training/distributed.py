@@ -16,10 +16,6 @@ COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """How long processes wait while the main one saves, evaluates or draws. A process that dies ends the wait at once."""
 
 
-class ProcessError(UserError):
-    """Another process failed or has ended."""
-
-
 class Processes:
     """The processes of a run; a single one agrees with itself at once.
 
@@ -58,6 +54,6 @@ class Processes:
         try:
             dist.all_gather_object(problems, problem, group=self.group)
         except RuntimeError as error:
-            raise ProcessError(problem or f"another process ended, or did not answer: {error}") from error
+            raise UserError(problem or f"another process ended, or did not answer: {error}") from error
         if first := next(filter(None, problems), None):
-            raise ProcessError(first)
+            raise UserError(first)

@@ -23,10 +23,6 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 Read = TypeVar("Read")
 
 
-class LaunchError(UserError):
-    """The processes were started in a way that cannot work."""
-
-
 @dataclass(frozen=True)
 class RunContext:
     """Where a run takes place: its processes with their device and precision, and its folder.
@@ -52,10 +48,10 @@ class RunContext:
         """Check that every process has read the same.
 
         Raises:
-            LaunchError: they have not, as when one machine of several has no data and fell back.
+            UserError: they have not, as when one machine of several has no data and fell back.
         """
         if len(different := {each[:16] for each in utils.gather_object([fingerprint])}) > 1:
-            raise LaunchError(f"the processes read different {what}: fingerprints {sorted(different)}")
+            raise UserError(f"the processes read different {what}: fingerprints {sorted(different)}")
 
     def load_images(self, config: ImagesConfig, *, seed: int) -> ImageData:
         """Load labelled images, the same on every process; `seed` chooses the held-out ones if the source has none."""
@@ -68,7 +64,7 @@ def start_run(config: RunConfig, recipe: str) -> RunContext:
     """Start processes, choose device and precision, and name the run folder, which is not created yet.
 
     Raises:
-        LaunchError: it cannot work: the processes, the folder, the precision, the batch size or the trackers.
+        UserError: it cannot work: the processes, the folder, the precision, the batch size or the trackers.
     """
     start_processes(config)
     folder = choose_output_dir(config, recipe)
@@ -80,19 +76,19 @@ def start_processes(config: RunConfig) -> PartialState:
     """Join the process group, if there is one, and divide the cores among its processes.
 
     Raises:
-        LaunchError: several processes that are not connected, or an engine that is not supported.
+        UserError: several processes that are not connected, or an engine that is not supported.
     """
     state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
     announced = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if announced > 1 and state.num_processes == 1:
-        raise LaunchError(
+        raise UserError(
             f"the launcher started {announced} processes, but they found no common device and would be {announced} "
             "independent runs writing over each other. For processes on CPUs set ACCELERATE_USE_CPU=true; on a machine "
             "without that many GPUs launch one process"
         )
     if state.distributed_type not in SUPPORTED:
         supported = "one process, or plain data parallelism on CPUs or GPUs (MULTI_CPU, MULTI_GPU)"
-        raise LaunchError(f"distributed_type {state.distributed_type.value} is not supported; use {supported}")
+        raise UserError(f"distributed_type {state.distributed_type.value} is not supported; use {supported}")
     set_num_threads(config.train.num_threads)
     return state
 
@@ -106,18 +102,18 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
     """Choose the run folder, the same for every process; it is not created yet.
 
     Raises:
-        LaunchError: the folder holds something and the run is not a resumed one, or it is a file.
+        UserError: the folder holds something and the run is not a resumed one, or it is a file.
     """
     name = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     [folder] = utils.broadcast_object_list([config.output_dir or name])
     path = Path(folder)
     if not all(map(is_printable, path.absolute().parts)):
-        raise LaunchError(f"output_dir={folder!a} is not UTF-8, has control characters, or a name in it is too long")
+        raise UserError(f"output_dir={folder!a} is not UTF-8, has control characters, or a name in it is too long")
     if path.exists() and not path.is_dir():
-        raise LaunchError(f"output_dir={folder!r} is a file")
+        raise UserError(f"output_dir={folder!r} is a file")
     if not config.train.resume and not is_empty(path):
         advice = "add --train.resume true to resume the run in it, or name another"
-        raise LaunchError(f"output_dir={folder!r} is not empty; {advice}")
+        raise UserError(f"output_dir={folder!r} is not empty; {advice}")
     return path
 
 
@@ -125,32 +121,32 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     """Build the `Accelerator`, with the precision and the trackers of the configuration.
 
     Raises:
-        LaunchError: launcher and configuration disagree on the precision, the batch does not divide among
+        UserError: launcher and configuration disagree on the precision, the batch does not divide among
             processes and micro-batches, or a tracker is not installed.
     """
     state = PartialState()
     wanted, launched = config.train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted is not None and launched not in ("no", wanted):
         both = f"train.mixed_precision={wanted!r}, but the launcher asks for {launched!r}"
-        raise LaunchError(f"{both}; use `accelerate launch --mixed_precision {wanted}`")
+        raise UserError(f"{both}; use `accelerate launch --mixed_precision {wanted}`")
     precision = wanted or launched
     if precision == "fp16" and state.device.type == "cpu":
         by = "train.mixed_precision='fp16'" if wanted else "the launcher's mixed precision, fp16,"
-        raise LaunchError(f"{by} needs a GPU; on a CPU use `accelerate launch --mixed_precision no`, or bf16")
+        raise UserError(f"{by} needs a GPU; on a CPU use `accelerate launch --mixed_precision no`, or bf16")
     size, count, micro = config.data.batch_size, state.num_processes, config.train.gradient_accumulation_steps
     if size % (count * micro):
         parts = f"{count} processes x train.gradient_accumulation_steps={micro}"
-        raise LaunchError(f"data.batch_size={size} must be divisible by {parts}")
+        raise UserError(f"data.batch_size={size} must be divisible by {parts}")
     project = utils.ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs"))
     trackers = list(config.train.trackers)
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_config=project)
     if missing := set(trackers) - {str(tracker) for tracker in accelerator.log_with}:
         extras = "pip install 'mnist-diffusion[wandb]' or 'mnist-diffusion[tensorboard]'"
-        raise LaunchError(f"train.trackers: {', '.join(sorted(missing))} is not installed; {extras}")
+        raise UserError(f"train.trackers: {', '.join(sorted(missing))} is not installed; {extras}")
     if "wandb" in trackers:
         [ready] = utils.broadcast_object_list([_wandb_is_ready() if state.is_main_process else True])
         if not ready:
-            raise LaunchError("train.trackers: wandb has no key; run `wandb login`, or set WANDB_MODE=offline")
+            raise UserError("train.trackers: wandb has no key; run `wandb login`, or set WANDB_MODE=offline")
     return accelerator
 
 

@@ -35,10 +35,6 @@ IMBALANCE = 3.0
 """Ratio of class sizes from which a hint is printed."""
 
 
-class NonFiniteError(UserError):
-    """The loss or its gradient became NaN or infinite."""
-
-
 class MetricsLog:
     """The metrics of each step, gathered over the processes, on their way to the file and the trackers.
 
@@ -62,7 +58,7 @@ class MetricsLog:
         """Average what is pending over the processes, in one exchange.
 
         Raises:
-            NonFiniteError: a step was not finite, and the run is to stop there; the lines before it are written.
+            UserError: a step was not finite, and the run is to stop there; the lines before it are written.
         """
         names = list(self.pending[0][1])
         stacked = torch.stack([torch.stack([metrics[name].float() for name in names]) for _, metrics in self.pending])
@@ -74,7 +70,7 @@ class MetricsLog:
             if about["step"] == bad_step and policy == "stop":
                 processes.on_main(lambda: append_metrics(self.path, self.lines))
                 cause = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
-                raise NonFiniteError(
+                raise UserError(
                     f"step {bad_step} was not finite ({cause}); the run stopped before saving anything of it. Resume "
                     f"from an earlier checkpoint in {folder / 'checkpoints'} with a lower train.learning_rate or "
                     "train.max_grad_norm, or with train.on_non_finite=skip"

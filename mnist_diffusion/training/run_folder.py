@@ -52,10 +52,6 @@ def is_empty(path: Path) -> bool:
     return not path.is_dir() or {file.name for file in path.iterdir()} <= {LOCK}
 
 
-class RunFolderError(UserError):
-    """The run folder cannot be used."""
-
-
 class RunFolder:
     """A run folder, locked until it is released or the process ends, however it ends.
 
@@ -75,7 +71,7 @@ class RunFolder:
             resume: whether the run in it goes on; otherwise it must be empty.
 
         Raises:
-            RunFolderError: another run holds it, it cannot be written to, or it is not empty.
+            UserError: another run holds it, it cannot be written to, or it is not empty.
         """
         path = self.path
         try:
@@ -84,16 +80,16 @@ class RunFolder:
                 self.created = True
             self.lock.acquire(timeout=0)
             if not resume and not is_empty(path):
-                raise RunFolderError(f"another run has started in {path}; name another output_dir")
+                raise UserError(f"another run has started in {path}; name another output_dir")
             self.was_empty, self.had_run_id = is_empty(path), (path / RUN_ID).is_file()
             for folder in (path, *(path / name for name in WRITTEN_FOLDERS)) if self.had_run_id else ():
                 remove_left_behind(folder)
             self.run_id = self._read_or_make_id()
         except Timeout:
-            raise RunFolderError(f"another run is writing to {path}; wait for it, or name another output_dir") from None
+            raise UserError(f"another run is writing to {path}; wait for it, or name another output_dir") from None
         except OSError as error:
             reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '')})"
-            raise RunFolderError(f"output_dir={str(path)!r} cannot be written to: {reason}") from error
+            raise UserError(f"output_dir={str(path)!r} cannot be written to: {reason}") from error
 
     def link_as_latest(self) -> None:
         """Point the link `latest` beside the folder to it, unless something else has that name."""
@@ -123,7 +119,7 @@ class RunFolder:
         """Check that a run may start at step 0 here: the folder was empty, or a run started in it and left no result.
 
         Raises:
-            RunFolderError: it may not.
+            UserError: it may not.
         """
         lost = [name for name in RESULTS if (self.path / name).exists()]
         lost += [f"checkpoints/{path.name}" for path in (self.path / "checkpoints").glob("*.broken*")]
@@ -131,7 +127,7 @@ class RunFolder:
             if not self.had_run_id:
                 (self.path / RUN_ID).unlink()
             held = f"holds {', '.join(lost)}" if lost else "is not the folder of a run"
-            raise RunFolderError(f"{self.path} has no checkpoint to resume from, and {held}; name another output_dir")
+            raise UserError(f"{self.path} has no checkpoint to resume from, and {held}; name another output_dir")
 
     def release(self) -> None:
         """Unlock the folder, and remove it if the run created it and left nothing in it."""

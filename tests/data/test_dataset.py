@@ -18,8 +18,9 @@ from mnist_diffusion.config import AugmentConfig, DataConfig
 from mnist_diffusion.data import sources
 from mnist_diffusion.data.dataset import ImageData, draw_batch, load_images
 from mnist_diffusion.data.decoding import DataError
-from mnist_diffusion.data.idx import IdxError, read_idx
+from mnist_diffusion.data.idx import read_idx
 from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_channels, to_model_range, to_uint8
+from mnist_diffusion.errors import UserError
 from tests.conftest import COLOURS, make_image_folder
 
 
@@ -80,27 +81,27 @@ class TestIdx:
     def test_broken_files(self, tmp_path: Path, change: Callable[[bytes], bytes], message: str) -> None:
         path = tmp_path / "images"
         path.write_bytes(change(idx_bytes(np.zeros((3, 4, 4)))))
-        with pytest.raises(IdxError, match=message) as raised:
+        with pytest.raises(UserError, match=message) as raised:
             read_idx(path, dimensions=3)
         assert str(path) in str(raised.value)
 
     def test_labels_must_match_images(self, tmp_path: Path) -> None:
         write_idx(tmp_path)
         (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(19)))
-        with pytest.raises(IdxError, match=r"holds 20 images but .* holds 19 labels"):
+        with pytest.raises(UserError, match=r"holds 20 images but .* holds 19 labels"):
             load(tmp_path)
 
     def test_partner_missing(self, tmp_path: Path) -> None:
         write_idx(tmp_path)
         (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-        with pytest.raises(IdxError, match=r"t10k-labels-idx1-ubyte .* is missing"):
+        with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte .* is missing"):
             load(tmp_path)
 
     def test_no_pixels(self, tmp_path: Path) -> None:
         write_idx(tmp_path)
         (tmp_path / "train-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((0, 4, 4))))
         (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(0)))
-        with pytest.raises(IdxError, match="holds no pixels"):
+        with pytest.raises(UserError, match="holds no pixels"):
             load(tmp_path)
 
     def test_held_out_class_without_training_images(self, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import torch
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
-from mnist_diffusion.demo.studio.build import StudioError, write_studio
-from mnist_diffusion.demo.studio.plans import PlanError, sampler_plan
+from mnist_diffusion.demo.studio.build import write_studio
+from mnist_diffusion.demo.studio.plans import sampler_plan
+from mnist_diffusion.errors import UserError
 from mnist_diffusion.method.distillation import student_of
 from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
@@ -189,16 +190,16 @@ def test_an_error_is_said(browser: Any, address: str) -> None:
 def test_samplers_that_are_no_sums_are_refused(name: str, message: str) -> None:
     pipeline = make_pipeline(diffusion=DiffusionConfig(beta_schedule="linear"))
     pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(UserError, match=message):
         sampler_plan(pipeline, 4)
 
 
 def test_what_cannot_be_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(StudioError, match="alone is unconditional"):
+    with pytest.raises(UserError, match="alone is unconditional"):
         write_studio({"alone": make_pipeline(conditional=False)}, tmp_path / "out", title="")
     other = make_pipeline()
     other.register_to_config(id2label={"0": "zero"})
-    with pytest.raises(StudioError, match="two draws other images or classes than one"):
+    with pytest.raises(UserError, match="two draws other images or classes than one"):
         write_studio({"one": make_pipeline(), "two": other}, tmp_path / "out", title="")
     make_pipeline().save_pretrained(tmp_path / "pipeline")
     asked = ["studio", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out"), "--runtime", str(tmp_path)]

@@ -28,10 +28,6 @@ MAX_RUNTIME_BYTES, MAX_PACKAGE_BYTES, MAX_NETWORK_BYTES = 2**26, 2**28, 2**31
 TEACHER_STEPS, STUDENT_STEPS = [2, 3, 4, 5, 6, 8, 10, 15, 20], [1, 2, 4, 8]
 
 
-class StudioError(UserError):
-    """The page could not be put together."""
-
-
 def write_studio(
     pipelines: Mapping[str, MNISTDiffusionPipeline], folder: Path, *, title: str, runtime: Path | None = None
 ) -> None:
@@ -44,15 +40,15 @@ def write_studio(
         runtime: the `dist` folder of the npm package `onnxruntime-web`; fetched with npm if omitted.
 
     Raises:
-        StudioError: a pipeline is unconditional, they do not draw the same classes, or the runtime cannot be had.
+        UserError: a pipeline is unconditional, they do not draw the same classes, or the runtime cannot be had.
         UserError: a network or a sampler could not be exported.
     """
     first = next(iter(pipelines.values()))
     for name, pipeline in pipelines.items():
         if pipeline.num_classes is None:
-            raise StudioError(f"{name} is unconditional, and the page chooses classes")
+            raise UserError(f"{name} is unconditional, and the page chooses classes")
         if (pipeline.image_shape, class_names(pipeline)) != (first.image_shape, class_names(first)):
-            raise StudioError(f"{name} draws other images or classes than {next(iter(pipelines))}")
+            raise UserError(f"{name} draws other images or classes than {next(iter(pipelines))}")
     models = [_model(pipeline, name, f"{index}.onnx") for index, (name, pipeline) in enumerate(pipelines.items())]
     files = _runtime_files(runtime)
     for model, pipeline in zip(models, pipelines.values(), strict=True):
@@ -95,17 +91,17 @@ def _runtime_files(folder: Path | None) -> dict[str, bytes]:
     """The files of ONNX Runtime for the web, by name."""
     if folder is not None:
         if missing := [name for name in RUNTIME_FILES if not (folder / name).is_file()]:
-            raise StudioError(f"runtime={str(folder)!r} has no {', '.join(missing)}; name the package's `dist` folder")
+            raise UserError(f"runtime={str(folder)!r} has no {', '.join(missing)}; name the package's `dist` folder")
         return {name: read_bytes(folder / name, MAX_RUNTIME_BYTES) for name in RUNTIME_FILES}
     if (npm := shutil.which("npm")) is None:
-        raise StudioError(f"{RUNTIME} needs npm, which is not installed; or set --runtime to its `dist`")
+        raise UserError(f"{RUNTIME} needs npm, which is not installed; or set --runtime to its `dist`")
     with tempfile.TemporaryDirectory() as temporary:
         command = [npm, "pack", RUNTIME, "--silent", "--pack-destination", temporary]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=temporary)
         found = list(Path(temporary).glob("*.tgz"))
         if done.returncode or len(found) != 1:
             reason = " ".join(done.stderr.split())[-300:]
-            raise StudioError(f"npm could not fetch {RUNTIME}: {reason}; or name its `dist` folder with --runtime")
+            raise UserError(f"npm could not fetch {RUNTIME}: {reason}; or name its `dist` folder with --runtime")
         with tarfile.open(fileobj=io.BytesIO(read_bytes(found[0], MAX_PACKAGE_BYTES))) as package:
             return {name: _member(package, f"package/dist/{name}") for name in RUNTIME_FILES}
 
@@ -116,5 +112,5 @@ def _member(package: tarfile.TarFile, name: str) -> bytes:
     except KeyError:
         file = None
     if file is None:
-        raise StudioError(f"{RUNTIME} has no {name}")
+        raise UserError(f"{RUNTIME} has no {name}")
     return file.read()

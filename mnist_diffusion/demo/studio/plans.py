@@ -13,10 +13,6 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 IMAGES, SEED, TOLERANCE = 4, 0, 1e-3
 
 
-class PlanError(UserError):
-    """The sampler cannot be written as a plan."""
-
-
 def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> list[dict[str, Any]]:
     """The steps of the pipeline's sampler, as sums of what is known at each.
 
@@ -33,11 +29,11 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         For each step its timestep `t`, and `p`, `q`, `clip`, `a`, `b`, `c`, `d`.
 
     Raises:
-        PlanError: the steps are not such sums, or the samples are not of unit variance.
+        UserError: the steps are not such sums, or the samples are not of unit variance.
     """
     name = type(pipeline.scheduler).__name__
     if getattr(pipeline.scheduler, "init_noise_sigma", 1) != 1:
-        raise PlanError(f"{name} works on samples that are not of unit variance; use dpmpp, ddim, ddpm or lcm")
+        raise UserError(f"{name} works on samples that are not of unit variance; use dpmpp, ddim, ddpm or lcm")
     generators = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
     again = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
     before, last = torch.randn(IMAGES, *pipeline.image_shape, generator=torch.Generator().manual_seed(SEED)), None
@@ -55,7 +51,7 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         clip = sums[True][1] < sums[False][1]
         (a, b, c, d), wrong, _ = sums[clip]
         if max(error, wrong) > TOLERANCE:
-            raise PlanError(
+            raise UserError(
                 f"{name} in {num_inference_steps} steps does not combine the last two predictions; use dpmpp"
             )
         if abs(d) < TOLERANCE:
@@ -78,10 +74,10 @@ def possible_plans(pipeline: MNISTDiffusionPipeline, counts: list[int]) -> dict[
     """The plans for those of `counts` that the sampler can take.
 
     Raises:
-        PlanError: there is none.
+        UserError: there is none.
     """
     available = pipeline.scheduler.config.num_train_timesteps
     plans = {count: sampler_plan(pipeline, count) for count in counts if count <= available}
     if not plans:
-        raise PlanError(f"the sampler has {available} timesteps, fewer than {counts}")
+        raise UserError(f"the sampler has {available} timesteps, fewer than {counts}")
     return plans
