@@ -36,6 +36,24 @@ def draw(pipeline: MNISTDiffusionPipeline, *labels: Any, seed: int = 0, **argume
     return pipeline(list(labels) or None, generator=torch.Generator().manual_seed(seed), **arguments).images
 
 
+def guided_output(
+    pipeline: MNISTDiffusionPipeline, labels: Any, guidance_scale: float, *classes: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The guided prediction of a single step, and the network's own at the same noise for each of `classes`."""
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen: dict[str, torch.Tensor] = {}
+    pipeline(
+        labels,
+        guidance_scale=guidance_scale,
+        num_inference_steps=1,
+        latents=noise,
+        callback_on_step_end=lambda pipe, step, timestep, tensors: seen.update(tensors) or {},
+        callback_on_step_end_tensor_inputs=["model_output"],
+    )
+    with torch.no_grad():
+        return seen["model_output"], [pipeline.unet(noise, 999, torch.tensor([label])).sample for label in classes]
+
+
 class CountingUNet:
     """Counts the images that go through the real network."""
 
@@ -216,19 +234,8 @@ class TestGuidance:
 
     def test_formula(self, pipeline: MNISTDiffusionPipeline) -> None:
         """One step with the sampler's update undone: the guided prediction is the formula on two plain passes."""
-        noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        seen: dict[str, torch.Tensor] = {}
-        pipeline(
-            4,
-            guidance_scale=3.0,
-            num_inference_steps=1,
-            latents=noise,
-            callback_on_step_end=lambda p, i, t, tensors: seen.update(tensors) or {},
-            callback_on_step_end_tensor_inputs=["model_output"],
-        )
-        with torch.no_grad():
-            conditional, null = (pipeline.unet(noise, 999, torch.tensor([label])).sample for label in (4, 10))
-        torch.testing.assert_close(seen["model_output"], null + 3 * (conditional - null), atol=1e-5, rtol=1e-5)
+        guided, (conditional, null) = guided_output(pipeline, 4, 3.0, 4, 10)
+        torch.testing.assert_close(guided, null + 3 * (conditional - null), atol=1e-5, rtol=1e-5)
         assert (conditional - null).abs().max() > 1e-3
 
     def test_scale_an_image_equals_calls_one_by_one(self, pipeline: MNISTDiffusionPipeline) -> None:
@@ -511,20 +518,9 @@ class TestClassWeights:
         pipeline.scheduler = build_sampler("ddim", pipeline.scheduler.config)
         weights = torch.zeros(1, 10)
         weights[0, 3], weights[0, 7] = 0.25, 0.75
-        noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        seen: dict[str, torch.Tensor] = {}
-        pipeline(
-            weights,
-            guidance_scale=2.0,
-            num_inference_steps=1,
-            latents=noise,
-            callback_on_step_end=lambda pipe, step, timestep, tensors: seen.update(tensors) or {},
-            callback_on_step_end_tensor_inputs=["model_output"],
-        )
-        with torch.no_grad():
-            three, seven, null = (pipeline.unet(noise, 999, torch.tensor([label])).sample for label in (3, 7, 10))
+        guided, (three, seven, null) = guided_output(pipeline, weights, 2.0, 3, 7, 10)
         mixed = 0.25 * three + 0.75 * seven
-        torch.testing.assert_close(seen["model_output"], null + 2 * (mixed - null), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(guided, null + 2 * (mixed - null), atol=1e-5, rtol=1e-4)
 
     def test_mixed_classes_pass_one_by_one_for_all_images(self, pipeline: MNISTDiffusionPipeline) -> None:
         """The last bits of a result depend on the batch of a network pass, so that is part of what is promised."""
