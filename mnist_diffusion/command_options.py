@@ -107,8 +107,6 @@ class EvaluationOptions(DrawOptions):
     """train.seed of the run, if data.source has no test split; null takes that of the first source's run, or 0."""
     evaluator: Path | None = None
     """Folder of another evaluator, written by `mnist-diffusion train_evaluator`."""
-    train_on_synthetic: bool = False
-    """Also train a classifier on the images and test it on real ones."""
     imagenet_fid: bool = False
     """Also compute FID with ImageNet's Inception network, for comparison with other work."""
     out: Path = Path("evaluation")

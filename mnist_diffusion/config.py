@@ -262,13 +262,13 @@ class TrainConfig:
     gradient_accumulation_steps: Count = 1
     """Micro-batches per step and process."""
     mixed_precision: MixedPrecision | None = None
-    """Precision of the forward pass; null takes the launcher's."""
-    channels_last: bool = False
-    """Use channels-last memory format, which is faster on tensor cores and some CPUs."""
+    """Precision of the forward pass. Null takes the launcher's; a run limited by minutes on a CPU tries bf16, too."""
+    channels_last: bool | None = None
+    """Use channels-last memory format. Null does not; a run limited by minutes on a CPU tries it."""
     compile: bool = False
     """Compile the network with torch.compile; the first step then takes about a minute."""
     num_threads: Count | None = None
-    """CPU threads per process; null shares the cores among the processes, and a timed run tries one thread too."""
+    """CPU threads per process. Null shares the cores among the processes; a run limited by minutes tries one, too."""
     ema_decay: Probability = 0.9999
     """Largest decay of the exponential moving average of the weights, which is what is sampled and exported."""
     averages_every: Interval | None = None

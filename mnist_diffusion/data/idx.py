@@ -19,93 +19,104 @@ from pathlib import Path
 
 import numpy as np
 
+from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.data.layout import kind_in
-from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import open_file
 
-UNSIGNED_BYTE = 0x08
+IMAGES, LABELS = 0x803, 0x801
+"""Magic numbers: unsigned bytes in three dimensions, and in one."""
 MAX_BYTES = 8 * 2**30
-
-PREFIXES = {"train": "train", "test": "t10k"}
-TRAIN_IMAGES = "train-images-idx3-ubyte"
-EMNIST_IMAGES = re.compile(r"emnist-(?P<subset>\w+)-train-images[-.]idx3-ubyte(\.gz)?")
+EMNIST = re.compile(r"emnist-(\w+)-(train|test)-")
+NAMED = {"fashionmnist": "FashionMNIST", "kmnist": "KMNIST"}
+"""Folders whose class names are those of a class of `torchvision.datasets`."""
 
 
 @dataclass(frozen=True)
-class IdxFamily:
-    """The data set of a folder of IDX files."""
-
-    title: str
-    dataset: str | None = None
-    """The class of `torchvision.datasets` that has the names of the classes."""
-    subset: str | None = None
-    """Of EMNIST, whose images are stored with rows and columns exchanged."""
-
-    def stems(self, split: str) -> tuple[str, str]:
-        """The names of the files with images and labels, without `.gz`."""
-        prefix = PREFIXES[split] if self.subset is None else f"emnist-{self.subset}-{split}"
-        return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-
-    def class_names(self) -> dict[int, str] | None:
-        """The name of each label, if they are known."""
-        if self.dataset is None:
-            return None
-        from torchvision import datasets
-
-        known = getattr(datasets, self.dataset)
-        names = known.classes if self.subset is None else known.classes_split_dict.get(self.subset, ())
-        return dict(enumerate(names)) or None
-
-
-def find_idx_folder(folder: Path) -> Path | None:
-    """The folder that holds the IDX training images: `folder` itself, or torchvision's `<name>/raw` below it.
-
-    Raises:
-        UserError: there are several.
-    """
-    for candidates in ([folder], [folder / "raw"], sorted(path for path in folder.glob("*/raw") if path.is_dir())):
-        found = [path for path in candidates if _find(path, TRAIN_IMAGES) or _emnist_subsets(path)]
-        if len(found) > 1:
-            places = ", ".join(str(path.parent) for path in found)
-            raise UserError(f"{folder} holds several data sets; name one of {places}")
-        if found:
-            return found[0]
-    return None
-
-
-def _emnist_subsets(folder: Path) -> list[str]:
-    files = sorted(folder.glob("emnist-*")) if folder.is_dir() else []
-    return list(dict.fromkeys(match["subset"] for path in files if (match := EMNIST_IMAGES.fullmatch(path.name))))
-
-
-def find_idx_family(folder: Path, subset: str | None) -> IdxFamily:
-    """What the IDX files of `folder` are: by their names, and by that of the folder, as torchvision lays them out.
+class IdxFolder:
+    """The content of a folder of IDX files.
 
     Args:
-        folder: holds the files.
+        title: the folder and the data set in it.
+        splits: images `[N, H, W]` and labels `[N]`, both uint8, of `train`, `test` and `validation`.
+        class_names: the name of each label, if they are known.
+    """
+
+    title: str
+    splits: dict[str, tuple[np.ndarray, np.ndarray]]
+    class_names: dict[int, str] | None
+
+
+def read_idx_folder(folder: Path, subset: str | None) -> IdxFolder | None:
+    """Read the IDX files of a folder, or of torchvision's `<name>/raw` below it; None if there are none.
+
+    Their names hold `image` or `label`, and a word for their split.
+
+    Args:
+        folder: the folder.
         subset: which part of EMNIST is wanted, if there are several.
 
     Raises:
-        UserError: `subset` is not there, or is needed.
+        DataError: there are several data sets, the subset is not there or is needed, or a file is broken.
     """
-    subsets = _emnist_subsets(folder)
+    for places in ([folder], [folder / "raw"], sorted(folder.glob("*/raw"))):
+        found = {place: files for place in places if (files := _idx_files(place))}
+        if len(found) > 1:
+            names = ", ".join(str(place.parent) for place in found)
+            raise DataError(f"{folder} holds several data sets; name one of {names}")
+        for place, files in found.items():
+            return _read_files(place, files, subset)
+    return None
+
+
+def _idx_files(folder: Path) -> list[Path]:
+    """The files that are IDX by their names or first bytes, without the zipped copies of others."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    named = {path.name: path for path in paths if re.search("image|label", path.name.lower()) and path.is_file()}
+    unzipped = [path for name, path in named.items() if name.removesuffix(".gz") not in named.keys() - {name}]
+    return [path for path in unzipped if "ubyte" in path.name or _magic(path) in (IMAGES, LABELS)]
+
+
+def _read_files(folder: Path, files: list[Path], subset: str | None) -> IdxFolder:
+    part_of = {path: match[1] if (match := EMNIST.match(path.name)) else None for path in files}
+    subsets = sorted({part for part in part_of.values() if part is not None})
     if subset is not None and subset not in subsets:
-        raise UserError(f"data.subset={subset!r}: {folder} has {', '.join(subsets) or 'no parts'}")
+        raise DataError(f"data.subset={subset!r}: {folder} has {', '.join(subsets) or 'no parts'}")
     if len(subsets) > 1 and subset is None:
-        raise UserError(f"{folder} holds several parts of EMNIST; set data.subset to one of {', '.join(subsets)}")
-    if subsets:
-        chosen = subset or subsets[0]
-        return IdxFamily(f"IDX, EMNIST {chosen}", "EMNIST", chosen)
-    place = folder.resolve()
-    name = (place.parent if place.name == "raw" else place).name.lower().replace("-", "").replace("_", "")
-    known = {"fashionmnist": "FashionMNIST", "kmnist": "KMNIST"}.get(name)
-    return IdxFamily(f"IDX, {known}" if known else "IDX", known)
+        raise DataError(f"{folder} holds several parts of EMNIST; set data.subset to one of {', '.join(subsets)}")
+    chosen = subset or (subsets[0] if subsets else None)
+    found: dict[str, dict[str, Path]] = {}
+    for path in (path for path, part in part_of.items() if part == chosen):
+        role = "images" if "image" in path.name.lower() else "labels"
+        roles = found.setdefault(kind_in(path.name) or "train", {})
+        if role in roles:
+            raise DataError(f"{path} and {roles[role].name} could both hold the {role} of one split; keep one")
+        roles[role] = path
+    splits = {split: _pair(roles) for split, roles in found.items()}
+    if chosen is not None:  # EMNIST has rows and columns exchanged
+        splits = {split: (images.transpose(0, 2, 1), labels) for split, (images, labels) in splits.items()}
+    place = (folder.resolve().parent if folder.resolve().name == "raw" else folder.resolve()).name
+    dataset = NAMED.get(re.sub("[-_]", "", place.lower())) if chosen is None else f"EMNIST {chosen}"
+    return IdxFolder(f"{folder} (IDX{f', {dataset}' if dataset else ''})", splits, _class_names(dataset))
 
 
-def _find(folder: Path, stem: str) -> Path | None:
-    dotted = stem.replace("-idx", ".idx")
-    paths = (folder / name for name in (stem, f"{stem}.gz", dotted, f"{dotted}.gz"))
-    return next((path for path in paths if path.is_file()), None)
+def _class_names(dataset: str | None) -> dict[int, str] | None:
+    if dataset is None:
+        return None
+    from torchvision import datasets
+
+    name, _, subset = dataset.partition(" ")
+    known = getattr(datasets, name)
+    return dict(enumerate(known.classes_split_dict.get(subset, ()) if subset else known.classes)) or None
+
+
+def _pair(roles: dict[str, Path]) -> tuple[np.ndarray, np.ndarray]:
+    if len(roles) < 2:
+        [(role, path)] = roles.items()
+        raise DataError(f"{path} has no partner with the {'labels' if role == 'images' else 'images'}")
+    images, labels = read_idx(roles["images"], dimensions=3), read_idx(roles["labels"], dimensions=1)
+    if len(images) != len(labels):
+        raise DataError(f"{roles['images']} holds {len(images)} images but {roles['labels']} {len(labels)} labels")
+    return images, labels
 
 
 def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
@@ -119,86 +130,27 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
         A uint8 array of that many dimensions.
 
     Raises:
-        UserError: wrong magic, type or dimensions; fewer or more bytes than declared; a broken gzip stream.
+        DataError: wrong magic, type or dimensions; fewer or more bytes than declared; a broken gzip stream.
     """
     try:
         with _unzipped(path) as stream:
-            header_size = 4 + 4 * dimensions
-            header = stream.read(header_size)
-            if len(header) < header_size:
-                raise UserError(f"{path}: truncated header, {len(header)} bytes where {header_size} are needed")
-            magic, *sizes = struct.unpack(f">{1 + dimensions}I", header)
-            expected, shape = UNSIGNED_BYTE << 8 | dimensions, tuple(sizes)
-            if magic != expected:
-                kind = f"unsigned bytes, {dimensions} dimension{'s' if dimensions > 1 else ''}"
-                raise UserError(f"{path}: magic number 0x{magic:08x}, expected 0x{expected:08x} ({kind})")
-            if 0 in shape:
-                raise UserError(f"{path}: holds no pixels, its shape is {shape}")
-            size = math.prod(shape)
-            if size > MAX_BYTES:
-                raise UserError(f"{path}: declares {size} bytes of data ({shape}), more than the limit of {MAX_BYTES}")
+            header = stream.read(4 + 4 * dimensions)
+            if len(header) < 4 + 4 * dimensions:
+                raise DataError(f"{path}: truncated header of {len(header)} bytes")
+            magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
+            if magic != (expected := 0x800 | dimensions):
+                raise DataError(f"{path}: magic number 0x{magic:08x}, expected 0x{expected:08x} (unsigned bytes)")
+            if not 0 < (size := math.prod(shape)) <= MAX_BYTES:
+                problem = f"more than the limit of {MAX_BYTES}" if size else "so it holds no pixels"
+                raise DataError(f"{path}: declares {size} bytes of data ({shape}), {problem}")
             values = stream.read(size)
             if len(values) < size:
-                raise UserError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
+                raise DataError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
             if stream.read(1):
-                raise UserError(f"{path}: holds more than the {size} values {shape} that it declares")
-    except FileError as error:
-        raise UserError(str(error)) from error
+                raise DataError(f"{path}: holds more than the {size} values {shape} that it declares")
     except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path}: could not be read: {error}") from error
+        raise DataError(f"{path}: could not be read: {error}") from error
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
-
-
-def read_idx_split(folder: Path, split: str, family: IdxFamily) -> tuple[np.ndarray, np.ndarray] | None:
-    """Images `[N, H, W]` and labels `[N]`, both uint8, of `train` or `test`; None if the split has no files.
-
-    Raises:
-        UserError: a file is broken, one of the pair is missing, or the counts differ.
-    """
-    stems = family.stems(split)
-    images_path, labels_path = (_find(folder, stem) for stem in stems)
-    if images_path is None and labels_path is None:
-        return None
-    if images_path is None or labels_path is None:
-        missing = stems[0] if images_path is None else stems[1]
-        raise UserError(f"{folder}: {missing} (raw or .gz) is missing beside its partner")
-    images, labels = _pair(images_path, labels_path)
-    return images.transpose(0, 2, 1) if family.subset is not None else images, labels
-
-
-def _pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
-    if len(images) != len(labels):
-        raise UserError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
-    if images.size == 0:
-        raise UserError(f"{images_path}: holds no pixels, its shape is {images.shape}")
-    return images, labels
-
-
-def read_loose_idx(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The splits of a folder of IDX files by other names, which hold the words `image` and `label`.
-
-    Returns:
-        Images `[N, H, W]` and labels `[N]`, both uint8, by the split that a word in the names stands for, `train` if
-        none does; empty if there are no such files.
-
-    Raises:
-        UserError: a file is broken, has no partner, or there are several of a kind.
-    """
-    found: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.iterdir()):
-        role = next((role for role in ("image", "label") if role in path.name.lower()), None)
-        if role is None or not path.is_file() or _magic(path) not in (0x801, 0x803):
-            continue
-        roles = found.setdefault(kind_in(path.name) or "train", {})
-        if role in roles:
-            raise UserError(f"{path} and {roles[role].name} could both hold the {role}s of one split; keep one")
-        roles[role] = path
-    for roles in found.values():
-        if len(roles) < 2:
-            [(role, path)] = roles.items()
-            raise UserError(f"{path} has no partner with the {'labels' if role == 'image' else 'images'}")
-    return {split: _pair(roles["image"], roles["label"]) for split, roles in found.items()}
 
 
 def _magic(path: Path) -> int | None:
@@ -206,7 +158,7 @@ def _magic(path: Path) -> int | None:
     try:
         with _unzipped(path) as stream:
             return int.from_bytes(stream.read(4), "big")
-    except (EOFError, OSError, zlib.error, FileError):
+    except (EOFError, OSError, ValueError, zlib.error):
         return None
 
 

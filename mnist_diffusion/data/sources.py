@@ -12,7 +12,7 @@ import glob
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.arrow import read_datasets
 from mnist_diffusion.data.decoding import DataError, EncodedImages, cause, read_file, wrap_errors
-from mnist_diffusion.data.idx import PREFIXES, find_idx_family, find_idx_folder, read_idx_split, read_loose_idx
+from mnist_diffusion.data.idx import read_idx_folder
 from mnist_diffusion.data.layout import JUNK, arrange, choose_splits, listed
 from mnist_diffusion.data.raw import RawSource, RawSplit
 from mnist_diffusion.data.transforms import fit_to_size
@@ -148,33 +148,18 @@ def read_file_source(path: Path, config: ImagesConfig) -> RawSource:
     return source
 
 
-def read_idx_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read a folder of IDX files, or torchvision's `<name>/raw` below it; its splits are `train` and `test`."""
-    idx_folder = find_idx_folder(folder)
-    if idx_folder is None:
+def read_idx(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read a folder of IDX files, or torchvision's `<name>/raw` below it."""
+    if (found := read_idx_folder(folder, config.subset)) is None:
         return None
-    family = find_idx_family(idx_folder, config.subset)
-
-    pairs = {split: read_idx_split(idx_folder, split, family) for split in PREFIXES}
-    found = _of_arrays({split: pair for split, pair in pairs.items() if pair}, f"{idx_folder} ({family.title})", config)
-    return dataclasses.replace(found, class_names=family.class_names(), has_subsets=True)
-
-
-def read_other_idx(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read a folder of IDX files by other names."""
-    pairs = read_loose_idx(folder)
-    return _of_arrays(pairs, f"{folder} (IDX)", config) if pairs else None
-
-
-def _of_arrays(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], description: str, config: ImagesConfig) -> RawSource:
-    """The source whose splits are these grey images `[N, H, W]` and labels `[N]`."""
     splits = {
         split: RawSplit(torch.from_numpy(images.copy()).unsqueeze(1), labels.tolist())
-        for split, (images, labels) in pairs.items()
+        for split, (images, labels) in found.splits.items()
     }
-    train, test, notes = choose_splits(list(splits), config, description)
+    train, test, notes = choose_splits(list(splits), config, found.title)
     held_out = None if test is None else splits[test]
-    return RawSource(str(config.source), description, splits[train], held_out, notes=tuple(notes))
+    about = {"class_names": found.class_names, "notes": tuple(notes), "has_subsets": True}
+    return RawSource(str(config.source), found.title, splits[train], held_out, **about)
 
 
 def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
@@ -313,5 +298,5 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-FOLDER_READERS = (read_idx_folder, read_other_idx, read_saved_datasets, read_table_folder, read_any_tree)
+FOLDER_READERS = (read_idx, read_saved_datasets, read_table_folder, read_any_tree)
 """The readers of folders in the order they are tried; each returns None for a folder of another kind."""

@@ -92,7 +92,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     pictures: dict[str, list[Any]] = {"samples": [], "misclassified": [], "nearest": []}
     for about, draw in tqdm(draws, desc="evaluating", unit="result", disable=len(draws) < 2):
         sample, started = draw(), time.perf_counter()
-        scored = reference.score(sample, train_on_synthetic=options.train_on_synthetic)
+        scored = reference.score(sample)
         values = dict(scored.values)
         if imagenet is not None:
             values["imagenet_fid"] = imagenet(sample.images)

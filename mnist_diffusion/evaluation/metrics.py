@@ -11,23 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, wasserstein_distance
+from scipy import ndimage
+from scipy.stats import binomtest
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 WORKING_MEMORY_MIB = 256
 CONFIDENCE = 0.95
+HALF_GREY, MIN_PIECE = 128, 5
 
 
-# torchmetrics warns that it keeps features in memory, as intended, and of the deviation over one split.
-warnings.filterwarnings("ignore", message="Metric `(Kernel Inception Distance|InceptionScore)` will save")
+# torchmetrics warns that it keeps features in memory, as intended.
+warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
 ALONE: dict[str, Any] = {"sync_on_compute": False}
 """Of several processes only the first scores images, so its metrics must not wait for the others."""
-warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom", module="torchmetrics")
 
 
 def _extractor(num_features: int) -> nn.Module:
@@ -84,23 +84,6 @@ def kernel_distance(
         torch.manual_seed(seed)
         mean, deviation = metric.compute()
     return float(mean), float(deviation)
-
-
-def inception_score(logits: Tensor) -> float:
-    """exp E KL(p(y|x) || p(y)), from 1 to the number of classes.
-
-    Salimans et al. (2016), https://arxiv.org/abs/1606.03498, section 4, with the evaluator's classes in place of
-    ImageNet's. It sees no real image, so that it cannot tell one good image of each class from a good model.
-
-    Args:
-        logits: `[N, classes]`.
-    """
-    metric = InceptionScore(feature=_extractor(logits.shape[1]), splits=1, **ALONE)
-    # Probabilities that round to 0 for every image would make the logarithm of their mean infinite.
-    metric.update(logits.double().log_softmax(dim=1).clamp(min=-600))
-    with torch.random.fork_rng(devices=[]):  # it shuffles
-        torch.manual_seed(0)
-        return float(metric.compute()[0])
 
 
 def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, float]:
@@ -168,23 +151,19 @@ def wilson_share(successes: int, trials: int) -> Share:
     return Share(successes / trials, float(interval.low), float(interval.high))
 
 
-def pixel_statistics(real: Tensor, generated: Tensor) -> dict[str, float]:
-    """The pixel values of generated uint8 images, on a scale from 0 to 1.
+def stroke_shapes(images: Tensor) -> np.ndarray:
+    """Pieces and holes of each image, int64 `[N, 2]`, cut at half grey.
 
-    Returns:
-        `pixel_mean` and `pixel_deviation`; `black_share`, of the pixels that are exactly 0; and
-        `pixel_histogram_distance`, the Wasserstein-1 distance to the pixel values of real images.
+    A piece is an 8-connected bright area of at least five pixels; a hole, a 4-connected dark area but the largest.
+
+    Args:
+        images: uint8 `[N, 1, H, W]`, bright strokes on a dark ground.
     """
-    values = np.arange(256) / 255
-    shares, real_shares = (torch.bincount(each.flatten().int(), minlength=256).numpy() for each in (generated, real))
-    share = shares / shares.sum()
-    mean = float(share @ values)
-    return {
-        "pixel_mean": mean,
-        "pixel_deviation": float(np.sqrt(share @ (values - mean) ** 2)),
-        "black_share": float(share[0]),
-        "pixel_histogram_distance": float(wasserstein_distance(values, values, real_shares, shares)),
-    }
+    shapes = []
+    for bright in (images[:, 0] >= HALF_GREY).numpy():
+        sizes = np.bincount(ndimage.label(bright, np.ones((3, 3)))[0].ravel())[1:]
+        shapes.append(((sizes >= MIN_PIECE).sum(), max(0, ndimage.label(~bright)[1] - 1)))
+    return np.array(shapes, dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "density": ("density", "{:.2f}"),
     "coverage": ("coverage", "{:.1%}"),
     "copied_share": ("copies", "{:.1%}"),
-    "train_on_synthetic_accuracy": ("trains to", "{:.2%}"),
+    "broken_share": ("broken", "{:.1%}"),
+    "odd_shape_share": ("odd shapes", "{:.1%}"),
     "seconds": ("seconds", "{:.0f}"),
 }
 """The heading of each metric in a table, and its format."""
@@ -57,7 +58,10 @@ def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row | {"thousand_kernel_distance": 1000 * row["kernel_distance"]} for row in (floor, *report["results"])]
 
 
-ON_SCREEN = (*("name", "nfe_per_image", "accuracy", "fid", "fid_standard_error"), *("fid_ratio", "precision", "recall"))
+ON_SCREEN = (
+    *("name", "nfe_per_image", "accuracy", "fid", "fid_standard_error"),
+    *("fid_ratio", "precision", "recall", "broken_share"),
+)
 
 
 def cells(report: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -> tuple[list[str], list[list[str]]]:

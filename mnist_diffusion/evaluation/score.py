@@ -6,18 +6,20 @@ function: no model can be expected to do better.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnist_diffusion.data.dataset import ImageData, ImageSplit
+from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.evaluation import metrics
 from mnist_diffusion.evaluation.draw import Sample
-from mnist_diffusion.evaluation.evaluator import ImageEvaluator, accuracy, logits_and_features, train_evaluator
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, logits_and_features
 from mnist_diffusion.seeds import numpy_generator
 
 BOOTSTRAPS = 20
@@ -26,7 +28,8 @@ MAX_NEIGHBOURHOOD = 10_000
 MAX_COPY_CHECK = 2000
 MIN_HELD_OUT = 50
 COPY_QUANTILE = 0.01
-SYNTHETIC_STEPS = 1500
+RARE_SHAPE = 0.01
+"""Share of a class's training images below which a combination of pieces and holes is odd."""
 SPREADS = ("accuracy_low", "accuracy_high", "class_accuracy", "fid_standard_error", "kernel_distance_deviation")
 """Metrics of the images alone; all others are also given for held-out images."""
 
@@ -107,16 +110,8 @@ class Reference:
             self._floors[count] = self.measure(self.held_out.subset(chosen))
         return self._floors[count]
 
-    def score(self, sample: Sample, *, train_on_synthetic: bool = False) -> Scores:
-        """All metrics of a sample, with their floor.
-
-        Args:
-            sample: the images and their classes.
-            train_on_synthetic: also train a classifier on the sample and test it on real images.
-
-        Returns:
-            With values such as `fid`, `fid_floor` and `fid_ratio`.
-        """
+    def score(self, sample: Sample) -> Scores:
+        """All metrics of a sample, with their floor, such as `fid`, `fid_floor` and `fid_ratio`."""
         evaluated = embed(self.evaluator, sample.images, sample.labels)
         measured, floor = self.measure(evaluated), self.floor(len(evaluated))
         # Nearer to one training image, relative to the others, than 99 of 100 held-out images are.
@@ -127,8 +122,6 @@ class Reference:
         entry["fid_ratio"] = entry["fid"] / entry["fid_floor"]
         entry |= {"copied_share": copies.value, "copied_share_floor": COPY_QUANTILE}
         entry["copies_suspected"] = copies.low > 5 * COPY_QUANTILE
-        if train_on_synthetic:
-            entry |= self._train_on_synthetic(evaluated)
         entry["warnings"] = self._warnings(entry)
         return replace(measured, values=entry)
 
@@ -147,9 +140,8 @@ class Reference:
             "kernel_distance": kernel,
             "kernel_distance_deviation": deviation,
             **self._by_class(evaluated),
-            "inception_score": metrics.inception_score(evaluated.logits),
             **metrics.neighbourhoods(self._some(real, size).features, self._some(evaluated, size).features),
-            **metrics.pixel_statistics(real.images, evaluated.images),
+            **self._stroke_shares(evaluated),
             "nearest_distance": float(np.median(nearest.distances)),
         }
         return Scores(values, evaluated.logits.argmax(dim=1), checked, nearest)
@@ -165,17 +157,34 @@ class Reference:
         return {"accuracy": share.value, **interval, "class_accuracy": by_class}
 
     def _by_class(self, evaluated: EvaluatedImages) -> dict[str, Any]:
-        """Fréchet and kernel distance of the images of each class to the real ones of that class."""
+        """Fréchet distance of the images of each class to the real ones of that class."""
         if evaluated.labels is None or self.train.labels is None:
             return {}
         frechet: dict[str, float | None] = dict.fromkeys(self.data.class_names)
-        kernel = frechet.copy()
         for label, name in enumerate(self.data.class_names):
             real, drawn = self.train.features[self.train.labels == label], evaluated.features[evaluated.labels == label]
             if min(len(real), len(drawn)) >= 2:
                 frechet[name] = metrics.frechet_distance(real, drawn)
-                kernel[name] = metrics.kernel_distance(real, drawn, subsets=10, subset_size=500, seed=self.seed)[0]
-        return {"class_fid": frechet, "class_kernel_distance": kernel}
+        return {"class_fid": frechet}
+
+    def _stroke_shares(self, evaluated: EvaluatedImages) -> dict[str, float]:
+        """Shares of grey images whose strokes are broken, and whose shape is odd for their class."""
+        if evaluated.images.shape[1] != 1:
+            return {}
+        shapes = metrics.stroke_shapes(evaluated.images)
+        shares = {"broken_share": float((shapes[:, 0] > 1).mean())}
+        if evaluated.labels is not None:
+            kinds = zip(evaluated.labels.tolist(), map(tuple, shapes), strict=True)
+            shares["odd_shape_share"] = float(np.mean([kind not in self._usual_shapes for kind in kinds]))
+        return shares
+
+    @cached_property
+    def _usual_shapes(self) -> set[tuple[int, tuple[int, ...]]]:
+        """Class, and pieces and holes, of all but the rarest training images."""
+        labels = self.data.train.labels.tolist()
+        kinds = Counter(zip(labels, map(tuple, metrics.stroke_shapes(self.data.train.tensor)), strict=True))
+        sizes = Counter(labels)
+        return {kind for kind, count in kinds.items() if count >= RARE_SHAPE * sizes[kind[0]]}
 
     def _fid_standard_error(self, real: EvaluatedImages, evaluated: EvaluatedImages) -> float:
         """Standard deviation of the Fréchet distance when the images are drawn again with replacement."""
@@ -220,23 +229,6 @@ class Reference:
 
     def _permutation(self, size: int) -> Tensor:
         return torch.from_numpy(numpy_generator(self.seed, "eval", 3).permutation(size))
-
-    def _train_on_synthetic(self, evaluated: EvaluatedImages) -> dict[str, Any]:
-        """Test accuracy on real images of a classifier trained on the sample, and on as many real images.
-
-        Ravuri and Vinyals (2019), https://arxiv.org/abs/1905.10887: the classification accuracy score.
-        """
-        if evaluated.labels is None:
-            raise DataError("train_on_synthetic=true needs images with classes, and these have none")
-        real = self._some(self.train, min(len(evaluated), len(self.train)))
-        shares = []
-        for name, training in (("synthetic", evaluated), ("as many real", real)):
-            assert training.labels is not None
-            split = ImageSplit(training.images, training.labels)
-            data = ImageData(split, self.data.test, self.data.class_names, name, name)
-            classifier = train_evaluator(data, steps=SYNTHETIC_STEPS, seed=self.seed)
-            shares.append(accuracy(classifier, self.data.test))
-        return {"train_on_synthetic_accuracy": shares[0], "train_on_synthetic_accuracy_floor": shares[1]}
 
     def _warnings(self, entry: dict[str, Any]) -> list[str]:
         """Caveats for reading the metrics."""

@@ -306,7 +306,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             class_labels: one label, or two: then the conditional prediction is mixed from the first to the second.
             num_frames: images, both ends included.
             latents: the noise, `[1, C, H, W]` for all frames or `[2, C, H, W]` for the two ends; see [`slerp`].
-            generator: draws the noise if `latents` is None: one for all frames, or two for the two ends.
+            generator: draws the noise if `latents` is None: one for all frames, or two for the two ends. A sampler that
+                adds noise draws the same for all frames, from the first.
             arguments: further arguments of a call.
 
         Returns:
@@ -319,13 +320,16 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         if labels is None or len(labels) > 2:
             raise ValueError(f"class_labels must be one label or two to interpolate, got {class_labels!r}")
         shipped._check_count("num_frames", num_frames, low=2)
+        given = shipped._checked_generators(generator, 1, 2)
+        drawing = (
+            given
+            if isinstance(given, list)
+            else [given or torch.Generator().manual_seed(int(torch.randint(2**62, ())))]
+        )
         ends = latents
         if ends is None:
-            given = shipped._checked_generators(generator, 1, 2)
             noise = {"shape": (1, *self.image_shape), "device": self._execution_device}
-            ends = torch.cat(
-                [randn_tensor(generator=each, **noise) for each in (given if isinstance(given, list) else [given])]
-            )
+            ends = torch.cat([randn_tensor(generator=each, **noise) for each in drawing])
         elif not isinstance(ends, torch.Tensor) or len(ends) not in (1, 2):
             raise ValueError(f"latents must be a tensor of one noise or two, got {getattr(ends, 'shape', ends)}")
         shipped._check_images("latents", ends, (len(ends), *self.image_shape))
@@ -334,7 +338,10 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         weights = torch.zeros(len(along), self.num_classes)
         weights[:, labels[0]] += 1 - along
         weights[:, labels[-1]] += along
-        return self(weights, latents=frames, **arguments)
+        alike = [torch.Generator(drawing[0].device) for _ in along]
+        for each in alike:
+            each.set_state(drawing[0].get_state())
+        return self(weights, latents=frames, generator=alike, **arguments)
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write a folder that this class and plain diffusers load; push it too, if asked.

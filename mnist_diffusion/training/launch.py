@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from mnist_diffusion.config import ImagesConfig, RunConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import is_printable
+from mnist_diffusion.files import is_printable, read_yaml
 from mnist_diffusion.training.run_folder import is_empty
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -39,6 +40,11 @@ class RunContext:
     recipe: str
     resumes: bool
 
+    def with_precision_of(self, config: RunConfig) -> RunContext:
+        """This context with an accelerator of another precision; the earlier one must not be used any more."""
+        reset_accelerate_state()
+        return replace(self, accelerator=build_accelerator(config, self.folder))
+
     def main_process_first(self, read: Callable[[], Read]) -> Read:
         """Read something on the main process, which may download it, then on the others, which find it in the cache."""
         with self.accelerator.main_process_first():
@@ -60,8 +66,15 @@ class RunContext:
         return images
 
 
-def start_run(config: RunConfig, recipe: str) -> RunContext:
+DECIDED = ("mixed_precision", "channels_last", "num_threads")
+"""Options of `train` that a run decides where they are null."""
+
+
+def start_run(config: RunConfig, recipe: str) -> tuple[RunContext, RunConfig]:
     """Start processes, choose device and precision, and name the run folder, which is not created yet.
+
+    Returns:
+        Where the run takes place; and its configuration, with what an earlier launch decided if it resumes.
 
     Raises:
         UserError: it cannot work: the processes, the folder, the precision, the batch size or the trackers.
@@ -69,7 +82,13 @@ def start_run(config: RunConfig, recipe: str) -> RunContext:
     start_processes(config)
     folder = choose_output_dir(config, recipe)
     resumes = config.train.resume and any((folder / "checkpoints").glob("step-*"))
-    return RunContext(build_accelerator(config, folder), folder, recipe, resumes)
+    if resumes:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a checkpoint may be intact where this is not
+            then = read_yaml(folder / "config.yaml")["train"]
+            decided = {name: then[name] for name in DECIDED if getattr(config.train, name) is None}
+            config = replace(config, train=replace(config.train, **decided))
+        set_num_threads(config.train.num_threads)
+    return RunContext(build_accelerator(config, folder), folder, recipe, resumes), config
 
 
 def start_processes(config: RunConfig) -> PartialState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,34 +49,45 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
-        for parameter in group["params"]:
-            if (gradient := parameter.grad) is None:
-                continue
+        moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+        directions = []
+        for parameter in moved:
             state = self.state[parameter]
             if not state:  # AdamW expects a count of steps in every state that is loaded
                 state.update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(parameter))
             state["step"] += 1
-            momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-            direction = gradient.lerp(momentum, MOMENTUM).flatten(1)  # Nesterov's
-            rows, columns = direction.shape
-            by_shape[rows, columns].append((parameter, direction))
+            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+            directions.append(parameter.grad.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's
             parameter.grad = None
-        for shape, pairs in by_shape.items():
-            updates = orthogonalised(torch.stack([direction for _, direction in pairs]))
-            size = group["lr"] * RMS_OF_ADAMW * max(shape) ** 0.5
-            for (parameter, _), update in zip(pairs, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(update.view(parameter.shape), alpha=size)
+        for parameter, update in zip(moved, orthogonalised(directions), strict=True):
+            size = group["lr"] * RMS_OF_ADAMW * max(update.shape) ** 0.5
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(update.view(parameter.shape), alpha=size)
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices `[N, R, C]` with their singular values brought near 1, between 0.7 and 1.2, by a quintic Newton-Schulz
-    iteration with the coefficients of Jordan et al."""
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    found = matrices if wide else matrices.mT
-    found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(ITERATIONS):
-        gram = found @ found.mT
-        found = 3.4445 * found + (2.0315 * gram @ gram - 4.7750 * gram) @ found
-    return found if wide else found.mT
+def orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices `[R, C]`, each of its own size, with their singular values brought near 1, between 0.7 and 1.2.
+
+    A quintic Newton-Schulz iteration with the coefficients of Jordan et al., `X <- (a + b G + c G G) X` with the Gram
+    matrix `G = X X'` of the smaller side. Its factors are polynomials of the first `G`, which commute: they are
+    multiplied up without `X`, and in one batch for all matrices whose `G` has the same size.
+    """
+    wide = [each if each.shape[0] <= each.shape[1] else each.mT for each in matrices]
+    wide = [each / each.norm().clamp(min=1e-7) for each in wide]
+    grams: dict[int, list[Tensor]] = defaultdict(list)
+    for each in wide:
+        grams[len(each)].append(each @ each.mT)
+    factors = {side: iter(_newton_schulz(torch.stack(batch))) for side, batch in grams.items()}
+    found = [next(factors[len(each)]) @ each for each in wide]
+    return [each if each.shape == matrix.shape else each.mT for each, matrix in zip(found, matrices, strict=True)]
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    """The product of the iteration's factors for Gram matrices `[N, R, R]`."""
+    total = identity = torch.eye(gram.shape[-1]).to(gram)
+    for iteration in range(ITERATIONS):
+        factor = 3.4445 * identity + (2.0315 * gram - 4.7750 * identity) @ gram
+        total = factor @ total
+        if iteration < ITERATIONS - 1:
+            gram = factor @ gram @ factor
+    return total

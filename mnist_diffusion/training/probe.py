@@ -1,20 +1,28 @@
-"""Probe the network before a run: its speed, its memory, and how many threads are worth using."""
+"""Probe the network before a run: its speed and its memory, and the fastest way to train it here."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 
+from mnist_diffusion.config import RunConfig
 from mnist_diffusion.data.dataset import draw_batch
+from mnist_diffusion.training.launch import RunContext
 from mnist_diffusion.training.schedule import planned_steps
 from mnist_diffusion.training.step import TrainState
+
+Build = Callable[[RunContext, RunConfig], TrainState]
 
 PROBE_SECONDS = 1.0
 """Duration of one measurement, unless a single image takes longer."""
 GAIN = 1.1
-"""Speed-up from which all threads are preferred to one, which other programs disturb less."""
+"""Speed-up that counts as one."""
 BYTES_PER_PARAMETER = 24
 """Weights, gradients, at most two moments of the optimizer, the average and its copy, in float32."""
 
@@ -23,10 +31,8 @@ def forward_backward(state: TrainState, count: int) -> None:
     """Run a forward and a backward pass over `count` images of the first batch, which changes nothing."""
     images, labels = draw_batch(state.data.train, state.config.data, seed=0, step=0, part=slice(0, count))
     draws = state.objective.draw(tuple(images.shape), seed=0, step=0, device=state.accelerator.device)
-    state.model.train()
     with state.accelerator.no_sync(state.model):
-        loss = state.objective.loss(state.model, state.batch(images, labels, *draws))
-        state.accelerator.backward(loss.mean())
+        state.accelerator.backward(state.training_loss(state.batch(images, labels, *draws)).mean())
     state.optimizer.zero_grad()
     if state.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
@@ -34,28 +40,61 @@ def forward_backward(state: TrainState, count: int) -> None:
 
 def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS) -> float:
     """Time a forward and a backward pass per image, with growing batches for about so many seconds."""
-    size, started = 1, time.perf_counter()
+    size, started, full = 1, time.perf_counter(), state.config.data.batch_size // state.accelerator.num_processes
+    measured: dict[int, float] = {}
     while True:
         forward_backward(state, size)
         before = time.perf_counter()
         forward_backward(state, size)
-        per_image = (time.perf_counter() - before) / size
+        measured[size] = min(measured.get(size, math.inf), (time.perf_counter() - before) / size)
         if time.perf_counter() - started >= seconds:
-            return per_image
-        size = min(4 * size, state.config.data.batch_size // state.accelerator.num_processes)
+            return measured[size]
+        size = min(4 * size, full)
 
 
-def choose_threads(state: TrainState) -> int:
-    """Use one thread or all of them, whichever is faster now: threads that wait for each other are far slower."""
+def fastest(context: RunContext, config: RunConfig, build: Build) -> tuple[RunContext, RunConfig]:
+    """Choose the precision, memory format and threads of a run on a CPU that are faster now; what is given stays.
+
+    Args:
+        context: the run.
+        config: its configuration.
+        build: builds the state to try, around a copy of the network.
+
+    Returns:
+        Both as chosen.
+    """
+    train = config.train
+    if context.accelerator.device.type != "cpu":
+        return context, config
     threads = torch.get_num_threads()
-    if threads == 1 or state.accelerator.device.type != "cpu":
-        return threads
-    torch.set_num_threads(1)
-    one = seconds_per_image(state)
-    torch.set_num_threads(threads)
-    [best] = broadcast_object_list([threads if GAIN * seconds_per_image(state) < one else 1])
-    torch.set_num_threads(best)
-    return int(best)
+    tries: list[dict[str, Any]] = []
+    if context.accelerator.mixed_precision == "no" and train.mixed_precision is None and _has_bf16():
+        tries.append({"mixed_precision": "bf16"})
+    if train.channels_last is None:
+        tries.append({"channels_last": True})
+    if train.num_threads is None and threads > 1:  # threads that wait for each other are far slower than one
+        tries.append({"num_threads": 1})
+
+    def seconds(tried: dict[str, Any]) -> float:
+        torch.set_num_threads(tried.get("num_threads", threads))
+        changed = replace(config, train=replace(train, **tried))
+        found = seconds_per_image(build(context.with_precision_of(changed), changed))
+        return float(broadcast_object_list([found])[0])
+
+    chosen: dict[str, Any] = {}
+    best = seconds(chosen) if tries else 0.0
+    for change in tries:
+        if GAIN * (found := seconds({**chosen, **change})) < best:
+            chosen, best = {**chosen, **change}, found
+    torch.set_num_threads(chosen.get("num_threads", threads))
+    chosen = {"num_threads": threads, **chosen}
+    config = replace(config, train=replace(train, **chosen))
+    return context.with_precision_of(config), config
+
+
+def _has_bf16() -> bool:
+    """Whether this CPU computes in bf16 faster than in float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def expected_cost(state: TrainState) -> str:

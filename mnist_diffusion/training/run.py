@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
@@ -28,7 +28,9 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline, predictio
 from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
 from mnist_diffusion.training.artifacts import Artifacts
 from mnist_diffusion.training.launch import RunContext, reset_accelerate_state, start_run
+from mnist_diffusion.training.probe import fastest
 from mnist_diffusion.training.run_folder import training_images_of
+from mnist_diffusion.training.schedule import is_timed
 from mnist_diffusion.training.step import TrainState
 from mnist_diffusion.training.trainer import Trainer
 
@@ -77,7 +79,7 @@ def train(
         UserError: it cannot be done as configured.
     """
     reset_accelerate_state()
-    context = start_run(config, recipe)
+    context, config = start_run(config, recipe)
     images = context.load_images(config.data, seed=config.train.seed)
     shape = {"image_size": images.image_size, "channels": images.channels, "num_classes": images.num_classes}
     # A UNet that takes a noisy image, a timestep and a class; one more class, the null class, stands for "any".
@@ -110,7 +112,7 @@ def distill(config: DistillConfig, *, recipe: str = "python", dry_run: bool = Fa
     """
     reset_accelerate_state()
     config = with_images_of_teacher(config)
-    context = start_run(config, f"student-{recipe}")
+    context, config = start_run(config, f"student-{recipe}")
     teacher = context.main_process_first(lambda: load_teacher(config, context.accelerator))
     # The images the teacher was trained on: only their labels are used, and the student is measured against them.
     images = context.load_images(config.data, seed=config.distillation.split_seed)
@@ -118,7 +120,6 @@ def distill(config: DistillConfig, *, recipe: str = "python", dry_run: bool = Fa
     # The student starts as a copy of the teacher, and predicts the velocity of the same noising process.
     scales = config.distillation.guidance_scales
     student, scheduler = distillation.student_of(teacher, len(scales)), student_scheduler(teacher.scheduler.config)
-    prepare_teacher(config, teacher, context.accelerator)
     # What it learns: at points of a teacher's trajectory, the image at its end.
     fingerprint = drawing.fingerprint(teacher)
     learned = distillation.distillation_objective(config.distillation, teacher, fingerprint=fingerprint)
@@ -149,6 +150,12 @@ def run_training(
     dry_run: bool = False,
 ) -> TrainedRun:
     """Train a network on an objective, and publish it if `hub.push` is set."""
+    if is_timed(config.train) and not context.resumes:
+
+        def build(context: RunContext, config: RunConfig) -> TrainState:
+            return TrainState(config, context.accelerator, images, copy.deepcopy(unet), objective)
+
+        context, config = fastest(context, config, build)
     state = TrainState(config, context.accelerator, images, unet, objective)
     artifacts = Artifacts(context, config, images, state, make_pipeline=make_pipeline, card=card)
     trainer = Trainer(context, config, images, state, artifacts)
@@ -228,13 +235,6 @@ def load_teacher(config: DistillConfig, accelerator: Accelerator) -> MNISTDiffus
     teacher.unet.eval().requires_grad_(False)
     teacher.scheduler = build_sampler("dpmpp", teacher.scheduler.config)
     return teacher
-
-
-def prepare_teacher(config: DistillConfig, teacher: MNISTDiffusionPipeline, accelerator: Accelerator) -> None:
-    """Bring the teacher's network to the memory format and the precision of the student, in place."""
-    if config.train.channels_last:
-        teacher.unet.to(memory_format=torch.channels_last)
-    accelerator.prepare_model(teacher.unet, evaluation_mode=True)
 
 
 def validate_teacher(config: DistillConfig, teacher: MNISTDiffusionPipeline, images: ImageData) -> None:

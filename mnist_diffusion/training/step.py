@@ -44,6 +44,8 @@ class TrainState:
         unet.to(accelerator.device)
         if config.train.channels_last:
             unet.to(memory_format=torch.channels_last)
+        # Without dropout both modes are one function, and in training mode diffusers leaves channels-last.
+        self.training_mode = bool(unet.config.dropout) or not config.train.channels_last
         self.averaged_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.ema = EMAModel(unet.parameters(), decay=config.train.ema_decay, foreach=True)
         self.power_averages = None if config.train.averages_every is None else PowerAverages(unet)
@@ -72,12 +74,11 @@ class TrainState:
         batch = self._batch_of_step(step)
         micro_batches = train.gradient_accumulation_steps
         size, losses = len(batch.labels) // micro_batches, []
-        self.model.train()
         for micro in range(micro_batches):
             part, last = batch[micro * size : (micro + 1) * size], micro == micro_batches - 1
             torch.manual_seed(mixed_seed(train.seed, "dropout", step, micro, accelerator.process_index))
             with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self.objective.loss(self.model, part)
+                loss = self.training_loss(part)
                 accelerator.backward(loss.mean() / micro_batches)
             self._count_by_noise_level(loss.detach(), part.timesteps)
             losses.append(loss.detach().mean())
@@ -100,6 +101,12 @@ class TrainState:
                 self.power_averages.update(self.unet.parameters(), step + 1)
         self.optimizer.zero_grad()
         return metrics
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """The loss of each image, `[B]`, in the precision of the run."""
+        self.model.train(self.training_mode)
+        with self.accelerator.autocast():
+            return self.objective.loss(self.model, batch)
 
     def _batch_of_step(self, step: int) -> Batch:
         """This process's share of a step's batch. Randomness is drawn for all, whatever the number of processes."""

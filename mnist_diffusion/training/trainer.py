@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from mnist_diffusion.config import RunConfig
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.environment import package_versions, set_num_threads
+from mnist_diffusion.environment import package_versions
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import read_json, replace_text
 from mnist_diffusion.pipelines.pipeline import is_loadable
@@ -26,7 +26,7 @@ from mnist_diffusion.training.checkpoint import WRONG_CONTENT, CheckpointError, 
 from mnist_diffusion.training.distributed import Processes
 from mnist_diffusion.training.ema import prune_after_step
 from mnist_diffusion.training.launch import RunContext
-from mnist_diffusion.training.probe import choose_threads, expected_cost
+from mnist_diffusion.training.probe import expected_cost
 from mnist_diffusion.training.resume import RunIdentity, load_newest
 from mnist_diffusion.training.run_folder import RunFolder, config_text, cut_metrics
 from mnist_diffusion.training.signals import StopRequest, detach_stdio, stop_signals
@@ -192,11 +192,9 @@ class Trainer:
         self._last_step = schedule.last_step(config, len(self.data.train))
 
     def _resolved(self) -> RunConfig:
-        """The configuration with what the run decides at its start: precision, source, and threads of a timed run."""
-        train = self.config.train
-        if schedule.is_timed(train):
-            train = dataclasses.replace(train, num_threads=train.num_threads or choose_threads(self.state))
-        train = dataclasses.replace(train, mixed_precision=self.accelerator.mixed_precision)
+        """The configuration with what the run decides at its start: precision, memory format, source."""
+        decided = {"mixed_precision": self.accelerator.mixed_precision}
+        train = dataclasses.replace(self.config.train, **decided, channels_last=bool(self.config.train.channels_last))
         data = dataclasses.replace(self.config.data, source=self.config.data.source or self.data.source_id)
         return dataclasses.replace(self.config, train=train, data=data)
 
@@ -249,9 +247,8 @@ class Trainer:
         self.clock = schedule.Clock(self.progress.seconds)
         if schedule.is_timed(train := self.config.train):  # no other length is given: as before
             kept = {name: then[name] for name in ("max_steps", "max_epochs")}
-            kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "num_threads", "lr_decay")}
+            kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "lr_decay")}
             self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **kept))
-            set_num_threads(kept["num_threads"])
         self.accelerator.print(f"Resuming from {checkpoint.path}")
 
     def _finish(self, signal_number: int) -> None:

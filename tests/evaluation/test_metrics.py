@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mnist_diffusion.evaluation.metrics import (
     frechet_distance,
-    inception_score,
     kernel_distance,
     nearest_images,
     neighbourhoods,
-    pixel_statistics,
+    stroke_shapes,
     wilson_share,
 )
 
@@ -161,15 +160,6 @@ def test_bad_features(metric: object, real: Tensor, generated: Tensor, message: 
         metric(real, generated)  # type: ignore[operator]
 
 
-class TestInceptionScore:
-    def test_sure_of_every_class(self) -> None:
-        assert inception_score(torch.eye(10).repeat(5, 1) * 1000) == pytest.approx(10, rel=1e-6)
-
-    def test_always_the_same_class_or_never_sure(self) -> None:
-        assert inception_score(torch.eye(10)[:1].repeat(50, 1) * 1000) == pytest.approx(1)
-        assert inception_score(torch.zeros(50, 10)) == pytest.approx(1)
-
-
 class TestWilsonShare:
     @pytest.mark.parametrize(
         ("successes", "trials", "low", "high"),
@@ -183,19 +173,6 @@ class TestWilsonShare:
     def test_no_trials(self) -> None:
         with pytest.raises(ValueError, match="trials must be at least 1, got 0"):
             wilson_share(0, 0)
-
-
-class TestPixels:
-    def test_statistics(self) -> None:
-        images = torch.tensor([0, 0, 0, 255], dtype=torch.uint8).view(1, 1, 2, 2)
-        found = pixel_statistics(images, images)
-        deviation = pytest.approx(math.sqrt(3) / 4)
-        exact = {"pixel_mean": 0.25, "black_share": 0.75, "pixel_histogram_distance": 0.0}
-        assert found == {**exact, "pixel_deviation": deviation}
-
-    def test_distance_of_a_shift(self) -> None:
-        images = torch.randint(0, 200, (5, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        assert pixel_statistics(images, images + 51)["pixel_histogram_distance"] == pytest.approx(0.2)
 
 
 class TestNearestImages:
@@ -212,3 +189,20 @@ class TestNearestImages:
         training = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
         found = nearest_images(torch.full((1, 1, 4, 4), 51, dtype=torch.uint8), training)
         assert found.distances[0] == pytest.approx(0.2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ("..... ..... .....", (0, 0)),
+        ("##### #...# #####", (1, 1)),
+        ("##### #...# #.###", (1, 0)),  # open at the bottom
+        ("#.... .#... ..### ....#", (1, 0)),  # corners touch
+        ("##### ..... #####", (2, 0)),
+        ("##### ..... ####.", (1, 0)),  # four pixels are a speck
+    ],
+)
+def test_pieces_and_holes(rows: str, expected: tuple[int, int]) -> None:
+    values = torch.tensor([[128 if letter == "#" else 127 for letter in row] for row in rows.split()])
+    framed = torch.nn.functional.pad(values, (1, 1, 1, 1)).byte()
+    assert tuple(stroke_shapes(framed[None, None])[0]) == expected

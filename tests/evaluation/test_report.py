@@ -63,8 +63,8 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     ]
     assert [result["nfe_per_image"] for result in report["results"]] == [1, 2, 2, 4]
     wanted = {"accuracy", "accuracy_low", "accuracy_high", "fid", "fid_floor", "fid_ratio", "fid_standard_error"}
-    wanted |= {"kernel_distance", "precision", "recall", "density", "coverage", "inception_score", "seconds"}
-    wanted |= {"num_images", "nearest_distance", "nearest_distance_floor", "copied_share", "pixel_mean", "warnings"}
+    wanted |= {"kernel_distance", "precision", "recall", "density", "coverage", "odd_shape_share", "seconds"}
+    wanted |= {"num_images", "nearest_distance", "nearest_distance_floor", "copied_share", "broken_share", "warnings"}
     for result in report["results"]:
         assert wanted <= set(result)
         assert result["fid_ratio"] == result["fid"] / result["fid_floor"]
@@ -99,7 +99,7 @@ def test_sweep_over_guidance_rules(folders: tuple[Path, Path], tmp_path: Path) -
         f"dpmpp, 4 steps, guidance 3 from {bounds}{rule}" for bounds in ("0 to 1", "0.4 to 0.8") for rule in rules
     ]
     assert [each["nfe_per_image"] for each in results] == [8, 8, 6, 6]
-    images = [json.dumps(each["pixel_mean"]) for each in results]
+    images = [each["kernel_distance"] for each in results]
     assert len(set(images)) == 4
     assert len(list((out / "images").iterdir())) == 4
 

@@ -241,10 +241,14 @@ class TestTrajectory:
 
 
 class TestInterpolation:
-    def test_ends_are_the_plain_images(self, pipeline: MNISTDiffusionPipeline) -> None:
+    @pytest.mark.parametrize("sampler", ["dpmpp", "dpmpp-sde"])
+    def test_ends_are_the_plain_images(self, pipeline: MNISTDiffusionPipeline, sampler: str) -> None:
+        pipeline.scheduler = build_sampler(sampler, pipeline.scheduler.config)
         noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        frames = pipeline.interpolate([1, 7], 5, latents=noise, num_inference_steps=3, output_type="pt").images
-        ends = pipeline([1, 7], latents=noise, num_inference_steps=3, output_type="pt").images
+        first, *others = (torch.Generator().manual_seed(1) for _ in range(3))
+        call: dict[str, Any] = {"latents": noise, "num_inference_steps": 3, "output_type": "pt"}
+        frames = pipeline.interpolate([1, 7], 5, generator=first, **call).images
+        ends = pipeline([1, 7], generator=others, **call).images
         assert frames.shape == (5, 1, 8, 8)
         torch.testing.assert_close(frames[[0, -1]], ends, atol=1e-4, rtol=0)
         assert (frames[2] - frames[0]).abs().max() > 1e-3

@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from mnist_diffusion.config import Config, TrainConfig
-from mnist_diffusion.training import schedule, trainer
+from mnist_diffusion.training import probe, schedule, trainer
 from mnist_diffusion.training.artifacts import Artifacts
+from mnist_diffusion.training.launch import start_run
 from mnist_diffusion.training.probe import expected_cost, seconds_per_image
 from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.schedule import learning_rate_at, steps_of_epochs
@@ -50,14 +51,10 @@ class TestLearningRate:
         assert steps_of_epochs(0.01, 10, 64) == 1
 
 
-def one_thread(state: TrainState) -> int:
-    torch.set_num_threads(1)
-    return 1
-
-
 def timed_config(**train: Any) -> Config:
     """A run that its minutes end, of updates of a few milliseconds."""
-    config = tiny_config(max_steps=None, num_eval_images=8, **train)
+    plain = {"mixed_precision": "no", "channels_last": False, "num_threads": 1}
+    config = tiny_config(**{"max_steps": None, "num_eval_images": 8, **plain, **train})
     return dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=8))
 
 
@@ -97,7 +94,6 @@ class TestLength:
         monkeypatch.setattr(schedule, "time", SimpleNamespace(perf_counter=lambda: clock.now))
         monkeypatch.setattr(TrainState, "update", timed_update)
         monkeypatch.setattr(Artifacts, "draw", draw)
-        monkeypatch.setattr(trainer, "choose_threads", one_thread)
         return clock
 
     @pytest.mark.parametrize(
@@ -180,6 +176,38 @@ class TestLength:
         assert summary["step"] == 10
         assert summary["planned_steps"] == 100_000
         assert (folder / "pipeline" / "model_index.json").is_file()
+
+    @pytest.mark.parametrize(
+        ("given", "speeds", "chosen"),
+        [
+            ({}, {"bf16": 2.0, "channels_last": 1.05, "one thread": 0.7}, ("bf16", None, 2)),
+            ({}, {"bf16": 0.8, "channels_last": 1.3, "one thread": 1.5}, (None, True, 1)),
+            ({"mixed_precision": "no", "channels_last": False, "num_threads": 2}, {}, ("no", False, 2)),
+        ],
+    )
+    def test_the_fastest_of_what_is_not_given(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, speeds: dict[str, float], chosen: Any
+    ) -> None:
+        def measured(state: TrainState) -> float:
+            train, speed = state.config.train, 1.0
+            assert state.accelerator.mixed_precision == (train.mixed_precision or "no")
+            uses = {"bf16": train.mixed_precision == "bf16", "channels_last": train.channels_last}
+            for name, used in {**uses, "one thread": torch.get_num_threads() == 1}.items():
+                speed *= speeds[name] if used else 1
+            return 1 / speed
+
+        monkeypatch.setattr(probe, "seconds_per_image", measured)
+        monkeypatch.setattr(probe, "_has_bf16", lambda: True)
+        config, before = tiny_config(**given), torch.get_num_threads()
+        torch.set_num_threads(2)
+        context, _ = start_run(dataclasses.replace(config, output_dir=str(tmp_path / "run")), "tiny")
+        torch.set_num_threads(2)
+        context, found = probe.fastest(context, config, lambda context, config: make_state(config, tmp_path))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(before)
+        assert (found.train.mixed_precision, found.train.channels_last, threads) == chosen
+        assert found.train.num_threads == threads
+        assert context.accelerator.mixed_precision == (found.train.mixed_precision or "no")
 
     def test_measuring_leaves_no_trace(self, tmp_path: Path) -> None:
         config = tiny_config()
