@@ -4,8 +4,8 @@
     python benchmarks/samplers.py runs/<student>/pipeline path/to/mnist --samplers '[lcm,ddim]' --steps '[1,2]' \
         --scales '[1.15]'
 
-Every row draws the same classes. The guidance scale with the smallest Fréchet distance is chosen on images of other seeds
-than those that are reported, each of as many images.
+Every row draws the same classes. The guidance scale with the smallest Fréchet distance is chosen on as many images of
+another seed than those that are reported.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def main(
                 continue
             best = min(settings, key=lambda each: _distance(generator(seed=CHOICE_SEED), reference, each))
             drawn = [generator(seed=seed).draw(best) for seed in range(seeds)]
-            scores = [
-                reference.measure(embed(reference.evaluator, each.images, each.labels)).values for each in drawn
-            ]
+            scores = [reference.measure(embed(reference.evaluator, each.images, each.labels)).values for each in drawn]
             cells = [_mean_and_deviation([each[figure] for each in scores], FIGURES[figure]) for figure in FIGURES]
             rows.append([name, str(count), f"{best.guidance_scale:g}", f"{drawn[0].nfe_per_image:g}", *cells])
     print(markdown(HEADINGS, rows))

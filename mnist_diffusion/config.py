@@ -146,6 +146,8 @@ class DiffusionConfig:
     """Timesteps of the noising process."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """Noise schedule: `linear` is DDPM's, from 0.0001 to 0.02; `squaredcos_cap_v2` is the cosine schedule."""
+    noise_shift: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    """Shift of the noise schedule: above 1 it spends more timesteps on much noise. The log SNR falls by 2 log of it."""
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
     """What the network predicts: the noise, the velocity or the clean image. `flow_prediction` is flow matching, in
     which every image moves to its noise on a straight line."""
@@ -191,6 +193,8 @@ class SamplingSettings:
     """Guidance rule: `cfg` (classifier-free), `autoguidance:PIPELINE` with a weaker pipeline, or a diffusers guider."""
     eta: Probability | None = None
     """Noise added by DDIM and TCD: 0 is deterministic."""
+    noise_interval: NoiseLevels | None = None
+    """Noise levels from 0 (clean) to 1 at which `dpmpp-sde` adds noise; outside it is `dpmpp`."""
 
     def __str__(self) -> str:
         steps = f"{self.num_inference_steps} step{'s' if self.num_inference_steps != 1 else ''}"

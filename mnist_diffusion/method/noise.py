@@ -24,7 +24,7 @@ def build_noise_scheduler(config: DiffusionConfig) -> Any:
     are spaced `trailing`, which starts few-step sampling at the last, noisiest timestep.
     """
     if config.prediction_type == FLOW:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=1.0)
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=config.noise_shift)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=BETA_START,
@@ -42,10 +42,25 @@ def build_noise_scheduler(config: DiffusionConfig) -> Any:
         steps_offset=0,
         rescale_betas_zero_snr=False,
     )
+    if config.noise_shift != 1:
+        scheduler = DDPMScheduler.from_config(
+            scheduler.config, trained_betas=shifted_betas(scheduler.alphas_cumprod, config.noise_shift)
+        )
     # Arguments of schedulers made from this configuration, whose own defaults suit Stable Diffusion: end on the clean
     # image, and start PNDM without Runge-Kutta steps.
     scheduler.register_to_config(set_alpha_to_one=True, skip_prk_steps=True)
     return scheduler
+
+
+def shifted_betas(alphas_cumprod: Tensor, shift: float) -> list[float]:
+    """The betas `[T]` of a schedule whose log SNR is `2 log(shift)` lower at each timestep.
+
+    Hoogeboom et al. (2023), https://arxiv.org/abs/2301.11093, section 3.1. On straight paths it is the shift of Esser
+    et al. (2024), https://arxiv.org/abs/2403.03206, equation 23.
+    """
+    snr = alphas_cumprod.double() / (1 - alphas_cumprod.double()) / shift**2
+    shifted = snr / (1 + snr)
+    return (1 - shifted / torch.cat([torch.ones(1), shifted[:-1]])).tolist()
 
 
 @dataclass(frozen=True)

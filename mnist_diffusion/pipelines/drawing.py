@@ -29,7 +29,8 @@ from mnist_diffusion.pipelines.samplers import SAMPLERS, build_sampler, sampler_
 
 VALUES_PER_BATCH = {"cpu": 100_000, "gpu": 800_000}
 """Pixel values sampled together: on a CPU they should fit into the caches."""
-DEFAULTS = ("num_inference_steps", "guidance_scale", "guidance_interval", "eta")
+DEFAULTS = ("num_inference_steps", "guidance_scale", "guidance_interval", "eta", "noise_interval")
+"""Settings that are arguments of a call, whose defaults a pipeline folder holds."""
 
 
 def build_pipeline(
@@ -85,6 +86,7 @@ def resolved(pipeline: MNISTDiffusionPipeline, settings: SamplingSettings) -> Sa
         guidance_interval=settings.guidance_interval,
         guidance=settings.guidance,
         eta=settings.eta,
+        noise_interval=settings.noise_interval,
     )
 
 
@@ -104,8 +106,7 @@ def call_arguments(
     Raises:
         UserError: the weaker model could not be loaded.
     """
-    names = ("num_inference_steps", "guidance_scale", "guidance_interval", "eta")
-    call: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    call: dict[str, Any] = {name: value for name in DEFAULTS if (value := getattr(settings, name)) is not None}
     rule = settings.guidance
     if rule.startswith(AUTOGUIDANCE):
         call["guidance"] = Autoguidance(
@@ -151,7 +152,7 @@ def require_fit(pipeline: MNISTDiffusionPipeline, data: ImageData) -> None:
 def fingerprint(pipeline: MNISTDiffusionPipeline) -> str:
     """SHA-256 over what decides a trajectory: scheduler, defaults of a call, names and values of the weights."""
     settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
-    settings["call"] = [pipeline.config[name] for name in ("eta", "guidance_interval", "patch_size")]
+    settings["call"] = [pipeline.config[name] for name in ("eta", "guidance_interval", "noise_interval", "patch_size")]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(pipeline.unet.state_dict().items()):
         digest.update(name.encode())

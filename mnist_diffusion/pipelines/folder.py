@@ -51,6 +51,15 @@ PIPELINE_FILES = ("model_index.json", SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHT
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
 
 
+def _rising(interval: list[float]) -> list[float]:
+    if interval[0] > interval[1]:
+        raise ValueError("must not be reversed")
+    return interval
+
+
+Interval = Annotated[list[Probability], Field(min_length=2, max_length=2), AfterValidator(_rising)]
+
+
 def _printable(name: str) -> str:
     if not is_printable(name):
         raise ValueError("must be a printable line of at most 200 characters")
@@ -66,17 +75,14 @@ class IndexValues:
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 50
     guidance_scale: GuidanceScale = 1.0
-    guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)] = field(
-        default_factory=lambda: [0.0, 1.0]
-    )
+    guidance_interval: Interval = field(default_factory=lambda: [0.0, 1.0])
+    noise_interval: Interval = field(default_factory=lambda: [0.0, 1.0])
     eta: Probability = 0.0
     patch_size: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 1
     guidance_distilled: bool | Annotated[list[GuidanceScale], Field(max_length=100)] = False
     flow_matching: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.guidance_interval[0] > self.guidance_interval[1]:
-            raise ConfigError(f"guidance_interval={self.guidance_interval} must not be reversed")
         scales = self.guidance_distilled
         if isinstance(scales, list) and scales and self.guidance_scale not in scales:
             raise ConfigError(f"guidance_scale={self.guidance_scale} must be one of guidance_distilled={scales}")

@@ -36,6 +36,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOW = "flow_prediction"
 SECOND_ORDER_IN_SIGMA = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 LARGEST_SIGMA = 80.0
+SDE = "sde-dpmsolver++"
 
 
 def guided_prediction(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: Any) -> torch.Tensor:
@@ -152,6 +153,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         guidance_scale: default guidance scale.
         guidance_interval: default noise levels at which guidance acts.
         eta: default noise of the schedulers that take an eta.
+        noise_interval: default noise levels at which an SDE solver adds noise.
         patch_size: side of the square patches whose pixels are the channels of the network.
         guidance_distilled: guidance scales that were distilled into the network, which has embeddings for all classes
             at each of them and then the null class; no other scale is possible. `True` stands for `guidance_scale`
@@ -174,6 +176,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         patch_size: int = 1,
         guidance_distilled: bool | Sequence[float] = (),
         flow_matching: bool | None = None,
+        noise_interval: Sequence[float] = (0.0, 1.0),
     ):
         super().__init__()
         scales = [guidance_scale] if guidance_distilled is True else list(guidance_distilled or ())
@@ -190,12 +193,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_interval=list(guidance_interval),
+            noise_interval=list(noise_interval),
             eta=eta,
             patch_size=patch_size,
             guidance_distilled=scales or False,  # not an empty list, which diffusers takes for a component's
             flow_matching=prediction_type_of(scheduler) == FLOW if flow_matching is None else flow_matching,
         )
-        self._interrupt = False
 
     @property
     def null_class(self) -> Any:
@@ -215,20 +218,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return (self.unet.config.in_channels // patch**2, height * patch, width * patch)
 
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has set `pipeline._interrupt = True` to stop."""
-        return self._interrupt
-
-    @property
-    def num_timesteps(self) -> int:
-        """Denoising steps of the last call."""
-        return self._num_timesteps
-
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json` and this file, so that plain diffusers can load the folder."""
         super().save_config(save_directory, **kwargs)
-        # This file as imported, even if a subclass is saved.
         (Path(save_directory) / f"{MODULE}.py").write_bytes(SOURCE)
         index_file = Path(save_directory) / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
@@ -276,8 +268,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     def _conditions(self, class_labels: Any, num_images_per_label: int) -> tuple[Conditions, int]:
         """The classes of each image, and the number of images."""
         _check_count("num_images_per_label", num_images_per_label)
-        repeats = int(num_images_per_label)
-        ids = self.label_ids(class_labels)
+        ids, repeats = self.label_ids(class_labels), int(num_images_per_label)
         labels = torch.tensor(ids or [], dtype=torch.int64).repeat_interleave(repeats)
         return Conditions(torch.arange(len(labels)), labels, torch.ones(len(labels))), len(labels) or repeats
 
@@ -317,13 +308,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     def _rule(self, guidance: Any, class_labels: Any, interval: Any) -> Any:
         """The guidance rule of a call, a function of a [`GuidanceStep`]."""
-        if interval is not None:
-            if not isinstance(interval, list | tuple) or len(interval) != 2:
-                raise TypeError(f"guidance_interval must be a pair (low, high), got {interval!r}")
-            for bound in interval:
-                _check_number("guidance_interval", bound, low=0, high=1)
-            if interval[0] > interval[1]:
-                raise ValueError(f"guidance_interval must not be reversed, got {interval!r}")
+        _check_interval("guidance_interval", interval)
         name = getattr(guidance, "__name__", type(guidance).__name__)
         if self.config.guidance_distilled and (interval or guidance):
             ignored = f"guidance_interval={interval!r} and guidance={name}"
@@ -340,8 +325,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if callback is not None and not callable(callback):
             raise TypeError(f"callback_on_step_end must be callable, got {callback!r}")
         if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
-            known = self._callback_tensor_inputs
-            raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {unknown}")
+            what = f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}"
+            raise ValueError(f"{what}, got {unknown}")
 
     def _check_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
@@ -397,6 +382,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance: Any = None,
+        noise_interval: tuple[float, float] | None = None,
     ) -> Any:
         """Sample images of each class label. Bad arguments raise TypeError or ValueError before sampling.
 
@@ -411,6 +397,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             timesteps: falling timesteps, if the scheduler takes them.
             sigmas: falling noise levels, if the scheduler takes them.
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
+            noise_interval: `(low, high)`, as above: SDE-DPM-Solver++ adds noise inside, and is DPM-Solver++ outside.
             generator: one for the batch, or one per image, which makes an image independent of the batch.
             latents: the initial noise, `[B, C, H, W]` of unit variance.
             output_type: `pil`, `np` `[B, H, W, C]` or `pt` `[B, C, H, W]` in [0, 1], or `latent`, not clamped.
@@ -427,7 +414,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         guided = (class_labels, num_images_per_label, guidance_scale, guidance_interval)
         steps: tuple[Any, ...] = (num_inference_steps, timesteps, sigmas, eta, generator, latents, guidance)
-        with contextlib.closing(self.stream(*guided, *steps)) as stream:
+        with contextlib.closing(self.stream(*guided, *steps, noise_interval)) as stream:
             for done in stream:
                 if callback_on_step_end is not None:
                     tensors = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
@@ -448,6 +435,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         guidance: Any = None,
+        noise_interval: tuple[float, float] | None = None,
     ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
         """Sample as a call with these arguments does, and yield a [`DenoisingStep`] after each step.
 
@@ -461,6 +449,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         conditions, scales = self._conditioned(*labels.values())
         self._check_scheduler()
         rule = self._rule(guidance, class_labels, guidance_interval)
+        _check_interval("noise_interval", noise_interval)
         self._check_steps(num_inference_steps, timesteps, sigmas)
         generator = _checked_generators(generator, len(scales))
         step_kwargs = self._step_kwargs(eta, generator)
@@ -472,7 +461,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1)
         self._interrupt = False
-        return self._denoise(latents, conditions, scales, labels, scheduler, rule, guidance_interval, step_kwargs)
+        intervals = guidance_interval, noise_interval
+        return self._denoise(latents, conditions, scales, labels, scheduler, rule, intervals, step_kwargs)
 
     @torch.no_grad()
     def _denoise(
@@ -483,7 +473,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         labels: dict[str, Any],
         scheduler: Any,
         rule: Callable[[GuidanceStep], torch.Tensor],
-        interval: tuple[float, float] | None,
+        intervals: tuple[Any, Any],
         step_kwargs: dict[str, Any],
     ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
         """The denoising loop, which every call, sheet and measurement goes through."""
@@ -494,7 +484,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             progress_bar = stack.enter_context(self.progress_bar(total=total))
             for step, timestep in enumerate(scheduler.timesteps):
                 model_input = scaled(latents, timestep)
-                acting = self._guided(timestep, scales, interval)
+                acting = self._guided(timestep, scales, intervals[0])
                 guided = GuidanceStep(self, step, total, timestep, model_input, conditions, *acting, nfe)
                 model_output = rule(guided) if len(conditions.rows) else guided.predict(False)[1]
                 nfe = guided.nfe
@@ -502,6 +492,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     shape = tuple(latents.shape)
                     raise TypeError(f"guidance must return a prediction {shape}, got {model_output!r:.100}")
                 _set_ddim_stride(scheduler, step)
+                if self.scheduler.config.get("algorithm_type") == SDE:
+                    adds_noise = self._is_inside("noise_interval", timestep, intervals[1])
+                    scheduler.register_to_config(algorithm_type=SDE if adds_noise else "dpmsolver++")
                 latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
                 alpha, kind = _alpha_cumprod(scheduler, step), prediction_type_of(scheduler)
                 clean = predicted_original_sample(model_output, model_input, alpha, kind)
@@ -537,7 +530,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             scheduler.timesteps = scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
-        self._num_timesteps = len(scheduler.timesteps)
+        self.num_timesteps = len(scheduler.timesteps)  # of the last call
         return scheduler
 
     def _step_kwargs(self, eta: float | None, generator: Any) -> dict[str, Any]:
@@ -556,9 +549,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
     def _guided(self, timestep: torch.Tensor, scales: torch.Tensor, interval: Any) -> tuple[bool, torch.Tensor]:
         """Whether guidance acts in a step, and its scales."""
-        low, high = self.config.guidance_interval if interval is None else interval
-        acts = low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
+        acts = self._is_inside("guidance_interval", timestep, interval)
         return acts, scales if acts else scales.clamp(max=1)
+
+    def _is_inside(self, name: str, timestep: torch.Tensor, interval: Any) -> bool:
+        low, high = self.config[name] if interval is None else interval
+        return low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
 
     def _unet_forward(
         self, unet: Any, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
@@ -573,8 +569,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 def _space(scheduler: Any, num_inference_steps: int) -> None:
     """Space the noise levels of flow matching evenly, and those of Heun and KDPM2 as Karras et al. (2022), equation 5.
 
-    FlowMatch schedulers waste a step at sigma 0.001. Heun and KDPM2 evaluate the network at both ends of a step, which
-    helps only where sigma falls smoothly: on the cosine schedule the default's first step falls from 20,000 to 13.
+    FlowMatch schedulers waste a step at sigma 0.001; Heun and KDPM2 cannot take a fall from 20,000 to 13 in one step.
     """
     if type(scheduler).__name__.startswith("FlowMatch"):
         scheduler.sigma_min = 1 / num_inference_steps
@@ -601,8 +596,7 @@ def _alpha_cumprod(scheduler: Any, step: int) -> float:
 def _set_ddim_stride(scheduler: Any, step: int) -> None:
     """Make DDIM step to the next timestep in its list.
 
-    It steps by `num_train_timesteps // num_inference_steps`, which misses the next one where the division has a
-    remainder. Both numbers are set for this step, on the copy of the scheduler that a call works with.
+    It steps by `num_train_timesteps // num_inference_steps`, which misses it where the division has a remainder.
     """
     if type(scheduler) is DDIMScheduler:
         timesteps = [*scheduler.timesteps.tolist(), -1]
@@ -629,6 +623,16 @@ def _check_number(name: str, value: Any, *, low: float, high: float | None = Non
     if not math.isfinite(value) or float(value) < low or (high is not None and float(value) > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be {bounds}, got {value!r}")
+
+
+def _check_interval(name: str, interval: Any) -> None:
+    if interval is not None:
+        if not isinstance(interval, list | tuple) or len(interval) != 2:
+            raise TypeError(f"{name} must be a pair (low, high), got {interval!r}")
+        for bound in interval:
+            _check_number(name, bound, low=0, high=1)
+        if interval[0] > interval[1]:
+            raise ValueError(f"{name} must not be reversed, got {interval!r}")
 
 
 def _check_count(name: str, value: Any, *, low: int = 1, high: int | None = None) -> None:

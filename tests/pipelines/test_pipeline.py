@@ -154,6 +154,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"guidance_interval": (0.1, 1.2)}, ValueError, "guidance_interval"),
     ({"guidance_interval": (NAN, 1)}, ValueError, "guidance_interval"),
     ({"guidance_interval": ("a", 1)}, TypeError, "guidance_interval"),
+    ({"noise_interval": (0.8, 0.2)}, ValueError, "noise_interval must not be reversed"),
     ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be from 1 to 1000, got 0"),
     ({"num_inference_steps": -5}, ValueError, "num_inference_steps"),
     ({"num_inference_steps": 1001}, ValueError, "num_inference_steps"),
@@ -393,6 +394,16 @@ class TestSchedulers:
         pipeline.scheduler = build_sampler("lcm", pipeline.scheduler.config)
         with pytest.raises(ValueError, match=r"'num_inference_steps': 60\} does not work with LCMScheduler"):
             pipeline(3, num_inference_steps=60)
+
+    def test_noise_is_added_inside_its_interval_alone(self, tmp_path: Path) -> None:
+        pipeline = make_pipeline(sampling=SamplingSettings(scheduler="dpmpp-sde", noise_interval=(0.3, 0.8)))
+        pipeline.save_pretrained(tmp_path)
+        pipeline = MNISTDiffusionPipeline.from_pretrained(tmp_path)
+        own, everywhere, nowhere = (draw(pipeline, 1, noise_interval=each) for each in (None, (0, 1), (1, 1)))
+        pipeline.scheduler = build_sampler("dpmpp", pipeline.scheduler.config)
+        assert torch.equal(draw(pipeline, 1), nowhere)
+        assert not torch.equal(own, nowhere)
+        assert not torch.equal(own, everywhere)
 
     def test_own_timesteps_and_sigmas(self, pipeline: MNISTDiffusionPipeline) -> None:
         pipeline.scheduler = build_sampler("ddpm", pipeline.scheduler.config)
