@@ -22,7 +22,7 @@ from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.environment import machine_description, set_num_threads
 from mnist_diffusion.evaluation.evaluate import evaluate
 from mnist_diffusion.evaluation.report import PLOTS, cells, plot_results
-from mnist_diffusion.pipelines.drawing import generate, load_pipeline
+from mnist_diffusion.pipelines.drawing import generate, load_pipeline, with_sampler
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.plots.grids import image_grid
 from mnist_diffusion.plots.tables import markdown
@@ -61,6 +61,7 @@ def main(
         sources=(teacher,),
         data=ImagesConfig(source=data),
         num_images=num_images,
+        scheduler=("dpmpp",),  # as in its trajectories
         num_inference_steps=teacher_steps,
         guidance_scale=teacher_scales or (learned.config.guidance_scale,),
         batch_size=64,
@@ -69,7 +70,12 @@ def main(
     )
     report = evaluate(asked)
     of_student = dataclasses.replace(
-        asked, sources=(student,), num_inference_steps=STUDENT_STEPS, guidance_scale=(), out=images / "student"
+        asked,
+        sources=(student,),
+        scheduler=(),
+        num_inference_steps=STUDENT_STEPS,
+        guidance_scale=(),
+        out=images / "student",
     )
     others = tuple(scale for scale in learned.config.guidance_distilled if scale != learned.config.guidance_scale)
     of_scales = dataclasses.replace(of_student, num_inference_steps=(1,), guidance_scale=others, out=images / "scales")
@@ -113,6 +119,7 @@ def speeds(student: MNISTDiffusionPipeline, repeats: int = 51) -> list[str]:
 def side_by_side(teacher: MNISTDiffusionPipeline, student_folder: str) -> Any:
     """The same twenty noises drawn by the teacher in 50 steps and by the student in 1, 2 and 4."""
     student = load_pipeline(student_folder, device=None, dtype="float32")
+    teacher = with_sampler(teacher, "dpmpp")
     labels, seeds = [index % 10 for index in range(20)], list(range(20))
     scale = student.config.guidance_scale
     rows = {"teacher, 50 steps": generate(teacher, labels, seeds, num_inference_steps=50, guidance_scale=scale)}

@@ -16,8 +16,10 @@ from mnist_diffusion.option_types import (
     CFG,
     STRICT,
     Count,
+    FilePath,
     GuidanceRule,
     GuidanceScale,
+    Place,
     Probability,
     Sampler,
     Seed,
@@ -51,13 +53,13 @@ class DrawOptions:
 class SampleOptions(SamplingSettings, DrawOptions):
     """Options of `mnist-diffusion sample`."""
 
-    pipeline: Text
+    pipeline: Place
     """Pipeline folder, run folder, or Hub id such as user/name."""
     class_labels: tuple[Text, ...] = ()
     """Classes by number or name; all if omitted."""
-    num_images: Count = 16
+    num_images: Annotated[int, Field(ge=1, le=10_000_000)] = 16
     """Images in total; the classes take turns."""
-    out: Path = Path("samples")
+    out: FilePath = Path("samples")
     """Output folder."""
     files: bool = False
     """Also write each image to a file such as digit_3_000.png."""
@@ -84,7 +86,7 @@ class SampleOptions(SamplingSettings, DrawOptions):
 class EvaluationOptions(DrawOptions):
     """Options of `mnist-diffusion evaluate`."""
 
-    sources: tuple[Text, ...]
+    sources: tuple[Place, ...]
     """Pipeline folders or Hub ids; or one folder of images from any program: a folder per class, parquet, or files
     named digit_<class>_<number>.png."""
     names: tuple[Text, ...] = ()
@@ -105,11 +107,11 @@ class EvaluationOptions(DrawOptions):
     """Guidance rules: `cfg`, `autoguidance:PIPELINE`, or diffusers guiders; `cfg` if omitted."""
     split_seed: Seed | None = None
     """train.seed of the run, if data.source has no test split; null takes that of the first source's run, or 0."""
-    evaluator: Path | None = None
+    evaluator: FilePath | None = None
     """Folder of another evaluator, written by `mnist-diffusion train_evaluator`."""
     imagenet_fid: bool = False
     """Also compute FID with ImageNet's Inception network, for comparison with other work."""
-    out: Path = Path("evaluation")
+    out: FilePath = Path("evaluation")
     """Output folder; images found there are used again."""
     write_card: bool = False
     """Write the results into the pipeline folder's card."""
@@ -144,11 +146,11 @@ class EvaluationOptions(DrawOptions):
 class AppOptions:
     """Options of `mnist-diffusion app`."""
 
-    pipelines: tuple[Text, ...] = ()
+    pipelines: tuple[Place, ...] = ()
     """Pipeline folders or Hub ids; the first is selected at the start."""
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
     """The images to train on."""
-    runs: Path = Path("runs")
+    runs: FilePath = Path("runs")
     """Folder for training runs."""
     only_draw: bool = False
     """Disable training in the app."""

@@ -11,12 +11,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.errors import ConfigError
-from mnist_diffusion.files import replace_text
+from mnist_diffusion.files import replace_text, yaml_text
 from mnist_diffusion.option_types import (
     CFG,
     FLOW,
@@ -29,6 +28,7 @@ from mnist_diffusion.option_types import (
     Interval,
     MixedPrecision,
     NoiseLevels,
+    Place,
     Positive,
     Probability,
     Sampler,
@@ -61,7 +61,7 @@ class AugmentConfig:
 class ImagesConfig:
     """Where labelled images come from, and the shape they are converted to."""
 
-    source: Text | None = None
+    source: Place | None = None
     """`digits`, a folder or zip of images, tables or arrays, such a file, or a Hub data set id. Null takes MNIST from
     the Hub, or the embedded digits if the Hub cannot be reached."""
     subset: Text | None = None
@@ -88,6 +88,7 @@ class ImagesConfig:
     """Skip images that cannot be decoded and report how many; otherwise one is an error."""
 
 
+MAX_SHIFTED_TIMESTEPS = 10_000
 IMAGE_FIELDS = tuple(field.name for field in dataclasses.fields(ImagesConfig))
 
 
@@ -147,7 +148,8 @@ class DiffusionConfig:
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """Noise schedule: `linear` is DDPM's, from 0.0001 to 0.02; `squaredcos_cap_v2` is the cosine schedule."""
     noise_shift: Annotated[float, Field(ge=0.1, le=10)] = 1.0
-    """Shift of the noise schedule: above 1 it spends more timesteps on much noise. The log SNR falls by 2 log of it."""
+    """Shifts the noise schedule: above 1, more timesteps lie at high noise levels. The log SNR is lower by
+    2 log(noise_shift) at every timestep."""
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
     """What the network predicts: the noise, the velocity or the clean image. `flow_prediction` is flow matching, in
     which every image moves to its noise on a straight line."""
@@ -175,6 +177,13 @@ class DiffusionConfig:
             )
         if self.prediction_type == FLOW and self.beta_schedule != "linear":
             raise ConfigError(f"diffusion.beta_schedule={self.beta_schedule!r} has no effect on {FLOW}; leave it out")
+        if self.prediction_type == FLOW and self.noise_shift != 1:
+            raise ConfigError(f"diffusion.noise_shift={self.noise_shift} has no effect on {FLOW}; leave it out")
+        if self.noise_shift != 1 and self.num_train_timesteps > MAX_SHIFTED_TIMESTEPS:
+            raise ConfigError(
+                f"diffusion.num_train_timesteps={self.num_train_timesteps} must be at most {MAX_SHIFTED_TIMESTEPS} "
+                "with a noise_shift, as the scheduler's configuration then lists every beta"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -194,7 +203,7 @@ class SamplingSettings:
     eta: Probability | None = None
     """Noise added by DDIM and TCD: 0 is deterministic."""
     noise_interval: NoiseLevels | None = None
-    """Noise levels from 0 (clean) to 1 at which `dpmpp-sde` adds noise; outside it is `dpmpp`."""
+    """Noise levels from 0 (clean) to 1 at which `dpmpp-sde` adds noise; outside them it behaves like `dpmpp`."""
 
     def __str__(self) -> str:
         steps = f"{self.num_inference_steps} step{'s' if self.num_inference_steps != 1 else ''}"
@@ -210,7 +219,7 @@ class SamplingSettings:
 class DistillationConfig:
     """What a student learns from its teacher."""
 
-    teacher: Text
+    teacher: Place
     """Teacher: a pipeline folder, or a Hub id such as `user/name`."""
     guidance_scales: Annotated[
         tuple[GuidanceScale, ...], Field(min_length=1, max_length=100), AfterValidator(distinct)
@@ -235,7 +244,7 @@ class TrainConfig:
 
     seed: Seed = 0
     """Seed of all randomness: weights, order, noise, dropout, the held-out split."""
-    init_from: Text | None = None
+    init_from: Place | None = None
     """Start from the weights of this pipeline folder or Hub id; null starts from random weights."""
     max_steps: Count | None = None
     """Stop after this many steps."""
@@ -342,7 +351,7 @@ class RunConfig:
     """The loop."""
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     """Publishing."""
-    output_dir: Text | None = None
+    output_dir: Place | None = None
     """Run folder; null makes `runs/<recipe>-<time>`."""
 
     RECIPE_FOLDER: ClassVar[Path] = RECIPES
@@ -389,7 +398,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """The configuration as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+        return yaml_text(self.to_dict())
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -4,13 +4,62 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
 
+from mnist_diffusion.errors import UserError
+
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Variables that `accelerate launch` and `torchrun` set."""
+OFF, ON = ("", "0", "false", "no"), ("1", "true", "yes")
+SWITCHES = {
+    "ACCELERATE_USE_CPU": (*OFF, *ON),
+    **dict.fromkeys(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"), OFF),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),
+    "ACCELERATE_DYNAMO_BACKEND": ("no",),
+}
+"""Variables of `accelerate launch`, and their values that ask for nothing that is not supported here."""
 PACKAGES = ("torch", "diffusers", "accelerate", "mnist-diffusion")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What `accelerate launch` or `torchrun` has set in the environment."""
+
+    rank: int
+    num_processes: int
+    local_processes: int
+    mixed_precision: str
+
+
+def launcher() -> Launcher:
+    """Read what a launcher has set.
+
+    Raises:
+        UserError: a variable has a value that nothing here knows; the message names it.
+    """
+    for name, taken in SWITCHES.items():
+        if (value := os.environ.get(name, taken[0])).lower() not in taken:
+            raise UserError(f"{name}={value!r} in the environment is not supported; unset it, or launch without it")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"ACCELERATE_MIXED_PRECISION={precision!r} in the environment must be no, fp16 or bf16")
+    rank, size = _count("RANK", 0), _count("WORLD_SIZE", 1)
+    local_rank, local_size = _count("LOCAL_RANK", 0), _count("LOCAL_WORLD_SIZE", 1)
+    for name, number, limit in (("RANK", rank, size), ("LOCAL_RANK", local_rank, max(size, local_size))):
+        if number >= limit:
+            raise UserError(f"{name}={number} in the environment must be less than WORLD_SIZE={limit}; unset it")
+    return Launcher(rank, size, local_size, precision)
+
+
+def _count(name: str, least: int) -> int:
+    """A variable that is a whole number, at least `least`, which it also is if unset."""
+    text = os.environ.get(name) or str(least)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text!r} in the environment must be a whole number, at least {least}")
+    return int(text)
 
 
 def set_num_threads(threads: int | None = None) -> None:
@@ -19,13 +68,13 @@ def set_num_threads(threads: int | None = None) -> None:
     `threads` takes precedence; then OMP_NUM_THREADS, unless it is the 1 that a launcher sets by itself; otherwise the
     physical cores are divided among the processes.
     """
-    given = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of a list for nested regions
+    given = int(first) if first.isdecimal() else 0
     by_launcher = given == 1 and any(name in os.environ for name in LAUNCHERS)
     if threads is None and (given == 0 or by_launcher):
         from joblib import cpu_count  # a dependency of scikit-learn
 
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        threads = max(1, cpu_count(only_physical_cores=True) // processes)
+        threads = max(1, cpu_count(only_physical_cores=True) // launcher().local_processes)
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -46,5 +95,5 @@ def package_versions() -> dict[str, str]:
 
 
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-if DEFAULT_DEVICE == "cuda" and (local_rank := int(os.environ.get("LOCAL_RANK") or 0)):
-    DEFAULT_DEVICE = f"cuda:{local_rank % torch.cuda.device_count()}"  # each process of a machine takes its own
+if DEFAULT_DEVICE == "cuda" and (local_rank := os.environ.get("LOCAL_RANK", "")).isdecimal():
+    DEFAULT_DEVICE = f"cuda:{int(local_rank) % torch.cuda.device_count()}"  # each process of a machine takes its own

@@ -17,7 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import yaml
 from PIL import Image
@@ -111,21 +111,50 @@ def read_yaml(path: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH:
                 raise ConfigError(f"{path} is nested deeper than {MAX_YAML_DEPTH} levels")
-        return yaml.load(content, Loader=_UniqueKeys)
+        return parse_yaml(content)
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML that rejects duplicate keys; the library's own loader keeps the last."""
+class _Reader(yaml.SafeLoader):
+    """YAML 1.2, in which `0123` is 123 and `no` a word, without duplicate keys. PyYAML's own loader reads YAML 1.1."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice := [key for key, times in keys.items() if times > 1]:
             raise yaml.YAMLError(f"the key {twice[0]!r:.100} occurs twice")
         return super().construct_mapping(node, deep)
+
+
+class _Writer(yaml.SafeDumper):
+    """Quotes every word that a reader of YAML 1.1 or 1.2 would take for something else."""
+
+
+for kind, pattern, first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("null", "~|null|Null|NULL|", [*"~nN", ""]),
+    ("int", "[-+]?[0-9]+", [*"-+0123456789"]),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
+):  # the core schema, https://yaml.org/spec/1.2.2/#1032-tag-resolution
+    for each in (_Reader, _Writer):
+        each.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"(?:{pattern})$"), first)
+_Writer.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("0o[0-7]+$"), ["0"])
+_Reader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def parse_yaml(content: str | bytes) -> Any:
+    """The value of YAML 1.2; raises yaml.YAMLError or ValueError if it is none."""
+    return yaml.load(content, Loader=_Reader)
+
+
+def yaml_text(values: Any, width: int = 100) -> str:
+    """YAML that reads back equal."""
+    return str(yaml.dump(values, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=width))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,6 +186,17 @@ def read_picture(path: Path) -> Image.Image:
             return picture.copy()
     except Exception as error:  # whatever Pillow makes of it
         raise FileError(f"{path} could not be read as a picture: {str(error)[:200]}") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Check that a folder, which need not exist yet, can be written to.
+
+    Raises:
+        FileError: it cannot.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise FileError(f"{folder} cannot be written to: {there} is {'read-only' if there.is_dir() else 'a file'}")
 
 
 def file_within(folder: Path, name: str) -> Path:

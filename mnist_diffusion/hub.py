@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import CardData, HfApi, snapshot_download
 
 from mnist_diffusion.errors import FileError, UserError
@@ -22,6 +21,7 @@ from mnist_diffusion.files import (
     replace_bytes,
     replace_folder,
     replace_text,
+    yaml_text,
 )
 from mnist_diffusion.hub_client import hub_errors, open_repository, upload
 from mnist_diffusion.pipelines import folder as reading
@@ -105,8 +105,7 @@ def stage(
     paths: list[str] = []
     if (config_file := staged / "config.yaml").is_file():
         paths = local_paths_in(config := read_yaml(config_file))
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=10**6)
-        replace_text(config_file, redact_paths(text, paths))
+        replace_text(config_file, redact_paths(yaml_text(config, width=10**6), paths))
     if (summary_file := staged / "summary.json").is_file():
         text = json.dumps(read_json(summary_file), indent=1, ensure_ascii=False) + "\n"
         replace_text(summary_file, redact_paths(text, paths))

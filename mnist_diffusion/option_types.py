@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +23,7 @@ GUIDERS = (
 )
 """The guiders of diffusers that work on images and have a single scale."""
 CFG, AUTOGUIDANCE = "cfg", "autoguidance:"
+expanduser: Callable[[str], str] = os.path.expanduser  # that of Path raises for users that are unknown
 
 
 def _sampler(name: str) -> str:
@@ -32,7 +35,8 @@ def _sampler(name: str) -> str:
 def _rule(name: str) -> str:
     if name not in (CFG, *GUIDERS) and not (name.startswith(AUTOGUIDANCE) and name != AUTOGUIDANCE):
         raise ValueError(f"must be {CFG}, {AUTOGUIDANCE}PIPELINE or one of {', '.join(GUIDERS)}")
-    return name
+    kind, colon, pipeline = name.partition(":")
+    return f"{kind}{colon}{expanduser(pipeline)}"
 
 
 def _rising_pair(pair: tuple[float, float]) -> tuple[float, float]:
@@ -70,6 +74,9 @@ Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(expanduser)]
+"""A folder or file, or an id of the Hub."""
+FilePath = Annotated[Path, AfterValidator(lambda path: Path(expanduser(str(path))))]
 Interval = Annotated[str, AfterValidator(_interval)]
 Sampler = Annotated[str, AfterValidator(_sampler)]
 GuidanceRule = Annotated[str, AfterValidator(_rule)]
@@ -119,7 +126,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path} must be a mapping of sections, got a {type(values).__name__}")
-    return values or {}
+    if not values:
+        raise ConfigError(f"{path} has no options")
+    for name, section in values.items():
+        if section is None and name != "output_dir":
+            raise ConfigError(f"{path}: the section {name} is empty; remove it, or indent its options below it")
+    return values
 
 
 def find_recipe(name_or_path: str, recipes: Path) -> Path:
@@ -128,7 +140,7 @@ def find_recipe(name_or_path: str, recipes: Path) -> Path:
     Raises:
         ConfigError: there is no such file or recipe; the message lists the recipes.
     """
-    path = Path(name_or_path)
+    path = Path(expanduser(name_or_path))
     if path.is_file():
         return path
     shipped = recipes / f"{name_or_path}.yaml"

@@ -18,17 +18,18 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from mnist_diffusion.environment import launcher
 from mnist_diffusion.errors import UserError
 
 
 def is_main() -> bool:
     """Whether this is the process that reports."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return launcher().rank == 0
 
 
 def num_processes() -> int:
     """How many processes share the work."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return launcher().num_processes
 
 
 def build_parts(paths: Sequence[Path], build: Callable[[Path], object]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mnist_diffusion.cli.options import reporting_errors
+from mnist_diffusion.command_options import SampleOptions
 from mnist_diffusion.config import (
     RECIPES,
     Config,
@@ -19,6 +23,7 @@ from mnist_diffusion.config import (
     TrainConfig,
 )
 from mnist_diffusion.errors import ConfigError
+from mnist_diffusion.files import parse_yaml
 from mnist_diffusion.option_types import find_recipe, parse_interval
 from tests.conftest import parse_distill, parse_train
 
@@ -50,6 +55,11 @@ BAD_OPTIONS = [
         ["--diffusion.prediction_type", "epsilon", "--diffusion.loss_space", "sample"],
         "diffusion.loss_space='sample' cannot be derived from a prediction of the noise",
     ),
+    (
+        ["--diffusion.num_train_timesteps", "40000", "--diffusion.noise_shift", "2"],
+        "diffusion.num_train_timesteps=40000 must be at most 10000 with a noise_shift",
+    ),
+    (["--config", "flow_matching", "--diffusion.noise_shift", "2"], "diffusion.noise_shift=2.0 has no effect on flow"),
     (["--diffusion.lognormal", "[0, 0]"], "diffusion.lognormal.1 must be greater than 0"),
     (["--train.checkpoint_every", "often"], "train.checkpoint_every must be a number of steps or epochs"),
     (["--train.sample_every", "0 steps"], "train.sample_every must be a number of steps or epochs"),
@@ -94,9 +104,19 @@ def test_bad_distillations_name_option_and_value(
 
 
 def test_switches_stand_alone_and_lists_take_several_values() -> None:
-    flags = ["--train.resume", "--output_dir", "x", "--data.balance", "--data.class_names", "1", "b, c"]
+    flags = [
+        "--train.resume",
+        "--output_dir",
+        "x",
+        "--train.channels_last",
+        "--data.balance",
+        "--data.class_names",
+        "1",
+        "b, c",
+    ]
     flags += ["--sampling.guidance_interval", "0.1", "0.9", "--model.block_out_channels", "8", "--train.seed", "5"]
     config = parse_train(flags).config
+    assert config.train.channels_last is True
     assert (config.train.resume, config.data.balance, config.data.class_names) == (True, True, ("1", "b, c"))
     assert (config.sampling.guidance_interval, config.model.block_out_channels) == ((0.1, 0.9), (8,))
     assert parse_train(["--data.class_names", "null", "--data.balance", "false"]).config.data.balance is False
@@ -118,6 +138,8 @@ def test_flags_win_wherever_config_stands_and_a_later_config_wins(tmp_path: Path
     [
         ("train:\n  max_stepz: 5\n", "train.max_stepz is not a known name, got 5"),
         ("train: fast", "train must be a section of options, got 'fast'"),
+        ("train:\nmax_steps: 5", "mine.yaml: the section train is empty"),
+        ("# nothing yet\n", "mine.yaml has no options"),
         ("1: 2", "keywords must be strings"),
     ],
 )
@@ -189,3 +211,37 @@ def test_errors_in_python_are_value_errors() -> None:
 )
 def test_intervals(text: str, expected: tuple[float, str]) -> None:
     assert parse_interval(text) == expected
+
+
+WORDS = [
+    *("1e3", "1e5", "0123", "0o17", "0x10", "1_000", "12:30", "2026-11-29", ".5", "1.", "+1", "-", "=", "<<", ".inf"),
+    *("no", "On", "y", "~", "null", "true", "NaN", "a: b", "- a", "# a", " a ", "a\tb", "'a'", '"', "é 猫", "{", "[a]"),
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_every_word_comes_back_from_yaml(word: str, tmp_path: Path) -> None:
+    config = Config(data=DataConfig(class_names=(word, "other")), output_dir=word)
+    config.save(tmp_path / "config.yaml")
+    assert Config.load(tmp_path / "config.yaml") == config
+    assert yaml.safe_load(config.to_yaml())["output_dir"] == word  # as other readers read it
+
+
+@pytest.mark.parametrize(("text", "value"), [("0123", 123), ("1e3", 1000.0), ("3e-3", 0.003), ("no", "no"), ("", None)])
+def test_numbers_and_words_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    assert parse_yaml(f"x: {text}") == {"x": value}
+
+
+def test_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("output_dir: ~/run")
+    config = parse_train(["--config", "~/mine.yaml", "--data.source", "~/pictures"]).config
+    assert (config.output_dir, config.data.source) == (f"{tmp_path}/run", f"{tmp_path}/pictures")
+    assert SampleOptions(pipeline="~/run", out="~/out").out == tmp_path / "out"
+
+
+def test_an_output_that_cannot_show_every_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, "ascii", write_through=True))
+    assert reporting_errors(lambda: print("0.1 ± 0.2") or 0) == 0
+    assert output.getvalue() == b"0.1 ? 0.2\n"

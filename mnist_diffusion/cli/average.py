@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -11,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.option_types import STRICT
+from mnist_diffusion.option_types import STRICT, FilePath
 
 MAX_RECONSTRUCTION_ERROR = 0.01
 """Largest error in the cumulative weights of the steps without a warning."""
@@ -21,7 +20,7 @@ MAX_RECONSTRUCTION_ERROR = 0.01
 class Options:
     """Options of `mnist-diffusion average`."""
 
-    run: Path
+    run: FilePath
     """Run folder, trained with train.averages_every."""
     std: tuple[Annotated[float, Field(ge=0.005, le=0.25)], ...]
     """Relative standard deviations of the averages: 0.1 spans about a tenth of the training."""

@@ -14,7 +14,7 @@ from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import open_file, replace_picture, replace_text
-from mnist_diffusion.option_types import STRICT
+from mnist_diffusion.option_types import STRICT, FilePath
 
 SHOWN = 10
 WRITTEN_BY = "mnist-diffusion data"
@@ -26,7 +26,7 @@ class Options:
 
     data: ImagesConfig
     """The images, as in training."""
-    out: Path = Path("survey")
+    out: FilePath = Path("survey")
     """Output folder for contact_sheet.png and data.json."""
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     options: Options = parser.read(argv)
     if (source := options.data.source) is None:
         parser.error("SOURCE is missing: a folder, a file, a Hub id, or digits")
-    _require_own(options.out, Path(source).expanduser())
+    _require_own(options.out, Path(source))
     from mnist_diffusion.data.survey import survey
     from mnist_diffusion.plots import tables
     from mnist_diffusion.plots.grids import image_grid

@@ -8,16 +8,16 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
-from mnist_diffusion.option_types import STRICT, Text
+from mnist_diffusion.option_types import STRICT, FilePath, Place
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     """Options of `mnist-diffusion export`."""
 
-    pipeline: Text
+    pipeline: Place
     """Pipeline folder, run folder, or Hub id such as user/name."""
-    out: Path = Path("onnx")
+    out: FilePath = Path("onnx")
     """Output folder."""
 
 

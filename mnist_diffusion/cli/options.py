@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import os
 import select
 import sys
@@ -19,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from mnist_diffusion.config import RunConfig
 from mnist_diffusion.errors import ConfigError, UserError
-from mnist_diffusion.files import read_text
+from mnist_diffusion.files import parse_yaml, read_text
 from mnist_diffusion.option_types import checked, find_recipe, read_mapping
 
 Run = TypeVar("Run", bound=RunConfig)
@@ -55,7 +56,7 @@ class Parser(argparse.ArgumentParser):
                     continue
             default = info.get_default(call_default_factory=False)
             shown = "" if info.is_required() or default in (None, ()) else f" (default: {default})"
-            nargs = "+" if _is_list(info.annotation) else "?" if info.annotation is bool else None
+            nargs = "+" if _is_list(info.annotation) else "?" if bool in _kinds(info.annotation) else None
             look: dict[str, Any] = {"nargs": nargs, "const": "true", "metavar": _placeholder(info.annotation)}
             if nargs != "?":
                 del look["const"]
@@ -187,14 +188,16 @@ def _plain(given: Any) -> Any:
         return None
     if isinstance(given, list) and len(given) == 1 and given[0].startswith("["):
         try:
-            return yaml.safe_load(given[0])
-        except yaml.YAMLError as error:
+            return parse_yaml(given[0])
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{given[0]!r:.100} is not a list such as [8, 16]") from error
     return given
 
 
 def reporting_errors(command: Callable[[], int]) -> int:
     """Run a command; an error that the user can fix becomes one line and exit code 2, without a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that it cannot encode is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
     try:
         return command()
     except UserError as error:

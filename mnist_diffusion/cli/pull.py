@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
-from mnist_diffusion.option_types import STRICT, Text
+from mnist_diffusion.option_types import STRICT, FilePath, Text
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -17,7 +16,7 @@ class Options:
 
     source: Text
     """Repository user/name, or user/name@revision with a branch, tag or commit."""
-    out: Path
+    out: FilePath
     """Output folder, which must be empty or missing."""
     with_checkpoints: bool = False
     """Download a run folder with its checkpoint, to resume training."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
-from mnist_diffusion.option_types import STRICT, Text
+from mnist_diffusion.option_types import STRICT, FilePath, Text
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     """Options of `mnist-diffusion push`."""
 
-    source: Path
+    source: FilePath
     """Run folder or pipeline folder."""
     repo_id: Text
     """Repository, user/name; created if missing."""

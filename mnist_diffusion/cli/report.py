@@ -8,16 +8,16 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
-from mnist_diffusion.option_types import STRICT
+from mnist_diffusion.option_types import STRICT, FilePath
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     """Options of `mnist-diffusion report`."""
 
-    runs: tuple[Path, ...]
+    runs: tuple[FilePath, ...]
     """Run folders; one is shown in full, several are compared."""
-    out: Path = Path("report.html")
+    out: FilePath = Path("report.html")
     """HTML file to write."""
 
 

@@ -24,12 +24,12 @@ def main(argv: Sequence[str], *, prog: str) -> int:
 
 def _sample(options: SampleOptions) -> int:
     from mnist_diffusion.environment import set_num_threads
-    from mnist_diffusion.files import replace_picture
+    from mnist_diffusion.files import replace_picture, require_writable
     from mnist_diffusion.parallel import is_main
     from mnist_diffusion.plots.samples import Samples
 
     set_num_threads()
-    out = options.out
+    require_writable(out := options.out)
     try:
         samples = Samples(options)
         if options.as_dataset:

@@ -10,24 +10,24 @@ from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.option_types import STRICT, Text
+from mnist_diffusion.option_types import STRICT, FilePath, Place, Text
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     """Options of `mnist-diffusion space`."""
 
-    pipeline: Text
+    pipeline: Place
     """Pipeline folder, run folder, or Hub id such as user/name."""
     repo_id: Text
     """Space, user/name."""
     kind: Literal["static", "gradio"] = "static"
     """The studio, which runs in browsers (static), or the app, which runs on the Hub (gradio)."""
-    student: Text | None = None
+    student: Place | None = None
     """Distilled student pipeline; listed first."""
-    out: Path = Path("space")
+    out: FilePath = Path("space")
     """Output folder, which must be empty or missing."""
-    runtime: Path | None = None
+    runtime: FilePath | None = None
     """For static: the `dist` folder of onnxruntime-web; downloaded with npm if omitted."""
     push: bool = False
     """Push it to the Hub."""

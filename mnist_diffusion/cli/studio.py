@@ -8,22 +8,22 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
-from mnist_diffusion.option_types import STRICT, Text
+from mnist_diffusion.option_types import STRICT, FilePath, Place, Text
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     """Options of `mnist-diffusion studio`."""
 
-    pipeline: Text
+    pipeline: Place
     """Pipeline folder, run folder, or Hub id such as user/name."""
-    student: Text | None = None
+    student: Place | None = None
     """Distilled student pipeline; listed first."""
-    out: Path = Path("studio")
+    out: FilePath = Path("studio")
     """Output folder."""
     title: Text = "Studio"
     """Page title."""
-    runtime: Path | None = None
+    runtime: FilePath | None = None
     """The `dist` folder of onnxruntime-web; downloaded with npm if omitted."""
 
 

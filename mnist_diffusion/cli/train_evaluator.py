@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.option_types import STRICT, Seed
+from mnist_diffusion.option_types import STRICT, FilePath, Seed
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -24,7 +23,7 @@ class Options:
     """Random seed for weights, order and augmentation."""
     split_seed: Seed = 0
     """train.seed of the run to evaluate, if data.source has no test split."""
-    out: Path
+    out: FilePath
     """Output folder, which must not exist."""
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mnist_diffusion.data.decoding import DataError
-from mnist_diffusion.data.layout import kind_in
+from mnist_diffusion.data.layout import JUNK, kind_in
 from mnist_diffusion.files import open_file
 
 IMAGES, LABELS = 0x803, 0x801
@@ -49,7 +49,7 @@ class IdxFolder:
 def read_idx_folder(folder: Path, subset: str | None) -> IdxFolder | None:
     """Read the IDX files of a folder, or of torchvision's `<name>/raw` below it; None if there are none.
 
-    Their names hold `image` or `label`, and a word for their split.
+    File names contain `image` or `label` and, optionally, a word for the split.
 
     Args:
         folder: the folder.
@@ -69,11 +69,15 @@ def read_idx_folder(folder: Path, subset: str | None) -> IdxFolder | None:
 
 
 def _idx_files(folder: Path) -> list[Path]:
-    """The files that are IDX by their names or first bytes, without the zipped copies of others."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    named = {path.name: path for path in paths if re.search("image|label", path.name.lower()) and path.is_file()}
-    unzipped = [path for name, path in named.items() if name.removesuffix(".gz") not in named.keys() - {name}]
-    return [path for path in unzipped if "ubyte" in path.name or _magic(path) in (IMAGES, LABELS)]
+    """The IDX files of a folder, by name or first bytes; a .gz is skipped if its unpacked copy is there."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".gz") if folder.is_dir() else ():
+        name = path.name.lower()
+        if JUNK.fullmatch(name) or not re.search("image|label", name) or not path.is_file():
+            continue
+        if re.search(r"ubyte(\.gz)?$", name) or _magic(path) in (IMAGES, LABELS):
+            found[name.removesuffix(".gz").replace(".idx", "-idx")] = path
+    return sorted(found.values())
 
 
 def _read_files(folder: Path, files: list[Path], subset: str | None) -> IdxFolder:

@@ -79,8 +79,7 @@ def _read(config: ImagesConfig) -> RawSource:
                 "Name a data set with --data.source to train on it."
             )
             return read_embedded_digits(notice=notice)
-    with wrap_errors(f"data.source={config.source!r}", RuntimeError):
-        path = Path(config.source).expanduser()
+    path = Path(config.source)
     if config.source == "digits":
         found = read_embedded_digits()
         other = f"these are the embedded digits; write ./digits for {path.absolute()}"

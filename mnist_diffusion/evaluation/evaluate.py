@@ -23,7 +23,7 @@ from mnist_diffusion.evaluation.external import read_sample
 from mnist_diffusion.evaluation.inception import ImageNetDistance
 from mnist_diffusion.evaluation.report import misclassified_grid, nearest_grid, sample_grid, write_report
 from mnist_diffusion.evaluation.score import Reference
-from mnist_diffusion.files import pipeline_folder
+from mnist_diffusion.files import pipeline_folder, require_writable
 from mnist_diffusion.parallel import is_main, num_processes
 from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
@@ -58,6 +58,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     if is_main():
         print(f"Comparing {', '.join(options.sources)} with {options.data.source or 'MNIST'}", flush=True)
     device = _device(options.device)
+    require_writable(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     imagenet = _imagenet_distance(device) if options.imagenet_fid and is_main() else None
     data = load_images(options.data, seed=options.split_seed or 0).in_memory()

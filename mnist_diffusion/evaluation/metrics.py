@@ -154,7 +154,8 @@ def wilson_share(successes: int, trials: int) -> Share:
 def stroke_shapes(images: Tensor) -> np.ndarray:
     """Pieces and holes of each image, int64 `[N, 2]`, cut at half grey.
 
-    A piece is an 8-connected bright area of at least five pixels; a hole, a 4-connected dark area but the largest.
+    A piece is an 8-connected bright area of at least five pixels; a hole is any 4-connected dark area except
+    the largest.
 
     Args:
         images: uint8 `[N, 1, H, W]`, bright strokes on a dark ground.

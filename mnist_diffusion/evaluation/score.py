@@ -98,22 +98,25 @@ class Reference:
             )
         self.train = embed(evaluator, data.train.tensor, data.train.labels)
         self.held_out = embed(evaluator, data.test.tensor, data.test.labels)
-        self._floors: dict[int, Scores] = {}
+        self._floors: dict[tuple[int, bool], Scores] = {}
 
-    def floor(self, num_images: int) -> Scores:
-        """What `num_images` held-out images score (all of them if there are fewer), with their labels."""
+    def floor(self, num_images: int, *, labelled: bool = True) -> Scores:
+        """What `num_images` held-out images score (all of them if there are fewer), with their labels or without."""
         count = min(num_images, len(self.held_out))
-        if count not in self._floors:
+        if (count, labelled) not in self._floors:
             assert self.held_out.labels is not None
-            counts = torch.bincount(self.held_out.labels, minlength=self.data.num_classes)
-            chosen = self._choose(self.held_out, counts, count)
-            self._floors[count] = self.measure(self.held_out.subset(chosen))
-        return self._floors[count]
+            if labelled:
+                counts = torch.bincount(self.held_out.labels, minlength=self.data.num_classes)
+                chosen = self.held_out.subset(self._choose(self.held_out, counts, count))
+            else:
+                chosen = replace(self._some(self.held_out, count), labels=None)
+            self._floors[count, labelled] = self.measure(chosen)
+        return self._floors[count, labelled]
 
     def score(self, sample: Sample) -> Scores:
         """All metrics of a sample, with their floor, such as `fid`, `fid_floor` and `fid_ratio`."""
         evaluated = embed(self.evaluator, sample.images, sample.labels)
-        measured, floor = self.measure(evaluated), self.floor(len(evaluated))
+        measured, floor = self.measure(evaluated), self.floor(len(evaluated), labelled=sample.labels is not None)
         # Nearer to one training image, relative to the others, than 99 of 100 held-out images are.
         copied = measured.nearest.relative <= np.quantile(floor.nearest.relative, COPY_QUANTILE)
         copies = metrics.wilson_share(int(copied.sum()), len(copied))

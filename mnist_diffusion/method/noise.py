@@ -24,7 +24,7 @@ def build_noise_scheduler(config: DiffusionConfig) -> Any:
     are spaced `trailing`, which starts few-step sampling at the last, noisiest timestep.
     """
     if config.prediction_type == FLOW:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=config.noise_shift)
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=1.0)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=BETA_START,
@@ -55,8 +55,7 @@ def build_noise_scheduler(config: DiffusionConfig) -> Any:
 def shifted_betas(alphas_cumprod: Tensor, shift: float) -> list[float]:
     """The betas `[T]` of a schedule whose log SNR is `2 log(shift)` lower at each timestep.
 
-    Hoogeboom et al. (2023), https://arxiv.org/abs/2301.11093, section 3.1. On straight paths it is the shift of Esser
-    et al. (2024), https://arxiv.org/abs/2403.03206, equation 23.
+    Hoogeboom et al. (2023), https://arxiv.org/abs/2301.11093, section 3.1.
     """
     snr = alphas_cumprod.double() / (1 - alphas_cumprod.double()) / shift**2
     shifted = snr / (1 + snr)

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import MAX_TEXT_BYTES, file_within, read_bytes, read_text, replace_text
+from mnist_diffusion.files import MAX_TEXT_BYTES, file_within, read_bytes, read_text, replace_text, yaml_text
 
 CARD, PICTURE, REPO_PLACEHOLDER = "README.md", "samples.png", "this-folder-or-repository"
 EVAL_RESULTS = ".eval_results/evaluation.yaml"
@@ -121,7 +120,7 @@ def eval_results(report: Mapping[str, Any]) -> str:
         for metric in CARD_METRICS
         if result.get(metric) is not None
     ]
-    return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
+    return yaml_text(eval_result_entries_to_yaml(entries))
 
 
 def local_paths_in(config: Any) -> list[str]:

@@ -152,7 +152,9 @@ def require_fit(pipeline: MNISTDiffusionPipeline, data: ImageData) -> None:
 def fingerprint(pipeline: MNISTDiffusionPipeline) -> str:
     """SHA-256 over what decides a trajectory: scheduler, defaults of a call, names and values of the weights."""
     settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
-    settings["call"] = [pipeline.config[name] for name in ("eta", "guidance_interval", "noise_interval", "patch_size")]
+    settings["call"] = [pipeline.config[name] for name in ("eta", "guidance_interval", "patch_size")]
+    if (levels := list(pipeline.config.noise_interval)) != [0, 1]:
+        settings["call"] += levels
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(pipeline.unet.state_dict().items()):
         digest.update(name.encode())

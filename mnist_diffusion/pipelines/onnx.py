@@ -66,7 +66,9 @@ def export_onnx(pipeline: MNISTDiffusionPipeline, folder: Path) -> Path:
             verbose=False,
         )
     assert program is not None  # as no file is named
-    content = program.model_proto.SerializeToString()
+    for node in (model := program.model_proto).graph.node:
+        del node.metadata_props[:]  # paths of this installation
+    content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     for count in (1, 5):
         inputs = example_inputs(pipeline, count)

@@ -306,8 +306,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             class_labels: one label, or two: then the conditional prediction is mixed from the first to the second.
             num_frames: images, both ends included.
             latents: the noise, `[1, C, H, W]` for all frames or `[2, C, H, W]` for the two ends; see [`slerp`].
-            generator: draws the noise if `latents` is None: one for all frames, or two for the two ends. A sampler that
-                adds noise draws the same for all frames, from the first.
+            generator: draws the noise if `latents` is None: one for all frames, or two for the two ends. If the sampler
+                adds noise, every frame gets the same noise, from the first generator.
             arguments: further arguments of a call.
 
         Returns:

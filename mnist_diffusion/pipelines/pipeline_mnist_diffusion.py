@@ -450,6 +450,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         self._check_scheduler()
         rule = self._rule(guidance, class_labels, guidance_interval)
         _check_interval("noise_interval", noise_interval)
+        if noise_interval is not None and self.scheduler.config.get("algorithm_type") != SDE:
+            raise ValueError(f"noise_interval={noise_interval!r} has no effect with {type(self.scheduler).__name__}")
         self._check_steps(num_inference_steps, timesteps, sigmas)
         generator = _checked_generators(generator, len(scales))
         step_kwargs = self._step_kwargs(eta, generator)
@@ -489,8 +491,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 model_output = rule(guided) if len(conditions.rows) else guided.predict(False)[1]
                 nfe = guided.nfe
                 if getattr(model_output, "shape", None) != latents.shape:
-                    shape = tuple(latents.shape)
-                    raise TypeError(f"guidance must return a prediction {shape}, got {model_output!r:.100}")
+                    raise TypeError(f"guidance must return {tuple(latents.shape)}, got {model_output!r:.100}")
                 _set_ddim_stride(scheduler, step)
                 if self.scheduler.config.get("algorithm_type") == SDE:
                     adds_noise = self._is_inside("noise_interval", timestep, intervals[1])
@@ -538,14 +539,13 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
 
         DDIM clips the predicted image; `use_clipped_model_output` keeps the noise consistent with it.
         """
-        offered = {"eta": self.config.eta if eta is None else eta, "generator": generator}
-        offered["use_clipped_model_output"] = True
+        own = {"eta": self.config.eta if eta is None else eta, "use_clipped_model_output": True}
         accepted = inspect.signature(self.scheduler.step).parameters
         if eta is not None:
             _check_number("eta", eta, low=0, high=1)
             if eta > 0 and "eta" not in accepted:
                 raise ValueError(f"eta={eta!r} has no effect with {type(self.scheduler).__name__}; DDIM takes it")
-        return {name: value for name, value in offered.items() if name in accepted}
+        return {name: value for name, value in {**own, "generator": generator}.items() if name in accepted}
 
     def _guided(self, timestep: torch.Tensor, scales: torch.Tensor, interval: Any) -> tuple[bool, torch.Tensor]:
         """Whether guidance acts in a step, and its scales."""

@@ -18,12 +18,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import replace_bytes
+from mnist_diffusion.files import open_file, replace_bytes
 
 TRACKED = (0.05, 0.1)
 """The relative standard deviations that are tracked, those of the paper."""
 MAX_PLACES = 4000
-FOLDER, FILE = "averages", re.compile(r"step-(\d+)\.safetensors")
+FOLDER, FILE = "averages", re.compile(r"step-([1-9]\d*)\.safetensors")
 
 
 def exponent(std: float) -> float:
@@ -108,7 +108,8 @@ def saved_steps(run: Path) -> list[int]:
     Raises:
         UserError: there are none.
     """
-    steps = sorted(int(match[1]) for path in (run / FOLDER).glob("*") if (match := FILE.fullmatch(path.name)))
+    matches = (FILE.fullmatch(path.name) for path in (run / FOLDER).glob("*"))
+    steps = sorted(int(match[1]) for match in matches if match)
     if not steps:
         raise UserError(f"{run} has no averages: train with --train.averages_every, such as '50 steps'")
     return steps
@@ -129,10 +130,13 @@ def reconstruct_ema(run: Path, std: float) -> tuple[dict[str, Tensor], float]:
     for step, row in zip(steps, shares, strict=True):
         path = run / FOLDER / f"step-{step}.safetensors"
         try:
+            open_file(path).close()  # a regular file
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     each, _, name = key.partition("/")
                     part = file.get_tensor(key).double() * row[TRACKED.index(float(each))]
+                    if not torch.isfinite(part).all():
+                        raise ValueError(f"{key} has values that are not finite")
                     total[name] = total[name] + part if name in total else part
         except (OSError, SafetensorError, ValueError, RuntimeError) as error_of_file:
             raise UserError(f"{path} could not be read: {error_of_file}") from error_of_file

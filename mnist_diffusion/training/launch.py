@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator, DistributedType, PartialState, utils
 from accelerate.state import AcceleratorState
 
 from mnist_diffusion.config import ImagesConfig, RunConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
-from mnist_diffusion.environment import set_num_threads
+from mnist_diffusion.environment import launcher, set_num_threads
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import is_printable, read_yaml
+from mnist_diffusion.files import is_printable, read_json
+from mnist_diffusion.training.checkpoint import newest_intact
 from mnist_diffusion.training.run_folder import is_empty
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -66,28 +66,34 @@ class RunContext:
         return images
 
 
-DECIDED = ("mixed_precision", "channels_last", "num_threads")
-"""Options of `train` that a run decides where they are null."""
+PROBED = ("mixed_precision", "channels_last", "num_threads")
+"""Options of `train` that a run chooses for its machine where they are null."""
 
 
 def start_run(config: RunConfig, recipe: str) -> tuple[RunContext, RunConfig]:
     """Start processes, choose device and precision, and name the run folder, which is not created yet.
 
     Returns:
-        Where the run takes place; and its configuration, with what an earlier launch decided if it resumes.
+        Where the run takes place; and its configuration. On resume, options left null take the values that the run
+        chose for its machine.
 
     Raises:
         UserError: it cannot work: the processes, the folder, the precision, the batch size or the trackers.
     """
     start_processes(config)
     folder = choose_output_dir(config, recipe)
+    chosen: dict[str, Any] = {}
     resumes = config.train.resume and any((folder / "checkpoints").glob("step-*"))
     if resumes:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a checkpoint may be intact where this is not
-            then = read_yaml(folder / "config.yaml")["train"]
-            decided = {name: then[name] for name in DECIDED if getattr(config.train, name) is None}
-            config = replace(config, train=replace(config.train, **decided))
-        set_num_threads(config.train.num_threads)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # what is wrong is said when it is loaded
+            newest = newest_intact(folder / "checkpoints")
+            then = {} if newest is None else read_json(newest / "state.json")["config"]["train"]
+            chosen = {name: then[name] for name in PROBED if name in then and getattr(config.train, name) is None}
+    resumes, chosen = utils.broadcast_object_list([resumes, chosen])
+    if launcher().mixed_precision != "no":
+        chosen.pop("mixed_precision", None)
+    config = replace(config, train=replace(config.train, **chosen))
+    set_num_threads(config.train.num_threads)
     return RunContext(build_accelerator(config, folder), folder, recipe, resumes), config
 
 
@@ -97,8 +103,9 @@ def start_processes(config: RunConfig) -> PartialState:
     Raises:
         UserError: several processes that are not connected, or an engine that is not supported.
     """
+    given = launcher()
+    announced = max(given.num_processes, given.local_processes)
     state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
-    announced = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if announced > 1 and state.num_processes == 1:
         raise UserError(
             f"the launcher started {announced} processes, but they found no common device and would be {announced} "
@@ -144,7 +151,7 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
             processes and micro-batches, or a tracker is not installed.
     """
     state = PartialState()
-    wanted, launched = config.train.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted, launched = config.train.mixed_precision, launcher().mixed_precision
     if wanted is not None and launched not in ("no", wanted):
         both = f"train.mixed_precision={wanted!r}, but the launcher asks for {launched!r}"
         raise UserError(f"{both}; use `accelerate launch --mixed_precision {wanted}`")

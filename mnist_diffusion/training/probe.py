@@ -22,7 +22,7 @@ Build = Callable[[RunContext, RunConfig], TrainState]
 PROBE_SECONDS = 1.0
 """Duration of one measurement, unless a single image takes longer."""
 GAIN = 1.1
-"""Speed-up that counts as one."""
+"""A change counts as faster from this speed-up on."""
 BYTES_PER_PARAMETER = 24
 """Weights, gradients, at most two moments of the optimizer, the average and its copy, in float32."""
 
@@ -64,7 +64,7 @@ def fastest(context: RunContext, config: RunConfig, build: Build) -> tuple[RunCo
         Both as chosen.
     """
     train = config.train
-    if context.accelerator.device.type != "cpu":
+    if context.accelerator.device.type != "cpu" or train.compile:
         return context, config
     threads = torch.get_num_threads()
     tries: list[dict[str, Any]] = []
@@ -74,6 +74,7 @@ def fastest(context: RunContext, config: RunConfig, build: Build) -> tuple[RunCo
         tries.append({"channels_last": True})
     if train.num_threads is None and threads > 1:  # threads that wait for each other are far slower than one
         tries.append({"num_threads": 1})
+    [tries] = broadcast_object_list([tries])  # machines may differ
 
     def seconds(tried: dict[str, Any]) -> float:
         torch.set_num_threads(tried.get("num_threads", threads))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from mnist_diffusion.config import IMAGE_FIELDS, RunConfig
+from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.training.checkpoint import (
     WRONG_CONTENT,
     Checkpoint,
@@ -24,7 +26,10 @@ FIXED = ("data.batch_size", "data.augment", "data.balance", "train.seed")
 ABOUT_IMAGES = tuple(f"data.{name}" for name in IMAGE_FIELDS)
 """Options that name the images; their fingerprint decides whether they are the same."""
 LAUNCH = ("output_dir", "train.resume")
-DECIDED = ("train.max_steps", "train.max_epochs", "train.max_minutes", "train.mixed_precision", "train.num_threads")
+DECIDED = (
+    *("train.max_steps", "train.max_epochs", "train.max_minutes"),
+    *("train.mixed_precision", "train.channels_last", "train.num_threads"),
+)
 """Options that a run decides itself where they are null."""
 
 
@@ -91,7 +96,10 @@ def allowed_changes(checkpoint: Checkpoint, identity: RunIdentity) -> str:
         CheckpointError: one of them may not change.
     """
     then, now = checkpoint.state["data_fingerprint"], identity.data_fingerprint
-    changes = differences(checkpoint.state["config"], identity.config.to_dict())
+    before = checkpoint.state["config"]
+    with contextlib.suppress(ConfigError):  # options that were added since had their defaults
+        before = identity.config.from_dict(before).to_dict()
+    changes = differences(before, identity.config.to_dict())
     # If the images are the same, it does not matter how they are named.
     fixed_names = (*identity.config.FIXED, *FIXED, *(() if then == now else ABOUT_IMAGES))
     changes = {name: text for name, text in changes.items() if then != now or name not in ABOUT_IMAGES}

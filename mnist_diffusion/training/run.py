@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import shlex
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
 from diffusers import UNet2DModel
@@ -38,6 +40,9 @@ NetworkBuilder = Callable[..., UNet2DModel]
 """Builds the network, with the arguments of [`mnist_diffusion.method.network.build_unet`]."""
 ObjectiveBuilder = Callable[[Any, NoisingProcess, int | None], Objective]
 """Builds the objective, with the arguments of [`mnist_diffusion.method.objective.diffusion_objective`]."""
+RUNNING = threading.Lock()
+"""Held while a run takes place in this process."""
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,22 @@ class TrainedRun:
         return read_json(self.folder / "summary.json")
 
 
+def one_at_a_time(function: Run) -> Run:
+    """Refuse a second run in another thread: precision and random state belong to the process."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **named: Any) -> Any:
+        if not RUNNING.acquire(blocking=False):
+            raise UserError("another run is still in progress in this process; start each run in its own process")
+        try:
+            return function(*arguments, **named)
+        finally:
+            RUNNING.release()
+
+    return cast("Run", run)
+
+
+@one_at_a_time
 def train(
     config: Config,
     *,
@@ -99,6 +120,7 @@ def train(
     return run_training(context, config, images, unet, learned, exported, dry_run=dry_run)
 
 
+@one_at_a_time
 def distill(config: DistillConfig, *, recipe: str = "python", dry_run: bool = False) -> TrainedRun:
     """Distil a trained pipeline into a student that samples in one network evaluation or a few, in this process.
 

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+STOPPING = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),  # which batch systems send some time before they kill
+)
 REPEATED_BY_TORCHRUN_SECONDS = 1.0
 """torchrun forwards the terminal's INT to workers that have it already."""
 
@@ -43,7 +46,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Collect INT, TERM, USR1 and HUP while the block runs; those that are ignored, as HUP under nohup, stay ignored.
+    """Collect the signals of `STOPPING` while the block runs; those that are ignored, as HUP under nohup, stay ignored.
 
     Signals arrive in the main thread only.
     """

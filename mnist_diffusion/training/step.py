@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist_diffusion.config import RunConfig
 from mnist_diffusion.data.dataset import ImageData, draw_batch
@@ -45,7 +45,8 @@ class TrainState:
         if config.train.channels_last:
             unet.to(memory_format=torch.channels_last)
         # Without dropout both modes are one function, and in training mode diffusers leaves channels-last.
-        self.training_mode = bool(unet.config.dropout) or not config.train.channels_last
+        drops = any(isinstance(each, nn.Dropout) and each.p > 0 for each in unet.modules())
+        self.training_mode = drops or not config.train.channels_last
         self.averaged_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.ema = EMAModel(unet.parameters(), decay=config.train.ema_decay, foreach=True)
         self.power_averages = None if config.train.averages_every is None else PowerAverages(unet)

@@ -51,6 +51,8 @@ class TestIdx:
     @pytest.mark.parametrize("zipped", [False, True])
     def test_layouts(self, tmp_path: Path, layout: str, zipped: bool) -> None:
         write_idx(tmp_path / layout, zipped=zipped)
+        for stray in ("._train-images-idx3-ubyte", "train-images-idx3-ubyte.gz.md5"):
+            (tmp_path / layout / stray).touch()
         data = load(tmp_path)
         assert data.train.tensor.shape == (20, 1, 12, 12)
         assert len(data.test) == 10

@@ -194,6 +194,12 @@ def test_samplers_that_are_no_sums_are_refused(name: str, message: str) -> None:
         sampler_plan(pipeline, 4)
 
 
+def test_a_sampler_that_adds_noise_at_some_levels_only() -> None:
+    sampling = SamplingSettings(scheduler="dpmpp-sde", noise_interval=(0.3, 0.8))
+    plan = sampler_plan(make_pipeline(sampling=sampling), 10)
+    assert [step["t"] for step in plan if step["d"]] == [799, 699, 599, 499, 399]
+
+
 def test_what_cannot_be_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="alone is unconditional"):
         write_studio({"alone": make_pipeline(conditional=False)}, tmp_path / "out", title="")

@@ -19,6 +19,7 @@ from PIL import Image
 
 import train_cfg
 from mnist_diffusion import cli
+from mnist_diffusion.cli import main
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import REPOSITORY, make_image_folder, make_pipeline
 from tests.support.hub_server import HubServer
@@ -113,6 +114,10 @@ def test_errors_are_messages(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: data.source='/no/such' was not found")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for verb in ("sample", "evaluate"):  # before anything is loaded or drawn
+        assert main([verb, "no/where", "--out", "file"]) == 2
+        assert "file cannot be written to" in capsys.readouterr().err
 
 
 @pytest.mark.slow

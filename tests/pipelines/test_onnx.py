@@ -13,6 +13,13 @@ from tests.conftest import make_pipeline
 
 
 @pytest.mark.slow
+def test_no_path_of_this_installation_leaves_it(tmp_path: Path) -> None:
+    content = onnx.export_onnx(make_pipeline(conditional=False), tmp_path).read_bytes()
+    assert b".py" not in content
+    assert b"site-packages" not in content
+
+
+@pytest.mark.slow
 def test_one_that_predicts_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "TOLERANCE", -1.0)
     with pytest.raises(UserError, match="differs by up to"):

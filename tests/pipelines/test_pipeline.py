@@ -402,6 +402,8 @@ class TestSchedulers:
         own, everywhere, nowhere = (draw(pipeline, 1, noise_interval=each) for each in (None, (0, 1), (1, 1)))
         pipeline.scheduler = build_sampler("dpmpp", pipeline.scheduler.config)
         assert torch.equal(draw(pipeline, 1), nowhere)
+        with pytest.raises(ValueError, match="has no effect with DPMSolverMultistepScheduler"):
+            draw(pipeline, 1, noise_interval=(0, 1))
         assert not torch.equal(own, nowhere)
         assert not torch.equal(own, everywhere)
 

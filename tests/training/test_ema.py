@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import train_cfg
@@ -123,6 +124,18 @@ def test_a_run_keeps_them_through_a_resume_and_makes_pipelines(
     with pytest.raises(SystemExit):
         main(["average", str(whole), "--std", "0.3"])
     assert "std.0 must be less than or equal to 0.25, got '0.3'" in capsys.readouterr().err
-    (whole / "averages" / "step-9.safetensors").write_bytes(b"no tensors")
+    file = whole / "averages" / "step-9.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    for content, message in (
+        (save({**tensors, name: torch.full_like(tensors[name], float("nan"))}), "values that are not finite"),
+        (save({f"0.2/{name.partition('/')[2]}": tensors[name]}), "step-9.safetensors could not be read"),
+        (b"no tensors", "step-9.safetensors could not be read"),
+    ):
+        file.write_bytes(content)
+        assert main(["average", str(whole), "--std", "0.1"]) == 2
+        assert message in capsys.readouterr().err
+    file.unlink()
+    os.mkfifo(file)
     assert main(["average", str(whole), "--std", "0.1"]) == 2
-    assert "step-9.safetensors could not be read" in capsys.readouterr().err
+    assert "is not a regular file" in capsys.readouterr().err

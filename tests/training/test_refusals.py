@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig, SamplingSettings
+from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.pipelines import drawing
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
@@ -41,6 +44,49 @@ def test_processes_that_know_nothing_of_each_other(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="2 independent runs writing over each other"):
         run(tiny_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *(("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", value, f"STEPS='{value}' in the env") for value in ("4", "0", "")),
+        ("ACCELERATE_USE_FSDP", "true", "ACCELERATE_USE_FSDP='true' in the environment is not supported"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "ACCELERATE_USE_DEEPSPEED='1' in the environment is not supported"),
+        ("ACCELERATE_USE_CPU", "2", "ACCELERATE_USE_CPU='2' in the environment is not supported"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor", "ACCELERATE_DYNAMO_BACKEND='inductor' in the environment"),
+        ("ACCELERATE_MIXED_PRECISION", "BF16", "ACCELERATE_MIXED_PRECISION='BF16' in the environment must be no, fp16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "'fp8'"),
+        ("ACCELERATE_MIXED_PRECISION", "", "''"),
+        ("RANK", "1", "RANK=1 in the environment must be less than WORLD_SIZE=1"),
+        ("LOCAL_RANK", "2", "LOCAL_RANK=2 in the environment must be less than WORLD_SIZE=1"),
+        ("RANK", "first", "RANK='first' in the environment must be a whole number"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE='0' in the environment must be a whole number, at least 1"),
+    ],
+)
+def test_an_environment_that_asks_for_something_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        run(tiny_config(), tmp_path / "run")
+    if name.endswith("RANK"):  # nothing is written, and it says so
+        for verb in ("sample", "evaluate"):
+            assert main([verb, "nowhere", "--out", str(tmp_path / "out")]) == 2
+            assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", ["4,1", "auto", "1.0", ""])
+def test_threads_that_openmp_may_be_given(monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    before = torch.get_num_threads()
+    set_num_threads()
+    assert torch.get_num_threads() >= 1
+    torch.set_num_threads(before)
 
 
 def test_output_dir_that_is_a_file(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import yaml
 from mnist_diffusion.training import distributed
 from mnist_diffusion.training.checkpoint import load_checkpoint, newest_valid
 from mnist_diffusion.training.run_folder import read_metrics
+from mnist_diffusion.training.signals import STOPPING, stop_signals
 from mnist_diffusion.training.step import TrainState
 from tests.support.survival import (
     FLAGS,
@@ -93,6 +94,12 @@ class TestSignals:
         self, nursery: Nursery, tmp_path: Path, kind: signal.Signals, ranks: int, count: int
     ) -> None:
         interrupt_again_and_again(nursery, tmp_path, kind, ranks=ranks, count=count)
+
+    @pytest.mark.parametrize("number", STOPPING)
+    def test_each_of_them_is_noted(self, number: signal.Signals) -> None:
+        with stop_signals() as request:
+            os.kill(os.getpid(), number)
+            assert request.number == number
 
     def test_second_int_ends_it_at_once(self, nursery: Nursery, tmp_path: Path) -> None:
         folder, log = tmp_path / "run", tmp_path / "log.txt"

@@ -27,7 +27,7 @@ from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training import artifacts
 from mnist_diffusion.training.artifacts import Artifacts
-from mnist_diffusion.training.run import TrainedRun, train
+from mnist_diffusion.training.run import RUNNING, TrainedRun, train
 from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.step import TrainState
 from tests.conftest import parse_train, tiny_config
@@ -313,6 +313,8 @@ def test_several_runs_from_python_also_from_a_thread_and_of_other_precision(tmp_
             thread.join()
         else:
             done.append(mnist_diffusion.train(asked))
+    with RUNNING, pytest.raises(UserError, match="another run is still in progress in this process"):
+        mnist_diffusion.train(asked)
     assert [each.summary["mixed_precision"] for each in done] == ["no", "bf16", "no"]
     assert all(each.summary["finished"] and each.folder.is_dir() for each in done)
     assert len(done[1].pipeline([3, 4]).images) == 2

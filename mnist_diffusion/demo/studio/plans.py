@@ -35,12 +35,14 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
     if getattr(pipeline.scheduler, "init_noise_sigma", 1) != 1:
         raise UserError(f"{name} works on samples that are not of unit variance; use dpmpp, ddim, ddpm or lcm")
     generators = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
-    again = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
     before, last = torch.randn(IMAGES, *pipeline.image_shape, generator=torch.Generator().manual_seed(SEED)), None
     labels = [index % pipeline.num_classes for index in range(IMAGES)]
     plan = []
-    for done in pipeline.stream(labels, num_inference_steps=num_inference_steps, generator=generators, latents=before):
-        noise = torch.stack([torch.randn(pipeline.image_shape, generator=each) for each in again])
+    stream = pipeline.stream(labels, num_inference_steps=num_inference_steps, generator=generators, latents=before)
+    while True:
+        noise = torch.stack([_next_noise(each, pipeline.image_shape) for each in generators])
+        if (done := next(stream, None)) is None:
+            return plan
         parts = [before, done.model_output]
         (p, q), error = _fit(done.pred_original_sample, parts)
         clean, sums = done.pred_original_sample, {}
@@ -59,7 +61,13 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         numbers = {"p": p, "q": q, "a": a, "b": b, "c": c, "d": d}
         plan.append({"t": float(done.timestep), "clip": clip, **numbers})
         before, last = done.latents, {each: sums[each][2] for each in (False, True)}
-    return plan
+
+
+def _next_noise(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+    """What a generator will draw next, if the step adds noise at all."""
+    again = torch.Generator()
+    again.set_state(generator.get_state())
+    return torch.randn(shape, generator=again)
 
 
 def _fit(values: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:
