@@ -114,8 +114,10 @@ def _run(
         out=folder / "choice",
     )
     best = min(evaluate(request)["results"], key=lambda result: float(result["fid"]))["guidance_scale"]
-    final = {"seed": 0, "num_images": num_images, "guidance_scale": (best,), "out": folder / "evaluation"}
-    [measured] = evaluate(dataclasses.replace(request, **final))["results"]
+    final = dataclasses.replace(
+        request, seed=0, num_images=num_images, guidance_scale=(best,), out=folder / "evaluation"
+    )
+    [measured] = evaluate(final)["results"]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     result = {"seconds": seconds, "train_seconds": summary["train_seconds"], "steps": summary["step"], "scale": best}
     result |= {name: measured[name] for name in FIGURES}

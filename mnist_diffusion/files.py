@@ -17,7 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import yaml
 from PIL import Image
@@ -121,8 +121,6 @@ def read_yaml(path: Path) -> Any:
 class _Reader(yaml.SafeLoader):
     """YAML 1.2, in which `0123` is 123 and `no` a word, without duplicate keys. PyYAML's own loader reads YAML 1.1."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if twice := [key for key, times in keys.items() if times > 1]:
@@ -134,6 +132,7 @@ class _Writer(yaml.SafeDumper):
     """Quotes every word that a reader of YAML 1.1 or 1.2 would take for something else."""
 
 
+_Reader.yaml_implicit_resolvers = {}
 for kind, pattern, first in (
     ("bool", "true|True|TRUE|false|False|FALSE", [*"tTfF"]),
     ("null", "~|null|Null|NULL|", [*"~nN", ""]),

@@ -152,7 +152,7 @@ def make_pipeline(
     **changes: object,
 ) -> MNISTDiffusionPipeline:
     """An untrained pipeline around a copy of that network, guided at every step unless asked otherwise."""
-    config = dataclasses.replace(DEFAULT, **changes)  # type: ignore[arg-type]
+    config = dataclasses.replace(DEFAULT, **changes)
     sampling = dataclasses.replace(config.sampling, guidance_interval=guidance_interval)
     unet = copy.deepcopy(untrained_network(conditional, channels, seed))
     scheduler = build_noise_scheduler(config.diffusion)

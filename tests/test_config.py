@@ -221,10 +221,10 @@ WORDS = [
 
 @pytest.mark.parametrize("word", WORDS)
 def test_every_word_comes_back_from_yaml(word: str, tmp_path: Path) -> None:
-    config = Config(data=DataConfig(class_names=(word, "other")), output_dir=word)
+    config = Config(data=DataConfig(class_names=(word, "other"), subset=word))
     config.save(tmp_path / "config.yaml")
     assert Config.load(tmp_path / "config.yaml") == config
-    assert yaml.safe_load(config.to_yaml())["output_dir"] == word  # as other readers read it
+    assert yaml.safe_load(config.to_yaml())["data"]["subset"] == word  # as other readers read it
 
 
 @pytest.mark.parametrize(("text", "value"), [("0123", 123), ("1e3", 1000.0), ("3e-3", 0.003), ("no", "no"), ("", None)])
@@ -237,7 +237,7 @@ def test_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "mine.yaml").write_text("output_dir: ~/run")
     config = parse_train(["--config", "~/mine.yaml", "--data.source", "~/pictures"]).config
     assert (config.output_dir, config.data.source) == (f"{tmp_path}/run", f"{tmp_path}/pictures")
-    assert SampleOptions(pipeline="~/run", out="~/out").out == tmp_path / "out"
+    assert SampleOptions(pipeline="~/run", out=Path("~/out")).out == tmp_path / "out"
 
 
 def test_an_output_that_cannot_show_every_letter(monkeypatch: pytest.MonkeyPatch) -> None:

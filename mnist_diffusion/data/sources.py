@@ -157,8 +157,8 @@ def read_idx(folder: Path, config: ImagesConfig) -> RawSource | None:
     }
     train, test, notes = choose_splits(list(splits), config, found.title)
     held_out = None if test is None else splits[test]
-    about = {"class_names": found.class_names, "notes": tuple(notes), "has_subsets": True}
-    return RawSource(str(config.source), found.title, splits[train], held_out, **about)
+    about = (str(config.source), found.title, splits[train], held_out, found.class_names)
+    return RawSource(*about, notes=tuple(notes), has_subsets=True)
 
 
 def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:

@@ -412,9 +412,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        guided = (class_labels, num_images_per_label, guidance_scale, guidance_interval)
-        steps: tuple[Any, ...] = (num_inference_steps, timesteps, sigmas, eta, generator, latents, guidance)
-        with contextlib.closing(self.stream(*guided, *steps, noise_interval)) as stream:
+        guided = (class_labels, num_images_per_label, guidance_scale, guidance_interval, num_inference_steps)
+        others: tuple[Any, ...] = (timesteps, sigmas, eta, generator, latents, guidance, noise_interval)
+        with contextlib.closing(self.stream(*guided, *others)) as stream:
             for done in stream:
                 if callback_on_step_end is not None:
                     tensors = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
@@ -491,7 +491,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 model_output = rule(guided) if len(conditions.rows) else guided.predict(False)[1]
                 nfe = guided.nfe
                 if getattr(model_output, "shape", None) != latents.shape:
-                    raise TypeError(f"guidance must return {tuple(latents.shape)}, got {model_output!r:.100}")
+                    raise TypeError(f"guidance must predict {tuple(latents.shape)}, got {model_output!r:.100}")
                 _set_ddim_stride(scheduler, step)
                 if self.scheduler.config.get("algorithm_type") == SDE:
                     adds_noise = self._is_inside("noise_interval", timestep, intervals[1])

@@ -22,6 +22,7 @@ from mnist_diffusion.training.run_folder import is_empty
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 Read = TypeVar("Read")
+Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ PROBED = ("mixed_precision", "channels_last", "num_threads")
 """Options of `train` that a run chooses for its machine where they are null."""
 
 
-def start_run(config: RunConfig, recipe: str) -> tuple[RunContext, RunConfig]:
+def start_run(config: Config, recipe: str) -> tuple[RunContext, Config]:
     """Start processes, choose device and precision, and name the run folder, which is not created yet.
 
     Returns:

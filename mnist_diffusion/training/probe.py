@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,7 +17,7 @@ from mnist_diffusion.training.launch import RunContext
 from mnist_diffusion.training.schedule import planned_steps
 from mnist_diffusion.training.step import TrainState
 
-Build = Callable[[RunContext, RunConfig], TrainState]
+Config = TypeVar("Config", bound=RunConfig)
 
 PROBE_SECONDS = 1.0
 """Duration of one measurement, unless a single image takes longer."""
@@ -52,7 +52,9 @@ def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS) -> f
         size = min(4 * size, full)
 
 
-def fastest(context: RunContext, config: RunConfig, build: Build) -> tuple[RunContext, RunConfig]:
+def fastest(
+    context: RunContext, config: Config, build: Callable[[RunContext, Config], TrainState]
+) -> tuple[RunContext, Config]:
     """Choose the precision, memory format and threads of a run on a CPU that are faster now; what is given stays.
 
     Args:

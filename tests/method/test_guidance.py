@@ -188,7 +188,7 @@ def nothing(step: GuidanceStep) -> None:
     [
         ({"guidance": ClassifierFreeGuidance}, TypeError, "guidance must be a function of a GuidanceStep"),
         ({"guidance": "cfg"}, TypeError, "guidance must be a function of a GuidanceStep, got 'cfg'"),
-        ({"guidance": nothing}, TypeError, r"guidance must return a prediction \(1, 1, 8, 8\), got None"),
+        ({"guidance": nothing}, TypeError, r"guidance must predict \(1, 1, 8, 8\), got None"),
         ({"guidance": nothing, "class_labels": None}, ValueError, "guidance needs class_labels"),
         ({"guidance": ClassifierFreeGuidance(), "guidance_scale": 2}, ValueError, "guidance_scale=2 has no effect"),
     ],

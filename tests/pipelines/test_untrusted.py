@@ -384,7 +384,7 @@ def test_labelled_images(tmp_path: Path) -> None:
         ("x: " + "[" * 1000, "nested|YAML"),
         ("x: " + "y" * 200_000, "larger than"),
         ("- 1", "must be a mapping of sections"),
-        ("train: null", "train must be"),
+        ("train: null", "the section train is empty"),
         ("data:\n  augment:\n    shift: null", r"data\.augment\.shift must be a valid number"),
         ("model:\n  block_out_channels: null", r"model\.block_out_channels must be a valid tuple"),
     ],

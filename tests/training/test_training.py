@@ -237,7 +237,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
     [events] = list((folder / "logs" / "mnist-diffusion").glob("events*"))
     recorded = EventAccumulator(str(events)).Reload()
-    assert {"loss", "loss_by_noise/0", "loss_by_noise/9"} <= set(recorded.Tags()["scalars"])
+    assert {"loss", "loss_by_noise/5"} <= set(recorded.Tags()["scalars"])
     assert set(recorded.Tags()["images"]) == {
         *("samples", "noise_schedule", "forward_noising", "denoising", "pixel_histograms", "training_curves", "epochs")
     }

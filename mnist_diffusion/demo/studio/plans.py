@@ -37,7 +37,7 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
     generators = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
     before, last = torch.randn(IMAGES, *pipeline.image_shape, generator=torch.Generator().manual_seed(SEED)), None
     labels = [index % pipeline.num_classes for index in range(IMAGES)]
-    plan = []
+    plan: list[dict[str, Any]] = []
     stream = pipeline.stream(labels, num_inference_steps=num_inference_steps, generator=generators, latents=before)
     while True:
         noise = torch.stack([_next_noise(each, pipeline.image_shape) for each in generators])
