@@ -108,9 +108,9 @@ def test_held_out_class_without_images_and_too_few(digits: ImageData, digits_ref
 def test_real_images_score_as_their_floor_without_labels_too(part_of_mnist: Reference) -> None:
     """Of which neither the images nor the floor have the class proportions of the training split."""
     test = part_of_mnist.data.test
-    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:400]
+    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:2000]
     values = part_of_mnist.score(Sample(test.images[chosen], None)).values
-    assert 0.6 < values["fid_ratio"] < 1.6
+    assert 0.5 < values["fid_ratio"] < 2
 
 
 def test_without_labels(digits_reference: Reference) -> None:
