@@ -13,7 +13,7 @@ from mnist_diffusion.errors import UserError
 
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Variables that `accelerate launch` and `torchrun` set."""
-OFF, ON = ("", "0", "false", "no"), ("1", "true", "yes")
+OFF, ON = ("0", "false", "no"), ("1", "true", "yes")
 SWITCHES = {
     "ACCELERATE_USE_CPU": (*OFF, *ON),
     **dict.fromkeys(("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"), OFF),

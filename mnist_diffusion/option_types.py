@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
@@ -39,7 +39,11 @@ def _rule(name: str) -> str:
     return f"{kind}{colon}{expanduser(pipeline)}"
 
 
-def _rising_pair(pair: tuple[float, float]) -> tuple[float, float]:
+Pair = TypeVar("Pair", tuple[float, float], list[float])
+
+
+def rising_pair(pair: Pair) -> Pair:
+    """Check that the second number is not below the first; ValueError if it is."""
     if pair[0] > pair[1]:
         raise ValueError("must not be reversed")
     return pair
@@ -81,7 +85,7 @@ Interval = Annotated[str, AfterValidator(_interval)]
 Sampler = Annotated[str, AfterValidator(_sampler)]
 GuidanceRule = Annotated[str, AfterValidator(_rule)]
 GuidanceScale = Annotated[float, Field(ge=0)]
-NoiseLevels = Annotated[tuple[Probability, Probability], AfterValidator(_rising_pair)]
+NoiseLevels = Annotated[tuple[Probability, Probability], AfterValidator(rising_pair)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Background = Literal["black", "white"]
 Fit = Literal["contain", "pad", "resize"]

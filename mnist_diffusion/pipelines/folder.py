@@ -35,7 +35,7 @@ from mnist_diffusion.files import (
     replace_picture,
     replace_text,
 )
-from mnist_diffusion.option_types import GuidanceScale, Probability, checked
+from mnist_diffusion.option_types import GuidanceScale, Probability, checked, rising_pair
 from mnist_diffusion.pipelines.card import CARD, PICTURE, render_card
 
 MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
@@ -51,13 +51,7 @@ PIPELINE_FILES = ("model_index.json", SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHT
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
 
 
-def _rising(interval: list[float]) -> list[float]:
-    if interval[0] > interval[1]:
-        raise ValueError("must not be reversed")
-    return interval
-
-
-Interval = Annotated[list[Probability], Field(min_length=2, max_length=2), AfterValidator(_rising)]
+Levels = Annotated[list[Probability], Field(min_length=2, max_length=2), AfterValidator(rising_pair)]
 
 
 def _printable(name: str) -> str:
@@ -75,8 +69,8 @@ class IndexValues:
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 50
     guidance_scale: GuidanceScale = 1.0
-    guidance_interval: Interval = field(default_factory=lambda: [0.0, 1.0])
-    noise_interval: Interval = field(default_factory=lambda: [0.0, 1.0])
+    guidance_interval: Levels = field(default_factory=lambda: [0.0, 1.0])
+    noise_interval: Levels = field(default_factory=lambda: [0.0, 1.0])
     eta: Probability = 0.0
     patch_size: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 1
     guidance_distilled: bool | Annotated[list[GuidanceScale], Field(max_length=100)] = False

@@ -596,7 +596,7 @@ def _alpha_cumprod(scheduler: Any, step: int) -> float:
 def _set_ddim_stride(scheduler: Any, step: int) -> None:
     """Make DDIM step to the next timestep in its list.
 
-    It steps by `num_train_timesteps // num_inference_steps`, which misses it where the division has a remainder.
+    It steps by `num_train_timesteps // num_inference_steps`, which misses that one if there is a remainder.
     """
     if type(scheduler) is DDIMScheduler:
         timesteps = [*scheduler.timesteps.tolist(), -1]

@@ -108,8 +108,7 @@ def saved_steps(run: Path) -> list[int]:
     Raises:
         UserError: there are none.
     """
-    matches = (FILE.fullmatch(path.name) for path in (run / FOLDER).glob("*"))
-    steps = sorted(int(match[1]) for match in matches if match)
+    steps = sorted(int(match[1]) for path in (run / FOLDER).glob("*") if (match := FILE.fullmatch(path.name)))
     if not steps:
         raise UserError(f"{run} has no averages: train with --train.averages_every, such as '50 steps'")
     return steps

@@ -52,7 +52,7 @@ def test_processes_that_know_nothing_of_each_other(tmp_path: Path, monkeypatch: 
         *(("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", value, f"STEPS='{value}' in the env") for value in ("4", "0", "")),
         ("ACCELERATE_USE_FSDP", "true", "ACCELERATE_USE_FSDP='true' in the environment is not supported"),
         ("ACCELERATE_USE_DEEPSPEED", "1", "ACCELERATE_USE_DEEPSPEED='1' in the environment is not supported"),
-        ("ACCELERATE_USE_CPU", "2", "ACCELERATE_USE_CPU='2' in the environment is not supported"),
+        *(("ACCELERATE_USE_CPU", value, f"USE_CPU='{value}' in the environment is not") for value in ("2", "")),
         ("ACCELERATE_DYNAMO_BACKEND", "inductor", "ACCELERATE_DYNAMO_BACKEND='inductor' in the environment"),
         ("ACCELERATE_MIXED_PRECISION", "BF16", "ACCELERATE_MIXED_PRECISION='BF16' in the environment must be no, fp16"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "'fp8'"),
@@ -80,13 +80,19 @@ def test_an_environment_that_asks_for_something_else(
             assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("threads", ["4,1", "auto", "1.0", ""])
-def test_threads_that_openmp_may_be_given(monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+def test_threads_that_openmp_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first number of a list; what is no whole number is passed over, as if it were not there."""
+
+    def threads(value: str) -> int:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        torch.set_num_threads(3)
+        set_num_threads()
+        return torch.get_num_threads()
+
     before = torch.get_num_threads()
-    set_num_threads()
-    assert torch.get_num_threads() >= 1
+    found = [threads(value) for value in ("4,1", "", "auto", "1.0")]
     torch.set_num_threads(before)
+    assert found == [4, found[1], found[1], found[1]]
 
 
 def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
