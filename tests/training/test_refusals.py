@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from joblib import cpu_count
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig, SamplingSettings
@@ -81,18 +82,19 @@ def test_an_environment_that_asks_for_something_else(
 
 
 def test_threads_that_openmp_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first number of a list; what is no whole number is passed over, as if it were not there."""
+    """The first number of a list, which OpenMP has followed already; what is no whole number is passed over."""
 
     def threads(value: str) -> int:
         monkeypatch.setenv("OMP_NUM_THREADS", value)
-        torch.set_num_threads(3)
+        torch.set_num_threads(7)
         set_num_threads()
         return torch.get_num_threads()
 
     before = torch.get_num_threads()
-    found = [threads(value) for value in ("4,1", "", "auto", "1.0")]
+    kept, *others = (threads(value) for value in ("4,1", "", "auto", "1.0"))
     torch.set_num_threads(before)
-    assert found == [4, found[1], found[1], found[1]]
+    assert kept == 7
+    assert others == [cpu_count(only_physical_cores=True)] * 3
 
 
 def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
