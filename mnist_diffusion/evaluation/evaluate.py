@@ -78,7 +78,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     report = {
         "source": ", ".join(options.names or options.sources),
         "data": {
-            **{name: getattr(data, name) for name in ("source", "hub_id", "fingerprint", "notice")},
+            **{name: getattr(data, name) for name in ("source", "source_id", "hub_id", "fingerprint", "notice")},
             "num_train_images": len(data.train),
             "num_held_out_images": len(data.test),
         },

@@ -211,7 +211,7 @@ def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
         raise
     except Exception as error:  # whatever a constructor makes of values that it does not expect
         raise FileError(f"{path} describes no evaluator: {type(error).__name__}: {str(error)[:200]}") from error
-    require_weights(weights, model)
+    require_weights([weights], model)
     model.load_state_dict(load_file(weights), assign=True)
     with open_file(weights) as file:
         return model, hashlib.file_digest(file, "sha256").hexdigest()

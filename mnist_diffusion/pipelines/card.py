@@ -18,7 +18,7 @@ EVAL_RESULTS = ".eval_results/evaluation.yaml"
 """Where the Hub looks for the results on a model's page."""
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 SHORT_CARD = Path(__file__).parents[1] / "short_card.md"
-EVALUATION_SECTION = re.compile(r"(<!-- evaluation -->)\n.*?\n(<!-- end of evaluation -->)", re.DOTALL)
+SECTION_START, SECTION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 CARD_METRICS = {
     "accuracy": "Class accuracy",
     "fid": "Fréchet distance in the evaluator's features",
@@ -75,14 +75,18 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
         content = read_bytes(file_within(folder, CARD), MAX_TEXT_BYTES).decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is not UTF-8") from error
-    if not EVALUATION_SECTION.search(content):
-        content += "\n## Evaluation\n\n<!-- evaluation -->\n\n<!-- end of evaluation -->\n"
-    card = parse_card(EVALUATION_SECTION.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", content))
+    paths = local_paths_in({"data": {"source": report["data"].get("source_id")}})
+    before, _, rest = content.partition(SECTION_START)
+    _, end, after = rest.partition(SECTION_END)
+    if not end:
+        before, after = f"{content}\n## Evaluation\n\n", "\n"
+    section = redact_paths(text, paths)
+    card = parse_card(f"{before}{SECTION_START}\n{section}\n{SECTION_END}{after}")
     measured = [
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=report["data"]["hub_id"] or report["data"]["fingerprint"][:16],
-            dataset_name=report["data"]["source"],
+            dataset_name=redact_paths(report["data"]["source"], paths),
             metric_type=metric,
             metric_name=name,
             metric_value=round(result[metric], 5),
@@ -124,21 +128,24 @@ def eval_results(report: Mapping[str, Any]) -> str:
 
 
 def local_paths_in(config: Any) -> list[str]:
-    """The absolute paths of this machine in a run's configuration, in every spelling."""
+    """The paths of this machine in a run's configuration, in every spelling; not the names of Hub repositories."""
     paths: set[str] = set()
     for section, name in (("data", "source"), ("distillation", "teacher"), ("train", "init_from")):
         values = config.get(section) if isinstance(config, dict) else None
         value = values.get(name) if isinstance(values, dict) else None
-        if isinstance(value, str) and len((path := Path(value).expanduser()).parts) > 2 and path.is_absolute():
+        value = value if isinstance(value, str) else ""
+        path = Path(value).expanduser()
+        is_path = len(path.parts) != 2 or value.startswith((".", "~", "/")) or path.exists()
+        if is_path and len(path.parts) > 1 + path.is_absolute():
             paths |= {value, str(path), str(path.resolve())}
     return sorted(paths, key=len, reverse=True)
 
 
-def redact_paths(text: str, paths: Sequence[str]) -> str:
-    """Replace paths in a text by their last part."""
-    for path in paths:
-        text = text.replace(path, Path(path).name)
-    return text
+def redact_paths(value: Any, paths: Sequence[str]) -> Any:
+    """Replace paths in a text by their last part; other values stay."""
+    for path in paths if isinstance(value, str) else ():
+        value = value.replace(path, Path(path).name)
+    return value
 
 
 def short_card(num_classes: int | None) -> str:

@@ -58,7 +58,7 @@ def build_pipeline(
         build_sampler(sampling.scheduler or "ddpm", noise_scheduler.config),
         id2label={str(index): name for index, name in enumerate(names)} if conditional else None,
         patch_size=patch_size,
-        guidance_distilled=guidance_distilled,
+        guidance_distilled=list(guidance_distilled),
         **{name: value for name in DEFAULTS if (value := getattr(sampling, name)) is not None},
     )
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +48,7 @@ SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 UNET_CONFIG, UNET_WEIGHTS = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 PIPELINE_FILES = ("model_index.json", SCHEDULER_CONFIG, UNET_CONFIG, UNET_WEIGHTS)
 """The files of a pipeline folder; no other is read to load one."""
+SHARD = re.compile(r"diffusion_pytorch_model[\w.-]*\.safetensors")
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
 
 
@@ -93,15 +94,26 @@ def read_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = 
     Raises:
         FileError: it is invalid.
     """
-    unet, path = _empty_unet(folder), file_within(folder, _weights_name(variant))
-    require_weights(path, unet)
-    weights = {name: tensor.to(dtype, copy=True) for name, tensor in load_file(path).items()}
+    unet, paths = _empty_unet(folder), _weight_files(folder, variant)
+    require_weights(paths, unet)
+    weights = {name: tensor.to(dtype, copy=True) for path in paths for name, tensor in load_file(path).items()}
     unet.load_state_dict(weights, assign=True)
     return unet.eval()
 
 
 def _weights_name(variant: str | None) -> str:
     return UNET_WEIGHTS.replace(".safetensors", f".{variant}.safetensors") if variant else UNET_WEIGHTS
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The file of the weights, or its shards, as diffusers writes with `max_shard_size`."""
+    whole, index = _weights_name(variant), f"{UNET_WEIGHTS}.index{f'.{variant}' if variant else ''}.json"
+    if (folder / whole).exists() or not (folder / index).exists():
+        return [file_within(folder, whole)]
+    shards = read_json(file_within(folder, index)).get("weight_map")
+    if not isinstance(shards, dict) or not all(SHARD.fullmatch(str(shard)) for shard in shards.values()):
+        raise FileError(f"{folder / index} must name the shards of the weights in its weight_map")
+    return [file_within(folder, f"unet/{shard}") for shard in sorted(set(shards.values()))]
 
 
 def _empty_unet(folder: Path) -> UNet2DModel:
@@ -130,12 +142,31 @@ def _empty_unet(folder: Path) -> UNet2DModel:
     return unet
 
 
-def require_weights(path: Path, model: torch.nn.Module) -> None:
-    """Check, from its header alone, that a safetensors file holds exactly the weights of a model.
+def require_weights(paths: Sequence[Path], model: torch.nn.Module) -> None:
+    """Check, from their headers alone, that safetensors files hold exactly the weights of a model.
 
     Raises:
-        FileError: names, shapes or types differ, or the header is invalid.
+        FileError: names, shapes or types differ, or a header is invalid.
     """
+    expected = model.state_dict()
+    there: dict[str, Any] = {}
+    for path in paths:
+        for name, (shape, dtype) in (found := _tensors_in(path)).items():
+            if name not in expected or name in there:
+                raise FileError(f"{path} has a tensor {name[:200]!r}")
+            if shape != tuple(expected[name].shape):
+                needed = tuple(expected[name].shape)
+                raise FileError(f"{path}: {name} has shape {shape}, but config.json needs {needed}")
+            dtypes = FLOATS if expected[name].is_floating_point() else ("I64",)
+            if dtype not in dtypes:
+                raise FileError(f"{path}: {name} has type {dtype}, not {' or '.join(dtypes)}")
+        there |= found
+    for name in sorted(expected.keys() - there.keys()):
+        raise FileError(f"{paths[0]} lacks tensor {name[:200]!r}")
+
+
+def _tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each tensor, from the header of a safetensors file."""
     with open_file(path) as file:
         size, start = path.stat().st_size, file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
@@ -145,18 +176,9 @@ def require_weights(path: Path, model: torch.nn.Module) -> None:
     try:
         with safe_open(path, framework="pt") as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  (not a dictionary)
-            there = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+            return {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise FileError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ there.keys()):
-        raise FileError(f"{path} {'lacks' if name in expected else 'has a'} tensor {name[:200]!r}")
-    for name, (shape, dtype) in there.items():
-        if shape != tuple(expected[name].shape):
-            raise FileError(f"{path}: {name} has shape {shape}, but config.json needs {tuple(expected[name].shape)}")
-        dtypes = FLOATS if expected[name].is_floating_point() else ("I64",)
-        if dtype not in dtypes:
-            raise FileError(f"{path}: {name} has type {dtype}, not {' or '.join(dtypes)}")
 
 
 def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
@@ -212,13 +234,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     return {**values, "scheduler": scheduler[1]}
 
 
-def require_fit(folder: Path, values: Mapping[str, Any], unet: Any, scheduler: Any) -> None:
-    """Check that names and patches of an index fit the network, and its steps the scheduler."""
-    steps, available = values.get("num_inference_steps"), getattr(scheduler.config, "num_train_timesteps", None)
-    if not isinstance(available, int):
-        raise FileError(f"{folder}: {type(scheduler).__name__} has no num_train_timesteps")
-    if steps is not None and steps > available:
-        raise FileError(f"{folder}: num_inference_steps={steps} exceeds the scheduler's {available} timesteps")
+def require_fit(folder: Path, values: Mapping[str, Any], unet: Any) -> None:
+    """Check that names and patches of an index fit the network."""
     embeddings, names, patch = unet.config.num_class_embeds, values.get("id2label"), values.get("patch_size", 1)
     if isinstance(scales := values.get("guidance_distilled"), list) and scales and embeddings is not None:
         if (embeddings - 1) % len(scales):

@@ -141,6 +141,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         """
         source, given = str(pretrained_model_name_or_path), dict(kwargs)
         hub = {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
+        if {"dtype", "torch_dtype"} <= given.keys():
+            raise TypeError("torch_dtype is the earlier name of dtype; only one of them can be given")
         dtype, variant = given.pop("dtype", given.pop("torch_dtype", None)), given.pop("variant", None)
         device_map, arguments = given.pop("device_map", None), reading.index_arguments(cls)
         for name in IGNORED:
@@ -162,12 +164,18 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             values["unet"] = reading.read_unet(folder, variant=variant, dtype=dtype or torch.float32)
         if "scheduler" not in values:
             values["scheduler"] = reading.read_scheduler(folder, scheduler)
-        reading.require_fit(folder, values, values["unet"], values["scheduler"])
-        pipeline = cls(**values)
+        try:
+            pipeline = cls(**values)
+        except ValueError as error:
+            raise FileError(f"{folder}: {error}") from error
+        reading.require_fit(folder, values, values["unet"])
         pipeline.register_to_config(_name_or_path=source)
         pipeline._origin = (folder, hub.get("cache_dir"))
         if device_map is not None:  # one network is on one device
-            pipeline.to(DEFAULT_DEVICE if device_map == "balanced" else device_map)
+            try:
+                pipeline.to(DEFAULT_DEVICE if device_map == "balanced" else device_map)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"device_map must be balanced or a device, got {device_map!r}: {error}") from error
         return pipeline
 
     def _conditions(self, class_labels: Any, num_images_per_label: int) -> tuple[shipped.Conditions, int]:
@@ -261,7 +269,9 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
             alpha = scheduler.alphas_cumprod[timestep]
             angle = torch.arccos(alpha.sqrt()) - torch.arccos(before.sqrt())
-            target, sample, now = sample, sample / angle.cos(), self._guided(timestep, scales, None)
+            target, sample = sample, sample / angle.cos()
+            acts = self._is_inside("guidance_interval", timestep, None)
+            now = acts, scales if acts else scales.clamp(max=1)
             for _ in range(int(num_iterations)):
                 output = rule(shipped.GuidanceStep(self, 0, 1, timestep, sample, conditions, *now))
                 clean = shipped.predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)

@@ -1,11 +1,9 @@
 """Class-conditional image diffusion with classifier-free guidance, in one file that needs torch and diffusers only.
 
-    from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
-    image = pipeline(class_labels=[3], guidance_scale=5).images[0]
-
-This file ships in every pipeline folder, so it imports nothing of the package it comes from.
+pipeline = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
+image = pipeline(class_labels=[3], guidance_scale=5).images[0]
 """
 
 import contextlib
@@ -35,7 +33,6 @@ MODULE = f"pipeline_mnist_diffusion_{hashlib.sha256(SOURCE).hexdigest()[:12]}"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOW = "flow_prediction"
 SECOND_ORDER_IN_SIGMA = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
-LARGEST_SIGMA = 80.0
 SDE = "sde-dpmsolver++"
 
 
@@ -80,7 +77,7 @@ class GuidanceStep:
         labels = torch.cat([labels, torch.full_like(null_rows, null_class or 0)])
         if len(inputs := self.model_input[torch.cat([rows, null_rows])]):
             outputs = self.pipeline._unet_forward(unet, inputs, self.timestep, None if null_class is None else labels)
-            predictions[0].index_add_(0, rows, outputs[: len(rows)] * shares.view(-1, 1, 1, 1))
+            predictions[0].index_add_(0, rows, outputs[: len(rows)] * shares.float().view(-1, 1, 1, 1))
             predictions[1][null_rows] = outputs[len(rows) :]
         self.nfe += len(inputs)
         return predictions[0], predictions[1]
@@ -90,6 +87,17 @@ def classifier_free_guidance(step: GuidanceStep) -> torch.Tensor:
     """The default rule: [`guided_prediction`] under the classes and under the null class."""
     conditional, unconditional = step.predict(step.scales != 0, step.scales != 1)
     return guided_prediction(conditional, unconditional, step.scales.to(conditional.device).view(-1, 1, 1, 1))
+
+
+def unusable(scheduler_class: Any, flow: bool) -> str | None:
+    """Why no scheduler of a class can sample from a model, trained by flow matching or not; None if one can."""
+    name, known = scheduler_class.__name__, inspect.signature(scheduler_class).parameters
+    followed = known.keys() >= {"beta_schedule", "prediction_type"} and "snr_shift_scale" not in known
+    if not followed and not (flow and name.startswith("FlowMatch")):
+        return "ignores the betas or the prediction type of the training, or shifts its noise levels"
+    if "Inverse" in name or "timestep_back" in inspect.signature(scheduler_class.step).parameters:
+        return "does not go from noise to images one step at a time"
+    return None
 
 
 def prediction_type_of(scheduler: Any) -> Any:
@@ -126,6 +134,7 @@ class DenoisingStep:
     model_output: torch.Tensor  # the guided prediction, float32 [B, C, H, W]
     pred_original_sample: torch.Tensor  # the clean image it implies, float32 [B, C, H, W]
     nfe: int  # network evaluations so far, summed over the images
+    changes: dict[str, Any] | None = None  # to the remaining steps, as [`stream`] takes them
 
     def images(self, output_type: str = "pil") -> Any:
         """The samples as images, in an `output_type` of a call."""
@@ -151,13 +160,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         id2label: class names by index; a call may then use names in place of numbers.
         num_inference_steps: default number of denoising steps.
         guidance_scale: default guidance scale.
-        guidance_interval: default noise levels at which guidance acts.
+        guidance_interval: default noise levels at which guidance acts; None is everywhere.
         eta: default noise of the schedulers that take an eta.
-        noise_interval: default noise levels at which an SDE solver adds noise.
-        patch_size: side of the square patches whose pixels are the channels of the network.
-        guidance_distilled: guidance scales that were distilled into the network, which has embeddings for all classes
-            at each of them and then the null class; no other scale is possible. `True` stands for `guidance_scale`
-            alone.
+        noise_interval: default noise levels at which an SDE solver adds noise; None is everywhere.
+        patch_size: side of the patches whose pixels are the network's channels; None is for one or three channels.
+        guidance_distilled: guidance scales distilled into the network, which has embeddings for all classes at each of
+            them and then the null class. `True` stands for `guidance_scale` alone.
         flow_matching: whether the network was trained by flow matching; taken from the scheduler if None.
     """
 
@@ -171,14 +179,18 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         id2label: dict | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
-        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_interval: list[float] | None = None,
         eta: float = 0.0,
-        patch_size: int = 1,
-        guidance_distilled: bool | Sequence[float] = (),
+        patch_size: int | None = None,
+        guidance_distilled: bool | list[float] = False,
         flow_matching: bool | None = None,
-        noise_interval: Sequence[float] = (0.0, 1.0),
+        noise_interval: list[float] | None = None,
     ):
         super().__init__()
+        bare = getattr(unet, "_orig_mod", unet)  # without torch.compile
+        for name, part, kind in (("unet", bare, UNet2DModel), ("scheduler", scheduler, SchedulerMixin)):
+            if not isinstance(part, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(part).__name__}")
         scales = [guidance_scale] if guidance_distilled is True else list(guidance_distilled or ())
         if scales != (learned := getattr(unet, "guidance_distilled", scales)):
             raise ValueError(f"guidance_distilled must be {learned}, as distilled into this network, got {scales}")
@@ -192,13 +204,26 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             id2label=names,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            guidance_interval=list(guidance_interval),
-            noise_interval=list(noise_interval),
+            guidance_interval=list(guidance_interval or (0.0, 1.0)),
+            noise_interval=list(noise_interval or (0.0, 1.0)),
             eta=eta,
-            patch_size=patch_size,
+            patch_size=patch_size or _patch_size(unet.config.in_channels),
             guidance_distilled=scales or False,  # not an empty list, which diffusers takes for a component's
             flow_matching=prediction_type_of(scheduler) == FLOW if flow_matching is None else flow_matching,
         )
+        self._guidance_scale: Any = guidance_scale
+        self._check_scheduler()
+        self._check_steps(num_inference_steps, None, None)
+
+    @property
+    def guidance_scale(self) -> Any:
+        """Guidance scale of the running or last call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether that scale is above 1 for any image."""
+        return not self.config.guidance_distilled and bool((torch.as_tensor(self._guidance_scale) > 1).any())
 
     @property
     def null_class(self) -> Any:
@@ -242,8 +267,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if self.num_classes is None:
             raise ValueError(f"class_labels must be None for an unconditional model, got {class_labels!r}")
         if isinstance(class_labels, torch.Tensor | np.ndarray):
-            if class_labels.ndim > 1:
-                raise ValueError(f"class_labels must have at most one dimension, got shape {tuple(class_labels.shape)}")
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str) or not isinstance(class_labels, Sequence | range):
             class_labels = [class_labels]
@@ -252,17 +275,13 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return [self._label_id(label) for label in class_labels]
 
     def _label_id(self, label: Any) -> int:
-        if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0:
-            label = label.item()
+        label = label.item() if getattr(label, "ndim", None) == 0 else label
         if isinstance(label, str):
             ids = {name: int(index) for index, name in (self.config.id2label or {}).items()}
             if label not in ids:
                 raise ValueError(f"class_labels: there is no class named {label!r}, the names are {list(ids)}")
             return ids[label]
-        if isinstance(label, bool | np.bool_) or not isinstance(label, numbers.Integral):
-            raise TypeError(f"class_labels must be integers or class names, got {label!r} ({type(label).__name__})")
-        if not 0 <= int(label) < self.num_classes:
-            raise ValueError(f"class_labels must be from 0 to {self.num_classes - 1}, got {label}")
+        _check_count("class_labels", label, low=0, high=self.num_classes - 1)
         return int(label)
 
     def _conditions(self, class_labels: Any, num_images_per_label: int) -> tuple[Conditions, int]:
@@ -275,8 +294,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     def _guidance_scales(self, guidance_scale: Any, batch_size: int) -> torch.Tensor:
         """One scale per image, float32 `[B]` on the CPU."""
         scales = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        if getattr(scales, "ndim", 0) > 1:
-            raise ValueError(f"guidance_scale must be a number or one per image, got shape {tuple(scales.shape)}")
         scales = scales.tolist() if isinstance(scales, torch.Tensor | np.ndarray) else scales
         scales = list(scales) if isinstance(scales, list | tuple) else [scales] * batch_size
         if len(scales) != batch_size:
@@ -285,11 +302,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             _check_number("guidance_scale", scale, low=0)
         return torch.tensor([float(scale) for scale in scales], dtype=torch.float32)
 
-    def _conditioned(
-        self, class_labels: Any, num_images_per_label: int, guidance_scale: Any
-    ) -> tuple[Conditions, torch.Tensor]:
+    def _conditioned(self, class_labels: Any, repeats: int, guidance_scale: Any) -> tuple[Conditions, torch.Tensor]:
         """Classes and scales of the images; distilled guidance becomes class embeddings at scale 1."""
-        conditions, batch_size = self._conditions(class_labels, num_images_per_label)
+        conditions, batch_size = self._conditions(class_labels, repeats)
         if class_labels is None and guidance_scale is not None:
             raise ValueError(f"guidance_scale needs class_labels, got guidance_scale={guidance_scale!r} without them")
         scales = self._guidance_scales(guidance_scale, batch_size)
@@ -298,9 +313,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         apart = (scales[:, None].double() - torch.tensor(learned, dtype=torch.float64)).abs()
         if (apart.amin(dim=1) > 1e-5).any():
             other = float(scales[apart.amin(dim=1).argmax()])
-            raise ValueError(
-                f"guidance_scale must be one of {learned}, which were distilled into this model, got {other:g}"
-            )
+            raise ValueError(f"guidance_scale must be one of {learned}, distilled into this model, got {other:g}")
         if class_labels is not None:
             labels = conditions.labels + self.num_classes * apart.argmin(dim=1)[conditions.rows]
             conditions = replace(conditions, labels=labels)
@@ -311,8 +324,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         _check_interval("guidance_interval", interval)
         name = getattr(guidance, "__name__", type(guidance).__name__)
         if self.config.guidance_distilled and (interval or guidance):
-            ignored = f"guidance_interval={interval!r} and guidance={name}"
-            raise ValueError(f"{ignored} have no effect: guidance was distilled into this model")
+            raise ValueError(f"guidance_interval={interval!r} and guidance={name} have no effect on a distilled model")
         if guidance is None:
             return classifier_free_guidance
         if class_labels is None:
@@ -324,26 +336,20 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
     def _check_callback(self, callback: Any, tensor_inputs: Sequence[str]) -> None:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback_on_step_end must be callable, got {callback!r}")
-        if unknown := [name for name in tensor_inputs if name not in self._callback_tensor_inputs]:
-            what = f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}"
-            raise ValueError(f"{what}, got {unknown}")
+        if not set(tensor_inputs) <= set(known := self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {tensor_inputs}")
 
     def _check_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
         flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
         if not flow == (prediction_type_of(self.scheduler) == FLOW) == self.config.flow_matching:
-            raise ValueError(
-                f"scheduler: {name} with prediction_type={config.get('prediction_type')!r} does not fit a model with "
-                f"flow_matching={self.config.flow_matching}; flow matching takes FlowMatch schedulers, or "
-                f"DPMSolverMultistepScheduler with use_flow_sigmas=True and prediction_type={FLOW!r}"
-            )
-        known = inspect.signature(type(self.scheduler)).parameters
-        if not flow and not known.keys() >= {"beta_schedule", "prediction_type"}:
-            raise ValueError(f"scheduler: {name} ignores the betas or the prediction type of the training")
+            given = f"scheduler: {name} with prediction_type={config.get('prediction_type')!r}"
+            takes = f"if true, it takes FlowMatch or use_flow_sigmas=True with prediction_type={FLOW!r}"
+            raise ValueError(f"{given} does not fit flow_matching={self.config.flow_matching}; {takes}")
+        if reason := unusable(type(self.scheduler), flow):
+            raise ValueError(f"scheduler: {name} {reason}")
         if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
             raise ValueError(f"scheduler: {name} has zero SNR at its last timestep, where epsilon is not enough")
-        if "Inverse" in name or "timestep_back" in inspect.signature(self.scheduler.step).parameters:
-            raise ValueError(f"scheduler: {name} does not go from noise to images one step at a time")
 
     def _check_steps(self, num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
         available = self.scheduler.config.num_train_timesteps
@@ -358,9 +364,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} is not supported by {type(self.scheduler).__name__}")
             if not isinstance(values, list | tuple | np.ndarray | torch.Tensor) or len(values) == 0:
                 raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
-            top = available - 1 if name == "timesteps" else None
             for value in values:
-                _check_number(name, value, low=0, high=top)
+                _check_number(name, value, low=0, high=available - 1 if name == "timesteps" else None)
             if any(later >= earlier for earlier, later in pairwise(values)):
                 raise ValueError(f"{name} must be strictly decreasing, got {list(values)}")
 
@@ -403,7 +408,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             output_type: `pil`, `np` `[B, H, W, C]` or `pt` `[B, C, H, W]` in [0, 1], or `latent`, not clamped.
             return_dict: False returns a tuple `(images,)` in place of an `ImagePipelineOutput`.
             callback_on_step_end: `callback(pipeline, step, timestep, tensors)`; may return new `latents`; setting
-                `pipeline._interrupt = True` stops.
+                `pipeline._guidance_scale` changes the remaining steps, `pipeline._interrupt = True` stops.
             callback_on_step_end_tensor_inputs: which of `latents`, `model_output`, `pred_original_sample` it gets.
             guidance: another rule than [`classifier_free_guidance`], a function of a [`GuidanceStep`].
         """
@@ -418,8 +423,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             for done in stream:
                 if callback_on_step_end is not None:
                     tensors = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
+                    before = self._guidance_scale
                     changed = callback_on_step_end(self, done.step, done.timestep, tensors) or {}
                     done.latents = changed.get("latents", done.latents)
+                    if self._guidance_scale is not before:
+                        done.changes = {"guidance_scale": self._guidance_scale}
         return ImagePipelineOutput(images=done.images(output_type)) if return_dict else (done.images(output_type),)
 
     def stream(
@@ -462,6 +470,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1)
+        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         self._interrupt = False
         intervals = guidance_interval, noise_interval
         return self._denoise(latents, conditions, scales, labels, scheduler, rule, intervals, step_kwargs)
@@ -486,8 +495,9 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             progress_bar = stack.enter_context(self.progress_bar(total=total))
             for step, timestep in enumerate(scheduler.timesteps):
                 model_input = scaled(latents, timestep)
-                acting = self._guided(timestep, scales, intervals[0])
-                guided = GuidanceStep(self, step, total, timestep, model_input, conditions, *acting, nfe)
+                acts = self._is_inside("guidance_interval", timestep, intervals[0])
+                lowered = scales if acts else scales.clamp(max=1)
+                guided = GuidanceStep(self, step, total, timestep, model_input, conditions, acts, lowered, nfe)
                 model_output = rule(guided) if len(conditions.rows) else guided.predict(False)[1]
                 nfe = guided.nfe
                 if getattr(model_output, "shape", None) != latents.shape:
@@ -501,7 +511,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 clean = predicted_original_sample(model_output, model_input, alpha, kind)
                 progress_bar.update()
                 done = DenoisingStep(step, timestep, latents, model_output, clean, nfe)
-                changes = yield done
+                changes = (yield done) or done.changes
                 latents = done.latents
                 if self._interrupt:
                     break
@@ -535,10 +545,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return scheduler
 
     def _step_kwargs(self, eta: float | None, generator: Any) -> dict[str, Any]:
-        """The further arguments of this scheduler's `step`.
-
-        DDIM clips the predicted image; `use_clipped_model_output` keeps the noise consistent with it.
-        """
+        """Further arguments of the scheduler's `step`; DDIM clips the image, which its noise must follow."""
         own = {"eta": self.config.eta if eta is None else eta, "use_clipped_model_output": True}
         accepted = inspect.signature(self.scheduler.step).parameters
         if eta is not None:
@@ -547,18 +554,11 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"eta={eta!r} has no effect with {type(self.scheduler).__name__}; DDIM takes it")
         return {name: value for name, value in {**own, "generator": generator}.items() if name in accepted}
 
-    def _guided(self, timestep: torch.Tensor, scales: torch.Tensor, interval: Any) -> tuple[bool, torch.Tensor]:
-        """Whether guidance acts in a step, and its scales."""
-        acts = self._is_inside("guidance_interval", timestep, interval)
-        return acts, scales if acts else scales.clamp(max=1)
-
     def _is_inside(self, name: str, timestep: torch.Tensor, interval: Any) -> bool:
         low, high = self.config[name] if interval is None else interval
         return low <= float(timestep) / self.scheduler.config.num_train_timesteps <= high
 
-    def _unet_forward(
-        self, unet: Any, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _unet_forward(self, unet: Any, model_input: torch.Tensor, timestep: torch.Tensor, labels: Any) -> torch.Tensor:
         unet = self.unet if unet is None else unet
         patches = F.pixel_unshuffle(model_input.to(unet.dtype), self.config.patch_size)
         kind = torch.float32 if timestep.is_floating_point() else torch.int64  # not every device has float64
@@ -566,10 +566,14 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         return F.pixel_shuffle(predicted, self.config.patch_size).float()
 
 
+def _patch_size(channels: int) -> int:
+    return next((side for side in range(1, channels) if channels in (side**2, 3 * side**2)), 1)
+
+
 def _space(scheduler: Any, num_inference_steps: int) -> None:
     """Space the noise levels of flow matching evenly, and those of Heun and KDPM2 as Karras et al. (2022), equation 5.
 
-    FlowMatch schedulers waste a step at sigma 0.001; Heun and KDPM2 cannot take a fall from 20,000 to 13 in one step.
+    Else the former end at 0.001, and the latter fall from 20,000 to 13 in one step.
     """
     if type(scheduler).__name__.startswith("FlowMatch"):
         scheduler.sigma_min = 1 / num_inference_steps
@@ -577,7 +581,7 @@ def _space(scheduler: Any, num_inference_steps: int) -> None:
     if not configured and type(scheduler).__name__ in SECOND_ORDER_IN_SIGMA:
         alpha_cumprod = float(scheduler.alphas_cumprod[-1])
         largest = math.sqrt((1 - alpha_cumprod) / alpha_cumprod) if alpha_cumprod > 0 else math.inf
-        scheduler.register_to_config(use_karras_sigmas=True, sigma_max=min(largest, LARGEST_SIGMA))
+        scheduler.register_to_config(use_karras_sigmas=True, sigma_max=min(largest, 80.0))
 
 
 def _alpha_cumprod(scheduler: Any, step: int) -> float:
@@ -594,10 +598,7 @@ def _alpha_cumprod(scheduler: Any, step: int) -> float:
 
 
 def _set_ddim_stride(scheduler: Any, step: int) -> None:
-    """Make DDIM step to the next timestep in its list.
-
-    It steps by `num_train_timesteps // num_inference_steps`, which misses that one if there is a remainder.
-    """
+    """Make DDIM step to the next timestep in its list, which its own stride misses if the division has a remainder."""
     if type(scheduler) is DDIMScheduler:
         timesteps = [*scheduler.timesteps.tolist(), -1]
         scheduler.num_inference_steps = 1
@@ -616,8 +617,7 @@ def _checked_generators(generator: Any, *counts: int) -> Any:
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float | None = None) -> None:
-    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
-        value = value.item()
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     if not math.isfinite(value) or float(value) < low or (high is not None and float(value) > high):

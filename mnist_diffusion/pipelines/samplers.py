@@ -10,7 +10,7 @@ import diffusers
 
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.option_types import FLOW
-from mnist_diffusion.pipelines.pipeline_mnist_diffusion import prediction_type_of
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import prediction_type_of, unusable
 
 MULTISTEP: Mapping[str, Any] = {"solver_order": 2, "lower_order_final": True}
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -67,10 +67,8 @@ def build_sampler(name: str, config: Mapping[str, Any]) -> Any:
         arguments = {**arguments, **straight}
     elif flow and not class_name.startswith("FlowMatch"):
         raise ConfigError(f"scheduler={name!r} does not follow the straight paths of flow matching")
-    elif not flow and not known.keys() >= {"beta_schedule", "prediction_type"}:
-        raise ConfigError(f"scheduler={name!r} ignores the betas or the prediction type of the training")
-    if "Inverse" in class_name or "timestep_back" in inspect.signature(kind.step).parameters:
-        raise ConfigError(f"scheduler={name!r} does not go from noise to images one step at a time")
+    if reason := unusable(kind, flow):
+        raise ConfigError(f"scheduler={name!r} {reason}")
     consistency = "original_inference_steps" in known
     passed_on = () if flow or consistency else config.keys() - CONSISTENCY_ARGUMENTS
     kept = {key: value for key, value in config.items() if key in known or key in passed_on}

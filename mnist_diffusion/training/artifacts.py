@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from mnist_diffusion.environment import package_versions
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import read_picture, read_yaml, replace_picture, replace_text
 from mnist_diffusion.method.noise import NoisingProcess
-from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER, as_markdown
+from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER, as_markdown, local_paths_in, redact_paths
 from mnist_diffusion.pipelines.drawing import generate, require_fit
 from mnist_diffusion.pipelines.folder import export_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
@@ -172,7 +173,9 @@ class Artifacts:
         samples = None
         with contextlib.suppress(FileError):  # better no picture than no pipeline
             samples = read_picture(self._sheet_path(progress.step))
-        export_pipeline(self.pipeline(), folder, card=card_values(self, folder, progress), samples=samples)
+        paths = local_paths_in(dataclasses.asdict(self.config))
+        card = {name: redact_paths(value, paths) for name, value in card_values(self, folder, progress).items()}
+        export_pipeline(self.pipeline(), folder, card=card, samples=samples)
 
     def export_snapshot(self, progress: Progress) -> None:
         """Write a snapshot of this step."""

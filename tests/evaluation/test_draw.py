@@ -63,7 +63,7 @@ class TestDrawing:
         assert settings == settings_of("lcm", 2, 1.5)
         student.check(settings)
         assert student.draw(settings).nfe_per_image == 2
-        with pytest.raises(UserError, match=r"guidance_scale must be one of \[1\.5\], which were distilled"):
+        with pytest.raises(UserError, match=r"guidance_scale must be one of \[1\.5\], distilled into"):
             student.check(student.resolved(settings_of(None, 2, 5.0)))
 
     def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:

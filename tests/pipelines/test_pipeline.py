@@ -122,12 +122,8 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"class_labels": []}, ValueError, "class_labels must name at least one class"),
     ({"class_labels": torch.tensor([])}, ValueError, "class_labels"),
     ({"class_labels": [[1, 2]]}, TypeError, "class_labels"),
-    (
-        {"class_labels": torch.zeros(2, 2, dtype=torch.int64)},
-        ValueError,
-        "class_labels must have at most one dimension",
-    ),
-    ({"class_labels": np.zeros((1, 1), dtype=int)}, ValueError, "class_labels"),
+    ({"class_labels": torch.zeros(2, 2, dtype=torch.int64)}, TypeError, r"class_labels .* got \[0, 0\]"),
+    ({"class_labels": np.zeros((1, 1), dtype=int)}, TypeError, "class_labels"),
     ({"class_labels": torch.tensor([1.0])}, TypeError, "class_labels"),
     ({"class_labels": np.array([True])}, TypeError, "class_labels"),
     ({"class_labels": "zebra"}, ValueError, "no class named 'zebra'"),
@@ -146,7 +142,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"guidance_scale": [1.0]}, ValueError, "guidance_scale must be one number or 2"),
     ({"guidance_scale": [1.0, NAN]}, ValueError, "guidance_scale"),
     ({"guidance_scale": [1.0, 2.0, 3.0]}, ValueError, "guidance_scale"),
-    ({"guidance_scale": torch.ones(2, 1)}, ValueError, "guidance_scale"),
+    ({"guidance_scale": torch.ones(2, 1)}, TypeError, "guidance_scale"),
     ({"guidance_interval": 0.5}, TypeError, "guidance_interval"),
     ({"guidance_interval": (0.1, 0.2, 0.3)}, TypeError, "guidance_interval"),
     ({"guidance_interval": (0.8, 0.2)}, ValueError, "guidance_interval must not be reversed"),
@@ -489,7 +485,7 @@ class TestOtherCode:
         with pytest.raises(ValueError, match=r"guidance_scale must be one of guidance_distilled=\[1\.5\], got 3"):
             MNISTDiffusionPipeline(**teacher.components, guidance_scale=3, guidance_distilled=[1.5])
         with pytest.raises(
-            ValueError, match=r"guidance_scale must be one of \[1\.5\], which were distilled into this model, got 3"
+            ValueError, match=r"guidance_scale must be one of \[1\.5\], distilled into this model, got 3"
         ):
             MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
 

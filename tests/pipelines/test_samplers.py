@@ -188,7 +188,8 @@ def test_a_sampler_is_a_short_name_or_a_diffusers_class() -> None:
     [
         *((name, "scheduler must be one of") for name in ("magic", "MagicScheduler", "DDIMPipeline", "UNet2DModel")),
         *((name, "ignores the betas") for name in ("EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler")),
-        *((name, "one step at a time") for name in ("DDIMInverseScheduler", "CogVideoXDPMScheduler")),
+        *((name, "shifts its noise levels") for name in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")),
+        ("DDIMInverseScheduler", "one step at a time"),
     ],
 )
 def test_what_is_no_sampler_is_refused(name: str, message: str) -> None:

@@ -216,7 +216,10 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "endless noise schedule": (edited(SCHEDULER, num_train_timesteps=10**12), "num_train_timesteps must be within"),
     "solver of no order": (edited(SCHEDULER, solver_order=0), "solver_order must be from 1 to 4"),
     "image of 40 GB": (edited(UNET, sample_size=100_000), "sample_size must be at most 4096"),
-    "more steps than timesteps": (edited(INDEX, num_inference_steps=1001), "exceeds the scheduler's 1000 timesteps"),
+    "more steps than timesteps": (
+        edited(INDEX, num_inference_steps=1001),
+        "num_inference_steps must be from 1 to 1000, got 1001",
+    ),
     "schedule of nothing": (edited(SCHEDULER, beta_schedule="__import__('os')"), "describes no DPMSolverMultistep"),
     # Links and things that are no files.
     "index elsewhere": (linked(INDEX, f"OUTSIDE/{INDEX}"), "is a link that leads out of its folder"),
@@ -225,7 +228,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "endless device": (linked(WEIGHTS, "/dev/zero"), "is a link that leads out of its folder"),
     "circle": (linked(INDEX, INDEX), "there is no"),
     "pipe": (pipe_in_place_of(WEIGHTS), "is not a regular file"),
-    "shards elsewhere": (sharded, "there is no"),
+    "shards elsewhere": (sharded, "must name the shards of the weights"),
     # Headers that lie.
     "header of exabytes": (header(2**63, "{}"), "claims a header of 9,223,372,036,854,775,808 bytes"),
     "header beyond the end": (header(1000, "{}"), "claims a header of 1,000 bytes"),
