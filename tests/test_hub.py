@@ -137,10 +137,15 @@ class TestPush:
         ]
         pulled = pull(NAME, made_run / "pulled")
         assert (pulled / EVAL_RESULTS).read_bytes() == hub.repositories[NAME].files()[EVAL_RESULTS]
-        report["data"] = {"source": "digits", "hub_id": None, "fingerprint": "0"}
-        write_results_to_card(made_run / "pipeline", report, "of images that are not on the Hub")
+        place = "/home/ann/pictures"
+        report["data"] = {"source": f"{place} (folder)", "source_id": place, "hub_id": None, "fingerprint": "0"}
+        write_results_to_card(made_run / "pipeline", report, f"of images of {place} that are not on the Hub")
         push(made_run, NAME)
         assert EVAL_RESULTS not in hub.repositories[NAME].files()
+        MNISTDiffusionPipeline.from_pretrained(made_run).push_to_hub("owner/copy")
+        pushed = hub.repositories["owner/copy"].files()["README.md"].decode()
+        assert "of images of pictures that" in pushed
+        assert "/home/ann" not in pushed
 
     def test_over_another_models_push(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
         """Figures, pictures and configuration of the one do not stay with the other."""
@@ -150,10 +155,13 @@ class TestPush:
         assert set(hub.repositories[NAME].files()) == PUSHED - {"config.yaml", "samples.png", "summary.json"}
         assert b"pushed without a card" in hub.repositories[NAME].files()["README.md"]
 
+    @pytest.mark.parametrize("relative", [False, True])
     def test_places_of_this_machine_stay_here_and_a_licence_is_chosen(
-        self, hub: HubServer, made_run: Path, tmp_path: Path
+        self, hub: HubServer, made_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
     ) -> None:
-        place = tmp_path / "home of ann" / "pictures for später, whose path YAML folds, as it is long" / "pictures"
+        monkeypatch.chdir(tmp_path)
+        home = Path() if relative else tmp_path
+        place = home / "home of ann" / "pictures for später, whose path YAML folds, as it is long" / "pictures"
         place.mkdir(parents=True)
         config = made_run / "config.yaml"
         config.write_text(tiny_config().to_yaml().replace("source: digits", f"source: {place}"))

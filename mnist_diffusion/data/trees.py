@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.arrays import array_splits, pixel_split
-from mnist_diffusion.data.columns import FILE_COLUMNS, LABEL_COLUMNS, find_column, text_table
+from mnist_diffusion.data.columns import text_table
 from mnist_diffusion.data.decoding import MAX_BYTES, DataError, EncodedImages, cause, read_file, wrap_errors
+from mnist_diffusion.data.label_tables import Pictures, UnknownLabelsError, read_label_table
 from mnist_diffusion.data.layout import JUNK, Layout, arrange, choose_splits, kind_of, listed
 from mnist_diffusion.data.raw import RawSource, RawSplit, plain_label, require_plain
 from mnist_diffusion.files import open_file
@@ -172,70 +173,48 @@ def _foldered_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> Ra
 
 
 def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource | None:
-    """Pictures listed with their labels in tables beside them; None if no table lists any."""
-    tables: dict[str, tuple[Any, str, str | None]] = {}
-    known = set(names)
-    by_end: dict[str, list[str]] = defaultdict(list)
-    for each in names:
-        path = PurePosixPath(each)
-        for end in {each, path.name, path.stem}:
-            by_end[end].append(each)
+    """Pictures listed with their classes in tables beside them; None if no table does."""
+    pictures = Pictures.of(names, _class_folders(tree, names, config))
+    tables, unclear = {}, []
     for name in tree.having(TEXT_SUFFIXES):
-        where = f"{tree.where}/{name}"
         try:
-            table = text_table(tree.read(name), where, as_words=True)
-            files = find_column(table, FILE_COLUMNS, config.image_column, where)
-        except DataError:  # no table, or without this column; the pictures may have class folders
-            continue
-        if files is None:
-            continue
-        beside, rows = PurePosixPath(name).parent, [PurePosixPath(str(file)) for file in table[files].to_pylist()]
-        if not any(str(beside / file) in known or len(by_end.get(file.name, ())) == 1 for file in rows):
-            continue
-        rest = table.drop_columns([files])
-        asked = config.label_column if config.label_column in rest.column_names else None
-        label = find_column(rest, LABEL_COLUMNS, asked, where, only=True)
-        tables[name] = (table, files, label if config.label_column in (None, label) else None)
-    if not any(label for _, _, label in tables.values()):
+            tables[name] = read_label_table(tree.read(name), name, f"{tree.where}/{name}", pictures, config)
+        except DataError as error:
+            unclear += [error] if isinstance(error, UnknownLabelsError) and not pictures.classes else []
+            tree.notes.append(f"{name} left out: {error}")
+    if not tables and unclear:
+        raise DataError(f"{tree.where}: {tree.notes[-1]}")
+    if not tables:
         return None
-    layout = arrange([name for name, (_, _, label) in tables.items() if label], config, tree.where, tables=True)
-    if unlabelled := [name for name, (_, _, label) in tables.items() if not label]:
-        layout.notes.append(f"tables without labels left out: {listed(unlabelled)}")
-    splits, used_pictures = {}, set()
+    layout = arrange(list(tables), config, tree.where, tables=True)
+    layout.notes += [f"{name} contradicts the folder of every picture" for name in tables if tables[name].contradicts]
+    splits, used = {}, set()
     for split, part in layout.splits.items():
         chosen, labels = [], []
         for name, _ in part:
-            table, files, label = tables[name]
-            for row, (file, cell) in enumerate(zip(table[files].to_pylist(), table[label].to_pylist(), strict=True)):
+            table, path = tables[name], PurePosixPath(name)
+            for row, (file, cell) in enumerate(zip(table.files, table.labels, strict=True)):
                 where = f"{tree.where}/{name} row {row}"
-                chosen.append(_picture_named(file, by_end, PurePosixPath(name), kind_of(split), where))
+                chosen.append(pictures.named(file, path, kind_of(split), where))
                 word = None if cell is None else re.sub(r"^(\d+)\.0+$", r"\1", str(cell).strip())
-                labels.append(plain_label(word, f"{where}: data.label_column={label!r}"))
+                labels.append(plain_label(word, f"{where}: data.label_column={table.label_column!r}"))
         if twice := [name for name, times in Counter(chosen).items() if times > 1]:
             raise DataError(f"{tree.where}: {listed(n for n, _ in part)} list pictures more than once: {listed(twice)}")
-        used_pictures |= set(chosen)
+        used |= set(chosen)
         splits[split] = RawSplit(_pictures(tree, chosen), labels)
-    used = ", ".join(name for part in layout.splits.values() for name, _ in part)
-    layout.notes.append(f"labels from {used}")
-    if unlisted := len(known - used_pictures):
+    layout.notes.append(f"labels from {', '.join(name for part in layout.splits.values() for name, _ in part)}")
+    if unlisted := len(pictures.names - used):
         layout.notes.append(f"{unlisted} pictures that no table lists left out")
     return _source(tree, "pictures listed in tables", splits, config, layout)
 
 
-def _picture_named(file: Any, by_end: dict[str, list[str]], table: PurePosixPath, split: str | None, where: str) -> str:
-    """The picture that a row of a table names: beside the table, or anywhere in the source if only one is called so."""
-    asked = PurePosixPath(str(file).replace("\\", "/"))
-    beside = str(table.parent / asked)
-    if beside in by_end.get(beside, ()):
-        return beside
-    end = "/".join(asked.parts[-2:])
-    alike = [name for name in by_end.get(asked.name, []) if len(asked.parts) == 1 or f"/{name}".endswith(f"/{end}")]
-    found = by_end.get(str(asked)) or alike
-    if len(found) > 1:
-        found = [name for name in found if any(kind_of(part) == split for part in PurePosixPath(name).parts[:-1])]
-    if len(found) != 1:
-        raise DataError(f"{where} names {str(file)!r}, but {len(found) or 'no'} pictures have that name")
-    return found[0]
+def _class_folders(tree: Tree, names: list[str], config: ImagesConfig) -> dict[str, str]:
+    """The class folder of each picture; empty if folders do not name classes."""
+    with contextlib.suppress(DataError):  # which is raised again when the folders are used
+        parts = arrange(names, config, tree.where).splits.values()
+        found = {name: label for part in parts for name, label in part if label is not None}
+        return found if len(set(found.values())) > 1 else {}
+    return {}
 
 
 def _arrays(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource:

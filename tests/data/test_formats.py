@@ -160,6 +160,21 @@ def test_each_row_of_the_documented_table_is_read() -> None:
     assert [name for name in DOCUMENTED.values() if name not in FORMATS and f"def {name}(" not in tests] == []
 
 
+SUBMITTED = "".join(f"{index}.png,{index % 2}\n" for index in range(20, 25))
+NO_LABELS = [
+    ("sample_submission.csv", f"id,label\n{SUBMITTED}", "a submission holds no labels"),
+    ("answers.csv", f"id,label\n{SUBMITTED}", "it lists pictures of a test folder alone"),
+    ("answers.csv", "id,label\n20.png,0\n21.png,0\n", "its labels are all alike: {'0'}"),
+    (
+        "metadata.csv",
+        "file_name,caption\n0.png,a bar on the left\n1.png,a bar in the middle\n",
+        "its column 'caption' is not called a label, and the folders name classes",
+    ),
+    ("sizes.csv", "width,height\n640,480\n640,320\n", "none of its columns 'width', 'height' names pictures"),
+    ("sizes.csv", "file,width,height\n0.png,8,9\n", "none of its columns 'file', 'width', 'height' is called a label"),
+]
+
+
 class TestWrongArraysAndTables:
     def test_several_classes_per_image(self, tmp_path: Path) -> None:
         labels = np.zeros((4, 3), np.uint8)
@@ -184,6 +199,45 @@ class TestWrongArraysAndTables:
             file.write("3.png,1\n")
         with pytest.raises(DataError, match=r"labels\.csv list pictures more than once: images/3\.png"):
             load(tmp_path)
+
+    @pytest.mark.parametrize(("name", "content", "note"), NO_LABELS)
+    @pytest.mark.parametrize("with_labels", [True, False])
+    def test_tables_that_are_none_of_labels(
+        self, name: str, content: str, note: str, with_labels: bool, tmp_path: Path
+    ) -> None:
+        """Beside class folders, and beside another table that is one."""
+        for index in range(12):
+            put(tmp_path / "train" / THREE[index % 3] / f"{index}.png", digit(index % 3, index))
+        for index in range(20, 25):
+            put(tmp_path / "test" / f"{index}.png", digit(0))
+        if with_labels:
+            rows = "".join(f"{index}.png,{THREE[index % 3]}\n" for index in range(12))
+            (tmp_path / "labels.csv").write_text("file,label\n" + rows)
+        (tmp_path / name).write_text(content)
+        data = load(tmp_path)
+        assert data.class_names == THREE
+        assert len(data.train) + len(data.test) == 12
+        assert f"{name} left out: {note}" in data.describe()
+
+    def test_a_table_whose_labels_could_be_in_several_columns(self, tmp_path: Path) -> None:
+        table_beside_pictures(tmp_path)
+        rows = "".join(f"{index}.png,{index % 3},{index % 2}\n" for index in range(12))
+        (tmp_path / "labels.csv").write_text("picture,animal,colour\n" + rows)
+        with pytest.raises(
+            DataError,
+            match=r"labels\.csv left out: none of its columns 'picture', 'animal', 'colour' is called a label",
+        ):
+            load(tmp_path)
+        assert load(tmp_path, label_column="animal").class_names == ("0", "1", "2")
+
+    def test_a_table_that_contradicts_the_folders(self, tmp_path: Path) -> None:
+        classes(tmp_path, THREE)
+        pictures = sorted(tmp_path.rglob("*.png"))
+        lines = [f"{path.relative_to(tmp_path)},class {path.parent.name}" for path in pictures]
+        (tmp_path / "labels.csv").write_text("\n".join(["file,label", *lines]))
+        data = load(tmp_path)
+        assert data.class_names == tuple(f"class {name}" for name in THREE)
+        assert "labels.csv contradicts the folder of every picture" in data.describe()
 
     def test_tables_of_something_else_are_left_out(self, tmp_path: Path) -> None:
         classes(tmp_path, THREE)
