@@ -5,6 +5,7 @@ Nothing else in the package opens files, except libraries that are given one tha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -15,7 +16,7 @@ import shutil
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,12 +27,14 @@ from mnist_diffusion.errors import ConfigError, FileError
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**17, 10
 MAX_JSON_BYTES, MAX_TEXT_BYTES, MAX_PICTURE_BYTES = 2**20, 2**23, 2**27
-MAX_NAME = 200
+MAX_NAME, MAX_SHEET_PIXELS = 200, 64 * 2**20
 PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Pillow would also open EPS, for which it starts another program."""
 NOT_FOUND_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """Errors of a missing file; others, of a disk or a permission, may be transient."""
+NOT_SUPPORTED_ERRNOS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+"""Errors of a file system that cannot lock, flush or set permissions."""
 STALE_TEMP = re.compile(r"\.[0-9a-f]{8}\.partial|\.(?P<name>.+)\.[0-9a-f]{8}\.old")
 """Left by a process that was killed while writing: a partial file, or the folder it was about to replace."""
 
@@ -182,6 +185,8 @@ def read_picture(path: Path) -> Image.Image:
     content = read_bytes(path, MAX_PICTURE_BYTES)
     try:
         with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as picture:
+            if picture.width * picture.height > MAX_SHEET_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_SHEET_PIXELS:,}")
             return picture.copy()
     except Exception as error:  # whatever Pillow makes of it
         raise FileError(f"{path} could not be read as a picture: {str(error)[:200]}") from error
@@ -234,12 +239,17 @@ def flush(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED_ERRNOS:
+            raise
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> None:
@@ -250,7 +260,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
             write(file)
             file.flush()
             if durable:
-                os.fsync(file.fileno())
+                _sync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -283,6 +293,17 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise
     flush(folder.parent)
     _remove(old)
+
+
+@contextlib.contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """A new folder in another one, which is removed afterwards; if the process is killed, by `remove_left_behind`."""
+    temporary = folder / f".{secrets.token_hex(4)}.partial"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
@@ -321,12 +342,16 @@ def append_text(path: Path, text: str) -> None:
             raise FileError(f"{path} is not a regular file")
         file.write(text.encode())
         file.flush()
-        os.fsync(descriptor)
+        _sync(descriptor)
 
 
 def copy_permissions(source: Path, path: Path) -> None:
-    """Copy another file's permissions (safetensors creates files as 0600)."""
-    path.chmod(source.stat().st_mode & 0o777)
+    """Copy another file's permissions (safetensors creates files as 0600), where a file system has them."""
+    try:
+        path.chmod(source.stat().st_mode & 0o777)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED_ERRNOS:
+            raise
 
 
 def replace_text(path: Path, text: str) -> None:

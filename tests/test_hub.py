@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 
 from mnist_diffusion import cli
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.hub import pull, push
 from mnist_diffusion.hub_client import HubError
 from mnist_diffusion.pipelines.card import EVAL_RESULTS, write_results_to_card
@@ -444,6 +444,13 @@ def test_what_goes_wrong_is_said(hub: HubServer, made_run: Path, monkeypatch: py
     monkeypatch.setenv("HF_TOKEN", "hf_owner0123456789")
     push(made_run, NAME)
     assert set(hub.repositories[NAME].files()) == PUSHED
+
+
+def test_a_file_of_unknown_size_is_not_fetched(hub: HubServer, made_run: Path) -> None:
+    push(made_run, NAME)
+    hub.fault = lambda request: Fault(cut="size") if request.method == "HEAD" else None
+    with pytest.raises(FileError, match=r"the Hub does not say how large model_index\.json is"):
+        MNISTDiffusionPipeline.from_pretrained(NAME)
 
 
 def test_slow_and_halting_answers(hub: HubServer, made_run: Path, tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
         return 1 if picture.mode in (*GREY_MODES, *UNBOUNDED_MODES) else 3, height, width
 
 
-def decode_picture(encoded: Encoded, where: str, *, grey: bool = False, background: Background = "black") -> Tensor:
+def decode_picture(
+    encoded: Encoded, where: str, *, grey: bool = False, background: Background = "black", max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """A picture as uint8 `[C, H, W]`, upright: grey if it is grey or `grey` asks for it, else RGB.
 
     Of 16 bits the upper eight are kept. Transparent pixels show the background.
@@ -139,7 +141,7 @@ def decode_picture(encoded: Encoded, where: str, *, grey: bool = False, backgrou
     """
     if isinstance(encoded, np.ndarray):
         return from_array(encoded, where)
-    with _opened(encoded, where) as opened, wrap_errors(f"{where}: the picture could not be decoded"):
+    with _opened(encoded, where, max_pixels) as opened, wrap_errors(f"{where}: the picture could not be decoded"):
         picture = ImageOps.exif_transpose(opened)
         if picture.mode in SIXTEEN_BIT_MODES or picture.mode in UNBOUNDED_MODES:
             values = np.asarray(picture)
@@ -160,7 +162,7 @@ def _on_background(layer: Image.Image, background: Background) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
 
 
-def _opened(encoded: bytes, where: str) -> Image.Image:
+def _opened(encoded: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(encoded), formats=PICTURE_FORMATS)
         width, height = picture.size
@@ -169,8 +171,8 @@ def _opened(encoded: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: the picture {problem}: {_identify_non_image(encoded) or cause(error)}") from error
     if picture.mode in UNBOUNDED_MODES and picture.format != "PPM":  # whose values Pillow brings to 16 bits
         raise DataError(f"{where}: a picture of mode {picture.mode!r} has no known range; save it with 8 or 16 bits")
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{where}: a picture of {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+    if width * height > max_pixels:
+        raise DataError(f"{where}: a picture of {width} x {height} pixels, more than the limit of {max_pixels}")
     return picture
 
 

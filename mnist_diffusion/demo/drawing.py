@@ -356,10 +356,10 @@ def decode_sketch(address: Any, shape: tuple[int, int, int]) -> Tensor:
         content = base64.b64decode(address.removeprefix(kind), validate=True)
     except binascii.Error as error:
         raise UserError("the drawing could not be read") from error
-    sides = (int.from_bytes(content[start : start + 4]) for start in (16, 20))  # of the header
-    if not content.startswith(PNG) or max(sides) > MAX_PICTURE_SIDE:
-        raise UserError(f"the drawing must be a PNG of at most {MAX_PICTURE_SIDE} pixels a side")
-    image = to_channels(decode_picture(content, "the drawing", grey=shape[0] == 1)[None], shape[0])
+    if not content.startswith(PNG):
+        raise UserError("the drawing must be a PNG")
+    drawn = decode_picture(content, "the drawing", grey=shape[0] == 1, max_pixels=MAX_PICTURE_SIDE**2)
+    image = to_channels(drawn[None], shape[0])
     image = fit_to_size(image, shape[1], "contain").float() / 255
     if image.max() == image.min():
         raise UserError("the drawing is blank; draw a picture first, or choose a file")

@@ -91,6 +91,8 @@ class JobRunner:
                 raise UserError("the machine is busy with another training run; wait, or stop it")
             folder = self.folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
             command = [sys.executable, "-m", "mnist_diffusion", "train", *arguments, "--output_dir", str(folder)]
+            for job in self.jobs[-1:]:
+                job.log_file.close()
             log_file = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, and goes with the job
             process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
             self.jobs.append(Job(folder, time.monotonic(), process, log_file))

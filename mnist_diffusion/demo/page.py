@@ -30,6 +30,7 @@ from mnist_diffusion.files import read_text
 from mnist_diffusion.pipelines.drawing import class_names
 
 HERE = Path(__file__).parent
+MAX_WAITING, MAX_SESSIONS = 64, 100
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 RECIPES = {
@@ -163,8 +164,9 @@ def build_page(models: Models, jobs: JobRunner | None, data: Sequence[str]) -> g
         followers = [control for control, _ in controls.set_for]
         controls.pipeline.change(follow, controls.pipeline, followers, **AT_ONCE)
         page.load(opened, controls.pipeline, controls.pipeline, **AT_ONCE)
-    page.queue(max_size=64, api_open=False)
-    page.state_session_capacity = 200
+    page.queue(max_size=MAX_WAITING, api_open=False)
+    page.state_session_capacity = MAX_SESSIONS
+    page._queue.pending_messages_per_session.max_size = MAX_SESSIONS  # drawings that nobody has fetched yet
     return page
 
 

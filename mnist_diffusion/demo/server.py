@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import re
 import signal
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
@@ -15,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,15 +36,16 @@ ROUTES = re.compile(
     r"|/gradio_api/(info|run/predict|queue/join|queue/data|startup-events|cancel|reset|app_id|heartbeat/\w+)/?"
 )
 """The routes of the app. Gradio has more, which it does not need: files by path, uploads, proxies."""
+CSP = "Content-Security-Policy"
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    CSP: "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
 LOOPBACK = ("127.0.0.1", "localhost")
-MAX_BODY_BYTES = 2**20
-SECONDS_TO_CLOSE = 3
+MAX_BODY_BYTES, MAX_CONNECTIONS = 2**20, 256
+SECONDS_TO_CLOSE, SECONDS_FOR_BODY = 3, 10
 
 
 class RouteAllowlist:
@@ -52,8 +56,8 @@ class RouteAllowlist:
     paths only in apps that were started with `launch()`.
     """
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, headers: Mapping[str, str]):
+        self.app, self.headers = app, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -68,8 +72,14 @@ class RouteAllowlist:
             length = headers.get("content-length", "")
             if "transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_BODY_BYTES:
                 refused = PlainTextResponse("too large, or of unknown length", 413)
-            elif not _has_no_objects(body := await Request(scope, receive).body()):
-                refused = PlainTextResponse("objects are not accepted", 400)
+            else:
+                try:
+                    async with asyncio.timeout(SECONDS_FOR_BODY):
+                        body = await Request(scope, receive).body()
+                except (TimeoutError, ClientDisconnect):
+                    return
+                if not _has_no_objects(body):
+                    refused = PlainTextResponse("objects are not accepted", 400)
         if refused is not None:
             await refused(scope, receive, send)
             return
@@ -80,7 +90,7 @@ class RouteAllowlist:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
         await self.app(scope, receive_again, send_with_headers)
@@ -96,6 +106,20 @@ def _has_no_objects(body: bytes) -> bool:
         return False
 
 
+def guard(app: FastAPI, host: str) -> None:
+    """Allow only the routes of the app, and on loopback only requests that name a loopback host, from no frame."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        loopback = False
+    if not loopback:
+        app.add_middleware(RouteAllowlist, headers=HEADERS)
+        return
+    app.add_middleware(RouteAllowlist, headers={**HEADERS, CSP: f"{HEADERS[CSP]}; frame-ancestors 'none'"})
+    # DNS rebinding; `[` is how an IPv6 address begins, and no name does.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, host, f"[{host}]", "["])
+
+
 def build_app(options: AppOptions) -> tuple[FastAPI, JobRunner | None]:
     """The server's application, and its runner of training jobs.
 
@@ -106,9 +130,7 @@ def build_app(options: AppOptions) -> tuple[FastAPI, JobRunner | None]:
     jobs = None if options.only_draw else JobRunner(options.runs)
     page = build_page(Models(options.pipelines), jobs, _arguments(options.data))
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(RouteAllowlist)
-    if options.host in LOOPBACK:  # DNS rebinding
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    guard(app, options.host)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     look: dict[str, Any] = {"ssr_mode": False, "show_error": False, "run_history": False, "footer_links": []}
@@ -142,7 +164,8 @@ def serve(options: AppOptions) -> None:
         f"The app is at http://{f'[{options.host}]' if version_6 else options.host}:{options.port} (Ctrl-C ends it)",
         flush=True,
     )
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_CLOSE)
+    limits: dict[str, Any] = {"timeout_graceful_shutdown": SECONDS_TO_CLOSE, "limit_concurrency": MAX_CONNECTIONS}
+    config = uvicorn.Config(app, log_level="error", **limits)  # a warning for each refused connection fills a disk
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which uvicorn raises again when it has closed
     try:
         with contextlib.suppress(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mnist_diffusion.demo.studio.build import write_studio
 from mnist_diffusion.files import read_bytes, replace_bytes, replace_text
@@ -75,10 +77,18 @@ def write_gradio_space(pipelines: Mapping[str, MNISTDiffusionPipeline], folder: 
 
 
 def pinned() -> dict[str, str]:
-    """The requirements of this package and its app, in the versions installed here."""
-    requirements = [Requirement(each) for each in metadata.requires("mnist-diffusion") or ()]
-    names = [each.name for each in requirements if each.marker is None or each.marker.evaluate({"extra": "app"})]
-    return {name: metadata.version(name).partition("+")[0] for name in names}
+    """All that this package and its app require, and what that requires, in the versions installed here."""
+    found: dict[str, str] = {}
+    waiting = [("mnist-diffusion", "app")]
+    while waiting:
+        package, extra = waiting.pop(0)
+        for each in map(Requirement, metadata.requires(package) or ()):
+            name = canonicalize_name(each.name)
+            if name not in found and (each.marker is None or each.marker.evaluate({"extra": extra})):
+                with contextlib.suppress(metadata.PackageNotFoundError):  # of another platform
+                    found[name] = metadata.version(name).partition("+")[0]
+                    waiting += [(name, extra) for extra in ("", *each.extras)]
+    return found
 
 
 def push_space(folder: Path, repo_id: str, *, kind: str, private: bool) -> str:

@@ -295,6 +295,8 @@ def fetch_file(repo_id: str, name: str, limit: int, **hub: Any) -> Path:
     """Download a file of at most `limit` bytes into the Hub's cache."""
     try:
         size = hf_hub_download(repo_id, name, dry_run=True, **hub).file_size
+        if size is None:
+            raise FileError(f"{repo_id}: the Hub does not say how large {name} is")
         if size > limit:
             raise FileError(f"{repo_id}: {name} has {size:,} bytes, more than the limit of {limit:,}")
         return Path(hf_hub_download(repo_id, name, **hub))

@@ -42,6 +42,10 @@ def figure_of_panels(rows: int, columns: int, *, title: str, height: float = 3.0
 
 def to_picture(figure: Figure) -> Image.Image:
     """The figure as an image, for trackers and sheets."""
+    legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]
+    names = [text for legend in legends for text in legend.get_texts()]
+    for text in [*names, *figure.findobj(lambda each: each is figure._suptitle)]:  # type: ignore[attr-defined]
+        text.set_parse_math(False)  # type: ignore[attr-defined]  # a name may hold a dollar
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format="png")
     return Image.open(buffer).convert("RGB")

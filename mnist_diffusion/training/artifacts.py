@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.transforms import to_uint8
 from mnist_diffusion.environment import package_versions
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import read_picture, read_yaml, replace_picture, replace_text
+from mnist_diffusion.files import append_text, read_picture, read_yaml, replace_picture, replace_text, temporary_folder
 from mnist_diffusion.method.noise import NoisingProcess
 from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER, as_markdown, local_paths_in, redact_paths
 from mnist_diffusion.pipelines.drawing import generate, require_fit
@@ -29,6 +28,7 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.plots import curves, sheets
 from mnist_diffusion.plots.grids import image_grid, save_animation
 from mnist_diffusion.training import logging
+from mnist_diffusion.training.checkpoint import save_checkpoint
 from mnist_diffusion.training.launch import RunContext
 from mnist_diffusion.training.run_folder import read_metrics, sample_sheets
 from mnist_diffusion.training.step import TrainState
@@ -132,7 +132,7 @@ class Artifacts:
             self.measure = monitor(self.averaged, self.data, num_images=count, seed=self.config.train.seed)
 
     def _rehearse(self, config_text: str) -> None:
-        """Sample one step, export, load and read back in a temporary folder, so that what fails does so now."""
+        """Sample one step, and write in the run folder all that a run writes there, so that what fails does so now."""
         pipeline, seed = self.pipeline(), self.config.train.seed
         labels, seeds, rows = sheets.sheet_rows(pipeline, self.data.class_names, 1, seed)
         try:
@@ -141,10 +141,12 @@ class Artifacts:
         except ValueError as error:  # the pipeline's own, which name argument and value
             raise UserError(f"sampling as configured cannot work: {error}") from error
         image_grid(torch.zeros(len(seeds), *pipeline.image_shape), 1, row_labels=rows)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder, config = Path(temporary, self.folder.resolve().name, "pipeline"), Path(temporary, "config.yaml")
+        with temporary_folder(self.folder) as temporary:
+            folder, config = temporary / self.folder.resolve().name / "pipeline", temporary / "config.yaml"
             self.export(folder, Progress())
             MNISTDiffusionPipeline.from_pretrained(folder)
+            save_checkpoint(temporary, 0, {"unet": {"weight": torch.zeros(1)}}, {}, keep=1)
+            append_text(temporary / "metrics.jsonl", "{}\n")
             replace_text(config, config_text)
             try:
                 read_yaml(config)

@@ -224,6 +224,10 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
     """Undo `optimizer_state`; each tensor takes the memory layout of its parameter, so that updates round alike."""
+    for own, saved in zip(optimizer.param_groups, groups, strict=True):
+        for name, value in own.items():
+            if isinstance(value, int | float) and not isinstance(saved[name], int | float):
+                raise TypeError(f"{name} must be a number, got {saved[name]!r:.100}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

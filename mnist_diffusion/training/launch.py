@@ -181,7 +181,11 @@ def _wandb_is_ready() -> bool:
     """Whether wandb has a key, or needs none."""
     import wandb
 
-    if wandb.setup().settings.mode not in ("online", "shared") or wandb.login(prompt=False, verify=False):
-        return True
+    try:
+        if wandb.setup().settings.mode not in ("online", "shared") or wandb.login(prompt=False, verify=False):
+            return True
+    except Exception as error:  # as of an unknown WANDB_MODE
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"train.trackers: wandb could not be started: {reason}") from error
     wandb.teardown()  # it caches the mode; a notebook may set another, and try again
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -173,11 +174,25 @@ def closing_words(
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path, run_id: str | None) -> None:
-    """Start the trackers with the flattened configuration; wandb resumes the run of the same id, if there is one."""
+    """Start the trackers with the flattened configuration; wandb resumes the run of the same id, if there is one.
+
+    W&B's own variables (`WANDB_PROJECT`, `WANDB_NAME`, `WANDB_DIR`, `WANDB_RUN_ID`, `WANDB_RESUME`) come first.
+
+    Raises:
+        UserError: a tracker could not be started.
+    """
     if not accelerator.log_with:
         return
-    wandb = {"name": folder.name, "dir": accelerator.project_dir, "id": run_id, "resume": "allow"}
-    accelerator.init_trackers("mnist-diffusion", config=_flat(config.to_dict()), init_kwargs={"wandb": wandb})
+    wandb = {"name": folder.name, "dir": accelerator.project_dir, "run_id": run_id, "resume": "allow"}
+    wandb = {name: value for name, value in wandb.items() if f"WANDB_{name.upper()}" not in os.environ}
+    if "run_id" in wandb:
+        wandb["id"] = wandb.pop("run_id")
+    project = os.environ.get("WANDB_PROJECT", "mnist-diffusion")
+    try:
+        accelerator.init_trackers(project, config=_flat(config.to_dict()), init_kwargs={"wandb": wandb})
+    except Exception as error:  # whatever a tracker raises
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"train.trackers could not be started: {type(error).__name__}: {reason}") from error
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

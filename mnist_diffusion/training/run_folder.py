@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from PIL import Image
 from pydantic import ValidationError
 
 from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig, RunConfig
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import (
+    NOT_SUPPORTED_ERRNOS,
     append_text,
     file_within,
     is_transient,
@@ -33,7 +34,7 @@ from mnist_diffusion.files import (
 from mnist_diffusion.option_types import explain
 from mnist_diffusion.training.checkpoint import NAME, newest_intact, verify
 
-LOCK, RUN_ID = ".lock", "run_id"
+LOCK, SOFT_LOCK, RUN_ID = ".lock", ".lock.soft", "run_id"
 RESULTS = ("pipeline", "pipeline_best", "snapshots", "summary.json")
 """Results of a run that training again would overwrite."""
 WRITTEN_FOLDERS = ("samples", "pictures", "snapshots", "averages")
@@ -41,7 +42,7 @@ OBJECTIVE = "# objective: "
 """First words of a run's configuration."""
 IN_LOSS = ("diffusion.", "distillation.")
 NOT_IN_LOSS = ("diffusion.label_dropout", "distillation.teacher", "distillation.split_seed")
-MAX_LOG_BYTES = 2**31
+MAX_LOG_BYTES, LARGEST = 2**31, 2**63
 NOISE_LEVELS = 10
 """Tenths of the timesteps, for each of which `loss_by_noise` has a mean."""
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
@@ -49,7 +50,7 @@ SHEET_NAME = re.compile(r"step-(\d+)\.png")
 
 def is_empty(path: Path) -> bool:
     """Whether a run folder is missing, empty, or holds only the lock of a run that did not start."""
-    return not path.is_dir() or {file.name for file in path.iterdir()} <= {LOCK}
+    return not path.is_dir() or {file.name for file in path.iterdir()} <= {LOCK, SOFT_LOCK}
 
 
 class RunFolder:
@@ -60,7 +61,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path):
-        self.path, self.lock = path, FileLock(path / LOCK)
+        self.path = path
+        self.lock: BaseFileLock = FileLock(path / LOCK)
         self.run_id: str | None = None
         self.was_empty = self.had_run_id = self.created = False
 
@@ -78,9 +80,14 @@ class RunFolder:
             with contextlib.suppress(FileExistsError):
                 path.mkdir(parents=True)
                 self.created = True
-            self.lock.acquire(timeout=0)
+            self._lock()
             if not resume and not is_empty(path):
                 raise UserError(f"another run has started in {path}; name another output_dir")
+            for name in (*WRITTEN_FOLDERS, "logs"):
+                if (path / name).is_symlink():
+                    raise UserError(
+                        f"{path / name} is a link; a run removes files there, so move the folder itself here"
+                    )
             self.was_empty, self.had_run_id = is_empty(path), (path / RUN_ID).is_file()
             for folder in (path, *(path / name for name in WRITTEN_FOLDERS)) if self.had_run_id else ():
                 remove_left_behind(folder)
@@ -90,6 +97,15 @@ class RunFolder:
         except OSError as error:
             reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '')})"
             raise UserError(f"output_dir={str(path)!r} cannot be written to: {reason}") from error
+
+    def _lock(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED_ERRNOS:
+                raise
+            self.lock = SoftFileLock(self.path / SOFT_LOCK)  # a file that is there or not
+            self.lock.acquire(timeout=0)
 
     def link_as_latest(self) -> None:
         """Point the link `latest` beside the folder to it, unless something else has that name."""
@@ -135,8 +151,8 @@ class RunFolder:
         try:
             with contextlib.suppress(OSError):
                 there = {file.name for file in self.path.iterdir() if file.name != left[-1] or file.stat().st_size}
-                if self.created and self.lock.is_locked and there <= {LOCK, *left[:-1]}:
-                    for name in (*left, LOCK):
+                if self.created and self.lock.is_locked and there <= {LOCK, SOFT_LOCK, *left[:-1]}:
+                    for name in (*left, LOCK, SOFT_LOCK):
                         (self.path / name).unlink(missing_ok=True)
                     self.path.rmdir()
         finally:
@@ -192,7 +208,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
     if not isinstance(levels, list) or len(levels) != NOISE_LEVELS:
         return None
     values = [*levels, *(value for name, value in line.items() if name != "loss_by_noise")]
-    return line if all(value is None or type(value) in (int, float) for value in values) else None
+    return line if all(value is None or (type(value) in (int, float) and value < LARGEST) for value in values) else None
 
 
 class Sheet(NamedTuple):

@@ -13,7 +13,7 @@ DECAY_SHARE = 0.4
 """Share of a timed run in which the learning rate decays."""
 SMOOTHING_SECONDS = 10.0
 """Time constant of the mean step time."""
-PAUSE_SECONDS, PAUSE_STEPS = 30.0, 20
+PAUSE_SECONDS, PAUSE_STEPS = 2.0, 20
 """A step longer than both (the second in mean steps) was suspended, and counts as a mean step."""
 
 

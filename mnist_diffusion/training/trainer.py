@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import RunConfig
@@ -85,9 +86,9 @@ class Trainer:
             if self.progress.step >= self._last_step:
                 self.processes.on_main(self._finish_interrupted_export)
                 return 0
-            self.processes.on_main(lambda: self.artifacts.prepare(config_text(self.config, self.state.objective)))
             if not resume:
                 self.processes.on_main(lambda: self.run_folder.acquire(resume=False))
+            self.processes.on_main(lambda: self.artifacts.prepare(config_text(self.config, self.state.objective)))
             return self._loop()
         finally:
             self.run_folder.release()
@@ -238,7 +239,8 @@ class Trainer:
         try:
             self.state.restore(checkpoint)
             names = [field.name for field in dataclasses.fields(Progress)]
-            self.progress = Progress(**{name: checkpoint.state[name] for name in names})
+            values = {name: checkpoint.state[name] for name in names}
+            self.progress = TypeAdapter(Progress).validate_python(values)
             then = checkpoint.state["config"]["train"]
         except torch.OutOfMemoryError:
             raise

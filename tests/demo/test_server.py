@@ -7,22 +7,26 @@ import http.client
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+from fastapi import FastAPI
 from PIL import Image
+from starlette.testclient import TestClient
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.command_options import AppOptions
 from mnist_diffusion.demo import drawing
 from mnist_diffusion.demo.jobs import figure
 from mnist_diffusion.demo.models import Models
-from mnist_diffusion.demo.server import MAX_BODY_BYTES
+from mnist_diffusion.demo.server import MAX_BODY_BYTES, guard
 from mnist_diffusion.demo.space import write_gradio_space
 from mnist_diffusion.errors import UserError
 from tests.conftest import make_pipeline
@@ -49,6 +53,19 @@ def png(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def noise(width: int, height: int) -> Image.Image:
+    values = torch.randint(0, 2, (height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(values.numpy() * 255).convert("1")
+
+
+def with_second_header(address: str, width: int, height: int) -> str:
+    """A PNG that says its size twice, each time another."""
+    content = base64.b64decode(address.partition(",")[2])
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    second = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return f"data:image/png;base64,{base64.b64encode(content[:33] + second + content[33:]).decode()}"
 
 
 def ask(address: str, method: str, path: str, **how: Any) -> tuple[int, Any, bytes]:
@@ -112,6 +129,26 @@ def test_objects_that_gradio_takes_for_files_are_refused(address: str, path: str
 def test_no_other_site_can_pass_itself_off_as_the_page(address: str) -> None:
     assert ask(address, "GET", "/", headers={"Host": "example.com"})[0] == 400
     assert ask(address, "GET", "/", headers={"Host": "localhost:1234"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "status"),
+    [
+        *(("127.0.0.1", each, status) for each, status in (("example.com", 400), ("127.0.0.1:7860", 200))),
+        *(("127.0.0.2", each, status) for each, status in (("example.com", 400), ("127.0.0.2:7860", 200))),
+        *(("::1", each, status) for each, status in (("example.com", 400), ("[::1]:7860", 200))),
+        ("0.0.0.0", "example.com", 200),
+    ],
+)
+def test_loopback_is_what_the_address_says(host: str, asked: str, status: int) -> None:
+    app = FastAPI()
+    app.get("/theme.css")(lambda: "")
+    guard(app, host)
+    answered = TestClient(app).get("/theme.css", headers={"Host": asked})
+    assert answered.status_code == status
+    if status == 200:
+        framed = "frame-ancestors 'none'" not in answered.headers["content-security-policy"]
+        assert framed == (host == "0.0.0.0")
 
 
 def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
@@ -207,12 +244,13 @@ def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
         {"path": "/etc/hostname"},
         "data:image/png;base64," + "A" * 2**22,
         png(Image.new("L", (28, 28))),
-        png(Image.new("1", (1025, 8))),
+        png(noise(1025, 1025)),
+        with_second_header(png(noise(8, 8)), 1025, 1025),
         png(Image.new("L", (28, 28), 200)).replace("png", "jpeg"),
     ],
 )
 def test_what_is_no_drawing_is_refused(address: Any) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"draw|more than the limit"):
         drawing.decode_sketch(address, (1, 8, 8))
 
 
@@ -263,6 +301,7 @@ def test_a_space_starts_from_its_own_folder(tmp_path: Path) -> None:
     assert "sdk: gradio\nsdk_version: 6." in (folder / "README.md").read_text()
     requirements = (folder / "requirements.txt").read_text()
     assert "\ntorch==2." in requirements
+    assert "\nstarlette==" in requirements  # which Gradio requires
     assert "+" not in requirements
     port = free_port()
     app = folder / "app.py"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
-from mnist_diffusion.plots.curves import compared_curves, noise_schedules, pixel_histograms, training_curves
+from mnist_diffusion.plots.curves import compared_curves, noise_schedules, pixel_histograms, to_picture, training_curves
 from mnist_diffusion.plots.grids import (
     MAX_LABEL,
     denoising_strip,
@@ -124,6 +124,7 @@ class TestFigures:
         assert training_curves(lines).axes[1].get_ylabel() == "norm of the gradient"
 
     def test_compared_curves(self) -> None:
+        to_picture(compared_curves([{"of $\\frac$": LINES}, {"of $\\sqrt$": LINES}]))
         figure = compared_curves([{"a": LINES, "b": LINES[:10]}, {"of another objective": LINES}])
         assert [line.get_label() for line in figure.axes[0].lines] == ["a", "b"]
         assert [line.get_label() for line in figure.axes[2].lines] == ["of another objective"]

@@ -64,7 +64,7 @@ class Fault:
         status: answer so, and do nothing.
         error_code: the `X-Error-Code` of that answer.
         cut: break the connection: `before` the request's body is read, in the midst of it, `after` it was carried
-            out but before the answer, or in the midst of the answer.
+            out but before the answer, or in the midst of the answer; `size` leaves out the length of the answer.
         wait: seconds to wait first.
         then: called at that point too.
     """
@@ -180,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             if value is not None:
                 self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        if self.fault is None or self.fault.cut != "size":
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
             if self.fault is not None and self.fault.cut == "answer":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,32 @@ def test_bad_runs_leave_nothing_behind(tmp_path: Path, train: Any, data: Any, me
     with pytest.raises(UserError, match=message):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class TestFileSystems:
+    def test_one_that_cannot_lock_flush_or_set_permissions_will_do(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        for place in ("fcntl.flock", "os.fsync", "pathlib.Path.chmod"):
+            monkeypatch.setattr(place, refuse)
+        folder = run(tiny_config(), tmp_path / "run")
+        assert run(tiny_config(), folder, resume=True, max_steps=6) == folder
+
+    @pytest.mark.parametrize("place", ["pathlib.Path.rename", "mnist_diffusion.training.artifacts.append_text"])
+    def test_one_that_cannot_hold_a_run_is_refused_before_the_first_step(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(place, refuse)
+        monkeypatch.setattr(TrainState, "update", None)
+        with pytest.raises(UserError, match=r"pre-flight check failed: .*Operation not permitted"):
+            run(tiny_config(), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_know_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,15 +63,26 @@ class TestResume:
         whole = run(tiny_config(max_steps=4, sample_every="2 steps"), tmp_path / "whole")
         short = run(tiny_config(max_steps=2, sample_every="2 steps"), tmp_path / "run")
         log = short / "metrics.jsonl"
-        log.write_bytes(log.read_bytes() + b'\xff{"step": \n[1]\n')
+        log.write_bytes(log.read_bytes() + b'\xff{"step": \n[1]\n' + b'{"step": 9, "epoch": %s}\n' % (b"9" * 400))
         (short / "summary.json").write_text("{")
         for picture in (short / "samples").glob("*.png"):
             picture.write_bytes(picture.read_bytes()[:60])
         run(tiny_config(max_steps=4, sample_every="2 steps"), short, resume=True)
-        assert "2 lines of" in capsys.readouterr().out
+        assert "3 lines of" in capsys.readouterr().out
         for name, tensor in weights(whole).items():
             assert torch.equal(weights(short)[name], tensor)
         assert losses(short) == losses(whole)
+
+    @pytest.mark.parametrize("name", ["averages", "samples", "logs"])
+    def test_nothing_is_removed_through_a_link(self, name: str, folder: Path, tmp_path: Path) -> None:
+        copy, elsewhere = shutil.copytree(folder, tmp_path / "run"), tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "step-9.safetensors").write_text("of another run")
+        shutil.rmtree(copy / name, ignore_errors=True)
+        (copy / name).symlink_to(elsewhere)
+        with pytest.raises(UserError, match=f"run/{name} is a link"):
+            run(tiny_config(), copy, resume=True, max_steps=6)
+        assert (elsewhere / "step-9.safetensors").exists()
 
     @pytest.mark.parametrize("kind", ["pipe", "device", "secret"])
     def test_what_is_no_file_in_a_run_folder(self, kind: str, folder: Path, tmp_path: Path) -> None:
@@ -101,6 +112,8 @@ class TestResume:
             lambda tensors, state: state.pop("planned_steps"),
             lambda tensors, state: state.update(optimizer_groups=3),
             lambda tensors, state: state.pop("config"),
+            lambda tensors, state: state.update(seconds="many"),
+            lambda tensors, state: state["optimizer_groups"][0].update(weight_decay="much"),
         ],
     )
     def test_a_whole_checkpoint_of_something_else(self, change: Any, folder: Path, tmp_path: Path) -> None:

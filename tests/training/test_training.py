@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import wandb
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
 import mnist_diffusion
+import wandb
 from mnist_diffusion.config import AugmentConfig
 from mnist_diffusion.data.dataset import draw_batch, load_images
 from mnist_diffusion.errors import UserError
@@ -257,6 +257,21 @@ def test_wandb_needs_a_key_or_offline_mode(tmp_path: Path, monkeypatch: pytest.M
     folder = run(tiny_config(trackers=("wandb",)), tmp_path / "run")
     [recorded] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert recorded.stat().st_size > 0
+    for name, value in {"PROJECT": "mine", "RUN_ID": "abc", "DIR": str(tmp_path / "dir")}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "dir").mkdir()
+    wandb.teardown()
+    run(tiny_config(trackers=("wandb",)), tmp_path / "second")
+    [recorded] = (tmp_path / "dir" / "wandb").glob("offline-run-*-abc/run-abc.wandb")
+    assert b"mine" in recorded.read_bytes()
+    wandb.teardown()
+    for name, value in {"MODE": "sideways", "RUN_ID": "a/b"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+        with pytest.raises(UserError, match=r"train\.trackers.* could not be started"):
+            run(tiny_config(trackers=("wandb",)), tmp_path / "third")
+        wandb.teardown()
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
