@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.files import read_yaml
@@ -69,8 +69,8 @@ def parse_interval(text: str) -> tuple[float, str]:
     return count, f"{match[2]}s"
 
 
-def _interval(text: str) -> str:
-    parse_interval(text)
+def _interval(text: Any) -> Any:
+    parse_interval(str(text))
     return text
 
 
@@ -81,7 +81,7 @@ Text = Annotated[str, Field(min_length=1)]
 Place = Annotated[Text, AfterValidator(expanduser)]
 """A folder or file, or an id of the Hub."""
 FilePath = Annotated[Path, AfterValidator(lambda path: Path(expanduser(str(path))))]
-Interval = Annotated[str, AfterValidator(_interval)]
+Interval = Annotated[str, BeforeValidator(_interval)]
 Sampler = Annotated[str, AfterValidator(_sampler)]
 GuidanceRule = Annotated[str, AfterValidator(_rule)]
 GuidanceScale = Annotated[float, Field(ge=0)]
@@ -115,6 +115,8 @@ def explain(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{'.'.join(map(str, problem['loc']))} is missing"
     rule = str(cause or problem["msg"]).replace("Input should be", "must be")
+    if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
+        rule = "must be a word, in quotes if it looks like a number"
     rule = rule.replace("Unexpected keyword argument", "is not a known name")
     rule = rule.partition(", unable to parse")[0]
     name = ".".join(str(part) for part in problem["loc"] if part not in ("[key]", "bool"))

@@ -8,6 +8,8 @@ from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.command_options import SampleOptions
 from mnist_diffusion.errors import UserError
 
+MAX_ON_SHEET = 10_000
+
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Sample images and write the sheets and files that were asked for."""
@@ -15,6 +17,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     options: SampleOptions = parser.read(argv)
     if options.processes > 1 and not options.as_dataset:
         raise UserError(f"processes={options.processes} must be 1 without as_dataset")
+    if options.num_images > MAX_ON_SHEET and not options.as_dataset:
+        limit = f"at most {MAX_ON_SHEET} without as_dataset, which writes images as they are sampled"
+        raise UserError(f"num_images={options.num_images} must be {limit}")
     from mnist_diffusion.parallel import in_processes, is_main
 
     if not (options.as_dataset or is_main()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.data.columns import LABEL_COLUMNS, find_column
+from mnist_diffusion.data.columns import INDEX_COLUMN, LABEL_COLUMNS, find_column
 from mnist_diffusion.data.decoding import DataError, pixel_factor, wrap_errors
 from mnist_diffusion.data.layout import kind_in, listed
 from mnist_diffusion.data.raw import RawSplit, plain_label
@@ -43,6 +43,9 @@ def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
     for split, arrays in found.items():
         images = [array for name, array in arrays if _are_images(name, array)]
         labels = [array for name, array in arrays if array.ndim > 0 and not _are_images(name, array)]
+        if len(images) == 1 and not labels:
+            splits[split] = RawSplit(image_tensor(images[0], where), [None] * len(images[0]))
+            continue
         if len(images) != 1 or len(labels) != 1 or len(images[0]) != len(labels[0]):
             shapes = listed(f"{name} {array.shape}" for name, array in arrays)
             raise DataError(
@@ -104,6 +107,7 @@ def pixel_split(table: Any, config: ImagesConfig, where: str) -> RawSplit | None
     """The images and labels of a table with a label and a column for each pixel; None if it is none."""
     import pyarrow
 
+    table = table.drop_columns([name for name in table.column_names if INDEX_COLUMN.fullmatch(name)])
     label = find_column(table, LABEL_COLUMNS, config.label_column, where)
     if label is None and table.column_names[:1] == ["f0"]:  # no header
         label = "f0"

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from mnist_diffusion.config import ImagesConfig
+from mnist_diffusion.data.arrays import MIN_PIXELS, pixel_split
+from mnist_diffusion.data.columns import INDEX_COLUMN
 from mnist_diffusion.data.decoding import (
     DataError,
     Encoded,
@@ -41,7 +43,12 @@ def read_datasets(description: str, tables: Any, config: ImagesConfig, folder: P
         DataError: a named split or column is missing, or there are several columns to choose from.
     """
     train_split, test_split, notes = choose_splits(list(tables), config, description)
-    features = tables[train_split].features
+    features = {n: kind for n, kind in tables[train_split].features.items() if not INDEX_COLUMN.fullmatch(n)}
+    if len(features) > MIN_PIXELS and not {config.image_column, *COLUMNS["image_column"][1]} & features.keys():
+        pixels = {split: pixel_split(tables[split].data.table, config, description) for split in tables}
+        if (train := pixels[train_split]) is not None:
+            test = None if test_split is None else pixels[test_split]
+            return RawSource(str(config.source), description, train, test, notes=tuple(notes))
     image_column = _find_column("image_column", config.image_column, features, description)
     labels_in = {name: kind for name, kind in features.items() if name != image_column}
     label_column = _find_column("label_column", config.label_column, labels_in, description)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ FILE_COLUMNS = (
 )
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category", "digit", "y")
 """What such columns are usually called, the likeliest first."""
+INDEX_COLUMN = re.compile(r"(__index_level_\d+__|Unnamed: \d+)?")
+"""The columns in which pandas writes its index."""
 BLOCK_BYTES = 2**26
 
 

@@ -14,19 +14,20 @@ from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.decoding import DataError, picture_files
 from mnist_diffusion.data.sources import read_source
+from mnist_diffusion.data.trees import PICTURE_SUFFIX, TEXT_SUFFIXES
 from mnist_diffusion.evaluation.draw import MIN_IMAGES, Sample
 from mnist_diffusion.plots.grids import SHEETS, file_names
 
 PARTS_OF_A_RUN = ("unet", "scheduler", "pipeline", "config.yaml")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LABELLED_NAME = re.compile(r"digit_(?P<name>.+)_\d+")
 
 
 def read_sample(path: Path, data: ImageData) -> Sample:
-    """Read images that any program wrote: one folder per class, parquet or arrow with labels, or a flat folder.
+    """Read images that any program wrote: whatever can be trained on, or a flat folder.
 
-    In a flat folder the class is read from names such as `digit_3_000.png`, which `mnist-diffusion sample --files`
-    writes; with other names there are no classes, and no class accuracy.
+    In a flat folder without a table the class is read from names such as `digit_3_000.png`, which `mnist-diffusion
+    sample --files` writes. With other names, and where labels and folders name none of the classes, the images have no
+    classes, and no class accuracy.
 
     Raises:
         DataError: the images could not be read, are too few, or differ from the data in size, channels or classes.
@@ -43,9 +44,12 @@ def read_sample(path: Path, data: ImageData) -> Sample:
     if tuple(stacked.shape[1:]) != (expected := tuple(data.train.images.shape[1:])):
         raise DataError(f"{path}: images are {tuple(stacked.shape[1:])} (C, H, W), but the real ones {expected}")
     labels = None
+    known = {name: index for index, name in enumerate(data.class_names)}
+    known |= {name: index for index, name in enumerate(file_names(data.class_names))} if _is_flat(path) else {}
+    if names is not None and not _is_flat(path) and not set(names) & set(known):
+        print(f"note: {path} names none of the classes, so its images are measured without: {sorted(set(names))[:5]}")
+        names = None
     if names is not None:
-        known = {name: index for index, name in enumerate(data.class_names)}
-        known |= {name: index for index, name in enumerate(file_names(data.class_names))} if _is_flat(path) else {}
         if unknown := sorted(set(names) - set(known)):
             raise DataError(f"{path}: classes {unknown[:5]} are not among the real ones {list(known)[:20]}")
         labels = torch.tensor([known[name] for name in names])
@@ -57,11 +61,13 @@ def read_sample(path: Path, data: ImageData) -> Sample:
 
 
 def _is_flat(path: Path) -> bool:
-    return path.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in path.iterdir())
+    """Whether pictures lie in a folder itself, and no table."""
+    suffixes = {file.suffix.lower() for file in path.iterdir()} if path.is_dir() else set()
+    return any(map(PICTURE_SUFFIX.fullmatch, suffixes)) and not suffixes & {*TEXT_SUFFIXES}
 
 
 def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:
-    pictures = (file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = (file for file in folder.iterdir() if PICTURE_SUFFIX.fullmatch(file.suffix.lower()))
     files = sorted(file for file in pictures if file.name not in SHEETS)
     images = list(tqdm(picture_files(files), total=len(files), desc="reading", leave=False))
     found = [LABELLED_NAME.fullmatch(file.stem) for file in files]

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -91,6 +92,18 @@ def flat_lists(root: Path) -> None:
     table(root / "test.parquet", [0, 1, 2], lambda pixels: pixels.flatten().tolist())
 
 
+def pixels_by_pandas(root: Path) -> None:
+    """A column for each pixel, and the index of a data frame whose rows were chosen."""
+    for split, count in (("train", 12), ("test", 3)):
+        images, labels = pixels_and_labels(count)
+        frame = pandas.DataFrame(images.reshape(count, -1)).rename(columns="pixel{}".format).assign(label=labels)
+        frame.index = frame.index[::-1] * 2
+        frame.to_parquet(root / f"{split}.parquet")
+        if split == "train":
+            (root / "csv").mkdir()
+            frame.to_csv(root / "csv" / "train.csv")
+
+
 def zip_of_classes(root: Path) -> None:
     classes(root / "pictures", ("0", "1", "2"))
     with zipfile.ZipFile(root / "pictures.zip", "w") as archive:
@@ -118,6 +131,9 @@ FORMATS: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
     "KMNIST .npz": (kmnist_npz, ".", 12, 3),
     ".npy": (npy_pair, ".", 9, 3),
     "flat lists in parquet": (flat_lists, ".", 12, 3),
+    "pixel columns in parquet": (pixels_by_pandas, "train.parquet", 9, 3),
+    "pixel columns in parquet, a folder": (pixels_by_pandas, ".", 12, 3),
+    "CSV with an index": (pixels_by_pandas, "csv", 9, 3),
     "zip": (zip_of_classes, "pictures.zip", 9, 3),
     "IDX by other names": (idx_by_other_names, ".", 12, 3),
 }

@@ -172,7 +172,7 @@ def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
         ("steps", True, "steps must be a number from 1 to 100, got True"),
         ("seed", -1, "seed must be a number from 0 to"),
         ("scheduler", "../secret", "scheduler must be one of ddpm,"),
-        ("scheduler", 5, "scheduler must be a valid string, got 5"),
+        ("scheduler", 5, "scheduler must be a word, in quotes if it looks like a number, got 5"),
         ("class_labels", tuple("d" * 40), "images in all must be a number from 1 to 64, got 80"),
     ],
 )

@@ -231,6 +231,33 @@ class TestReading:
         assert sample.labels is None
         assert len(sample.images) == 60
 
+    @pytest.mark.parametrize("kind", ["folders", "one folder", "array", "webp"])
+    def test_images_without_classes(
+        self, letters: ImageData, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As other programs write them: in numbered folders, in one below, in an array."""
+        pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8)).astype(np.uint8)
+        for index, image in enumerate(pixels if kind != "array" else ()):
+            below = {"folders": f"{index // 20:06}", "one folder": "images", "webp": "."}[kind]
+            (tmp_path / below).mkdir(exist_ok=True)
+            suffix = "webp" if kind == "webp" else "png"
+            Image.fromarray(image).save(tmp_path / below / f"{index:03}.{suffix}", lossless=True)
+        if kind == "array":
+            np.savez(tmp_path / "samples.npz", arr_0=pixels[..., None])
+        sample = read_sample(tmp_path, letters)
+        assert sample.labels is None
+        assert torch.equal(sample.images[:, 0], torch.from_numpy(pixels))
+        assert ("names none of the classes" in capsys.readouterr().out) == (kind != "webp")
+
+    def test_a_table_beside_the_pictures(self, letters: ImageData, tmp_path: Path) -> None:
+        for index in range(60):
+            Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
+        rows = "".join(f"{index}.png,{LETTERS[index % 10]}\n" for index in range(60))
+        (tmp_path / "labels.csv").write_text("file,label\n" + rows)
+        sample = read_sample(tmp_path, letters)
+        assert sample.labels is not None
+        assert torch.equal(sample.labels, sample.images[:, 0, 0, 0].long() % 10)
+
     def test_parquet(self, letters: ImageData, tmp_path: Path) -> None:
         import datasets
 
