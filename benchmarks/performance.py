@@ -1,4 +1,4 @@
-"""The figures of the documents, written anew by the commands that stand above them.
+"""The figures of the README and the documents, written anew by the commands that stand above them.
 
     python benchmarks/performance.py path/to/mnist                          # all of them, for hours
     python benchmarks/performance.py path/to/mnist --only sampling.py       # those with this word in their command
@@ -6,8 +6,8 @@
 
 A document has its commands in comments, `<!-- figures: COMMAND -->` or, where it needs a GPU, `<!-- figures on cuda:
 COMMAND -->`. What stands between one and `<!-- end -->` is replaced by the table that the command prints or leaves in
-its `--out`, under the command, the machine and the date. `docs/performance.md` lists them all, and its commands come
-first, as they leave runs in `runs/performance` that others use. What is there is not trained again: remove it to do so.
+its `--out`, under the command, the machine and the date. `docs/results.md` lists them all, and its commands come
+first, as they leave runs in `runs/results` that others use. What is there is not trained again: remove it to do so.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def main(data: str, *, only: str = "", documents: Path = DOCUMENTS) -> None:
         only: leave the figures as they are whose command does not contain this.
         documents: the folder.
     """
-    pages, listing = sorted(documents.glob("*.md")), documents / "performance.md"
-    for page in sorted(pages, key=lambda page: page != listing):
+    pages, listing = sorted(documents.glob("*.md")), documents / "results.md"
+    for page in [*sorted(pages, key=lambda page: page != listing), documents.parent / "README.md"]:
         for found in FIGURES.finditer(page.read_text(encoding="utf-8")):
             opening, device, command = found.groups()
             if only not in command or (device or DEFAULT_DEVICE) != DEFAULT_DEVICE:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mnist_diffusion.training.run import distill, train
 
 __all__ = ["Config", "DistillConfig", "MNISTDiffusionPipeline", "__version__", "distill", "load", "train"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 MODULES = {
     "Config": "config",
     "DistillConfig": "config",
@@ -25,11 +25,12 @@ MODULES = {
 """Where each public name lives; it is imported when it is used, as torch and diffusers take seconds."""
 
 
-def load(source: str, *, device: str | None = None) -> MNISTDiffusionPipeline:
+def load(source: str | None = None, *, device: str | None = None) -> MNISTDiffusionPipeline:
     """Load a pipeline folder, a run folder or a Hub id such as `user/name`, running no code from it.
 
     Args:
-        source: the folder or the id, with `@revision` if wanted.
+        source: the folder or the id, with `@revision` if wanted; `mnist` and `mnist-student` come with the package.
+            None takes the newest run in `runs/`, or else `mnist`.
         device: such as `cpu` or `cuda`; None takes a GPU if there is one.
 
     Raises:

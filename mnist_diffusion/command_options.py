@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.config import ImagesConfig, SamplingSettings
-from mnist_diffusion.errors import ConfigError, UserError
+from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.option_types import (
     CFG,
     STRICT,
@@ -53,8 +53,8 @@ class DrawOptions:
 class SampleOptions(SamplingSettings, DrawOptions):
     """Options of `mnist-diffusion sample`."""
 
-    pipeline: Place
-    """Pipeline folder, run folder, or Hub id such as user/name."""
+    pipeline: Place | None = None
+    """Pipeline folder, run folder, or Hub id such as user/name; runs/latest if omitted, or else the shipped model."""
     class_labels: tuple[Text, ...] = ()
     """Classes by number or name; all if omitted."""
     num_images: Annotated[int, Field(ge=1, le=10_000_000)] = 16
@@ -86,9 +86,9 @@ class SampleOptions(SamplingSettings, DrawOptions):
 class EvaluationOptions(DrawOptions):
     """Options of `mnist-diffusion evaluate`."""
 
-    sources: tuple[Place, ...]
+    sources: tuple[Place, ...] = ()
     """Pipeline folders or Hub ids; or one folder of images from any program: a folder per class, parquet, or files
-    named digit_<class>_<number>.png."""
+    named digit_<class>_<number>.png; runs/latest if omitted, or else the shipped model."""
     names: tuple[Text, ...] = ()
     """Names of the sources in the report; the sources themselves if omitted."""
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
@@ -147,7 +147,8 @@ class AppOptions:
     """Options of `mnist-diffusion app`."""
 
     pipelines: tuple[Place, ...] = ()
-    """Pipeline folders or Hub ids; the first is selected at the start."""
+    """Pipeline folders or Hub ids; the first is selected at the start; runs/latest if omitted, or else the shipped
+    models."""
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
     """The images to train on."""
     runs: FilePath = Path("runs")
@@ -158,7 +159,3 @@ class AppOptions:
     """Address to listen at; 0.0.0.0 admits other machines."""
     port: Annotated[int, Field(ge=1, lt=2**16)] = 7860
     """Port to listen at."""
-
-    def __post_init__(self) -> None:
-        if self.only_draw and not self.pipelines:
-            raise UserError("only_draw=true needs a pipeline to sample from")

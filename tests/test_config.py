@@ -141,14 +141,8 @@ def test_flags_win_wherever_config_stands_and_a_later_config_wins(tmp_path: Path
         ("train:\nmax_steps: 5", "mine.yaml: the section train is empty"),
         ("# nothing yet\n", "mine.yaml has no options"),
         ("1: 2", "keywords must be strings"),
-        (
-            "train:\n  checkpoint_every: 500",
-            "train.checkpoint_every must be a number of steps or epochs, such as",
-        ),
-        (
-            "data:\n  class_names: [1, 2]",
-            "data.class_names.0 must be a word, in quotes if it looks like a number",
-        ),
+        ("train:\n  checkpoint_every: 500", "train.checkpoint_every must be a number of steps or epochs, such as"),
+        ("data:\n  class_names: [1, 2]", "data.class_names.0 must be a word, in quotes if it looks like a number"),
     ],
 )
 def test_bad_files(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

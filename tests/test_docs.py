@@ -32,13 +32,10 @@ from tests.support.hub_server import HubServer
 DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
-BOTH = "runs/first runs/second"
+BOTH = "runs/mnist runs/other"
 PLACEHOLDERS = {
-    "runs/<run>/snapshots/step-277500": "runs/first/snapshots/step-2",
-    "runs/<run>": "runs/first",
-    "runs/<other>": "runs/second",
-    "FOLDER_OF_IMAGES": "images",
-    "PIPELINE": "runs/first/pipeline",
+    "runs/mnist/snapshots/step-500": "runs/mnist/snapshots/step-2",
+    "runs/ddpm_200/snapshots/step-277500": "runs/mnist/snapshots/step-2",
     "user/": "owner/",
     "steps = 800": "steps = 3",
     "max_steps=1000": "max_steps=3, pictures=False, num_eval_images=16",
@@ -68,12 +65,15 @@ SHORT = {
 NOT_RUN = {
     "python3 -m venv": "installs; the second of the two is what runs these tests",
     "accelerate launch --multi_gpu": "needs GPUs",
-    "mnist-diffusion studio runs": "as in docs/studio.md, and takes half a minute",
+    "mnist-diffusion studio runs": "tried in tests/demo",
     "mnist-diffusion app": "serves until it is interrupted, tried in tests/demo",
     "pip install": "installs",
     "python benchmarks/speedrun.py": "trains for minutes",
     "python examples/": "tried in tests/examples",
-    "mnist-diffusion space runs/first/pipeline owner/digits --student": "tried in docs/studio.md and tests/demo",
+    "mnist-diffusion space runs/mnist owner/digits --student": "tried in tests/demo",
+    "mnist-diffusion space runs/mine": "tried in tests/demo",
+    "uv": "installs",
+    ". .venv/bin/activate": "is active",
     "ACCELERATE_USE_CPU=true torchrun": "several processes, tried in tests/journeys",
     "torchrun": "several machines, tried in tests/journeys",
 }
@@ -113,7 +113,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels[number]).save(letters / f"{number}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for name, seed in (("first", "0"), ("second", "1")):
+        for name, seed in (("mnist", "0"), ("other", "1")):
             AcceleratorState._reset_state(reset_partial_state=True)
             flags = ["--data.source", "path/to/mnist", "--train.seed", seed, "--train.snapshot_every", "2 steps"]
             flags += ["--output_dir", f"runs/{name}", "--train.checkpoint_every", "2 steps"]
@@ -188,8 +188,8 @@ def test_commands_run_as_written(document: Path, in_workspace: None, hub: HubSer
 
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if blocks(each, "python")], ids=lambda path: path.name)
 def test_python_runs_as_written(document: Path, in_workspace: None, hub: HubServer) -> None:
-    assert main(["push", "runs/first", "owner/name"]) == 0
-    pipeline = MNISTDiffusionPipeline.from_pretrained("runs/first/pipeline")
+    assert main(["push", "runs/mnist", "owner/name"]) == 0
+    pipeline = MNISTDiffusionPipeline.from_pretrained("runs/mnist")
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     names: dict[str, Any] = {
         "pipeline": pipeline,
@@ -205,7 +205,11 @@ def test_python_runs_as_written(document: Path, in_workspace: None, hub: HubServ
 
 
 def test_no_block_is_passed_over() -> None:
-    assert {language for each in DOCUMENTS for language, _ in BLOCK.findall(each.read_text())} == {"bash", "python"}
+    assert {language for each in DOCUMENTS for language, _ in BLOCK.findall(each.read_text())} == {
+        "bash",
+        "bibtex",
+        "python",
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -228,8 +232,8 @@ def test_every_command_recipe_and_folder_is_mentioned() -> None:
     for verb in VERBS:
         assert f"mnist-diffusion {verb}" in everything, verb
     for recipe in RECIPES.glob("*.yaml"):
-        assert f"`{recipe.stem}`" in texts[REPOSITORY / "docs" / "recipes.md"], recipe
-    readme = texts[REPOSITORY / "README.md"]
+        assert f"`{recipe.stem}`" in texts[REPOSITORY / "docs" / "research_training.md"], recipe
+    laid_out = texts[REPOSITORY / "CONTRIBUTING.md"]
     packages = [path.parent.name for path in (REPOSITORY / "mnist_diffusion").glob("*/__init__.py")]
-    assert [name for name in packages if f"`mnist_diffusion/{name}/`" not in readme] == []
+    assert [name for name in packages if f"`mnist_diffusion/{name}/`" not in laid_out] == []
     assert not re.findall(r"(?<!-m )mnist_diffusion (?:train|sample|evaluate|distill)|mnist-diffusion-", everything)

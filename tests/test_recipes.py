@@ -28,7 +28,6 @@ NARROWER = {
     "ddpm_1000": ["--model.block_out_channels", "[32,32,32,32]", "--model.attention_head_dim", "32"],
     "ddpm_1000_unconditional": ["--model.block_out_channels", "[32,32,32,32]", "--model.attention_head_dim", "32"],
     "diffusers_example": ["--model.block_out_channels", "[32,32,32,32,32,32]"],
-    "quality": ["--model.block_out_channels", "[32,32,64]"],
     "rgb32_attention": ["--model.block_out_channels", "[64,64,64,128]"],
 }
 """Widths of the large ones here; everything else of them stays."""

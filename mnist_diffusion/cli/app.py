@@ -17,7 +17,6 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         prog=prog,
         usage=f"{prog} [PIPELINE ...] [--option VALUE ...]",
         description="Serve a web app on this machine that samples, steers, compares and trains (extra `app`).",
-        epilog="Without a PIPELINE, the app starts with training.",
     )
     options: AppOptions = parser.read(argv)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def main(argv: Sequence[str], *, prog: str) -> int:
         epilog="Several schedulers, steps or scales make a sweep: --num_inference_steps 5 10 20 --guidance_scale 1 2",
     )
     options: EvaluationOptions = parser.read(argv)
+    if not options.sources:
+        from mnist_diffusion.pipelines.drawing import default_sources
+
+        options = dataclasses.replace(options, sources=default_sources()[:1])
     card = pipeline_folder(Path(options.sources[0])) / "README.md"
     if options.write_card and len(options.sources) > 1:
         raise UserError(f"--write_card writes one card, but {len(options.sources)} sources are named")

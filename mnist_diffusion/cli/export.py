@@ -15,8 +15,8 @@ from mnist_diffusion.option_types import STRICT, FilePath, Place
 class Options:
     """Options of `mnist-diffusion export`."""
 
-    pipeline: Place
-    """Pipeline folder, run folder, or Hub id such as user/name."""
+    pipeline: Place | None = None
+    """Pipeline folder, run folder, or Hub id such as user/name; runs/latest if omitted, or else the shipped model."""
     out: FilePath = Path("onnx")
     """Output folder."""
 

@@ -42,9 +42,10 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, schema: type, *, positional: Sequence[str] = (), **options: Any):
-        options.setdefault("usage", " ".join([options["prog"], *map(str.upper, positional), "[--option VALUE ...]"]))
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.schema, self.kinds = schema, dict(_leaves(schema))
+        words = [name.upper() if self.kinds[name].is_required() else f"[{name.upper()}]" for name in positional]
+        options.setdefault("usage", " ".join([options["prog"], *words, "[--option VALUE ...]"]))
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         for name, info in self.kinds.items():
             text = " ".join((info.description or "").split()).replace("%", "%%")
             required = info.is_required() and "." not in name  # a section's may come from a file

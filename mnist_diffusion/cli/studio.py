@@ -15,8 +15,8 @@ from mnist_diffusion.option_types import STRICT, FilePath, Place, Text
 class Options:
     """Options of `mnist-diffusion studio`."""
 
-    pipeline: Place
-    """Pipeline folder, run folder, or Hub id such as user/name."""
+    pipeline: Place | None = None
+    """Pipeline folder, run folder, or Hub id such as user/name; runs/latest if omitted, or else the shipped model."""
     student: Place | None = None
     """Distilled student pipeline; listed first."""
     out: FilePath = Path("studio")
@@ -38,9 +38,11 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     )
     options: Options = parser.read(argv)
     from mnist_diffusion.demo.studio.build import write_studio
-    from mnist_diffusion.pipelines.drawing import load_pipeline
+    from mnist_diffusion.pipelines.drawing import default_sources, load_pipeline
 
-    sources = {"One step or a few": options.student, "Step by step": options.pipeline}
+    teacher, *students = default_sources() if options.pipeline is None else (options.pipeline,)
+    student = options.student or next(iter(students), None)
+    sources = {"One step or a few": student, "Step by step": teacher}
     pipelines = {name: load_pipeline(source, device="cpu") for name, source in sources.items() if source is not None}
     write_studio(pipelines, options.out, title=options.title, runtime=options.runtime)
     size = sum(path.stat().st_size for path in options.out.iterdir()) / 1e6

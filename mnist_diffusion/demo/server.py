@@ -30,6 +30,7 @@ from mnist_diffusion.demo.page import HERE, build_page
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import read_text
+from mnist_diffusion.pipelines.drawing import default_sources
 
 ROUTES = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|manifest\.json)/?|/(assets|static)/.*"
@@ -128,7 +129,7 @@ def build_app(options: AppOptions) -> tuple[FastAPI, JobRunner | None]:
     """
     set_num_threads()
     jobs = None if options.only_draw else JobRunner(options.runs)
-    page = build_page(Models(options.pipelines), jobs, _arguments(options.data))
+    page = build_page(Models(options.pipelines or default_sources()), jobs, _arguments(options.data))
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     guard(app, options.host)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

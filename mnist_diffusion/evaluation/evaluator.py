@@ -187,7 +187,7 @@ def load_evaluator(folder: Path, data: ImageData) -> LoadedEvaluator:
         UserError: there is none in the folder, or it is for other classes or images of another shape.
     """
     try:
-        model, digest = _read_evaluator(folder)
+        model, digest = read_evaluator(folder)
     except FileError as error:
         raise UserError(f"evaluator {str(folder)!r} could not be loaded: {error}") from error
     config = model.config
@@ -200,7 +200,7 @@ def load_evaluator(folder: Path, data: ImageData) -> LoadedEvaluator:
     return LoadedEvaluator(model.eval(), digest, str(folder))
 
 
-def _read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
+def read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
     """An evaluator and the SHA-256 of its weights, which are checked before memory is taken for them."""
     path, weights = file_within(folder, "config.json"), file_within(folder, "model.safetensors")
     try:

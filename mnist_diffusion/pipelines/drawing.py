@@ -21,14 +21,18 @@ from mnist_diffusion.config import SamplingSettings
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.environment import DEFAULT_DEVICE
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import pipeline_folder
 from mnist_diffusion.hub_client import HubError, hub_errors
 from mnist_diffusion.method.guidance import Autoguidance
 from mnist_diffusion.option_types import AUTOGUIDANCE, CFG
+from mnist_diffusion.parallel import is_main
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.pipelines.samplers import SAMPLERS, build_sampler, sampler_name
 
 VALUES_PER_BATCH = {"cpu": 100_000, "gpu": 800_000}
 """Pixel values sampled together: on a CPU they should fit into the caches."""
+MODELS, SHIPPED, LATEST = Path(__file__).parents[1] / "models", ("mnist", "mnist-student"), "runs/latest"
+"""The models that come with the package, and the link to the newest run."""
 DEFAULTS = ("num_inference_steps", "guidance_scale", "guidance_interval", "eta", "noise_interval")
 """Settings that are arguments of a call, whose defaults a pipeline folder holds."""
 
@@ -218,13 +222,34 @@ def generate(
     return torch.cat(list(generate_batches(pipeline, class_labels, seeds, **call)))
 
 
-def load_pipeline(source: str, *, device: str | None, dtype: str = "float32") -> MNISTDiffusionPipeline:
-    """Load a pipeline folder or Hub repository (`user/name`, `user/name@revision`), running no code from it.
+def default_sources() -> tuple[str, ...]:
+    """What commands take if no pipeline is named: the newest run here, else the models that come with the package."""
+    if (pipeline_folder(Path(LATEST)) / "model_index.json").is_file():
+        sources: tuple[str, ...] = (LATEST,)
+        about = f"{LATEST}, the newest run"
+    else:
+        sources, about = SHIPPED, f"{SHIPPED[0]}, the model that comes with mnist-diffusion"
+    if is_main():
+        print(f"No pipeline is named, so this uses {about}")
+    return sources
+
+
+def load_pipeline(source: str | None, *, device: str | None, dtype: str = "float32") -> MNISTDiffusionPipeline:
+    """Load a pipeline, running no code from it.
+
+    Args:
+        source: a pipeline folder, a run folder, a Hub repository (`user/name`, `user/name@revision`), or a model that
+            comes with the package (`mnist`, `mnist-student`); None takes the first of [`default_sources`].
+        device: such as `cpu`; None takes a GPU if there is one.
+        dtype: data type of the weights.
 
     Raises:
         UserError: it could not be loaded, or there is no such device.
     """
     logging.disable_progress_bar()
+    source = source or default_sources()[0]
+    if source in SHIPPED and not (pipeline_folder(Path(source)) / "model_index.json").is_file():
+        source = str(MODELS / source)
     repo_id, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
     failed = f"pipeline {source!r} could not be loaded"
     try:

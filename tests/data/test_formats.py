@@ -165,11 +165,16 @@ DOCUMENTED = {
     "a folder of IDX files": "IDX by other names",
     "a Hub id": "test_cached_copy_without_the_network",
 }
-"""Each row of the table in docs/data.md, with what reads such a source: one of the formats above, or another test."""
+"""Each row of the table in docs/own_images.md, with what reads such a source: a format above, or another test."""
 
 
 def test_each_row_of_the_documented_table_is_read() -> None:
-    table = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8").partition("| --- | --- |\n")[2]
+    table = (
+        (REPOSITORY / "docs" / "own_images.md")
+        .read_text(encoding="utf-8")
+        .partition("## What is read")[2]
+        .partition("| --- | --- |\n")[2]
+    )
     rows = [line.split(" | ")[0].removeprefix("| ") for line in table.partition("\n\n")[0].splitlines()]
     assert rows == list(DOCUMENTED)
     tests = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py"))

@@ -286,9 +286,6 @@ def test_addresses_and_ports_that_cannot_be(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["app", "--port", "99999"])
     assert "port must be less than 65536, got '99999'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["app", "--only_draw"])
-    assert "only_draw=true needs a pipeline to sample from" in capsys.readouterr().err
     assert main(["app", "no/such/folder"]) == 2
     assert "could not be loaded" in capsys.readouterr().err
     assert AppOptions().host == "127.0.0.1"

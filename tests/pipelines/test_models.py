@@ -1,0 +1,59 @@
+"""The models that come with the package, and what commands take when no pipeline is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from mnist_diffusion import load
+from mnist_diffusion.cli import main
+from mnist_diffusion.evaluation.evaluator import SHIPPED as EVALUATOR
+from mnist_diffusion.evaluation.evaluator import logits_and_features, read_evaluator
+from mnist_diffusion.pipelines.drawing import MODELS, SHIPPED, generate
+from tests.conftest import make_pipeline
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_models_sample_the_digits_asked_for(name: str) -> None:
+    folder = MODELS / name
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 1_000_000
+    labels = [label for label in range(10) for _ in range(20)]
+    images = generate(load(name), labels, range(200))
+    logits, _ = logits_and_features(read_evaluator(EVALUATOR)[0], (images * 255).round().byte())
+    assert (logits.argmax(dim=1) == torch.tensor(labels)).float().mean() > 0.97
+
+
+def test_no_pipeline_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest run here, or else the shipped model."""
+    assert main(["sample", "--num_images", "10"]) == 0
+    assert "No pipeline is named, so this uses mnist, the model that comes with" in capsys.readouterr().out
+    assert (tmp_path / "samples" / "grid.png").is_file()
+    make_pipeline().save_pretrained(tmp_path / "runs" / "latest" / "pipeline")
+    assert load().image_shape == (1, 8, 8)
+    assert "so this uses runs/latest, the newest run" in capsys.readouterr().out
+    assert load("mnist").image_shape == (1, 28, 28)
+    (tmp_path / "mnist").mkdir()  # a folder of images, say
+    assert load("mnist").image_shape == (1, 28, 28)
+    make_pipeline().save_pretrained(tmp_path / "mnist" / "pipeline")
+    assert load("mnist").image_shape == (1, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_models_reach_what_their_cards_say(name: str, mnist_folder: Path, tmp_path: Path) -> None:
+    measured = ModelCard.load(MODELS / name / "README.md").data.eval_results or []
+    said = {entry.metric_type: entry.metric_value for entry in measured}
+    images = ["--data.source", str(mnist_folder.resolve()), "--num_images", "2000"]
+    assert main(["evaluate", name, *images, "--out", str(tmp_path / "report")]) == 0
+    [result] = json.loads((tmp_path / "report" / "report.json").read_text())["results"]
+    assert result["accuracy"] > said["accuracy"] - 0.01
+    assert result["recall"] > said["recall"] - 0.03
