@@ -65,8 +65,6 @@ class SampleOptions(SamplingSettings, DrawOptions):
     """Also write each image to a file such as digit_3_000.png."""
     gif: bool = False
     """Also write an animation of the denoising."""
-    compare_schedulers: bool = False
-    """Also draw a sheet that compares DDPM and DDIM."""
     guidance_sweep: tuple[GuidanceScale, ...] = ()
     """Also draw a sheet at each of these guidance scales."""
     interpolation: Annotated[int, Field(ge=0)] = 0

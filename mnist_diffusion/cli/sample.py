@@ -44,8 +44,6 @@ def _sample(options: SampleOptions) -> int:
             return 0
         grid, images = samples.grid()
         sheets = {"grid": grid}
-        if options.compare_schedulers:
-            sheets["schedulers"] = samples.compare_schedulers()
         if options.guidance_sweep:
             sheets["guidance"] = samples.guidance_sweep(options.guidance_sweep)
         if options.interpolation:

@@ -254,7 +254,7 @@ def _resize_and_convert(
 
 
 def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: str) -> tuple[ImageSplit, ImageSplit]:
-    """Split off a stratified tenth, at least one image per class, chosen by the seed."""
+    """Split off a stratified tenth, at least one image per class, chosen by the seed; identical images go together."""
     from sklearn.model_selection import train_test_split
 
     counts = torch.bincount(images.labels, minlength=len(names))
@@ -269,7 +269,18 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
     for label in {*range(len(names))} - {*labels[taken].tolist()}:  # a class too small for its share
         one = kept[labels[kept] == label][:1]
         kept, taken = np.setdiff1d(kept, one), np.append(taken, one)
+    numbers = _numbered(images)
+    again = np.isin(numbers[kept], numbers[taken])
+    again &= np.isin(labels[kept], labels[kept[~again]])  # unless its class would have no others
+    kept, taken = kept[~again], np.append(taken, kept[again])
     return images.select(torch.from_numpy(np.sort(kept))), images.select(torch.from_numpy(np.sort(taken)))
+
+
+def _numbered(images: ImageSplit) -> np.ndarray:
+    """A number for each image, the same for identical ones."""
+    seen: dict[bytes, int] = {}
+    each = (image.numpy().tobytes() for chunk in images.chunks() for image in chunk.contiguous())
+    return np.array([seen.setdefault(hashlib.sha256(content).digest(), len(seen)) for content in each])
 
 
 def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, part: slice) -> tuple[Tensor, Tensor]:

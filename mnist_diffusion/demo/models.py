@@ -13,7 +13,6 @@ from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 CLASSIFIER_FREE = "classifier-free"
-NONE_YET = "there is no pipeline yet: train one first"
 
 
 class Models:
@@ -73,8 +72,6 @@ class Models:
         Raises:
             UserError: there is none.
         """
-        if not self._loaded:
-            raise UserError(NONE_YET)
         if not isinstance(name, str) or name not in self._loaded:
             raise UserError(f"pipeline must be one of {self.names}, got {str(name)[:100]!r}")
         return self._loaded[name]

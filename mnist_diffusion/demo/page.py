@@ -11,7 +11,6 @@ from typing import Any
 
 import gradio as gr
 
-from mnist_diffusion.config import Config
 from mnist_diffusion.demo import drawing
 from mnist_diffusion.demo.drawing import (
     PIPELINE_DEFAULT,
@@ -37,8 +36,6 @@ RECIPES = {
     "default": "default: legible digits, in five minutes.",
     "tiny": "tiny: blobs that begin to look like digits, in one.",
 }
-FALLBACK_SAMPLING: Any = Config.load("default").sampling
-"""What the controls show while there is no pipeline."""
 MAX_MINUTES, MAX_STEERED = 30, 50
 STEPS, SCALES = (1, 2, 4, 5, 10, 20, 50), (0.0, 1.0, 1.4, 1.9, 2.8, 5.0, 8.0)
 SECONDS_BETWEEN_STEPS, SECONDS_BETWEEN_LOOKS = 0.6, 3.0
@@ -78,7 +75,7 @@ class Controls:
         """A control that chooses a class by its name, or several; `place` is that of the first choice."""
 
         def values(pipeline: Any) -> dict[str, Any]:
-            names = list(class_names(pipeline)) if pipeline is not None else []
+            names = list(class_names(pipeline))
             first = names[place % len(names)] if names else None
             return {"choices": names, "value": [first] if kind is gr.CheckboxGroup and names else first}
 
@@ -88,8 +85,6 @@ class Controls:
         """A control of the guidance scale."""
 
         def values(pipeline: Any) -> dict[str, Any]:
-            if pipeline is None:
-                return {"info": GUIDANCE}
             scales = pipeline.config.guidance_distilled
             only = (
                 f"This student was distilled at the scales {', '.join(f'{each:g}' for each in scales)}."
@@ -106,7 +101,7 @@ class Controls:
         """A control of the lower or upper bound of the guidance interval."""
 
         def values(pipeline: Any) -> dict[str, Any]:
-            return {"value": place if pipeline is None else pipeline.config.guidance_interval[place]}
+            return {"value": pipeline.config.guidance_interval[place]}
 
         return self.add(gr.Slider, values, minimum=0, maximum=1, step=0.05, **options)
 
@@ -114,8 +109,7 @@ class Controls:
         """A control of the number of steps."""
 
         def values(pipeline: Any) -> dict[str, Any]:
-            steps = (FALLBACK_SAMPLING if pipeline is None else pipeline.config).num_inference_steps
-            return {"value": min(steps, drawing.MAX_STEPS)}
+            return {"value": min(pipeline.config.num_inference_steps, drawing.MAX_STEPS)}
 
         look = {"minimum": 1, "maximum": drawing.MAX_STEPS, "step": 1, "label": "Steps", "info": STEPS_HELP}
         return self.add(gr.Slider, values, **look)
@@ -136,12 +130,10 @@ def build_page(models: Models, jobs: JobRunner | None, data: Sequence[str]) -> g
     """
     with gr.Blocks(title="mnist-diffusion", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# mnist-diffusion\nWatch a diffusion model sample, and change how it does.")
-        first = models.names[:1]
-        chosen = gr.Dropdown(
-            models.names, value=first[0] if first else None, label="Pipeline", info="The model to sample from."
-        )
-        controls = Controls(chosen, models[first[0]] if first else None, [])
-        with gr.Tabs(selected="generate" if first or jobs is None else "train"):
+        first = models.names[0]
+        chosen = gr.Dropdown(models.names, value=first, label="Pipeline", info="The model to sample from.")
+        controls = Controls(chosen, models[first], [])
+        with gr.Tabs():
             for build in (_generate, _steer, _compare, _explore):
                 name = build.__name__.removeprefix("_")
                 with gr.Tab(name.capitalize(), id=name):
@@ -152,14 +144,15 @@ def build_page(models: Models, jobs: JobRunner | None, data: Sequence[str]) -> g
                 # Somebody may have started a run and closed the page; the pipeline chosen there stays.
                 page.load(lambda: refresh()[:2], None, shown[:2], **AT_ONCE)
 
-        def follow(name: str | None) -> list[Any]:
-            pipeline = models[name] if name in models.names else None
-            return [gr.update(**values(pipeline)) for _, values in controls.set_for]
-
-        def opened(name: str | None) -> Any:
+        def follow(name: str) -> list[Any]:
             with errors_as_toast():
-                trained = [models.add(str(folder)) for folder in (jobs.pipelines() if jobs is not None else [])]
-            return gr.update(choices=models.names, value=name or next(reversed(trained), None))
+                return [gr.update(**values(models[name])) for _, values in controls.set_for]
+
+        def opened(name: str) -> Any:
+            with errors_as_toast():
+                for folder in jobs.pipelines() if jobs is not None else []:
+                    models.add(str(folder))
+            return gr.update(choices=models.names, value=name)
 
         followers = [control for control, _ in controls.set_for]
         controls.pipeline.change(follow, controls.pipeline, followers, **AT_ONCE)
@@ -294,8 +287,7 @@ def _compare(models: Models, controls: Controls) -> None:
 
 
 def _nearest_scale(pipeline: Any) -> dict[str, Any]:
-    usual = (FALLBACK_SAMPLING if pipeline is None else pipeline.config).guidance_scale
-    return {"value": [min(SCALES, key=lambda each: abs(each - usual))]}
+    return {"value": [min(SCALES, key=lambda each: abs(each - pipeline.config.guidance_scale))]}
 
 
 def _figures(rows: Sequence[drawing.Row]) -> str:

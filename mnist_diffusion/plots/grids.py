@@ -16,7 +16,7 @@ from torch import Tensor
 from mnist_diffusion.files import replace_picture
 from mnist_diffusion.method.noise import NoisingProcess
 
-SHEETS = ("grid.png", "schedulers.png", "guidance.png", "interpolation.png")
+SHEETS = ("grid.png", "guidance.png", "interpolation.png")
 """The sheets that `mnist-diffusion sample` writes beside single files."""
 MARGIN = 2
 INK = "#ebebeb"

@@ -27,7 +27,6 @@ from mnist_diffusion.plots.grids import drawable, file_names, image_grid, save_a
 from mnist_diffusion.plots.sheets import predicted_frames
 from mnist_diffusion.seeds import mixed_seed
 
-SHEET_STEPS = (5, 10, 20, 50)
 MAX_ANIMATED = 64
 IMAGES_PER_SHARD = 2000
 
@@ -104,14 +103,6 @@ class Samples:
         labels, seeds = self._first(MAX_ANIMATED)
         columns = max(1, round(len(seeds) ** 0.5))
         save_animation(predicted_frames(self.pipeline, labels, seeds, columns, **self.call), path)
-
-    def compare_schedulers(self) -> Image.Image:
-        """DDPM and DDIM from the same noise: one row per sampler and number of steps."""
-        rows = []
-        for sampler in ("ddpm", "ddim"):
-            pipeline = drawing.with_sampler(self.pipeline, sampler)
-            rows += [(f"{sampler} {steps}", self._row(pipeline, num_inference_steps=steps)) for steps in SHEET_STEPS]
-        return _sheet(rows, "The same noise, by sampler and steps", self._column_labels())
 
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:
         """The same noise and classes at several guidance scales, one row each."""

@@ -132,6 +132,15 @@ class TestDigits:
         assert counts.min() >= 17
         assert counts.max() <= 19
 
+    def test_identical_pictures_are_on_the_same_side(self, tmp_path: Path) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+        np.savez(tmp_path / "x.npz", images=np.concatenate([pixels, pixels[:40]]), labels=np.arange(100) % 2)
+        data = load(tmp_path)
+        train, test = ({image.numpy().tobytes() for image in split.tensor} for split in (data.train, data.test))
+        assert not train & test
+        assert len(data.train) + len(data.test) == 100
+        assert len(data.test) > 10
+
     def test_held_out_tenth_follows_the_seed(self, digits: ImageData) -> None:
         assert load("digits").fingerprint == digits.fingerprint
         assert load("digits", seed=1).fingerprint != digits.fingerprint

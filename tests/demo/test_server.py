@@ -188,8 +188,6 @@ def test_settings_that_do_not_fit_the_pipeline() -> None:
     assert "class_labels" in request().call(make_pipeline(conditional=False))
     with pytest.raises(UserError, match="pipeline must be one of"):
         Models.__getitem__(_models(pipeline), "../elsewhere")
-    with pytest.raises(UserError, match="there is no pipeline yet"):
-        Models()["a"]
     many: dict[str, Any] = {"samplers": ["ddim"] * 10**5, "steps": [5] * 10**5, "scales": [1.0] * 10**5}
     with pytest.raises(UserError, match="combinations must be a number from 1 to 12, got 1000000000000000"):
         list(drawing.compared({"a": pipeline}, **many, seed=0))

@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from examples import denoiser, own_objective, sample, steering
+from examples import denoiser, own_objective, sample, steering, training_time
 from mnist_diffusion import train
 from mnist_diffusion.config import ModelConfig
 from mnist_diffusion.data.dataset import ImageData
@@ -69,3 +69,12 @@ def test_denoiser_learns_and_generalises(tmp_path: Path, monkeypatch: pytest.Mon
     assert UNet2DModel.from_pretrained(tmp_path)(torch.rand(2, 1, 28, 28), 0).sample.shape == (2, 1, 28, 28)
     with Image.open(tmp_path / "denoised.png") as picture:
         assert picture.width > 7 * 56
+
+
+def test_samples_by_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(max_steps=4, snapshot_every="1 steps")
+    run = train(dataclasses.replace(config, output_dir=str(tmp_path / "run")))
+    monkeypatch.setattr(sys, "argv", ["training_time.py", str(run.folder)])
+    training_time.main()
+    with Image.open(tmp_path / "run" / "training_time.png") as picture:
+        assert picture.height >= 7 * 84
