@@ -119,8 +119,8 @@ class Request:
         """Python that samples the same images; `source_of` maps a model's name to its folder or Hub id."""
         plain = dataclasses.replace(self, settings=dataclasses.replace(self.settings, guidance=CFG)).call(pipeline)
         seeds = f"range({self.seed}, {self.seed + len(plain.pop('generator'))})"
-        imports = ["import torch", "from mnist_diffusion import MNISTDiffusionPipeline"]
-        lines = [f"pipeline = MNISTDiffusionPipeline.from_pretrained({source_of(name)!r})"]
+        imports = ["import torch", "from mnist_diffusion import load"]
+        lines = [f"pipeline = load({source_of(name)!r})"]
         if self.settings.scheduler is not None:
             imports.append("from mnist_diffusion.pipelines.samplers import build_sampler")
             scheduler = self.settings.scheduler

@@ -15,7 +15,7 @@ const show = () => {
 const follow = () => {
   const film = props.value, place = find("place"), said = find("said");
   find("film").hidden = !frames().length;
-  said.textContent = frames().length ? (film.animation ? "Drawn." : "") : "Nothing drawn yet.";
+  said.textContent = frames().length ? (film.animation ? "Done." : "") : "Nothing drawn yet.";
   if (!frames().length) return;
   place.value = place.max = frames().length;
   find("gif").hidden = !film.animation;
