@@ -1,6 +1,6 @@
 """Take the pictures of the web UI for the documents, in Chromium.
 
-    python benchmarks/screenshots.py
+python benchmarks/screenshots.py
 """
 
 from __future__ import annotations

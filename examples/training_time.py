@@ -17,7 +17,7 @@ import torch
 from mnist_diffusion import load
 from mnist_diffusion.config import Config
 from mnist_diffusion.data.dataset import load_images
-from mnist_diffusion.method.network import build_unet
+from mnist_diffusion.method.network import build_unet, zero_init_output
 from mnist_diffusion.pipelines.drawing import generate
 from mnist_diffusion.plots.grids import image_grid
 
@@ -42,6 +42,7 @@ def main() -> None:
         if seconds == 0:
             shape = {"image_size": data.image_size, "channels": data.channels, "num_classes": data.num_classes}
             pipeline.unet = build_unet(config.model, **shape, seed=config.train.seed).eval()
+            zero_init_output(pipeline.unet)  # as a run begins
         rows.append(generate(pipeline, labels, [options.seed + label for label in labels]))
         titles.append(f"{seconds // 60} min" if seconds >= 60 else f"{seconds} s")
     real = [data.test.images[(data.test.labels == label).nonzero()[0, 0]] for label in labels]

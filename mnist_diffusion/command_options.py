@@ -115,7 +115,7 @@ class EvaluationOptions(DrawOptions):
     """Write the results into the pipeline folder's card."""
 
     def __post_init__(self) -> None:
-        if self.names and len(self.names) != len(self.sources):
+        if self.names and len(self.names) != max(1, len(self.sources)):
             raise ConfigError(f"names={list(self.names)} must be one for each of the {len(self.sources)} sources")
 
     def settings(self) -> list[SamplingSettings]:

@@ -100,14 +100,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("data_batch_1", "data_batch_2", "test_batch"):
         records.tofile(cifar / f"{name}.bin")
     (cifar / "batches.meta.txt").write_text("airplane automobile bird cat deer dog frog horse ship truck\n")
-    (root / "images").mkdir()
+    (root / "path" / "to" / "images").mkdir()
     (root / "runtime").mkdir()
     for name in RUNTIME_FILES:  # which are copied, and not run
         (root / "runtime" / name).write_text("")
     for number in range(600):
         label = int(digits.target[number])
         if number < 100:
-            Image.fromarray(pixels[number]).save(root / "images" / f"digit_{label}_{number:03d}.png")
+            Image.fromarray(pixels[number]).save(root / "path" / "to" / "images" / f"digit_{label}_{number:03d}.png")
         letters = root / "path" / "to" / "letters" / "abcdefghij"[label]
         letters.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[number]).save(letters / f"{number}.png")
@@ -161,7 +161,7 @@ def run_command(line: str, number: int) -> None:
         arguments += [] if "--data.source" in arguments or "config.yaml" in line else ["--data.source", "digits"]
         arguments += [] if "--output_dir" in arguments else ["--output_dir", f"runs/document-{number}"]
     else:
-        pipeline = arguments[:2] != ["evaluate", "images"]
+        pipeline = arguments[:2] != ["evaluate", "path/to/images"]
         arguments = [*arguments, *(SHORT.get(arguments[0], []) if pipeline else [])]
         if arguments[0] in ("pull", "distill"):
             shutil.rmtree(arguments[arguments.index("--out") + 1], ignore_errors=True)

@@ -5,6 +5,7 @@ Nothing is decoded by the types that a table declares.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,13 @@ def read_datasets(description: str, tables: Any, config: ImagesConfig, folder: P
     """
     train_split, test_split, notes = choose_splits(list(tables), config, description)
     features = {n: kind for n, kind in tables[train_split].features.items() if not INDEX_COLUMN.fullmatch(n)}
-    if len(features) > MIN_PIXELS and not {config.image_column, *COLUMNS["image_column"][1]} & features.keys():
-        pixels = {split: pixel_split(tables[split].data.table, config, description) for split in tables}
-        if (train := pixels[train_split]) is not None:
-            test = None if test_split is None else pixels[test_split]
-            return RawSource(str(config.source), description, train, test, notes=tuple(notes))
+    wide = len(features) > MIN_PIXELS and not {config.image_column, *COLUMNS["image_column"][1]} & features.keys()
+    if wide and (train := pixel_split(tables[train_split].data.table, config, description)) is not None:
+        test = None
+        with contextlib.suppress(DataError):  # as it has no labels
+            test = test_split and pixel_split(tables[test_split].data.table, config, description)
+        notes += [f"split {test_split!r} left out: it has no labels"] if test_split and test is None else []
+        return RawSource(str(config.source), description, train, test or None, notes=tuple(notes))
     image_column = _find_column("image_column", config.image_column, features, description)
     labels_in = {name: kind for name, kind in features.items() if name != image_column}
     label_column = _find_column("label_column", config.label_column, labels_in, description)

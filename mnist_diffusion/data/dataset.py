@@ -261,19 +261,16 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
     if (counts < 2).any():
         rare = f"class {names[int(counts.argmin())]!r} has {int(counts.min())} image"
         raise DataError(f"{description}: {rare}, but a held-out split needs 2 per class")
-    held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(images)))
-    labels = images.labels.numpy()
-    kept, taken = train_test_split(
-        np.arange(len(images)), test_size=held_out, stratify=labels, random_state=seed % 2**32
-    )
+    labels, numbers = images.labels.numpy(), _numbered(images)
+    distinct = np.unique(numbers, return_index=True)[1]
+    if np.bincount(labels[distinct], minlength=len(names)).min() < 2:  # a class of copies of one image
+        numbers = distinct = np.arange(len(images))
+    held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(distinct)))
+    kept, taken = train_test_split(distinct, test_size=held_out, stratify=labels[distinct], random_state=seed % 2**32)
     for label in {*range(len(names))} - {*labels[taken].tolist()}:  # a class too small for its share
-        one = kept[labels[kept] == label][:1]
-        kept, taken = np.setdiff1d(kept, one), np.append(taken, one)
-    numbers = _numbered(images)
-    again = np.isin(numbers[kept], numbers[taken])
-    again &= np.isin(labels[kept], labels[kept[~again]])  # unless its class would have no others
-    kept, taken = kept[~again], np.append(taken, kept[again])
-    return images.select(torch.from_numpy(np.sort(kept))), images.select(torch.from_numpy(np.sort(taken)))
+        taken = np.append(taken, kept[labels[kept] == label][:1])
+    is_taken = torch.from_numpy(np.isin(numbers, numbers[taken]))
+    return images.select((~is_taken).nonzero().flatten()), images.select(is_taken.nonzero().flatten())
 
 
 def _numbered(images: ImageSplit) -> np.ndarray:

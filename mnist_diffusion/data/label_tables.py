@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.columns import FILE_COLUMNS, LABEL_COLUMNS, find_column, text_table
 from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.data.layout import kind_of, listed, split_kind
+
+NUM_TRIED = 20
+"""Cells that are looked at to find a column of file names."""
 
 
 class UnknownLabelsError(DataError):
@@ -83,7 +87,7 @@ class LabelTable:
     """
 
     files: list[Any]
-    labels: list[Any]
+    labels: list[str | None]
     label_column: str
     contradicts: bool
 
@@ -103,34 +107,50 @@ def read_label_table(content: bytes, name: str, where: str, pictures: Pictures, 
         DataError: it is another table, or none.
     """
     table = text_table(content, where, as_words=True)
-    found = {column: pictures.found(table[column], name) for column in table.column_names}
     files = find_column(table, FILE_COLUMNS, config.image_column, where)
-    if files is None:  # called otherwise
-        files = next((column for column, each in found.items() if each and None not in each), None)
+    if files is None and len(table):  # called otherwise
+        named = (each for each in table.column_names if all(pictures.found(table[each].slice(0, NUM_TRIED), name)))
+        files = next(named, None)
+    found = [] if files is None else pictures.found(table[files], name)
     columns = listed(map(repr, table.column_names))
-    if files is None or not any(found[files]):
+    if not any(found):
         raise DataError(f"none of its columns {columns} names pictures; set data.image_column and data.label_column")
     rest = table.drop_columns([files])
     asked = config.label_column if config.label_column in rest.column_names else None
     label = find_column(rest, LABEL_COLUMNS, asked, where, only=True)
     if label is None or config.label_column not in (None, label):
         raise UnknownLabelsError(f"none of its columns {columns} is called a label; set data.label_column")
-    labels = table[label].to_pylist()
-    rows = [(picture, word) for picture, word in zip(found[files], labels, strict=True) if picture is not None]
-    if asked is None and (reason := _why_no_labels(name, label, set(labels), {each for each, _ in rows}, pictures)):
+    cells = table[label].to_pylist()
+    if any(isinstance(cell, dict | list) for cell in cells):
+        raise DataError(f"its column {label!r} holds no words or numbers")
+    labels = [plain_word(cell) for cell in cells]
+    rows = [(picture, word) for picture, word in zip(found, labels, strict=True) if picture is not None]
+    if asked is None and (reason := _why_no_labels(name, label, {each for each, _ in rows}, pictures)):
         raise DataError(reason)
     contradicts = all(pictures.classes.get(picture, word) != word for picture, word in rows)
     return LabelTable(table[files].to_pylist(), labels, label, contradicts)
 
 
-def _why_no_labels(name: str, label: str, labels: set[Any], listing: set[str], pictures: Pictures) -> str | None:
+def plain_word(cell: Any) -> str | None:
+    """A cell as a word; a whole number without decimals."""
+    return None if cell is None else re.sub(r"^(\d+)\.0+$", r"\1", str(cell).strip())
+
+
+def alike(tables: Mapping[str, LabelTable], pictures: Pictures) -> dict[str, str]:
+    """The tables that give all pictures one label, where others or folders tell classes apart; each with its label."""
+    found = {name: str(table.labels[0]) for name, table in tables.items() if len(set(table.labels)) == 1}
+    found = {name: label for name, label in found.items() if len(tables[name].labels) > 1}
+    apart = len(found) < len(tables) or bool(pictures.classes) or len(set(found.values())) == 1
+    return found if apart else {}
+
+
+def _why_no_labels(name: str, label: str, listing: set[str], pictures: Pictures) -> str | None:
     tested = {
         each for each in pictures.names if any(kind_of(part) == "test" for part in PurePosixPath(each).parts[:-1])
     }
     of_test = any(split_kind(part) == "test" for part in PurePosixPath(name).with_suffix("").parts)
     reasons = (
         ("submission" in name.lower(), "a submission holds no labels"),
-        (len(labels) == 1 < len(listing), f"its labels are all alike: {labels}"),
         (listing <= tested < pictures.names and not of_test, "it lists pictures of a test folder alone"),
         (
             pictures.classes and label.lower() not in LABEL_COLUMNS,

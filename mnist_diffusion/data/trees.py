@@ -16,7 +16,7 @@ from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.arrays import array_splits, pixel_split
 from mnist_diffusion.data.columns import text_table
 from mnist_diffusion.data.decoding import MAX_BYTES, DataError, EncodedImages, cause, read_file, wrap_errors
-from mnist_diffusion.data.label_tables import Pictures, UnknownLabelsError, read_label_table
+from mnist_diffusion.data.label_tables import Pictures, UnknownLabelsError, alike, read_label_table
 from mnist_diffusion.data.layout import JUNK, Layout, arrange, choose_splits, kind_of, listed
 from mnist_diffusion.data.raw import RawSource, RawSplit, plain_label, require_plain
 from mnist_diffusion.files import open_file
@@ -180,10 +180,13 @@ def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawS
         try:
             tables[name] = read_label_table(tree.read(name), name, f"{tree.where}/{name}", pictures, config)
         except DataError as error:
-            unclear += [error] if isinstance(error, UnknownLabelsError) and not pictures.classes else []
             tree.notes.append(f"{name} left out: {error}")
+            unclear += tree.notes[-1:] if isinstance(error, UnknownLabelsError) and not pictures.classes else []
     if not tables and unclear:
-        raise DataError(f"{tree.where}: {tree.notes[-1]}")
+        raise DataError(f"{tree.where}: {unclear[0]}")
+    for name, label in alike(tables, pictures).items():
+        tree.notes.append(f"{name} left out: its labels are all alike: {label!r}")
+        del tables[name]
     if not tables:
         return None
     layout = arrange(list(tables), config, tree.where, tables=True)
@@ -196,8 +199,7 @@ def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawS
             for row, (file, cell) in enumerate(zip(table.files, table.labels, strict=True)):
                 where = f"{tree.where}/{name} row {row}"
                 chosen.append(pictures.named(file, path, kind_of(split), where))
-                word = None if cell is None else re.sub(r"^(\d+)\.0+$", r"\1", str(cell).strip())
-                labels.append(plain_label(word, f"{where}: data.label_column={table.label_column!r}"))
+                labels.append(plain_label(cell, f"{where}: data.label_column={table.label_column!r}"))
         if twice := [name for name, times in Counter(chosen).items() if times > 1]:
             raise DataError(f"{tree.where}: {listed(n for n, _ in part)} list pictures more than once: {listed(twice)}")
         used |= set(chosen)

@@ -77,10 +77,12 @@ class RouteAllowlist:
                 try:
                     async with asyncio.timeout(SECONDS_FOR_BODY):
                         body = await Request(scope, receive).body()
-                except (TimeoutError, ClientDisconnect):
+                    if not _has_no_objects(body):
+                        refused = PlainTextResponse("objects are not accepted", 400)
+                except TimeoutError:
+                    refused = PlainTextResponse("too slow", 408)
+                except ClientDisconnect:
                     return
-                if not _has_no_objects(body):
-                    refused = PlainTextResponse("objects are not accepted", 400)
         if refused is not None:
             await refused(scope, receive, send)
             return

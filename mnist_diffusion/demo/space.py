@@ -80,14 +80,17 @@ def pinned() -> dict[str, str]:
     """All that this package and its app require, and what that requires, in the versions installed here."""
     found: dict[str, str] = {}
     waiting = [("mnist-diffusion", "app")]
+    seen = set(waiting)
     while waiting:
         package, extra = waiting.pop(0)
         for each in map(Requirement, metadata.requires(package) or ()):
             name = canonicalize_name(each.name)
-            if name not in found and (each.marker is None or each.marker.evaluate({"extra": extra})):
+            new = {(name, extra) for extra in ("", *each.extras)} - seen
+            if new and (each.marker is None or each.marker.evaluate({"extra": extra})):
                 with contextlib.suppress(metadata.PackageNotFoundError):  # of another platform
                     found[name] = metadata.version(name).partition("+")[0]
-                    waiting += [(name, extra) for extra in ("", *each.extras)]
+                    waiting += sorted(new)
+                    seen |= new
     return found
 
 

@@ -61,9 +61,11 @@ def read_sample(path: Path, data: ImageData) -> Sample:
 
 
 def _is_flat(path: Path) -> bool:
-    """Whether pictures lie in a folder itself, and no table."""
-    suffixes = {file.suffix.lower() for file in path.iterdir()} if path.is_dir() else set()
-    return any(map(PICTURE_SUFFIX.fullmatch, suffixes)) and not suffixes & {*TEXT_SUFFIXES}
+    """Whether pictures lie in a folder itself, with their classes in their names or no table beside them."""
+    files = [*path.iterdir()] if path.is_dir() else []
+    pictures = [file for file in files if PICTURE_SUFFIX.fullmatch(file.suffix.lower())]
+    named = any(LABELLED_NAME.fullmatch(file.stem) for file in pictures)
+    return bool(pictures) and (named or not any(file.suffix.lower() in TEXT_SUFFIXES for file in files))
 
 
 def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:

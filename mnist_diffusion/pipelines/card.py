@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import MAX_TEXT_BYTES, file_within, read_bytes, read_text, replace_text, yaml_text
+from mnist_diffusion.option_types import AUTOGUIDANCE
 
 CARD, PICTURE, REPO_PLACEHOLDER = "README.md", "samples.png", "this-folder-or-repository"
 EVAL_RESULTS = ".eval_results/evaluation.yaml"
@@ -75,7 +76,8 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
         content = read_bytes(file_within(folder, CARD), MAX_TEXT_BYTES).decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is not UTF-8") from error
-    paths = local_paths_in({"data": {"source": report["data"].get("source_id")}})
+    rules = [str(result.get("guidance")).removeprefix(AUTOGUIDANCE) for result in report["results"]]
+    paths = local_paths([report["data"].get("source_id"), report.get("evaluator", {}).get("origin"), *rules])
     before, _, rest = content.partition(SECTION_START)
     _, end, after = rest.partition(SECTION_END)
     if not end:
@@ -90,7 +92,7 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
             metric_type=metric,
             metric_name=name,
             metric_value=round(result[metric], 5),
-            metric_args={key: result[key] for key in SETTINGS if result.get(key) is not None},
+            metric_args={key: redact_paths(result[key], paths) for key in SETTINGS if result.get(key) is not None},
         )
         for result in report["results"]
         for metric, name in CARD_METRICS.items()
@@ -106,7 +108,7 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     results.unlink(missing_ok=True)
     if text := eval_results(report):
         results.parent.mkdir(exist_ok=True)
-        replace_text(results, text)
+        replace_text(results, redact_paths(text, paths))
 
 
 def eval_results(report: Mapping[str, Any]) -> str:
@@ -129,11 +131,16 @@ def eval_results(report: Mapping[str, Any]) -> str:
 
 def local_paths_in(config: Any) -> list[str]:
     """The paths of this machine in a run's configuration, in every spelling; not the names of Hub repositories."""
+    sections = config if isinstance(config, dict) else {}
+    fields = (("data", "source"), ("distillation", "teacher"), ("train", "init_from"))
+    return local_paths(values.get(name) for part, name in fields if isinstance(values := sections.get(part), dict))
+
+
+def local_paths(values: Iterable[Any]) -> list[str]:
+    """Those of some values that are paths, in every spelling, the longest first."""
     paths: set[str] = set()
-    for section, name in (("data", "source"), ("distillation", "teacher"), ("train", "init_from")):
-        values = config.get(section) if isinstance(config, dict) else None
-        value = values.get(name) if isinstance(values, dict) else None
-        value = value if isinstance(value, str) else ""
+    for each in values:
+        value = each if isinstance(each, str) else ""
         path = Path(value).expanduser()
         is_path = len(path.parts) != 2 or value.startswith((".", "~", "/")) or path.exists()
         if is_path and len(path.parts) > 1 + path.is_absolute():

@@ -20,7 +20,7 @@ from torch import Tensor
 from mnist_diffusion.config import SamplingSettings
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.environment import DEFAULT_DEVICE
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.errors import ConfigError, UserError
 from mnist_diffusion.files import pipeline_folder
 from mnist_diffusion.hub_client import HubError, hub_errors
 from mnist_diffusion.method.guidance import Autoguidance
@@ -55,16 +55,22 @@ def build_pipeline(
         unet: the network.
         patch_size: side of the network's patches.
         guidance_distilled: guidance scales distilled into the network, if any.
+
+    Raises:
+        ConfigError: the sampling settings do not fit the noising process.
     """
     conditional = unet.config.num_class_embeds is not None
-    return MNISTDiffusionPipeline(
-        unet,
-        build_sampler(sampling.scheduler or "ddpm", noise_scheduler.config),
-        id2label={str(index): name for index, name in enumerate(names)} if conditional else None,
-        patch_size=patch_size,
-        guidance_distilled=list(guidance_distilled),
-        **{name: value for name in DEFAULTS if (value := getattr(sampling, name)) is not None},
-    )
+    try:
+        return MNISTDiffusionPipeline(
+            unet,
+            build_sampler(sampling.scheduler or "ddpm", noise_scheduler.config),
+            id2label={str(index): name for index, name in enumerate(names)} if conditional else None,
+            patch_size=patch_size,
+            guidance_distilled=list(guidance_distilled),
+            **{name: value for name in DEFAULTS if (value := getattr(sampling, name)) is not None},
+        )
+    except ValueError as error:  # which names argument and value
+        raise ConfigError(f"sampling: {error}") from error
 
 
 def with_sampler(pipeline: MNISTDiffusionPipeline, name: str) -> MNISTDiffusionPipeline:

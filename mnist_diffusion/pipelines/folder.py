@@ -111,7 +111,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     if (folder / whole).exists() or not (folder / index).exists():
         return [file_within(folder, whole)]
     shards = read_json(file_within(folder, index)).get("weight_map")
-    if not isinstance(shards, dict) or not all(SHARD.fullmatch(str(shard)) for shard in shards.values()):
+    if not isinstance(shards, dict) or not shards or not all(SHARD.fullmatch(str(shard)) for shard in shards.values()):
         raise FileError(f"{folder / index} must name the shards of the weights in its weight_map")
     return [file_within(folder, f"unet/{shard}") for shard in sorted(set(shards.values()))]
 
@@ -236,7 +236,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def require_fit(folder: Path, values: Mapping[str, Any], unet: Any) -> None:
     """Check that names and patches of an index fit the network."""
-    embeddings, names, patch = unet.config.num_class_embeds, values.get("id2label"), values.get("patch_size", 1)
+    embeddings, names, patch = unet.config.num_class_embeds, values.get("id2label"), values.get("patch_size") or 1
     if isinstance(scales := values.get("guidance_distilled"), list) and scales and embeddings is not None:
         if (embeddings - 1) % len(scales):
             shared = f"{len(scales)} scales cannot share {embeddings - 1} class embeddings"

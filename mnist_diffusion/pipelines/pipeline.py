@@ -167,6 +167,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         try:
             pipeline = cls(**values)
         except ValueError as error:
+            if given:  # which may be wrong
+                raise
             raise FileError(f"{folder}: {error}") from error
         reading.require_fit(folder, values, values["unet"])
         pipeline.register_to_config(_name_or_path=source)
@@ -174,7 +176,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         if device_map is not None:  # one network is on one device
             try:
                 pipeline.to(DEFAULT_DEVICE if device_map == "balanced" else device_map)
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"device_map must be balanced or a device, got {device_map!r}: {error}") from error
         return pipeline
 

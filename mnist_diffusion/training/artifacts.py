@@ -19,7 +19,15 @@ from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.transforms import to_uint8
 from mnist_diffusion.environment import package_versions
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import append_text, read_picture, read_yaml, replace_picture, replace_text, temporary_folder
+from mnist_diffusion.files import (
+    append_text,
+    read_picture,
+    read_yaml,
+    replace_picture,
+    replace_text,
+    temporary_folder,
+    yaml_text,
+)
 from mnist_diffusion.method.noise import NoisingProcess
 from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER, as_markdown, local_paths_in, redact_paths
 from mnist_diffusion.pipelines.drawing import generate, require_fit
@@ -291,6 +299,6 @@ def card_values(artifacts: Artifacts, folder: Path, progress: Progress) -> dict[
         "loss": progress.loss,
         "held_out_loss": progress.held_out_loss,
         "versions": ", ".join(f"{name} {number}" for name, number in package_versions().items()),
-        "config": config.reproducible().to_yaml(),
+        "config": yaml_text(config.reproducible().to_dict(), width=10**6),
         **artifacts.card,
     }

@@ -187,7 +187,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path, ru
     wandb = {name: value for name, value in wandb.items() if f"WANDB_{name.upper()}" not in os.environ}
     if "run_id" in wandb:
         wandb["id"] = wandb.pop("run_id")
-    project = os.environ.get("WANDB_PROJECT", "mnist-diffusion")
+    project = (os.environ.get("WANDB_PROJECT") if "wandb" in config.train.trackers else None) or "mnist-diffusion"
     try:
         accelerator.init_trackers(project, config=_flat(config.to_dict()), init_kwargs={"wandb": wandb})
     except Exception as error:  # whatever a tracker raises

@@ -146,15 +146,17 @@ class RunFolder:
             raise UserError(f"{self.path} has no checkpoint to resume from, and {held}; name another output_dir")
 
     def release(self) -> None:
-        """Unlock the folder, and remove it if the run created it and left nothing in it."""
+        """Unlock the folder, and leave it as it was if the run left nothing in it."""
         left = (RUN_ID, "config.yaml", "metrics.jsonl")
         try:
             with contextlib.suppress(OSError):
                 there = {file.name for file in self.path.iterdir() if file.name != left[-1] or file.stat().st_size}
-                if self.created and self.lock.is_locked and there <= {LOCK, SOFT_LOCK, *left[:-1]}:
+                began = self.was_empty and not self.had_run_id
+                if began and self.lock.is_locked and there <= {LOCK, SOFT_LOCK, *left[:-1]}:
                     for name in (*left, LOCK, SOFT_LOCK):
                         (self.path / name).unlink(missing_ok=True)
-                    self.path.rmdir()
+                    if self.created:
+                        self.path.rmdir()
         finally:
             self.lock.release()
 
@@ -208,7 +210,11 @@ def _parsed(text: str) -> dict[str, Any] | None:
     if not isinstance(levels, list) or len(levels) != NOISE_LEVELS:
         return None
     values = [*levels, *(value for name, value in line.items() if name != "loss_by_noise")]
-    return line if all(value is None or (type(value) in (int, float) and value < LARGEST) for value in values) else None
+    return line if all(map(_is_number, values)) else None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) is float or (type(value) is int and abs(value) < LARGEST)
 
 
 class Sheet(NamedTuple):

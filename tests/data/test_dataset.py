@@ -139,7 +139,7 @@ class TestDigits:
         train, test = ({image.numpy().tobytes() for image in split.tensor} for split in (data.train, data.test))
         assert not train & test
         assert len(data.train) + len(data.test) == 100
-        assert len(data.test) > 10
+        assert 6 <= len(data.test) <= 20
 
     def test_held_out_tenth_follows_the_seed(self, digits: ImageData) -> None:
         assert load("digits").fingerprint == digits.fingerprint

@@ -185,7 +185,7 @@ SUBMITTED = "".join(f"{index}.png,{index % 2}\n" for index in range(20, 25))
 NO_LABELS = [
     ("sample_submission.csv", f"id,label\n{SUBMITTED}", "a submission holds no labels"),
     ("answers.csv", f"id,label\n{SUBMITTED}", "it lists pictures of a test folder alone"),
-    ("answers.csv", "id,label\n20.png,0\n21.png,0\n", "its labels are all alike: {'0'}"),
+    ("answers.csv", "id,label\n0.png,0\n1.png,0\n", "its labels are all alike: '0'"),
     (
         "metadata.csv",
         "file_name,caption\n0.png,a bar on the left\n1.png,a bar in the middle\n",
@@ -250,6 +250,19 @@ class TestWrongArraysAndTables:
         ):
             load(tmp_path)
         assert load(tmp_path, label_column="animal").class_names == ("0", "1", "2")
+
+    def test_a_table_for_each_class_and_tables_that_cannot_be_read(self, tmp_path: Path) -> None:
+        for index in range(12):
+            put(tmp_path / f"{index}.png", digit(index % 3, index))
+        for label, name in enumerate(THREE):
+            rows = "".join(f"{index}.png,{name}\n" for index in range(label, 12, 3))
+            (tmp_path / f"{name}.csv").write_text("file,label\n" + rows)
+        (tmp_path / "twice.csv").write_text("file,label,label\n0.png,a,b\n")
+        (tmp_path / "nested.jsonl").write_text('{"file_name": "0.png", "objects": {"box": [1, 2]}}\n')
+        data = load(tmp_path)
+        assert data.class_names == THREE
+        assert len(data.train) + len(data.test) == 12
+        assert "twice.csv left out: " in data.describe()
 
     def test_a_table_that_contradicts_the_folders(self, tmp_path: Path) -> None:
         classes(tmp_path, THREE)

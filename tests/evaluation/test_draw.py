@@ -219,6 +219,7 @@ class TestReading:
         assert sample.labels is not None
         assert {int(image[0, 0, 0]) % 10 for image in sample.images[sample.labels == 3]} == {3}
         Image.new("L", (80, 80)).save(tmp_path / "grid.png")  # which the command writes beside them
+        (tmp_path / "times.csv").write_text("file,seconds\n")
         assert len(read_sample(tmp_path, letters).images) == 60
         Image.new("L", (8, 8)).save(tmp_path / "stray.png")
         with pytest.raises(DataError, match=r"'stray.png' names no class, but other files do"):

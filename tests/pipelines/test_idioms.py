@@ -125,7 +125,7 @@ def test_wrong_components_are_refused_when_the_pipeline_is_made(
 WRONG_LOADS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dtype": torch.float16, "torch_dtype": torch.float16}, TypeError, "only one of them"),
     ({"unet": DDIMScheduler()}, TypeError, "unet must be a UNet2DModel, got DDIMScheduler"),
-    ({"scheduler": CogVideoXDDIMScheduler()}, FileError, NOT_FOLLOWED),
+    ({"scheduler": CogVideoXDDIMScheduler()}, ValueError, NOT_FOLLOWED),
     ({"device_map": "auto"}, ValueError, "device_map must be balanced or a device, got 'auto'"),
     ({"device_map": {"unet": 0}}, ValueError, r"device_map must be balanced or a device, got \{'unet': 0\}"),
     ({"variant": "fp8"}, FileError, r"there is no .*diffusion_pytorch_model\.fp8\.safetensors"),

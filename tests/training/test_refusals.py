@@ -60,11 +60,14 @@ class TestFileSystems:
         def refuse(*_: object, **__: object) -> None:
             raise OSError(errno.EPERM, "Operation not permitted")
 
+        (tmp_path / "empty").mkdir()
         monkeypatch.setattr(place, refuse)
         monkeypatch.setattr(TrainState, "update", None)
-        with pytest.raises(UserError, match=r"pre-flight check failed: .*Operation not permitted"):
-            run(tiny_config(), tmp_path / "run")
+        for folder in (tmp_path / "run", tmp_path / "empty"):
+            with pytest.raises(UserError, match=r"pre-flight check failed: .*Operation not permitted"):
+                run(tiny_config(), folder)
         assert not (tmp_path / "run").exists()
+        assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_processes_that_know_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
