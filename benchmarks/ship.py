@@ -30,10 +30,10 @@ def main(run: Path, name: str) -> None:
     """Write `mnist_diffusion/models/NAME`.
 
     Args:
-        run: run folder or pipeline folder.
+        run: run folder.
         name: of the model.
     """
-    folder = MODELS / name
+    folder, paths = MODELS / name, local_paths_in(read_yaml(run / "config.yaml"))
     pipeline = load_pipeline(str(run), device="cpu").to(torch.float16)
     pipeline.save_pretrained(folder)
     (folder / CODE_FILE).unlink()  # the package itself has it
@@ -42,7 +42,6 @@ def main(run: Path, name: str) -> None:
     card = re.sub(r"!\[.*?\]\(samples\.png\)\n*", "", read_text(pipeline_folder(run) / CARD))
     card = re.sub(r"^# .*$", f"# {name}", card, count=1, flags=re.MULTILINE)
     card = re.sub(r"```python\n.*?```\n.*?(?=\nA call without)", EXAMPLE.format(name=name), card, flags=re.DOTALL)
-    paths = local_paths_in(read_yaml(pipeline_folder(run).resolve().parent / "config.yaml"))
     replace_text(folder / CARD, card_for(redact_paths(card, paths), name))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:.2f} MB")

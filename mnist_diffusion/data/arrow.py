@@ -5,7 +5,6 @@ Nothing is decoded by the types that a table declares.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,11 @@ def read_datasets(description: str, tables: Any, config: ImagesConfig, folder: P
     features = {n: kind for n, kind in tables[train_split].features.items() if not INDEX_COLUMN.fullmatch(n)}
     wide = len(features) > MIN_PIXELS and not {config.image_column, *COLUMNS["image_column"][1]} & features.keys()
     if wide and (train := pixel_split(tables[train_split].data.table, config, description)) is not None:
-        test = None
-        with contextlib.suppress(DataError):  # as it has no labels
-            test = test_split and pixel_split(tables[test_split].data.table, config, description)
-        notes += [f"split {test_split!r} left out: it has no labels"] if test_split and test is None else []
-        return RawSource(str(config.source), description, train, test or None, notes=tuple(notes))
+        labelled = test_split is not None and len(tables[test_split].features) == len(tables[train_split].features)
+        test = pixel_split(tables[test_split].data.table, config, description) if labelled else None
+        if test_split is not None and (test is None or all(label is None for label in test.labels)):
+            test, notes = None, [*notes, f"split {test_split!r} left out: it has no labels"]
+        return RawSource(str(config.source), description, train, test, notes=tuple(notes))
     image_column = _find_column("image_column", config.image_column, features, description)
     labels_in = {name: kind for name, kind in features.items() if name != image_column}
     label_column = _find_column("label_column", config.label_column, labels_in, description)

@@ -263,12 +263,14 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
         raise DataError(f"{description}: {rare}, but a held-out split needs 2 per class")
     labels, numbers = images.labels.numpy(), _numbered(images)
     distinct = np.unique(numbers, return_index=True)[1]
-    if np.bincount(labels[distinct], minlength=len(names)).min() < 2:  # a class of copies of one image
-        numbers = distinct = np.arange(len(images))
+    few = np.bincount(labels[distinct], minlength=len(names)) < 2  # classes of copies of one image, which stay apart
+    numbers = np.where(few[labels], len(images) + np.arange(len(images)), numbers)
+    distinct = np.sort(np.unique(numbers, return_index=True)[1])
     held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(distinct)))
     kept, taken = train_test_split(distinct, test_size=held_out, stratify=labels[distinct], random_state=seed % 2**32)
     for label in {*range(len(names))} - {*labels[taken].tolist()}:  # a class too small for its share
-        taken = np.append(taken, kept[labels[kept] == label][:1])
+        one = kept[labels[kept] == label][:1]
+        kept, taken = np.setdiff1d(kept, one), np.append(taken, one)
     is_taken = torch.from_numpy(np.isin(numbers, numbers[taken]))
     return images.select((~is_taken).nonzero().flatten()), images.select(is_taken.nonzero().flatten())
 

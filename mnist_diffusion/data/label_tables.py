@@ -110,7 +110,7 @@ def read_label_table(content: bytes, name: str, where: str, pictures: Pictures, 
     files = find_column(table, FILE_COLUMNS, config.image_column, where)
     if files is None and len(table):  # called otherwise
         named = (each for each in table.column_names if all(pictures.found(table[each].slice(0, NUM_TRIED), name)))
-        files = next(named, None)
+        files = next((each for each in named if all(pictures.found(table[each], name))), None)
     found = [] if files is None else pictures.found(table[files], name)
     columns = listed(map(repr, table.column_names))
     if not any(found):
@@ -138,10 +138,10 @@ def plain_word(cell: Any) -> str | None:
 
 def alike(tables: Mapping[str, LabelTable], pictures: Pictures) -> dict[str, str]:
     """The tables that give all pictures one label, where others or folders tell classes apart; each with its label."""
-    found = {name: str(table.labels[0]) for name, table in tables.items() if len(set(table.labels)) == 1}
-    found = {name: label for name, label in found.items() if len(tables[name].labels) > 1}
-    apart = len(found) < len(tables) or bool(pictures.classes) or len(set(found.values())) == 1
-    return found if apart else {}
+    single = {name: str(table.labels[0]) for name, table in tables.items() if len(set(table.labels)) == 1}
+    if len(single) == len(tables) and not pictures.classes and len(set(single.values())) > 1:  # a table for each class
+        return {}
+    return {name: label for name, label in single.items() if len(tables[name].labels) > 1}
 
 
 def _why_no_labels(name: str, label: str, listing: set[str], pictures: Pictures) -> str | None:

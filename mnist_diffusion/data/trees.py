@@ -182,11 +182,11 @@ def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawS
         except DataError as error:
             tree.notes.append(f"{name} left out: {error}")
             unclear += tree.notes[-1:] if isinstance(error, UnknownLabelsError) and not pictures.classes else []
-    if not tables and unclear:
-        raise DataError(f"{tree.where}: {unclear[0]}")
-    for name, label in alike(tables, pictures).items():
+    for name, label in (alike(tables, pictures) if config.label_column is None else {}).items():
         tree.notes.append(f"{name} left out: its labels are all alike: {label!r}")
         del tables[name]
+    if not tables and unclear:
+        raise DataError(f"{tree.where}: {unclear[0]}")
     if not tables:
         return None
     layout = arrange(list(tables), config, tree.where, tables=True)

@@ -105,7 +105,7 @@ def _has_no_objects(body: bytes) -> bool:
         values = json.loads(body or b"{}").get("data") or []
         flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
         return isinstance(values, list) and not any(isinstance(each, dict | list) for each in flat)
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, RecursionError, TypeError):
         return False
 
 

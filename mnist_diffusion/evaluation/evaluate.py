@@ -132,7 +132,7 @@ def _device(name: str | None) -> torch.device:
 def _draws(options: EvaluationOptions, data: ImageData) -> list[Draw]:
     """The sets of images to score."""
     first = Path(options.sources[0])
-    is_pipeline = (pipeline_folder(first) / "model_index.json").is_file() or str(first) in SHIPPED
+    is_pipeline = (pipeline_folder(first) / "model_index.json").is_file() or options.sources[0] in SHIPPED
     if len(options.sources) == 1 and first.exists() and not is_pipeline:
         if unused := [name for name in ONLY_FOR_PIPELINES if getattr(options, name)]:
             raise UserError(f"{', '.join(unused)} can only be given for a pipeline, and {str(first)!r} holds images")

@@ -25,8 +25,8 @@ LABELLED_NAME = re.compile(r"digit_(?P<name>.+)_\d+")
 def read_sample(path: Path, data: ImageData) -> Sample:
     """Read images that any program wrote: whatever can be trained on, or a flat folder.
 
-    In a flat folder without a table the class is read from names such as `digit_3_000.png`, which `mnist-diffusion
-    sample --files` writes. With other names, and where labels and folders name none of the classes, the images have no
+    In a flat folder the class is read from names such as `digit_3_000.png`, which `mnist-diffusion sample --files`
+    writes, or from a table. With other names, and where labels and folders name none of the classes, the images have no
     classes, and no class accuracy.
 
     Raises:
@@ -64,7 +64,7 @@ def _is_flat(path: Path) -> bool:
     """Whether pictures lie in a folder itself, with their classes in their names or no table beside them."""
     files = [*path.iterdir()] if path.is_dir() else []
     pictures = [file for file in files if PICTURE_SUFFIX.fullmatch(file.suffix.lower())]
-    named = any(LABELLED_NAME.fullmatch(file.stem) for file in pictures)
+    named = sum(LABELLED_NAME.fullmatch(file.stem) is not None for file in pictures) * 2 > len(pictures)
     return bool(pictures) and (named or not any(file.suffix.lower() in TEXT_SUFFIXES for file in files))
 
 

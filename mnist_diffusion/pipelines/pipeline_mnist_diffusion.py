@@ -422,10 +422,10 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             for done in stream:
                 if callback_on_step_end is not None:
                     tensors = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
-                    before = copy.deepcopy(self._guidance_scale)
+                    before = self._guidance_scale
                     changed = callback_on_step_end(self, done.step, done.timestep, tensors) or {}
                     done.latents = changed.get("latents", done.latents)
-                    if not torch.equal(torch.as_tensor(self._guidance_scale), torch.as_tensor(before)):
+                    if self._guidance_scale is not before:
                         done.changes = {"guidance_scale": self._guidance_scale}
         return ImagePipelineOutput(images=done.images(output_type)) if return_dict else (done.images(output_type),)
 
@@ -469,7 +469,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1)
-        self._guidance_scale = copy.deepcopy(self.config.guidance_scale if guidance_scale is None else guidance_scale)
+        plain = guidance_scale.tolist() if isinstance(guidance_scale, torch.Tensor) else guidance_scale
+        self._guidance_scale = self.config.guidance_scale if plain is None else plain
         self._interrupt = False
         intervals = guidance_interval, noise_interval
         return self._denoise(latents, conditions, scales, labels, scheduler, rule, intervals, step_kwargs)
@@ -518,7 +519,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     if unknown := changes.keys() - {"class_labels", "guidance_scale"}:
                         raise ValueError(f"a stream takes class_labels and guidance_scale, got {sorted(unknown)}")
                     labels.update(changes)
-                    self._guidance_scale = changes.get("guidance_scale", self._guidance_scale)
                     conditions, scales = self._conditioned(*labels.values())
                     if len(scales) != len(latents):
                         raise ValueError(f"class_labels must be for {len(latents)} images, got {changes!r:.200}")
