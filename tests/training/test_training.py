@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
 import mnist_diffusion
-import wandb
 from mnist_diffusion.config import AugmentConfig
 from mnist_diffusion.data.dataset import draw_batch, load_images
 from mnist_diffusion.errors import UserError
@@ -246,6 +246,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 def test_wandb_needs_a_key_or_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)  # where wandb may leave a folder
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb"))
     wandb.teardown()  # which forgets the mode of tests before
