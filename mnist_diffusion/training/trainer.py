@@ -9,6 +9,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ class Trainer:
         replace_text(self.folder / "config.yaml", config_text(self.config, self.state.objective))
         cut_metrics(self.log.path, self.progress.step)
         prune_after_step(self.folder, self.progress.step)
-        if self.config.output_dir is None:
+        if self.folder.resolve().parent == Path("runs").resolve():
             self.run_folder.link_as_latest()
         if self.progress.step == 0:
             self.artifacts.draw_first()
