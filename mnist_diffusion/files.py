@@ -27,7 +27,7 @@ from mnist_diffusion.errors import ConfigError, FileError
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**17, 10
 MAX_JSON_BYTES, MAX_TEXT_BYTES, MAX_PICTURE_BYTES = 2**20, 2**23, 2**27
-MAX_NAME, MAX_SHEET_PIXELS = 200, 64 * 2**20
+MAX_NAME, MAX_PIXELS = 200, 64 * 2**20
 PICKLES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 PICTURE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Pillow would also open EPS, for which it starts another program."""
@@ -185,8 +185,8 @@ def read_picture(path: Path) -> Image.Image:
     content = read_bytes(path, MAX_PICTURE_BYTES)
     try:
         with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as picture:
-            if picture.width * picture.height > MAX_SHEET_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_SHEET_PIXELS:,}")
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
             return picture.copy()
     except Exception as error:  # whatever Pillow makes of it
         raise FileError(f"{path} could not be read as a picture: {str(error)[:200]}") from error

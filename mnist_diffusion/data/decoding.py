@@ -15,10 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import PICTURE_FORMATS, read_bytes
+from mnist_diffusion.files import MAX_PIXELS, PICTURE_FORMATS, read_bytes
 from mnist_diffusion.option_types import Background
 
-MAX_PIXELS = 64 * 2**20
 CHUNK = 256
 MAX_BYTES = 256 * 2**20
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L")

@@ -25,7 +25,7 @@ from mnist_diffusion.evaluation.report import misclassified_grid, nearest_grid, 
 from mnist_diffusion.evaluation.score import Reference
 from mnist_diffusion.files import pipeline_folder, require_writable
 from mnist_diffusion.parallel import is_main, num_processes
-from mnist_diffusion.pipelines.drawing import SHIPPED, load_pipeline
+from mnist_diffusion.pipelines.drawing import load_pipeline, resolved_source
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.run_folder import training_images_of
 
@@ -131,9 +131,8 @@ def _device(name: str | None) -> torch.device:
 
 def _draws(options: EvaluationOptions, data: ImageData) -> list[Draw]:
     """The sets of images to score."""
-    first = Path(options.sources[0])
-    is_pipeline = (pipeline_folder(first) / "model_index.json").is_file() or options.sources[0] in SHIPPED
-    if len(options.sources) == 1 and first.exists() and not is_pipeline:
+    first = Path(resolved_source(options.sources[0]))
+    if len(options.sources) == 1 and first.exists() and not (pipeline_folder(first) / "model_index.json").is_file():
         if unused := [name for name in ONLY_FOR_PIPELINES if getattr(options, name)]:
             raise UserError(f"{', '.join(unused)} can only be given for a pipeline, and {str(first)!r} holds images")
         sample = read_sample(first, data)

@@ -240,6 +240,12 @@ def default_sources() -> tuple[str, ...]:
     return sources
 
 
+def resolved_source(source: str) -> str:
+    """The folder of a model that comes with the package, unless a pipeline here has its name; else the source."""
+    here = (pipeline_folder(Path(source)) / "model_index.json").is_file()
+    return str(MODELS / source) if source in SHIPPED and not here else source
+
+
 def load_pipeline(source: str | None, *, device: str | None, dtype: str = "float32") -> MNISTDiffusionPipeline:
     """Load a pipeline, running no code from it.
 
@@ -253,9 +259,7 @@ def load_pipeline(source: str | None, *, device: str | None, dtype: str = "float
         UserError: it could not be loaded, or there is no such device.
     """
     logging.disable_progress_bar()
-    source = source or default_sources()[0]
-    if source in SHIPPED and not (pipeline_folder(Path(source)) / "model_index.json").is_file():
-        source = str(MODELS / source)
+    source = resolved_source(source or default_sources()[0])
     repo_id, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
     failed = f"pipeline {source!r} could not be loaded"
     try:

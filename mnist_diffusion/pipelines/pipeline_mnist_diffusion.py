@@ -1,9 +1,9 @@
 """Class-conditional image diffusion with classifier-free guidance, in one file that needs torch and diffusers only.
 
-from diffusers import DiffusionPipeline
+    pipeline = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
+    image = pipeline(class_labels=[3], guidance_scale=5).images[0]
 
-pipeline = DiffusionPipeline.from_pretrained("path/or/repo", trust_remote_code=True)
-image = pipeline(class_labels=[3], guidance_scale=5).images[0]
+It ships in every pipeline folder.
 """
 
 import contextlib

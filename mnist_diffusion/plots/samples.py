@@ -110,16 +110,16 @@ class Samples:
             raise UserError("--guidance_sweep needs a class-conditional model")
         settings = (dataclasses.replace(self.options.settings, guidance_scale=scale) for scale in scales)
         calls = [(each.guidance_scale, self._call_with(each)) for each in settings]
-        rows = [(f"scale {scale:g}", self._row(self.pipeline, **call)) for scale, call in calls]
+        rows = [(f"scale {scale:g}", self._row(**call)) for scale, call in calls]
         return _sheet(rows, "The same noise, by guidance scale", self._column_labels())
 
     def _column_labels(self) -> list[str] | None:
         labels = self._first(max(10, len(self.names)))[0]
         return None if labels is None else ["\n".join(drawable(self.names[label]).split()[:2]) for label in labels]
 
-    def _row(self, pipeline: Any, **changes: Any) -> Tensor:
+    def _row(self, **changes: Any) -> Tensor:
         """The first images, at most one of each class or ten."""
-        return drawing.generate(pipeline, *self._first(max(10, len(self.names))), **{**self.call, **changes})
+        return drawing.generate(self.pipeline, *self._first(max(10, len(self.names))), **{**self.call, **changes})
 
     def _first(self, count: int) -> tuple[list[int] | None, list[int]]:
         """Labels and seeds of the first images."""

@@ -183,10 +183,9 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path, ru
     """
     if not accelerator.log_with:
         return
-    wandb = {"name": folder.name, "dir": accelerator.project_dir, "run_id": run_id, "resume": "allow"}
-    wandb = {name: value for name, value in wandb.items() if f"WANDB_{name.upper()}" not in os.environ}
-    if "run_id" in wandb:
-        wandb["id"] = wandb.pop("run_id")
+    own = {"NAME": ("name", folder.name), "DIR": ("dir", accelerator.project_dir)}
+    own |= {"RUN_ID": ("id", run_id), "RESUME": ("resume", "allow")}
+    wandb = dict(argument for variable, argument in own.items() if f"WANDB_{variable}" not in os.environ)
     project = (os.environ.get("WANDB_PROJECT") if "wandb" in config.train.trackers else None) or "mnist-diffusion"
     try:
         accelerator.init_trackers(project, config=_flat(config.to_dict()), init_kwargs={"wandb": wandb})

@@ -17,10 +17,11 @@ from PIL import Image
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import ImageData, draw_batch
-from mnist_diffusion.data.decoding import MAX_PIXELS, DataError, decode_picture
+from mnist_diffusion.data.decoding import DataError, decode_picture
 from mnist_diffusion.data.lazy import LazyImages
 from mnist_diffusion.data.survey import survey
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import MAX_PIXELS
 from tests.conftest import make_image_folder
 from tests.data.test_dataset import idx_bytes, load, write_idx
 

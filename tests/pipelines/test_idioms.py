@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging as diffusers_logging
 
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from tests.conftest import make_pipeline
+from mnist_diffusion.pipelines.pipeline_mnist_diffusion import _alpha_cumprod
+from mnist_diffusion.pipelines.samplers import build_sampler
+from tests.conftest import ALL_SAMPLERS, make_pipeline
 from tests.pipelines.test_pipeline import draw
 
 load = MNISTDiffusionPipeline.from_pretrained
@@ -148,3 +153,99 @@ def test_another_default_type_changes_nothing(pipeline: MNISTDiffusionPipeline) 
         assert torch.equal(draw(pipeline, 3, guidance_scale=2), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class TestOtherCode:
+    """Threads, official callbacks, the schedulers' own steps, and components of a student."""
+
+    @pytest.mark.parametrize("name", ALL_SAMPLERS)
+    def test_calls_from_threads(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
+        pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+        expected = [draw(pipeline, 1, seed=seed, num_inference_steps=4) for seed in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            asked = list(range(4)) * 3
+            drawn = list(pool.map(lambda seed: draw(pipeline, 1, seed=seed, num_inference_steps=4), asked))
+        for seed, images in zip(asked, drawn, strict=True):
+            assert torch.equal(images, expected[seed])
+
+    @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "EulerAncestralDiscreteScheduler"])
+    def test_the_predicted_image_is_the_solvers_own(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
+        """Against what diffusers' own step returns, where it returns one."""
+        pipeline.scheduler = build_sampler(name, {**pipeline.scheduler.config, "clip_sample": False})
+        own, step = [], type(pipeline.scheduler).step
+
+        def recording(self: Any, *arguments: Any, **named: Any) -> Any:
+            given = step(self, *arguments, **{**named, "return_dict": True})
+            own.append(given.pred_original_sample)
+            return (given.prev_sample,)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(pipeline.scheduler), "step", functools.wraps(step)(recording))
+            found = pipeline.sample_trajectory([1, 2], num_inference_steps=5).pred_original_samples
+        assert len(found) == len(own) >= 5
+        for ours, theirs in zip(found, own, strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("name", [*ALL_SAMPLERS, "KDPM2AncestralDiscreteScheduler"])
+    def test_noise_levels_are_those_of_the_timesteps(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
+        pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
+        scheduler = pipeline._prepared_scheduler(6, None, None)
+        for step, timestep in enumerate(scheduler.timesteps.tolist()):
+            expected = float(scheduler.alphas_cumprod[round(timestep)])
+            assert _alpha_cumprod(scheduler, step) == pytest.approx(expected, abs=5e-3)
+
+    def test_official_callbacks_bring_their_tensors(self, pipeline: MNISTDiffusionPipeline) -> None:
+        class Seen(PipelineCallback):
+            tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
+
+            def callback_fn(self, pipeline: Any, step_index: Any, timestep: Any, callback_kwargs: Any) -> Any:
+                seen.append(set(callback_kwargs))
+                return callback_kwargs
+
+        seen: list[set[str]] = []
+        for callback in (Seen(), MultiPipelineCallbacks([Seen()])):
+            draw(pipeline, 1, callback_on_step_end=callback)
+        assert seen == [{"latents", "pred_original_sample"}] * 6
+
+    def test_components_of_a_student_keep_its_promise(self) -> None:
+        teacher = make_pipeline()
+        student = MNISTDiffusionPipeline(**teacher.components, guidance_scale=1.5, guidance_distilled=[1.5])
+        others: list[dict[str, Any]] = [{}, {"guidance_distilled": [2.0], "guidance_scale": 2.0}]
+        for other in others:
+            with pytest.raises(
+                ValueError, match=r"guidance_distilled must be \[1\.5\], as distilled into this network"
+            ):
+                MNISTDiffusionPipeline(**student.components, **other)
+        with pytest.raises(ValueError, match=r"guidance_scale must be one of guidance_distilled=\[1\.5\], got 3"):
+            MNISTDiffusionPipeline(**teacher.components, guidance_scale=3, guidance_distilled=[1.5])
+        with pytest.raises(
+            ValueError, match=r"guidance_scale must be one of \[1\.5\], distilled into this model, got 3"
+        ):
+            MNISTDiffusionPipeline.from_pipe(student)([1], guidance_scale=3)
+
+
+def test_a_compiled_network_draws_and_saves_the_same(pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
+    plain = draw(pipeline, 3, 7)
+    seen: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.append(len(inputs))
+        return graph.forward
+
+    pipeline.unet.compile(backend=backend)
+    assert torch.equal(draw(pipeline, 3, 7), plain)
+    assert seen
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(MNISTDiffusionPipeline.from_pretrained(tmp_path), 3, 7), plain)
+
+
+def test_hooks_of_an_offloaded_network_are_freed_after_each_call(
+    pipeline: MNISTDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[str] = []
+    monkeypatch.setattr(type(pipeline), "maybe_free_model_hooks", lambda self: freed.append("freed"))
+    pipeline([1], num_inference_steps=2)
+    pipeline.interpolate([1, 2], 3, num_inference_steps=2)
+    pipeline.sample_trajectory([1], num_inference_steps=2)
+    assert len(freed) == 3

@@ -76,6 +76,11 @@ class Fault:
     then: Callable[[], None] | None = None
 
 
+def failing(status: int, *, code: str | None = None, where: str = "") -> Callable[[Request], Fault | None]:
+    """Every request whose path contains `where` is answered so."""
+    return lambda request: Fault(status=status, error_code=code) if where in request.path else None
+
+
 class HubServer:
     """The server; use it as a context.
 

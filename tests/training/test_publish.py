@@ -17,8 +17,8 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.run import train
 from mnist_diffusion.training.run_folder import read_metrics
 from tests.conftest import changed, tiny_config
-from tests.support.hub_server import HubServer
-from tests.test_hub import GUEST, NAME, PUSHED, failing
+from tests.support.hub_server import HubServer, failing
+from tests.test_hub import GUEST, NAME, PUSHED
 
 
 class TestTraining:
