@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from mnist_diffusion import MNISTDiffusionPipeline
+from mnist_diffusion.data.layout import evenly
 from mnist_diffusion.files import replace_picture
-from mnist_diffusion.plots.grids import evenly, image_grid, to_unit
+from mnist_diffusion.plots.grids import image_grid, to_unit
 
 STEPS, SHOWN, FIRST, THEN, SCALE = 20, 8, 3, 8, 2.0
 

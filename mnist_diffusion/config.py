@@ -78,8 +78,9 @@ class ImagesConfig:
     """Side of the square images in pixels; null keeps the source's size."""
     fit: Fit = "resize"
     """How images reach `image_size`: `contain` scales to fit and pads, `resize` scales and crops, `pad` only pads."""
-    background: Background = "black"
-    """Colour behind transparent pixels and padding."""
+    background: Background = "auto"
+    """Colour behind transparent pixels and padding: `auto` is black, or white if fewer transparent pictures then nearly
+    vanish."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for RGB; null keeps the source's channels."""
     class_names: Annotated[tuple[Text, ...], AfterValidator(distinct)] | None = None

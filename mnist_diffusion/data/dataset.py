@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 
 from mnist_diffusion.config import DataConfig, ImagesConfig
 from mnist_diffusion.data.decoding import DataError
+from mnist_diffusion.data.layout import evenly
 from mnist_diffusion.data.lazy import MANY, LazyImages
 from mnist_diffusion.data.raw import RawSource, RawSplit
 from mnist_diffusion.data.sanity_checks import cropped_fraction, dataset_warnings
 from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_channels
+from mnist_diffusion.option_types import Fit, Ground
 from mnist_diffusion.seeds import Balance, indices_of_step
 
 __all__ = ["DataError", "ImageData", "ImageSplit", "LazyImages", "draw_batch", "load_images"]
@@ -65,7 +67,7 @@ class ImageSplit:
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """At most `count` images and their labels, spread evenly over all, which may be sorted by class."""
-        chosen = torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
+        chosen = torch.tensor(evenly(len(self), count))
         return self.images[chosen], self.labels[chosen]
 
     def in_memory(self) -> ImageSplit:
@@ -81,7 +83,7 @@ class ImageSplit:
         for label in self.labels.unique():
             places = torch.nonzero(self.labels == label).flatten()
             wanted = max(min(2, len(places)), math.floor(share * len(places)))
-            chosen.append(places[torch.linspace(0, len(places) - 1, wanted).round().long()])
+            chosen.append(places[evenly(len(places), wanted)])
         places = torch.cat(chosen).sort().values
         return ImageSplit(self.images.select(places).decoded(), self.labels[places])
 
@@ -98,6 +100,7 @@ class ImageData:
     notice: str | None = None
     notes: tuple[str, ...] = ()
     hub_id: str | None = None
+    background: Ground = "black"
 
     @property
     def num_classes(self) -> int:
@@ -172,7 +175,7 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
 
     shape = _common_shape(source, config)
-    preprocess = partial(_resize_and_convert, shape=shape, config=config, description=source.description)
+    preprocess = partial(_resize_and_convert, source=source, shape=shape, fit=config.fit)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
     in_memory = total <= MEMORY_LIMIT_BYTES
 
@@ -191,7 +194,7 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     notes = [*source.notes, *dataset_warnings(*train.spread(NUM_CHECKED_IMAGES), names)]
     if config.fit == "resize" and (cut := cropped_fraction(source.train)):
         notes.append(f"data.fit=resize crops content from {cut:.0%} of the images; data.fit=contain keeps it")
-    plain = (source.identifier, source.description, source.notice, tuple(notes), source.hub_id)
+    plain = (source.identifier, source.description, source.notice, tuple(notes), source.hub_id, source.background)
     return ImageData(train, test, names, *plain)
 
 
@@ -243,14 +246,12 @@ def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, in
     return channels, height, width
 
 
-def _resize_and_convert(
-    images: Tensor, *, shape: tuple[int, int, int], config: ImagesConfig, description: str
-) -> Tensor:
+def _resize_and_convert(images: Tensor, *, source: RawSource, shape: tuple[int, int, int], fit: Fit) -> Tensor:
     """Bring uint8 `[..., C, H, W]` to channels and size."""
     try:
-        return fit_to_size(to_channels(images, shape[0]), shape[1], config.fit, config.background)
+        return fit_to_size(to_channels(images, shape[0]), shape[1], fit, source.background)
     except ValueError as error:
-        raise DataError(f"{description}: {error}") from error
+        raise DataError(f"{source.description}: {error}") from error
 
 
 def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: str) -> tuple[ImageSplit, ImageSplit]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import MAX_PIXELS, PICTURE_FORMATS, read_bytes
-from mnist_diffusion.option_types import Background
+from mnist_diffusion.option_types import Ground
 
 CHUNK = 256
 MAX_BYTES = 256 * 2**20
@@ -27,6 +27,7 @@ GREY_MODES = ("1", "L", "LA", *SIXTEEN_BIT_MODES)
 MIN_SIXTEEN_BIT_WHITE = 4096
 """A largest value below this means that only 8 or 12 of 16 bits are used."""
 MAX_CAUSE = 500
+HALF_OPAQUE = 128
 ORIENTATION = 0x0112
 """The EXIF tag whose values from 5 to 8 lay a picture on its side."""
 
@@ -53,7 +54,7 @@ class EncodedImages:
     count: int
     read: Callable[[Sequence[int]], list[Encoded]]
     where: Callable[[int], str]
-    background: Background = "black"
+    background: Ground = "black"
 
     def __len__(self) -> int:
         return self.count
@@ -92,11 +93,13 @@ class EncodedImages:
                 yield picture_shape(encoded, self.where(index))
 
 
-def picture_files(paths: Sequence[Path]) -> EncodedImages:
+def picture_files(paths: Sequence[Path], background: Ground = "black") -> EncodedImages:
     """Picture files."""
-    return EncodedImages(
-        len(paths), lambda indices: [read_file(paths[index]) for index in indices], lambda i: str(paths[i])
-    )
+
+    def read(indices: Sequence[int]) -> list[Encoded]:
+        return [read_file(paths[index]) for index in indices]
+
+    return EncodedImages(len(paths), read, lambda index: str(paths[index]), background)
 
 
 def read_file(path: Path) -> bytes:
@@ -129,7 +132,7 @@ def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
 
 
 def decode_picture(
-    encoded: Encoded, where: str, *, grey: bool = False, background: Background = "black", max_pixels: int = MAX_PIXELS
+    encoded: Encoded, where: str, *, grey: bool = False, background: Ground = "black", max_pixels: int = MAX_PIXELS
 ) -> Tensor:
     """A picture as uint8 `[C, H, W]`, upright: grey if it is grey or `grey` asks for it, else RGB.
 
@@ -156,9 +159,22 @@ def decode_picture(
     return from_array(pixels, where)
 
 
-def _on_background(layer: Image.Image, background: Background) -> Image.Image:
+def _on_background(layer: Image.Image, background: Ground) -> Image.Image:
     """A picture with transparent pixels on black or white."""
     return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
+
+
+def opaque_pixels(encoded: Encoded, where: str) -> Tensor | None:
+    """The pixels of a picture that hide what is behind it, uint8 `[N, 3]`; None if all do, or it could not be read."""
+    with contextlib.suppress(DataError):
+        if isinstance(encoded, np.ndarray):
+            return None
+        with _opened(encoded, where) as picture, wrap_errors(where):
+            if picture.has_transparency_data:
+                pixels = torch.from_numpy(np.array(picture.convert("RGBA")))
+                opaque = pixels[..., 3] >= HALF_OPAQUE
+                return None if opaque.all() else pixels[opaque][:, :3]
+    return None
 
 
 def _opened(encoded: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
+import torch
+
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.decoding import DataError
 
@@ -43,6 +45,11 @@ def listed(names: Iterable[object]) -> str:
     shown = [str(name) for name in names]
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
     return ", ".join(shown[:SHOWN]) + more
+
+
+def evenly(count: int, limit: int) -> list[int]:
+    """At most `limit` of the indices below `count`, evenly spread, the first and the last among them."""
+    return sorted({round(float(place)) for place in torch.linspace(0, count - 1, min(count, limit))})
 
 
 @dataclass

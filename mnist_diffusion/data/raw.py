@@ -13,6 +13,7 @@ from torch import Tensor
 from mnist_diffusion.data.decoding import DataError, EncodedImages
 from mnist_diffusion.data.layout import in_order, listed
 from mnist_diffusion.files import MAX_NAME, is_printable
+from mnist_diffusion.option_types import Ground
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class RawSource:
     notes: tuple[str, ...] = ()
     """How files were interpreted, and which were skipped."""
     hub_id: str | None = None
+    background: Ground = "black"
+    """Colour behind transparent pixels and padding."""
     has_subsets: bool = False
     """Whether `data.subset` applies."""
 

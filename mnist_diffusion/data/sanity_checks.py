@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from mnist_diffusion.data.layout import listed, split_kind
+from mnist_diffusion.data.decoding import EncodedImages, opaque_pixels
+from mnist_diffusion.data.layout import evenly, listed, split_kind
 from mnist_diffusion.data.raw import RawSplit, label_order_warning
 from mnist_diffusion.data.transforms import edge_colour
+from mnist_diffusion.option_types import Background, Ground
 
 DARK = 32
 INK = 64
@@ -31,16 +32,37 @@ def dataset_warnings(images: Iterable[Tensor], labels: Iterable[int], names: Seq
         warnings.append(f"WARNING: the largest value is {largest} of 255, so all images are nearly black")
     if blank := [names[label] for label in sorted(ranges) if all(low == high for low, high in ranges[label])]:
         warnings.append(
-            f"WARNING: all images of {'class' if len(blank) == 1 else 'classes'} {listed(blank)} are of one colour; "
-            "if they are black on transparency, set data.background=white"
+            f"WARNING: all images of {'class' if len(blank) == 1 else 'classes'} {listed(blank)} are of one colour"
         )
     return warnings
 
 
+def choose_background(split: RawSplit, background: Background) -> tuple[Ground, list[str]]:
+    """The colour to put behind transparent pixels, and a note if there are any.
+
+    `auto` is black, or white if more pictures nearly vanish on black: those of whose opaque pixels most hardly differ
+    from it.
+    """
+    lost: dict[Ground, int] = {"black": 0, "white": 0}
+    transparent = 0
+    if isinstance(split.images, EncodedImages):
+        for index in evenly(len(split.labels), NUM_DECODED):
+            pixels = opaque_pixels(split.images.read([index])[0], split.images.where(index))
+            if pixels is not None and len(pixels):
+                transparent += 1
+                lost["black"] += bool((pixels.amax(dim=1) < INK).float().mean() > 0.5)
+                lost["white"] += bool((pixels.amin(dim=1) > 255 - INK).float().mean() > 0.5)
+    chosen = background if background != "auto" else "white" if lost["black"] > lost["white"] else "black"
+    if not transparent:
+        return chosen, []
+    counted = f": of {transparent} pictures, {lost['black']} nearly vanish on black and {lost['white']} on white"
+    note = f"transparent pixels are filled with {chosen}{counted if any(lost.values()) else ''}"
+    return chosen, [f"WARNING: {note}" if (background, chosen) == ("auto", "white") else note]
+
+
 def cropped_fraction(split: RawSplit) -> float:
     """The fraction of images that lose content when cropped to the middle square."""
-    count = len(split.labels)
-    indices = torch.linspace(0, count - 1, min(NUM_DECODED, count)).round().long().tolist()
+    indices = evenly(len(split.labels), NUM_DECODED)
 
     def images() -> Iterator[Tensor]:
         if isinstance(split.images, Tensor):

@@ -24,6 +24,7 @@ from mnist_diffusion.data.decoding import DataError, EncodedImages, cause, read_
 from mnist_diffusion.data.idx import read_idx_folder
 from mnist_diffusion.data.layout import JUNK, arrange, choose_splits, listed
 from mnist_diffusion.data.raw import RawSource, RawSplit
+from mnist_diffusion.data.sanity_checks import choose_background
 from mnist_diffusion.data.transforms import fit_to_size
 from mnist_diffusion.data.trees import (
     ARCHIVES,
@@ -59,13 +60,16 @@ def read_source(config: ImagesConfig) -> RawSource:
     if config.subset is not None and not source.has_subsets:
         raise DataError(f"data.subset={config.subset!r}: {source.description} has no parts")
 
+    background, notes = choose_background(source.train, config.background)
+
     def with_background(split: RawSplit) -> RawSplit:
         if not isinstance(split.images, EncodedImages):
             return split
-        return dataclasses.replace(split, images=dataclasses.replace(split.images, background=config.background))
+        return dataclasses.replace(split, images=dataclasses.replace(split.images, background=background))
 
-    test = source.test and with_background(source.test)
-    return dataclasses.replace(source, train=with_background(source.train), test=test)
+    train, test = with_background(source.train), source.test and with_background(source.test)
+    notes = [*source.notes, *notes]
+    return dataclasses.replace(source, train=train, test=test, background=background, notes=tuple(notes))
 
 
 def _read(config: ImagesConfig) -> RawSource:
@@ -163,11 +167,11 @@ def read_idx(folder: Path, config: ImagesConfig) -> RawSource | None:
 
 def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
     """Read a folder that `datasets` saved, or one with such folders in it, which are splits or configurations."""
-    from datasets import load_from_disk
-
     found = sorted(path.parent for path in folder.rglob("state.json") if (path.parent / "dataset_info.json").is_file())
     if not found:
         return None
+    from datasets import load_from_disk
+
     names = [(path.relative_to(folder) / "state.json").as_posix() for path in found]
     layout = arrange(names, config, str(folder), tables=True)
     tables = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_diffusion.config import AugmentConfig
-from mnist_diffusion.option_types import Background, Fit
+from mnist_diffusion.option_types import Fit, Ground
 from mnist_diffusion.seeds import numpy_generator
 
 MOST_ALONG = 2**20
@@ -28,7 +28,7 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
     return transforms.rgb_to_grayscale(images, num_output_channels=1)
 
 
-def fit_to_size(images: Tensor, size: int, fit: Fit, background: Background = "black") -> Tensor:
+def fit_to_size(images: Tensor, size: int, fit: Fit, background: Ground = "black") -> Tensor:
     """Bring uint8 `[..., C, H, W]` to `size` x `size`.
 
     `contain` brings the longer side to `size` (antialiased) and fills up with the background; `resize` brings the
@@ -73,7 +73,10 @@ def filled_rows(rows: Sequence[Tensor], columns: int) -> Tensor:
 
 
 def augment_images(images: Tensor, config: AugmentConfig, seed: int, epochs: np.ndarray, indices: np.ndarray) -> Tensor:
-    """Augment uint8 `[B, C, H, W]`: the change to an image depends on seed, epoch and its index alone."""
+    """Augment uint8 `[B, C, H, W]`: the change to an image depends on seed, epoch and its index alone.
+
+    What comes in from outside has the colour of the image's edge.
+    """
     if config == AugmentConfig():
         return images
     from torchvision.transforms.v2 import InterpolationMode
@@ -86,7 +89,9 @@ def augment_images(images: Tensor, config: AugmentConfig, seed: int, epochs: np.
         flipped = transforms.horizontal_flip(image) if config.horizontal_flip and flip > 0 else image
         shift = [part * config.shift * images.shape[-1] for part in way]
         angle, scale = turn * config.rotate, 1 + growth * config.scale
-        augmented.append(transforms.affine(flipped, angle, shift, scale, [0.0, 0.0], InterpolationMode.BILINEAR))
+        edge = edge_colour(image)
+        moved = transforms.affine(flipped - edge.float(), angle, shift, scale, [0.0, 0.0], InterpolationMode.BILINEAR)
+        augmented.append((moved + edge).round().byte())
     return torch.stack(augmented)
 
 

@@ -16,6 +16,7 @@ from mnist_diffusion.data.decoding import DataError, picture_files
 from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.trees import PICTURE_SUFFIX, TEXT_SUFFIXES
 from mnist_diffusion.evaluation.draw import MIN_IMAGES, Sample
+from mnist_diffusion.option_types import Ground
 from mnist_diffusion.plots.grids import SHEETS, file_names
 
 PARTS_OF_A_RUN = ("unet", "scheduler", "pipeline", "config.yaml")
@@ -32,7 +33,7 @@ def read_sample(path: Path, data: ImageData) -> Sample:
     Raises:
         DataError: the images could not be read, are too few, or differ from the data in size, channels or classes.
     """
-    images, names = _read_flat(path) if _is_flat(path) else _read_labelled(path)
+    images, names = (_read_flat if _is_flat(path) else _read_labelled)(path, data.background)
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise DataError(f"{path}: images of different shapes (C, H, W): {sorted(shapes)[:3]}")
@@ -68,10 +69,10 @@ def _is_flat(path: Path) -> bool:
     return bool(pictures) and (named or not any(file.suffix.lower() in TEXT_SUFFIXES for file in files))
 
 
-def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:
+def _read_flat(folder: Path, background: Ground) -> tuple[list[Tensor], list[str] | None]:
     pictures = (file for file in folder.iterdir() if PICTURE_SUFFIX.fullmatch(file.suffix.lower()))
     files = sorted(file for file in pictures if file.name not in SHEETS)
-    images = list(tqdm(picture_files(files), total=len(files), desc="reading", leave=False))
+    images = list(tqdm(picture_files(files, background), total=len(files), desc="reading", leave=False))
     found = [LABELLED_NAME.fullmatch(file.stem) for file in files]
     if any(found) and not all(found):
         stray = next(file.name for file, match in zip(files, found, strict=True) if match is None)
@@ -79,14 +80,14 @@ def _read_flat(folder: Path) -> tuple[list[Tensor], list[str] | None]:
     return images, [match["name"] for match in found if match] or None
 
 
-def _read_labelled(path: Path) -> tuple[list[Tensor], Sequence[str]]:
+def _read_labelled(path: Path, background: Ground) -> tuple[list[Tensor], Sequence[str]]:
     if any((path / name).exists() for name in PARTS_OF_A_RUN):
         raise DataError(
             f"source={str(path)!r} looks like a run folder or an incomplete pipeline folder: name the pipeline folder "
             "in it, which has a model_index.json"
         )
     try:
-        source = read_source(ImagesConfig(source=str(path)))
+        source = read_source(ImagesConfig(source=str(path), background=background))
     except DataError as error:
         raise DataError(f"source: {str(error).replace('data.source=', '')}") from error
     if len(source.train.images) == 0:

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +17,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 from torch import Tensor
 
-from mnist_diffusion.method.noise import NoisingProcess
+if TYPE_CHECKING:
+    from mnist_diffusion.method.noise import NoisingProcess
 
 # Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, black first.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import torch
@@ -13,8 +13,11 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mnist_diffusion.data.layout import evenly
 from mnist_diffusion.files import replace_picture
-from mnist_diffusion.method.noise import NoisingProcess
+
+if TYPE_CHECKING:
+    from mnist_diffusion.method.noise import NoisingProcess
 
 SHEETS = ("grid.png", "guidance.png", "interpolation.png")
 """The sheets that `mnist-diffusion sample` writes beside single files."""
@@ -124,11 +127,6 @@ def side_by_side(pictures: Sequence[tuple[str, Image.Image]], *, gap: int = 12) 
         sheet.paste(part, (left, 0))
         left += part.width + gap
     return sheet
-
-
-def evenly(count: int, limit: int) -> list[int]:
-    """At most `limit` of the indices below `count`, evenly spread, the first and the last among them."""
-    return sorted({round(float(place)) for place in torch.linspace(0, count - 1, min(count, limit))})
 
 
 def forward_noising(

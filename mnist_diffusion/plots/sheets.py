@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.data.layout import evenly
 from mnist_diffusion.data.transforms import to_model_range
 from mnist_diffusion.method.noise import NoisingProcess
 from mnist_diffusion.pipelines.drawing import generate, seeded_call
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.plots.grids import denoising_strip, evenly, forward_noising, image_grid, side_by_side, titled
+from mnist_diffusion.plots.grids import denoising_strip, forward_noising, image_grid, side_by_side, titled
 from mnist_diffusion.seeds import mixed_seed, torch_generator
 from mnist_diffusion.training.run_folder import RunRecord, Sheet
 

@@ -374,6 +374,14 @@ class TestImages:
         assert not torch.equal(whole, augment_images(images, config, 1, epochs, indices))
         assert not torch.equal(whole[0], augment_images(images[:1], config, 0, np.array([1]), indices[:1])[0])
 
+    def test_augmentation_fills_with_the_colour_of_the_edge(self) -> None:
+        image = torch.tensor([250, 10, 90], dtype=torch.uint8)[:, None, None].expand(3, 16, 16).clone()
+        image[:, 6:10, 6:10] = 128
+        config = AugmentConfig(shift=0.25, rotate=45)
+        moved = augment_images(image.expand(8, 3, 16, 16), config, 0, np.zeros(8, int), np.arange(8))
+        assert torch.equal(moved[..., 0, 0], image[:, 0, 0].expand(8, 3))
+        assert len({*map(tuple, (moved[:, 1] > 100).flatten(1).int().tolist())}) == 8
+
 
 class TestBatches:
     def test_parts_make_up_the_batch(self, digits: ImageData) -> None:

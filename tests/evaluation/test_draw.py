@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,15 @@ class TestReading:
         grey = read_sample(write_pictures(tmp_path / "grey"), letters)
         rgb = read_sample(write_pictures(tmp_path / "rgb", mode="RGB"), letters)
         assert torch.equal(grey.images, rgb.images)
+
+    @pytest.mark.parametrize(("background", "ground"), [("black", 0), ("white", 255)])
+    def test_transparent_pixels_as_in_the_data(
+        self, letters: ImageData, tmp_path: Path, background: Any, ground: int
+    ) -> None:
+        for index in range(60):
+            Image.new("LA", (8, 8), (100, 255 * (index % 2))).save(tmp_path / f"{index:03}.png")
+        sample = read_sample(tmp_path, replace(letters, background=background))
+        assert sample.images[:, 0, 0, 0].tolist() == [ground, 100] * 30
 
     def test_flat_folder_with_classes_in_names(self, letters: ImageData, tmp_path: Path) -> None:
         for index in range(60):

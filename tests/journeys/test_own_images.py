@@ -72,8 +72,7 @@ def transparent(root: Path) -> Path:
 def test_train_and_draw(make: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(tmp_path)
     monkeypatch.chdir(tmp_path)
-    flags = ["--data.background", "white"] if make is transparent else []
-    assert train_cfg.main(["--config", "tiny", "--train.max_steps", "2", "--data.source", str(source), *flags]) == 0
+    assert train_cfg.main(["--config", "tiny", "--train.max_steps", "2", "--data.source", str(source)]) == 0
     run = str(tmp_path / "runs" / "latest")
     pipeline = MNISTDiffusionPipeline.from_pretrained(run)
     assert pipeline.config.id2label == {str(number): str(number) for number in range(12)}

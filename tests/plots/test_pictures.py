@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from mnist_diffusion.config import DiffusionConfig
+from mnist_diffusion.data.layout import evenly
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.plots.curves import compared_curves, noise_schedules, pixel_histograms, to_picture, training_curves
 from mnist_diffusion.plots.grids import (
     MAX_LABEL,
     denoising_strip,
     drawable,
-    evenly,
     forward_noising,
     image_grid,
     side_by_side,

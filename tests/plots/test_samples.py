@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,17 +177,27 @@ def test_not_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "could not be loaded" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [[], ["sample"], ["train"]])
-def test_help_imports_nothing_heavy(verb: list[str]) -> None:
+HEAVY = {"torch", "diffusers", "datasets", "transformers", "sklearn"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused", "printed"),
+    [
+        (["--help"], HEAVY, "usage:"),
+        (["sample", "--help"], HEAVY, "usage:"),
+        (["data", "pictures"], HEAVY - {"torch"}, "contact_sheet.png"),
+    ],
+    ids=["help", "sample-help", "data"],
+)
+def test_imports_nothing_heavy(
+    arguments: list[str], unused: set[str], printed: str, image_folder: Path, tmp_path: Path
+) -> None:
     code = (
         "import sys\nfrom mnist_diffusion.cli import main\n"
-        f"try: main([*{verb!r}, '--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'diffusers', 'datasets', 'transformers', 'sklearn'} & set(sys.modules)))"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        f"print(sorted({unused!r} & set(sys.modules)))"
     )
-    environment = {**os.environ, "COLUMNS": "200"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=60
-    )
-    if verb != ["train"]:  # train_cfg's own help is parsed before anything heavy too, but behind its import
-        assert result.stdout.splitlines()[-1] == "[]"
-    assert "usage:" in result.stdout
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=60)
+    assert printed in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
