@@ -1,7 +1,10 @@
-"""Hooks of MkDocs: the pages beside `docs/`, a reference page for each module, and links that leave the site."""
+"""Hooks of MkDocs: pages beside `docs/`, a reference of all commands and modules, and links that leave the site."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 from html import unescape
 from pathlib import Path
@@ -11,6 +14,8 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation, Section
 from mkdocs.structure.pages import Page
+
+from mnist_diffusion.cli import VERBS, main
 
 REPOSITORY = Path(__file__).parents[1]
 BESIDE = {"index.md": "README.md"} | {
@@ -26,12 +31,22 @@ def on_files(files: Files, config: Any) -> Files:
         for other, path in BESIDE.items():
             text = text.replace(f"]({path}", f"]({other}")
         files.append(File.generated(config, name, content=text))
+    commands = "# Commands and options\n\n" + "\n".join(map(help_of, VERBS))
+    files.append(File.generated(config, "reference/commands.md", content=commands))
     for path in sorted((REPOSITORY / "mnist_diffusion").rglob("*.py")):
         parts = path.relative_to(REPOSITORY).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         if not parts[-1].endswith("__main__"):
             files.append(File.generated(config, f"reference/{module}.md", content=f"# {module}\n\n::: {module}\n"))
     return files
+
+
+def help_of(verb: str) -> str:
+    """What `mnist-diffusion VERB --help` prints, below a heading."""
+    os.environ["COLUMNS"] = "100"
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        main([verb, "--help"])
+    return f"## {verb}\n\n```text\n{printed.getvalue()}```\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:

@@ -305,7 +305,7 @@ class TrainConfig:
     """Draw training curves, the noise schedule, denoising strips and histograms into `pictures/`."""
     snapshot_every: Interval | None = None
     """Export a pipeline folder of the averaged weights this often."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], AfterValidator(distinct)] = ()
+    trackers: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], AfterValidator(distinct)] = ()
     """Experiment trackers to report to."""
     resume: bool = False
     """Resume from the newest checkpoint in `output_dir`; without one, start at step 0."""

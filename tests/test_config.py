@@ -65,7 +65,7 @@ BAD_OPTIONS = [
     (["--train.sample_every", "0 steps"], "train.sample_every must be a number of steps or epochs"),
     (["--train.snapshot_every", "0.5 steps"], "train.snapshot_every must be a number of steps or epochs"),
     (["--model.block_out_channels", "[8, 16"], "'[8, 16' is not a list such as [8, 16]"),
-    (["--train.trackers", "[abacus]"], "train.trackers.0 must be 'tensorboard' or 'wandb', got 'abacus'"),
+    (["--train.trackers", "[abacus]"], "train.trackers.0 must be 'tensorboard', 'trackio' or 'wandb', got 'abacus'"),
     (["--train.resume", "true"], "train.resume=true needs output_dir"),
     (["--hub.private", "true"], "hub.private=True has no effect without hub.push"),
     (["--config", "no-such-recipe"], "config must be a YAML file or one of the recipes compact_500, ddpm_1000,"),

@@ -26,7 +26,7 @@ def test_the_site(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr[-3000:]
     entries = json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"]
     found = "\n".join(entry["title"] + entry["text"] for entry in entries)
-    for name in ("MNISTDiffusionPipeline", "prediction_errors", "guided_prediction", "Muon"):
+    for name in ("MNISTDiffusionPipeline", "prediction_errors", "guided_prediction", "Muon", "--train.max_minutes"):
         assert name in found
     for module in (REPOSITORY / "mnist_diffusion").rglob("*.py"):
         name = ".".join(module.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")

@@ -168,8 +168,8 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     trackers = list(config.train.trackers)
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_config=project)
     if missing := set(trackers) - {str(tracker) for tracker in accelerator.log_with}:
-        extras = "pip install 'mnist-diffusion[wandb]' or 'mnist-diffusion[tensorboard]'"
-        raise UserError(f"train.trackers: {', '.join(sorted(missing))} is not installed; {extras}")
+        names = ",".join(sorted(missing))
+        raise UserError(f"train.trackers: {names} is not installed; pip install 'mnist-diffusion[{names}]'")
     if "wandb" in trackers:
         [ready] = utils.broadcast_object_list([_wandb_is_ready() if state.is_main_process else True])
         if not ready:

@@ -174,7 +174,7 @@ def closing_words(
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path, run_id: str | None) -> None:
-    """Start the trackers with the flattened configuration; wandb resumes the run of the same id, if there is one.
+    """Start the trackers with the flattened configuration; wandb and trackio resume the run of the same id.
 
     W&B's own variables (`WANDB_PROJECT`, `WANDB_NAME`, `WANDB_DIR`, `WANDB_RUN_ID`, `WANDB_RESUME`) come first.
 
@@ -186,9 +186,10 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path, ru
     own = {"NAME": ("name", folder.name), "DIR": ("dir", accelerator.project_dir)}
     own |= {"RUN_ID": ("id", run_id), "RESUME": ("resume", "allow")}
     wandb = dict(argument for variable, argument in own.items() if f"WANDB_{variable}" not in os.environ)
+    trackio = {"name": f"{folder.name}-{(run_id or '')[:8]}", "resume": "allow"}
     project = (os.environ.get("WANDB_PROJECT") if "wandb" in config.train.trackers else None) or "mnist-diffusion"
     try:
-        accelerator.init_trackers(project, config=_flat(config.to_dict()), init_kwargs={"wandb": wandb})
+        accelerator.init_trackers(project, _flat(config.to_dict()), {"wandb": wandb, "trackio": trackio})
     except Exception as error:  # whatever a tracker raises
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"train.trackers could not be started: {type(error).__name__}: {reason}") from error
@@ -206,5 +207,10 @@ def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, ste
     """Send a picture to every tracker."""
     values = np.asarray(picture.convert("RGB"))[None]
     for tracker in accelerator.trackers:
+        if tracker.name == "trackio":  # accelerate logs its numbers alone
+            import trackio
+
+            tracker.log({name: trackio.Image(values[0])}, step=step)
+            continue
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({name: values}, step=step, **layout)

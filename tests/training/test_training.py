@@ -7,6 +7,7 @@ import errno
 import json
 import shutil
 import signal
+import sqlite3
 import threading
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,16 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert set(recorded.Tags()["images"]) == {
         *("samples", "noise_schedule", "forward_noising", "denoising", "pixel_histograms", "training_curves", "epochs")
     }
+
+
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run(tiny_config(trackers=("trackio",), pictures=True, sample_every="2 steps"), tmp_path / "run")
+    [recorded] = (tmp_path / "trackio").glob("mnist-diffusion.db")
+    with sqlite3.connect(recorded) as database:
+        logged = [json.loads(line) for (line,) in database.execute("select metrics from metrics")]
+    assert {"loss", "loss_by_noise/5", "samples", "training_curves"} <= {name for line in logged for name in line}
+    assert list((tmp_path / "trackio" / "media").rglob("*.png"))
 
 
 def test_wandb_needs_a_key_or_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
