@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
 import shlex
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +31,7 @@ from mnist_diffusion.config import RECIPES
 from mnist_diffusion.data import sources
 from mnist_diffusion.demo.studio.build import RUNTIME_FILES
 from mnist_diffusion.evaluation import evaluator
-from tests.conftest import REPOSITORY, make_image_folder, parse_train
+from tests.conftest import REPOSITORY, make_image_folder
 from tests.data.test_dataset import idx_bytes
 from tests.support.hub_server import HubServer
 
@@ -33,10 +39,9 @@ DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SEC
 DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 BOTH = "runs/mnist runs/other"
-PLACEHOLDERS = {
+SHORTENED = {
     "runs/mnist/snapshots/step-500": "runs/mnist/snapshots/step-2",
     "runs/ddpm_200/snapshots/step-277500": "runs/mnist/snapshots/step-2",
-    "user/": "owner/",
     "steps = 800": "steps = 3",
     "max_steps=1000": "max_steps=3, pictures=False, num_eval_images=16",
     "max_minutes=5": "max_minutes=None, max_steps=3, pictures=False, num_eval_images=16",
@@ -45,7 +50,7 @@ PLACEHOLDERS = {
     " ".join([*(f"runs/adm-{seed}" for seed in range(3)), *(f"runs/default/seed-{seed}" for seed in range(3))]): BOTH,
     " ".join([*(f"runs/mine-{seed}" for seed in range(3)), *(f"runs/flow/seed-{seed}" for seed in range(3))]): BOTH,
 }
-"""What the documents leave open, and what it is here."""
+"""What takes long in the documents, and what it is here."""
 SMALL = [
     *("--train.max_steps", "3", "--train.num_eval_images", "16", "--train.samples_per_class", "1"),
     *("--data.batch_size", "8", "--train.pictures", "false"),
@@ -63,20 +68,30 @@ SHORT = {
 }
 """Flags that are added to a command, where they win."""
 NOT_RUN = {
-    "python3 -m venv": "installs; the second of the two is what runs these tests",
-    "accelerate launch --multi_gpu": "needs GPUs",
-    "mnist-diffusion studio runs": "tried in tests/demo",
-    "mnist-diffusion app": "serves until it is interrupted, tried in tests/demo",
+    "python3 -m venv": "installs",
     "pip install": "installs",
+    "uv": "installs",
+    "jupyter lab": "serves until it is interrupted",
+    "mnist-diffusion app": "serves until it is interrupted, tried in tests/demo",
+    "mnist-diffusion studio runs": "tried in tests/demo",
+    "mnist-diffusion space runs/mnist user/digits --student": "tried in tests/demo",
+    "mnist-diffusion space runs/letters": "tried in tests/demo",
+    "mnist-diffusion evaluate runs/mnist --processes": "several processes, tried in tests/evaluation",
+    "mnist-diffusion sample runs/mnist --as_dataset": "several processes, tried in tests/plots",
+    "accelerate launch --multi_gpu": "needs GPUs",
+    "torchrun": "several processes, tried in tests/journeys",
     "python benchmarks/speedrun.py": "trains for minutes",
     "python examples/": "tried in tests/examples",
-    "mnist-diffusion space runs/mnist owner/digits --student": "tried in tests/demo",
-    "mnist-diffusion space runs/mine": "tried in tests/demo",
-    "uv": "installs",
-    ". .venv/bin/activate": "is active",
-    "ACCELERATE_USE_CPU=true torchrun": "several processes, tried in tests/journeys",
-    "torchrun": "several machines, tried in tests/journeys",
+    **dict.fromkeys(("ruff", "lint-imports", "mypy", "codespell", "pytest"), "runs beside these tests"),
 }
+PROGRAMS = {command.split()[0] for command in NOT_RUN}
+ASK = f"""#!{sys.executable} -IS
+import json, os, socket, sys
+asked = socket.create_connection(("127.0.0.1", int(os.environ["DOCUMENT_PORT"])))
+asked.sendall(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]).encode() + b"\\n")
+sys.exit(int(asked.makefile().readline()))
+"""
+"""Stands for each program in the shell of a document, and has this process do its work, which is faster."""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +117,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (cifar / "batches.meta.txt").write_text("airplane automobile bird cat deer dog frog horse ship truck\n")
     (root / "path" / "to" / "images").mkdir()
     (root / "runtime").mkdir()
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "activate").touch()
     for name in RUNTIME_FILES:  # which are copied, and not run
         (root / "runtime" / name).write_text("")
     for number in range(600):
@@ -128,45 +145,41 @@ def in_workspace(workspace: Path, hub: HubServer, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluator, "STEPS", 20)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_user0123456789")
     monkeypatch.setattr(sources, "FOLDER_READERS", sources.FOLDER_READERS)  # to which a document adds one
+    before = {*Path().iterdir(), *Path("runs").iterdir()}
     yield
-    written = "samples evaluation comparison pictures data digits run onnx studio space-app tutorial"
-    outputs = [Path(name) for name in written.split()]
-    for output in [*outputs, *Path("runs").glob("document-*")]:
-        shutil.rmtree(output, ignore_errors=True)
+    for path in {*Path().iterdir(), *Path("runs").iterdir()} - before:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def blocks(document: Path, *languages: str) -> list[str]:
     return [body for language, body in BLOCK.findall(document.read_text(encoding="utf-8")) if language in languages]
 
 
-def filled(text: str, commit: str) -> str:
-    for placeholder, value in {**PLACEHOLDERS, "<commit>": commit}.items():
-        text = text.replace(placeholder, value)
+def shortened(text: str) -> str:
+    for long, short in SHORTENED.items():
+        text = text.replace(long, short)
     return text
 
 
-def run_command(line: str, number: int) -> None:
-    """Run one line of a shell block in this process, shortened; where its comment says so, it must be refused."""
-    if any(line.startswith(start) for start in NOT_RUN) or "--processes" in line:
-        if "train_cfg.py" in line:
-            parse_train(shlex.split(line, comments=True)[shlex.split(line).index("train_cfg.py") + 1 :])
-        return
-    words = shlex.split(line, comments=True)
-    words = words[{"accelerate": 2, "python": 1}.get(words[0], 0) :]
+def run_command(words: list[str], number: int) -> int:
+    """Do what a program of a document would, shortened; its exit code."""
+    line = " ".join(words)
+    if any(line.startswith(start) for start in NOT_RUN):
+        return 0
+    words = shlex.split(shortened(shlex.join(words)))
+    words = words[2:] if words[0] == "accelerate" else words
     AcceleratorState._reset_state(reset_partial_state=True)
     program, arguments = words[0], words[1:]
-    if program.endswith(".py") or arguments[0] == "train":
+    if program == "train_cfg.py" or arguments[0] == "train":
         arguments = [*arguments, *SHORT["train"]]
         arguments += [] if "--data.source" in arguments or "config.yaml" in line else ["--data.source", "digits"]
         arguments += [] if "--output_dir" in arguments else ["--output_dir", f"runs/document-{number}"]
-    else:
-        pipeline = arguments[:2] != ["evaluate", "path/to/images"]
-        arguments = [*arguments, *(SHORT.get(arguments[0], []) if pipeline else [])]
-        if arguments[0] in ("pull", "distill"):
-            shutil.rmtree(arguments[arguments.index("--out") + 1], ignore_errors=True)
+    elif arguments[:2] != ["evaluate", "path/to/images"]:
+        arguments = [*arguments, *SHORT.get(arguments[0], [])]
     programs: dict[str, Any] = {"train_cfg.py": train_cfg.main, "mnist-diffusion": main}
-    assert programs[program](arguments) == (2 if "refused" in line else 0), line
+    return int(programs[program](arguments))
 
 
 @pytest.mark.parametrize(
@@ -177,18 +190,41 @@ def run_command(line: str, number: int) -> None:
         if blocks(each, "bash")
     ],
 )
-def test_commands_run_as_written(document: Path, in_workspace: None, hub: HubServer) -> None:
-    number = 0
-    for body in blocks(document, "bash"):
-        for line in body.splitlines():
-            number += 1
-            head = hub.repositories["owner/name"].refs["main"] if "owner/name" in hub.repositories else ""
-            run_command(filled(line, head), number)
+def test_commands_paste_into_a_shell(document: Path, in_workspace: None, tmp_path: Path) -> None:
+    """All of a document's commands in one shell, as they stand there."""
+    script = "\n".join(blocks(document, "bash"))
+    if document.name == "README.md":  # which trains the run that it uses, and that the others begin with
+        Path("runs").rename(tmp_path / "runs")
+    for program in PROGRAMS:
+        path = tmp_path / "bin" / program
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(ASK)
+        path.chmod(0o755)
+    codes: dict[str, int] = {}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        place = {"PATH": f"{path.parent}:{os.environ['PATH']}", "DOCUMENT_PORT": str(server.getsockname()[1])}
+        with subprocess.Popen(["bash", "-e", "-c", script], env={**os.environ, **place}) as shell:
+            try:
+                while shell.poll() is None:
+                    with contextlib.suppress(TimeoutError), server.accept()[0] as asking:
+                        words = json.loads(asking.makefile().readline())
+                        codes[shlex.join(words)] = run_command(words, len(codes))
+                        asking.sendall(b"0\n")
+            finally:
+                shell.kill()
+    if document.name == "README.md":
+        shutil.rmtree("runs")
+        (tmp_path / "runs").rename("runs")
+    refused = [shlex.join(shlex.split(line, comments=True)) for line in script.splitlines() if "refused" in line]
+    assert {line: code for line, code in codes.items() if code} == dict.fromkeys(refused, 2)
+    assert shell.returncode == 0
+    assert codes
 
 
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if blocks(each, "python")], ids=lambda path: path.name)
 def test_python_runs_as_written(document: Path, in_workspace: None, hub: HubServer) -> None:
-    assert main(["push", "runs/mnist", "owner/name"]) == 0
+    assert main(["push", "runs/mnist", "user/name"]) == 0
     pipeline = MNISTDiffusionPipeline.from_pretrained("runs/mnist")
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     names: dict[str, Any] = {
@@ -200,8 +236,9 @@ def test_python_runs_as_written(document: Path, in_workspace: None, hub: HubServ
         "generator_a": generators[0],
         "generator_b": generators[1],
     }
+    commit = hub.repositories["user/name"].refs["main"]
     for body in blocks(document, "python"):
-        exec(filled(body, hub.repositories["owner/name"].refs["main"]), names)
+        exec(shortened(body).replace("<commit>", commit), names)
 
 
 def test_no_block_is_passed_over() -> None:

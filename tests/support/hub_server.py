@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKENS = {"hf_owner0123456789": "owner", "hf_guest0123456789": "guest"}
+TOKENS = {f"hf_{name}0123456789": name for name in ("owner", "guest", "user")}
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 
 
