@@ -28,6 +28,7 @@ MAX_NEIGHBOURHOOD = 10_000
 MAX_COPY_CHECK = 2000
 MIN_HELD_OUT = 50
 COPY_QUANTILE = 0.01
+SUSPICIOUS_SHARE = 0.05
 RARE_SHAPE = 0.01
 """Share of a class's training images below which a combination of pieces and holes is odd."""
 SPREADS = ("accuracy_low", "accuracy_high", "class_accuracy", "fid_standard_error", "kernel_distance_deviation")
@@ -77,6 +78,12 @@ def embed(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> E
     return EvaluatedImages(images, labels, *logits_and_features(evaluator, images))
 
 
+def copied_share(sampled: metrics.NearestImages, held_out: metrics.NearestImages) -> metrics.Share:
+    """The share of images nearer to one training image, relative to others, than 99 of 100 held-out images are."""
+    copied = sampled.relative <= np.quantile(held_out.relative, COPY_QUANTILE)
+    return metrics.wilson_share(int(copied.sum()), len(copied))
+
+
 class Reference:
     """The real side of every measurement.
 
@@ -117,14 +124,12 @@ class Reference:
         """All metrics of a sample, with their floor, such as `fid`, `fid_floor` and `fid_ratio`."""
         evaluated = embed(self.evaluator, sample.images, sample.labels)
         measured, floor = self.measure(evaluated), self.floor(len(evaluated), labelled=sample.labels is not None)
-        # Nearer to one training image, relative to the others, than 99 of 100 held-out images are.
-        copied = measured.nearest.relative <= np.quantile(floor.nearest.relative, COPY_QUANTILE)
-        copies = metrics.wilson_share(int(copied.sum()), len(copied))
+        copies = copied_share(measured.nearest, floor.nearest)
         entry = dict(measured.values)
         entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in entry.keys() - SPREADS}
         entry["fid_ratio"] = entry["fid"] / entry["fid_floor"]
         entry |= {"copied_share": copies.value, "copied_share_floor": COPY_QUANTILE}
-        entry["copies_suspected"] = copies.low > 5 * COPY_QUANTILE
+        entry["copies_suspected"] = copies.low > SUSPICIOUS_SHARE
         entry["warnings"] = self._warnings(entry)
         return replace(measured, values=entry)
 

@@ -42,6 +42,8 @@ from mnist_diffusion.training.run_folder import read_metrics, sample_sheets
 from mnist_diffusion.training.step import TrainState
 
 ANIMATED_PER_CLASS = 2
+MAX_COMPARED = 5000
+"""Training images that samples are compared with to find copies."""
 NUM_EVALUATION_IMAGES = 1000
 """Images sampled at each evaluation during training, or the next multiple of the classes."""
 
@@ -106,7 +108,7 @@ class Artifacts:
         self.averaged = make_pipeline(unet=state.averaged_unet)
         require_fit(self.averaged, data)
         self.averaged.set_progress_bar_config(disable=True)
-        self.drawn_step = -1
+        self.drawn_step, self.sheet_images = -1, torch.empty(0)
         self.measure: Callable[[], dict[str, float]] = dict  # nothing, until `prepare`
 
     def pipeline(self) -> MNISTDiffusionPipeline:
@@ -212,11 +214,12 @@ class Artifacts:
             return
         pipeline, names, train = self.pipeline(), self.data.class_names, self.config.train
         sheet, images = sheets.sample_sheet(pipeline, names, columns=train.samples_per_class, seed=train.seed)
+        self.sheet_images = to_uint8(2 * images - 1)
         self._show("samples", sheet, progress.step, self._sheet_path(progress.step))
         if train.pictures:
             self._show("denoising", sheets.denoised(pipeline, names, seed=train.seed), progress.step)
             real = self.data.train.spread(len(images))[0]
-            histograms = curves.pixel_histograms(real, to_uint8(2 * images - 1))
+            histograms = curves.pixel_histograms(real, self.sheet_images)
             self._show("pixel_histograms", curves.to_picture(histograms), progress.step)
         self.drawn_step = progress.step
 
@@ -234,6 +237,22 @@ class Artifacts:
         labels, seeds, names = sheets.sheet_rows(self.pipeline(), self.data.class_names, columns, seed)
         frames = sheets.predicted_frames(self.averaged, labels, seeds, columns, row_labels=names)
         save_animation(frames, self.folder / "pictures" / "denoising.gif")
+
+    def copies_warning(self) -> str:
+        """A warning if the last sample sheet seems to show copies of training images; empty otherwise."""
+        from mnist_diffusion.evaluation import metrics, score  # takes a second to import
+
+        if len(self.sheet_images) == 0:
+            return ""
+        training, held_out = self.data.train.spread(MAX_COMPARED)[0], self.data.test.spread(MAX_COMPARED // 10)[0]
+        sampled, real = (metrics.nearest_images(each, training) for each in (self.sheet_images, held_out))
+        share = score.copied_share(sampled, real)
+        if share.low <= score.SUSPICIOUS_SHARE:
+            return ""
+        return (
+            f"WARNING: {share.value:.0%} of the last {len(self.sheet_images)} samples are nearly copies of training "
+            "images: more images, augmentation or fewer steps may help; `mnist-diffusion evaluate` shows them"
+        )
 
     def _sheet_path(self, step: int) -> Path:
         return self.folder / "samples" / f"step-{step:06d}.png"

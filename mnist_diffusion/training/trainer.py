@@ -257,9 +257,11 @@ class Trainer:
     def _finish(self, signal_number: int) -> None:
         """Export, draw the last pictures, and print how to use the result."""
         self.artifacts.export(self.folder / "pipeline", self.progress)
+        copies = ""
         if not signal_number:
             with warn_on_failure("draw the last pictures"):
                 self.artifacts.draw_last(self.progress)
+                copies = self.artifacts.copies_warning()
         # All processes wait for the trackers: a launcher ends the others once one has ended with a signal's code.
         for tracker in self.accelerator.trackers:
             with warn_on_failure("close a tracker"):
@@ -272,7 +274,8 @@ class Trainer:
         summary |= {"finished": finished, "stopped_by_signal": signal_number or None}
         replace_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         lines = usage(self.artifacts.averaged, self.folder / "pipeline")
-        print(logging.closing_words(self.config, self.data, self.folder, self.progress, signal_number, lines))
+        words = logging.closing_words(self.config, self.data, self.folder, self.progress, signal_number, lines)
+        print(words + (f"\n\n{copies}" if copies else ""))
 
     def _finish_interrupted_export(self) -> None:
         """Write any results that the run was killed before writing, and print that it is done."""

@@ -26,6 +26,7 @@ from mnist_diffusion.data.dataset import draw_batch, load_images
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.plots import sheets
 from mnist_diffusion.training import artifacts
 from mnist_diffusion.training.artifacts import Artifacts
 from mnist_diffusion.training.run import RUNNING, TrainedRun, train
@@ -230,6 +231,19 @@ def test_other_kinds_of_runs(tmp_path: Path, image_folder: Path, case: dict[str,
     image = pipeline("red" if conditional else None, num_inference_steps=2).images[0]
     assert image.size == ((32, 32) if "image_size" in case else (16, 16))
     assert image.mode == ("L" if case.get("channels") == 1 else "RGB")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_copies_are_said(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config()
+    shown = getattr(load_images(config.data, seed=0), split).spread(40)[0]
+    drawn = sheets.sample_sheet
+    monkeypatch.setattr(sheets, "sample_sheet", lambda *a, **named: (drawn(*a, **named)[0], shown / 255))
+    run(config, tmp_path / "run", max_steps=1)
+    warning = "WARNING: 100% of the last 40 samples are nearly copies of training images"
+    assert (warning in capsys.readouterr().out) == (split == "train")
 
 
 def test_tensorboard(tmp_path: Path) -> None:
