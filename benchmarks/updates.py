@@ -23,7 +23,7 @@ from mnist_diffusion.environment import machine_description
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import diffusion_objective
-from mnist_diffusion.training.launch import build_accelerator, reset_accelerate_state, start_processes
+from mnist_diffusion.training.launch import build_accelerator, start_processes
 from mnist_diffusion.training.probe import forward_backward
 from mnist_diffusion.training.step import TrainState
 
@@ -70,7 +70,6 @@ def main(
 
 def _update(config: Config, images: ImageData, updates: int) -> tuple[float, float, str]:
     """Seconds and floating-point operations of an update, and the machine."""
-    reset_accelerate_state()
     start_processes(config)
     with tempfile.TemporaryDirectory() as folder:
         accelerator = build_accelerator(config, Path(folder))

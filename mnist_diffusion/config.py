@@ -89,7 +89,6 @@ class ImagesConfig:
     """Skip images that cannot be decoded and report how many; otherwise one is an error."""
 
 
-MAX_SHIFTED_TIMESTEPS = 10_000
 IMAGE_FIELDS = tuple(field.name for field in dataclasses.fields(ImagesConfig))
 
 
@@ -180,11 +179,6 @@ class DiffusionConfig:
             raise ConfigError(f"diffusion.beta_schedule={self.beta_schedule!r} has no effect on {FLOW}; leave it out")
         if self.prediction_type == FLOW and self.noise_shift != 1:
             raise ConfigError(f"diffusion.noise_shift={self.noise_shift} has no effect on {FLOW}; leave it out")
-        if self.noise_shift != 1 and self.num_train_timesteps > MAX_SHIFTED_TIMESTEPS:
-            raise ConfigError(
-                f"diffusion.num_train_timesteps={self.num_train_timesteps} must be at most {MAX_SHIFTED_TIMESTEPS} "
-                "with a noise_shift, as the scheduler's configuration then lists every beta"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -412,14 +406,6 @@ class Config(RunConfig):
     """The noising process and the training target."""
 
     FIXED: ClassVar[tuple[str, ...]] = ("model", "diffusion")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        steps, available = self.sampling.num_inference_steps, self.diffusion.num_train_timesteps
-        if steps is not None and steps > available:
-            raise ConfigError(
-                f"sampling.num_inference_steps={steps} must not exceed diffusion.num_train_timesteps={available}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -37,20 +37,6 @@ def numpy_generator(seed: int, purpose: Purpose, *place: int) -> np.random.Gener
     return np.random.Generator(np.random.PCG64(_sequence(seed, purpose, place)))
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return numpy_generator(seed, "order", epoch).permutation(size)
-
-
-def positions_of_step(step: int, batch_size: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Epoch and place within it of each image of a step, int64 `[B]` each.
-
-    The order is one stream over epochs: a batch may span two (or more, where the data set is smaller than it).
-    """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    return positions // size, positions % size
-
-
 class Balance:
     """The places of each class's images, for epochs in which all classes are equally frequent.
 
@@ -90,8 +76,11 @@ class Balance:
 
 
 @lru_cache(maxsize=2)
-def _balanced_epoch(seed: int, epoch: int, balance: Balance) -> tuple[np.ndarray, np.ndarray]:
-    return balance.epoch(seed, epoch)
+def _epoch(seed: int, epoch: int, size: int, balance: Balance | None) -> tuple[np.ndarray, np.ndarray]:
+    """The images of an epoch in order, and how often each came before, int64 `[N]` each."""
+    if balance is not None:
+        return balance.epoch(seed, epoch)
+    return numpy_generator(seed, "order", epoch).permutation(size), np.full(size, epoch)
 
 
 def indices_of_step(
@@ -99,15 +88,13 @@ def indices_of_step(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which images step `step` (0 for the first) sees: indices and how often each came before, int64 `[B]` each.
 
-    How often equals the epoch, except with `balance`, which draws small classes more often.
+    The order is one stream over epochs: a batch may span two (or more, where the data set is smaller than it). How
+    often equals the epoch, except with `balance`, which draws small classes more often.
     """
-    epochs, places = positions_of_step(step, batch_size, size)
-    indices, passes = np.empty(batch_size, dtype=np.int64), epochs.copy()
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), size)
+    indices, passes = np.empty_like(epochs), np.empty_like(epochs)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        if balance is None:
-            indices[chosen] = _epoch_order(seed, int(epoch), size)[places[chosen]]
-        else:
-            order, times = _balanced_epoch(seed, int(epoch), balance)
-            indices[chosen], passes[chosen] = order[places[chosen]], times[places[chosen]]
+        images, times = _epoch(seed, int(epoch), size, balance)
+        indices[chosen], passes[chosen] = images[places[chosen]], times[places[chosen]]
     return indices, passes

@@ -27,7 +27,7 @@ from mnist_diffusion.files import pipeline_folder, require_writable
 from mnist_diffusion.parallel import is_main, num_processes
 from mnist_diffusion.pipelines.drawing import load_pipeline, resolved_source
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training.run_folder import training_images_of
+from mnist_diffusion.training.run_folder import with_training_images
 
 NUM_IMAGES = 10_000
 TRUSTED_ACCURACY = 0.9
@@ -109,11 +109,9 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
 
 def _with_training_images(options: EvaluationOptions) -> EvaluationOptions:
     """The options with the images of the first source's run, unless they name images."""
-    if (training_images := training_images_of(options.sources[0], options.data)) is None:
-        return options
-    images, seed = training_images
+    data, seed = with_training_images(options.sources[0], options.data)
     split_seed = seed if options.split_seed is None else options.split_seed
-    return dataclasses.replace(options, data=dataclasses.replace(options.data, **images), split_seed=split_seed)
+    return dataclasses.replace(options, data=data, split_seed=split_seed)
 
 
 def _imagenet_distance(device: torch.device) -> ImageNetDistance:

@@ -17,7 +17,7 @@ from mnist_diffusion.files import MAX_PICTURE_BYTES, file_within, read_bytes, re
 from mnist_diffusion.pipelines.card import CARD, parse_card
 from mnist_diffusion.plots import curves
 from mnist_diffusion.plots.sheets import last_sheets
-from mnist_diffusion.training.run_folder import RunRecord
+from mnist_diffusion.training.run_folder import RunRecord, by_dotted_name
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 FACTS = {
@@ -45,7 +45,8 @@ def run_page(run: RunRecord) -> str:
     Raises:
         FileError: the configuration could not be read.
     """
-    pipelines = run.pipelines()
+    pipeline = run.folder / "pipeline"
+    exported = (pipeline / "model_index.json").is_file()
     pictures = sorted((run.folder / "pictures").glob("*.[pg][ni][gf]"))
     embedded_pictures = [(_title(path), _embedded_file(path)) for path in pictures if path.stem != "training_curves"]
     facts = [(words, _short(run.summary[key])) for key, words in FACTS.items() if run.summary.get(key) is not None]
@@ -53,13 +54,9 @@ def run_page(run: RunRecord) -> str:
         name=run.name,
         state=f"A run of mnist-diffusion, {'finished' if run.summary.get('finished') else 'not finished'}.",
         samples=embedded(run.sheets[-1].picture) if run.sheets else None,
-        usage=_usage(run) if "pipeline" in pipelines else None,
+        usage=_usage(run) if exported else None,
         tables=[
-            (
-                "Evaluation",
-                ("images", "metric", "value"),
-                _scores(pipelines["pipeline"]) if "pipeline" in pipelines else [],
-            ),
+            ("Evaluation", ("images", "metric", "value"), _scores(pipeline) if exported else []),
             ("Training", (), facts),
         ],
         curves=embedded(curves.to_picture(curves.training_curves(run.lines, title="Training"))),
@@ -113,14 +110,13 @@ def by_objective(runs: Mapping[str, RunRecord]) -> list[dict[str, RunRecord]]:
 
 def _comparable(one: RunRecord, other: RunRecord) -> bool:
     """Whether the losses of two runs compare; an unknown objective name tells nothing."""
-    ignored = {"name"} if "" in (one.objective_name, other.objective_name) else set()
-    first, second = ({k: each.objective[k] for k in each.objective.keys() - ignored} for each in (one, other))
-    return first == second
+    names = {one.objective_name, other.objective_name}
+    return one.loss_settings == other.loss_settings and (len(names) == 1 or "" in names)
 
 
 def settings_that_differ(runs: Mapping[str, RunRecord]) -> list[list[str]]:
     """One row for each setting, by its dotted name, in which the runs differ, with the value of each run."""
-    settings = [{"objective": run.objective_name, **run.settings} for run in runs.values()]
+    settings = [{"objective": run.objective_name, **by_dotted_name(run.config)} for run in runs.values()]
     names = dict.fromkeys(name for each in settings for name in each if name not in DECIDED)
     differing = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
     return [[name, *(f"{each.get(name)!r:.60}" for each in settings)] for name in differing]

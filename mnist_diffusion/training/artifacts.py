@@ -30,7 +30,7 @@ from mnist_diffusion.files import (
 )
 from mnist_diffusion.method.noise import NoisingProcess
 from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER, as_markdown, local_paths_in, redact_paths
-from mnist_diffusion.pipelines.drawing import generate, require_fit
+from mnist_diffusion.pipelines.drawing import require_fit, seeded_call
 from mnist_diffusion.pipelines.folder import export_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.plots import curves, sheets
@@ -146,8 +146,7 @@ class Artifacts:
         pipeline, seed = self.pipeline(), self.config.train.seed
         labels, seeds, rows = sheets.sheet_rows(pipeline, self.data.class_names, 1, seed)
         try:
-            stop = {"callback_on_step_end": interrupt_after_first_step}
-            generate(pipeline, labels and labels[:1], seeds[:1], **stop)
+            next(pipeline.stream(**seeded_call(labels and labels[:1], seeds[:1])))
         except ValueError as error:  # the pipeline's own, which name argument and value
             raise UserError(f"sampling as configured cannot work: {error}") from error
         image_grid(torch.zeros(len(seeds), *pipeline.image_shape), 1, row_labels=rows)
@@ -158,10 +157,7 @@ class Artifacts:
             save_checkpoint(temporary, 0, {"unet": {"weight": torch.zeros(1)}}, {}, keep=1)
             append_text(temporary / "metrics.jsonl", "{}\n")
             replace_text(config, config_text)
-            try:
-                read_yaml(config)
-            except UserError as error:
-                raise UserError(f"the run's configuration cannot be read back to resume from it: {error}") from error
+            read_yaml(config)  # as resuming does
 
     def measure_loss(self, progress: Progress, log: logging.MetricsLog) -> None:
         """Measure the held-out loss."""
@@ -266,12 +262,6 @@ class Artifacts:
             logging.track_picture(self.context.accelerator, name, picture, step)
 
 
-def interrupt_after_first_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """A callback that ends a call after its first step."""
-    pipeline._interrupt = True
-    return values
-
-
 def example_call(pipeline: MNISTDiffusionPipeline) -> str:
     """Python that calls a pipeline."""
     if (classes := pipeline.num_classes) is None:
@@ -301,7 +291,7 @@ def card_values(artifacts: Artifacts, folder: Path, progress: Progress) -> dict[
         "datasets": [data.hub_id] if data.hub_id is not None else None,
         "class_names": ", ".join(map(as_markdown, data.class_names)),
         "num_classes": pipeline.num_classes,
-        "parameters": sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        "parameters": pipeline.unet.num_parameters(),
         "example_call": example_call(pipeline),
         "scheduler": config.sampling.scheduler or "ddpm",
         **{name: pipeline.config[name] for name in defaults},

@@ -103,14 +103,13 @@ def save_checkpoint(
     return target
 
 
-def newest_valid(root: Path, *, run_id: str | None = None) -> tuple[int | None, list[str]]:
+def newest_valid(root: Path, *, run_id: str | None = None, set_aside: bool = True) -> tuple[int | None, list[str]]:
     """The step of the newest valid checkpoint, and the problems of newer ones.
-
-    An invalid one is renamed to `step-N.broken`, never removed.
 
     Args:
         root: the folder of checkpoints.
         run_id: the run it must belong to; None accepts any.
+        set_aside: rename an invalid one to `step-N.broken`; it is never removed.
 
     Raises:
         ForeignCheckpointError: one belongs to another run or version, or could not be read now.
@@ -125,7 +124,8 @@ def newest_valid(root: Path, *, run_id: str | None = None) -> tuple[int | None, 
             if is_transient(error):
                 text = f"{path} could not be read, and may be intact: {error}; try again, or move it away"
                 raise ForeignCheckpointError("; ".join([text, *problems])) from error
-            problems.append(f"{path} is invalid ({error}); renamed to {_set_aside(path).name}")
+            renamed = f"; renamed to {_set_aside(path).name}" if set_aside else ""
+            problems.append(f"{path} is invalid ({error}){renamed}")
         else:
             return step, problems
     return None, problems
@@ -137,17 +137,8 @@ def newest_intact(root: Path) -> Path | None:
     Raises:
         ForeignCheckpointError: one is of another version, or could not be read now.
     """
-    for step, path in _folders(root):
-        try:
-            verify(path, step)
-        except ForeignCheckpointError:
-            raise
-        except INVALID as error:
-            if is_transient(error):
-                raise ForeignCheckpointError(f"{path} could not be read, and may be intact: {error}") from error
-        else:
-            return path
-    return None
+    step, _ = newest_valid(root, set_aside=False)
+    return None if step is None else root / f"step-{step}"
 
 
 def load_checkpoint(root: Path, step: int) -> Checkpoint:
@@ -165,8 +156,8 @@ def load_checkpoint(root: Path, step: int) -> Checkpoint:
     return Checkpoint(step, path, tensors, state)
 
 
-def verify(path: Path, step: int, run_id: str | None = None) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest; returns the manifest.
+def verify(path: Path, step: int, run_id: str | None = None) -> None:
+    """Check every file of a checkpoint against its manifest.
 
     Raises:
         ForeignCheckpointError: it belongs to another run or version.
@@ -189,7 +180,6 @@ def verify(path: Path, step: int, run_id: str | None = None) -> dict[str, Any]:
             raise CheckpointError(f"{name} is missing")
         if file.stat().st_size != written["size"] or _sha256(file) != written["sha256"]:
             raise CheckpointError(f"{name} is not the file that was written")
-    return manifest
 
 
 def _set_aside(path: Path) -> Path:
@@ -220,14 +210,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, state["param_groups"]
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
-    """Undo `optimizer_state`; each tensor takes the memory layout of its parameter, so that updates round alike."""
-    for own, saved in zip(optimizer.param_groups, groups, strict=True):
-        for name, value in own.items():
-            if isinstance(value, int | float) and not isinstance(saved[name], int | float):
-                raise TypeError(f"{name} must be a number, got {saved[name]!r:.100}")
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore the tensors of `optimizer_state`; the options of the parameter groups stay those of the configuration.
+
+    Each tensor takes the memory layout of its parameter, so that updates round alike.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -235,4 +222,4 @@ def restore_optimizer(
         like = parameters[int(index)]
         laid_out = torch.empty_like(like).copy_(value) if value.shape == like.shape and value.ndim else value
         state.setdefault(int(index), {})[name] = laid_out
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -35,25 +35,28 @@ class Processes:
         dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
         return mine.tolist()
 
-    def on_main(self, work: Callable[[], object]) -> None:
-        """Run `work` on the main process while the others wait; if it fails, all of them raise.
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on the main process while the others wait; its result, on all of them."""
+        return self.on_all(work if self.main else lambda: None)[0]
+
+    def on_all(self, work: Callable[[], Any]) -> list[Any]:
+        """Run `work` on every process; the results, which can be pickled. If it fails on one, all of them raise.
 
         Raises:
             UserError: the work raised one, or a process has ended.
         """
         if self.alone:
-            work()
-            return
-        problem = None
-        if self.main:
-            try:
-                work()
-            except (UserError, OSError) as error:
-                problem = str(error)
-        problems: list[str | None] = [None] * dist.get_world_size()
+            return [work()]
+        result, problem = None, None
         try:
-            dist.all_gather_object(problems, problem, group=self.group)
+            result = work()
+        except (UserError, OSError) as error:
+            problem = str(error)
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        try:
+            dist.all_gather_object(outcomes, (result, problem), group=self.group)
         except RuntimeError as error:
             raise UserError(problem or f"another process ended, or did not answer: {error}") from error
-        if first := next(filter(None, problems), None):
+        if first := next((each for _, each in outcomes if each), None):
             raise UserError(first)
+        return [result for result, _ in outcomes]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import Accelerator, DistributedType, PartialState, utils
+from accelerate import Accelerator, PartialState, utils
 from accelerate.state import AcceleratorState
 
 from mnist_diffusion.config import ImagesConfig, RunConfig
@@ -20,8 +19,6 @@ from mnist_diffusion.files import is_printable, read_json
 from mnist_diffusion.training.checkpoint import newest_intact
 from mnist_diffusion.training.run_folder import is_empty
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-Read = TypeVar("Read")
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -43,13 +40,7 @@ class RunContext:
 
     def with_precision_of(self, config: RunConfig) -> RunContext:
         """This context with an accelerator of another precision; the earlier one must not be used any more."""
-        reset_accelerate_state()
         return replace(self, accelerator=build_accelerator(config, self.folder))
-
-    def main_process_first(self, read: Callable[[], Read]) -> Read:
-        """Read something on the main process, which may download it, then on the others, which find it in the cache."""
-        with self.accelerator.main_process_first():
-            return read()
 
     def require_same(self, what: str, fingerprint: str) -> None:
         """Check that every process has read the same.
@@ -62,7 +53,8 @@ class RunContext:
 
     def load_images(self, config: ImagesConfig, *, seed: int) -> ImageData:
         """Load labelled images, the same on every process; `seed` chooses the held-out ones if the source has none."""
-        images = self.main_process_first(lambda: load_images(config, seed=seed))
+        with self.accelerator.main_process_first():  # which may download them; the others find them in the cache
+            images = load_images(config, seed=seed)
         self.require_same("images", images.fingerprint)
         return images
 
@@ -102,7 +94,7 @@ def start_processes(config: RunConfig) -> PartialState:
     """Join the process group, if there is one, and divide the cores among its processes.
 
     Raises:
-        UserError: several processes that are not connected, or an engine that is not supported.
+        UserError: several processes that are not connected.
     """
     given = launcher()
     announced = max(given.num_processes, given.local_processes)
@@ -113,16 +105,8 @@ def start_processes(config: RunConfig) -> PartialState:
             "independent runs writing over each other. For processes on CPUs set ACCELERATE_USE_CPU=true; on a machine "
             "without that many GPUs launch one process"
         )
-    if state.distributed_type not in SUPPORTED:
-        supported = "one process, or plain data parallelism on CPUs or GPUs (MULTI_CPU, MULTI_GPU)"
-        raise UserError(f"distributed_type {state.distributed_type.value} is not supported; use {supported}")
     set_num_threads(config.train.num_threads)
     return state
-
-
-def reset_accelerate_state() -> None:
-    """Let this process start another run, with another precision; earlier `Accelerator`s must not be used any more."""
-    AcceleratorState._reset_state()
 
 
 def choose_output_dir(config: RunConfig, recipe: str) -> Path:
@@ -145,7 +129,7 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
 
 
 def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
-    """Build the `Accelerator`, with the precision and the trackers of the configuration.
+    """Build the `Accelerator`, with the precision and the trackers of the configuration; not to use earlier ones again.
 
     Raises:
         UserError: launcher and configuration disagree on the precision, the batch does not divide among
@@ -166,6 +150,7 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
         raise UserError(f"data.batch_size={size} must be divisible by {parts}")
     project = utils.ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs"))
     trackers = list(config.train.trackers)
+    AcceleratorState._reset_state()  # of an earlier run in this process, or with another precision
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_config=project)
     if missing := set(trackers) - {str(tracker) for tracker in accelerator.log_with}:
         names = ",".join(sorted(missing))

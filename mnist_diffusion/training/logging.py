@@ -7,7 +7,6 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DModel
 from PIL import Image
 
 from mnist_diffusion.config import RunConfig
@@ -23,7 +23,7 @@ from mnist_diffusion.environment import machine_description, package_versions
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.training.distributed import Processes
 from mnist_diffusion.training.launch import RunContext
-from mnist_diffusion.training.run_folder import append_metrics
+from mnist_diffusion.training.run_folder import append_metrics, by_dotted_name
 from mnist_diffusion.training.schedule import NEVER, describe_length
 from mnist_diffusion.training.step import TrainState
 
@@ -99,7 +99,7 @@ class MetricsLog:
         self.pending, self.lines, self.measured, self.since = [], [], {}, time.perf_counter()
 
 
-def describe(config: RunConfig, data: ImageData, context: RunContext, parameters: int) -> str:
+def describe(config: RunConfig, data: ImageData, context: RunContext, unet: UNet2DModel) -> str:
     """The plan of a run: data, model and length, one line each."""
     uneven = max(data.counts) > IMBALANCE * min(data.counts) and not config.data.balance
     flips = "\nwarning      data.augment.horizontal_flip mirrors images, which is wrong for digits and letters"
@@ -108,7 +108,7 @@ def describe(config: RunConfig, data: ImageData, context: RunContext, parameters
     raised = {flips: config.data.augment.horizontal_flip, sizes: uneven, single: data.num_classes == 1}
     return (
         f"{data.banner}{data.describe()}{''.join(hint for hint, holds in raised.items() if holds)}\n"
-        f"model        UNet2DModel, {parameters:,} parameters\n"
+        f"model        UNet2DModel, {unet.num_parameters():,} parameters\n"
         f"training     {describe_length(config, len(data.train))}\n"
         f"machine      {machine(context.accelerator)}, precision {context.accelerator.mixed_precision}\n"
         f"run folder   {context.folder}"
@@ -188,19 +188,13 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: Path, ru
     wandb = dict(argument for variable, argument in own.items() if f"WANDB_{variable}" not in os.environ)
     trackio = {"name": f"{folder.name}-{(run_id or '')[:8]}", "resume": "allow"}
     project = (os.environ.get("WANDB_PROJECT") if "wandb" in config.train.trackers else None) or "mnist-diffusion"
+    options = by_dotted_name(config.to_dict()).items()
+    plain = {name: each if isinstance(each, int | float | str) else json.dumps(each) for name, each in options}
     try:
-        accelerator.init_trackers(project, _flat(config.to_dict()), {"wandb": wandb, "trackio": trackio})
+        accelerator.init_trackers(project, plain, {"wandb": wandb, "trackio": trackio})
     except Exception as error:  # whatever a tracker raises
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"train.trackers could not be started: {type(error).__name__}: {reason}") from error
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in config.items():
-        plain = value if isinstance(value, bool | int | float | str) else json.dumps(value)
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": plain}
-    return flat
 
 
 def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:

@@ -6,18 +6,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 
-from mnist_diffusion.config import RunConfig
 from mnist_diffusion.data.dataset import draw_batch
-from mnist_diffusion.training.launch import RunContext
+from mnist_diffusion.training.launch import Config, RunContext
 from mnist_diffusion.training.schedule import planned_steps
 from mnist_diffusion.training.step import TrainState
-
-Config = TypeVar("Config", bound=RunConfig)
 
 PROBE_SECONDS = 1.0
 """Duration of one measurement, unless a single image takes longer."""
@@ -108,9 +105,8 @@ def expected_cost(state: TrainState) -> str:
     steps, minutes = planned_steps(config, len(state.data.train)), train.time_limit_minutes or 0.0
     expected = steps / speed / 60 if steps else minutes
     limited = f", cut at {minutes:g} minutes" if 0 < minutes < 0.99 * expected else ""
-    parameters = sum(parameter.numel() for parameter in state.unet.parameters())
     micro = size // (state.accelerator.num_processes * train.gradient_accumulation_steps)
-    gigabytes = (BYTES_PER_PARAMETER * parameters + micro * _activation_bytes(state)) / 1e9
+    gigabytes = (BYTES_PER_PARAMETER * state.unet.num_parameters() + micro * _activation_bytes(state)) / 1e9
     return (
         f"expected     {steps or round(60 * minutes * speed)} steps at {speed * size:.3g} images/s: "
         f"about {expected:.1f} minutes{limited}\n"

@@ -1,28 +1,17 @@
-"""Find the checkpoint to resume from: checked before anything changes, with the same decision on every process."""
+"""Find the checkpoint to resume from, and check that it is of this run, before anything changes."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 
 from mnist_diffusion.config import IMAGE_FIELDS, RunConfig
 from mnist_diffusion.errors import ConfigError
-from mnist_diffusion.training.checkpoint import (
-    WRONG_CONTENT,
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    newest_valid,
-)
-from mnist_diffusion.training.distributed import Processes
+from mnist_diffusion.training.checkpoint import Checkpoint, CheckpointError, newest_valid
 from mnist_diffusion.training.run_folder import RunFolder
 
-FIXED = ("data.batch_size", "data.augment", "data.balance", "train.seed")
-"""Options that decide which images and draws a step sees, so that a resumed run may not change them."""
+FIXED = ("data.batch_size", "data.augment", "data.balance", "train.seed", "train.optimizer")
+"""Options that decide which images and draws a step sees, and what it remembers: a resumed run may not change them."""
 ABOUT_IMAGES = tuple(f"data.{name}" for name in IMAGE_FIELDS)
 """Options that name the images; their fingerprint decides whether they are the same."""
 LAUNCH = ("output_dir", "train.resume")
@@ -33,82 +22,53 @@ DECIDED = (
 """Options that a run decides itself where they are null."""
 
 
-@dataclass(frozen=True)
-class RunIdentity:
-    """What makes two launches the same run: the configuration, the fingerprint of the images, and the objective."""
-
-    config: RunConfig
-    data_fingerprint: str
-    objective: str
-
-
-def load_newest(
-    accelerator: Accelerator, processes: Processes, run_folder: RunFolder, identity: RunIdentity
-) -> Checkpoint | None:
-    """Load the newest valid checkpoint of a run folder; None if there is none at all.
+def step_to_resume(run_folder: RunFolder) -> int | None:
+    """The step of the newest valid checkpoint of a run folder, on the main process; None to start at step 0.
 
     Raises:
-        CheckpointError: it is of another run, or not every process can read it.
+        UserError: no checkpoint is valid, one is of another run, or starting again would overwrite something.
     """
     root = run_folder.path / "checkpoints"
-    step, problems, obstacle = broadcast_object_list(_decision(run_folder) if processes.main else [None] * 3)
+    step, problems = newest_valid(root, run_id=run_folder.run_id)
     for problem in problems:
-        accelerator.print(f"warning: {problem}")
-    if obstacle is not None:
-        raise CheckpointError(obstacle)
+        print(f"warning: {problem}")
     if step is None and problems:
         advice = f"move {run_folder.path} away, or name another output_dir"
         raise CheckpointError(
             f"no checkpoint in {root} is valid, and starting again would overwrite the results: {advice}"
         )
     if step is None:
-        processes.on_main(run_folder.ensure_safe_to_overwrite)
-        accelerator.print(f"No checkpoint in {root}: starting at step 0")
-        return None
-    checkpoint, problem, changes = None, None, ""
-    try:
-        checkpoint = load_checkpoint(root, step)
-        changes = allowed_changes(checkpoint, identity)
-    except CheckpointError as error:
-        problem = str(error)
-    except WRONG_CONTENT as error:
-        problem = f"{root / f'step-{step}'} is not a checkpoint of such a run: {error!r:.300}"
-    # If one process cannot resume, none does.
-    if problems := [each for each in gather_object([problem]) if each is not None]:
-        raise CheckpointError(problems[0])
-    if changes:
-        accelerator.print(f"Changes: {changes}")
-    return checkpoint
+        run_folder.ensure_safe_to_overwrite()
+        print(f"No checkpoint in {root}: starting at step 0")
+    return step
 
 
-def _decision(run_folder: RunFolder) -> list[Any]:
-    """The step of the newest valid checkpoint, warnings, and what prevents resuming, if anything does."""
-    try:
-        return [*newest_valid(run_folder.path / "checkpoints", run_id=run_folder.run_id), None]
-    except CheckpointError as error:
-        return [None, [], str(error)]
-
-
-def allowed_changes(checkpoint: Checkpoint, identity: RunIdentity) -> str:
+def allowed_changes(checkpoint: Checkpoint, config: RunConfig, data_fingerprint: str, objective: str) -> str:
     """The options that have changed since a checkpoint was saved, in words.
+
+    Args:
+        checkpoint: the checkpoint.
+        config: the configuration now.
+        data_fingerprint: fingerprint of the images now.
+        objective: name and fingerprint of the objective now.
 
     Raises:
         CheckpointError: one of them may not change.
     """
-    then, now = checkpoint.state["data_fingerprint"], identity.data_fingerprint
-    before = checkpoint.state["config"]
+    then, before = checkpoint.state["data_fingerprint"], checkpoint.state["config"]
     with contextlib.suppress(ConfigError):  # options that were added since had their defaults
-        before = identity.config.from_dict(before).to_dict()
-    changes = differences(before, identity.config.to_dict())
+        before = config.from_dict(before).to_dict()
+    changes = differences(before, config.to_dict())
     # If the images are the same, it does not matter how they are named.
-    fixed_names = (*identity.config.FIXED, *FIXED, *(() if then == now else ABOUT_IMAGES))
-    changes = {name: text for name, text in changes.items() if then != now or name not in ABOUT_IMAGES}
+    if then == data_fingerprint:
+        changes = {name: text for name, text in changes.items() if name not in ABOUT_IMAGES}
+    fixed_names = (*config.FIXED, *FIXED, *ABOUT_IMAGES)
     fixed = [text for name, text in changes.items() if name.startswith(fixed_names)]
     free = [text for name, text in changes.items() if not name.startswith(fixed_names)]
-    if then != now:
-        fixed.append(f"the images' fingerprint was {then[:16]}, now {now[:16]}")
-    if (objective := checkpoint.state["objective"]) != identity.objective:
-        fixed.append(f"the objective was {objective}, now {identity.objective}")
+    if then != data_fingerprint:
+        fixed.append(f"the images' fingerprint was {then[:16]}, now {data_fingerprint[:16]}")
+    if (learned := checkpoint.state["objective"]) != objective:
+        fixed.append(f"the objective was {learned}, now {objective}")
     if fixed:
         wrong = ", ".join(fixed) + (f"; these may change: {', '.join(free)}" if free else "")
         raise CheckpointError(f"cannot resume from {checkpoint.path} with another configuration: {wrong}")

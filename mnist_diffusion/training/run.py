@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import shlex
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers import UNet2DModel
@@ -29,9 +29,9 @@ from mnist_diffusion.pipelines import drawing
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline, prediction_type_of
 from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
 from mnist_diffusion.training.artifacts import Artifacts
-from mnist_diffusion.training.launch import RunContext, reset_accelerate_state, start_run
+from mnist_diffusion.training.launch import RunContext, start_run
 from mnist_diffusion.training.probe import fastest
-from mnist_diffusion.training.run_folder import training_images_of
+from mnist_diffusion.training.run_folder import with_training_images
 from mnist_diffusion.training.schedule import is_timed
 from mnist_diffusion.training.step import TrainState
 from mnist_diffusion.training.trainer import Trainer
@@ -42,7 +42,6 @@ ObjectiveBuilder = Callable[[Any, NoisingProcess, int | None], Objective]
 """Builds the objective, with the arguments of [`mnist_diffusion.method.objective.diffusion_objective`]."""
 RUNNING = threading.Lock()
 """Held while a run takes place in this process."""
-Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,18 @@ class TrainedRun:
         return read_json(self.folder / "summary.json")
 
 
-def one_at_a_time(function: Run) -> Run:
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
     """Refuse a second run in another thread: precision and random state belong to the process."""
-
-    @functools.wraps(function)
-    def run(*arguments: Any, **named: Any) -> Any:
-        if not RUNNING.acquire(blocking=False):
-            raise UserError("another run is still in progress in this process; start each run in its own process")
-        try:
-            return function(*arguments, **named)
-        finally:
-            RUNNING.release()
-
-    return cast("Run", run)
+    if not RUNNING.acquire(blocking=False):
+        raise UserError("another run is still in progress in this process; start each run in its own process")
+    try:
+        yield
+    finally:
+        RUNNING.release()
 
 
-@one_at_a_time
+@one_at_a_time()
 def train(
     config: Config,
     *,
@@ -99,7 +94,6 @@ def train(
     Raises:
         UserError: it cannot be done as configured.
     """
-    reset_accelerate_state()
     context, config = start_run(config, recipe)
     images = context.load_images(config.data, seed=config.train.seed)
     shape = {"image_size": images.image_size, "channels": images.channels, "num_classes": images.num_classes}
@@ -107,8 +101,8 @@ def train(
     unet = (network or networks.build_unet)(config.model, **shape, seed=config.train.seed)
     networks.zero_init_output(unet)
     if config.train.init_from is not None and not context.resumes:
-        message = context.main_process_first(lambda: warm_start(config, unet, images.class_names))
-        context.accelerator.print(message)
+        with context.accelerator.main_process_first():  # which may download it
+            context.accelerator.print(warm_start(config, unet, images.class_names))
     # The noising process: how an image turns into noise over the timesteps.
     scheduler = build_noise_scheduler(config.diffusion)
     # What the network learns: to undo the noise, sometimes without being told the class, as guidance needs.
@@ -120,7 +114,7 @@ def train(
     return run_training(context, config, images, unet, learned, exported, dry_run=dry_run)
 
 
-@one_at_a_time
+@one_at_a_time()
 def distill(config: DistillConfig, *, recipe: str = "python", dry_run: bool = False) -> TrainedRun:
     """Distil a trained pipeline into a student that samples in one network evaluation or a few, in this process.
 
@@ -132,10 +126,10 @@ def distill(config: DistillConfig, *, recipe: str = "python", dry_run: bool = Fa
     Raises:
         UserError: it cannot be done as configured.
     """
-    reset_accelerate_state()
     config = with_images_of_teacher(config)
     context, config = start_run(config, f"student-{recipe}")
-    teacher = context.main_process_first(lambda: load_teacher(config, context.accelerator))
+    with context.accelerator.main_process_first():  # which may download it
+        teacher = load_teacher(config, context.accelerator)
     # The images the teacher was trained on: only their labels are used, and the student is measured against them.
     images = context.load_images(config.data, seed=config.distillation.split_seed)
     validate_teacher(config, teacher, images)
@@ -180,15 +174,12 @@ def run_training(
         context, config = fastest(context, config, build)
     state = TrainState(config, context.accelerator, images, unet, objective)
     artifacts = Artifacts(context, config, images, state, make_pipeline=make_pipeline, card=card)
-    trainer = Trainer(context, config, images, state, artifacts)
-    repository = [config.hub.repo_id or context.folder.name]
-
-    def open_hub() -> None:  # before the first step, so that a missing login costs nothing
-        repository[0] = open_repository(repository[0], private=config.hub.private)
-
-    code = trainer.run(dry_run=dry_run, before_training=open_hub if config.hub.push else lambda: None)
-    if config.hub.push and code == 0 and not dry_run and trainer.processes.main:  # the process group has ended
-        publish(config.hub, context.folder, repository[0])
+    trainer = Trainer(artifacts)
+    hub, repo_id = config.hub, config.hub.repo_id or context.folder.name
+    # The repository is opened before the first step, so that a missing login costs nothing.
+    code = trainer.run(lambda: hub.push and open_repository(repo_id, private=hub.private), dry_run=dry_run)
+    if hub.push and code == 0 and not dry_run and trainer.processes.main:  # the process group has ended
+        publish(hub, context.folder, repo_id)
     return TrainedRun(context.folder, code)
 
 
@@ -203,10 +194,7 @@ def publish(config: HubConfig, folder: Path, repo_id: str) -> None:
     try:
         address = push(folder, repo_id, private=config.private, with_checkpoints=config.with_checkpoints)
     except Exception as error:
-        flags = [
-            *(["--private"] if config.private else []),
-            *(["--with_checkpoints"] if config.with_checkpoints else []),
-        ]
+        flags = [f"--{name}" for name in ("private", "with_checkpoints") if getattr(config, name)]
         later = shlex.join(["mnist-diffusion", "push", str(folder), repo_id, *flags])
         raise HubError(f"{error}\nThe run is complete in {folder}; push it later with: {later}") from None
     print(f"Pushed: {address}")
@@ -237,11 +225,9 @@ def with_images_of_teacher(config: DistillConfig) -> DistillConfig:
     Raises:
         UserError: the configuration beside the teacher is not that of a run.
     """
-    if (training_images := training_images_of(config.distillation.teacher, config.data)) is None:
-        return config
-    images, seed = training_images
-    data, learned = replace(config.data, **images), replace(config.distillation, split_seed=seed)
-    return replace(config, data=data, distillation=learned)
+    data, seed = with_training_images(config.distillation.teacher, config.data)
+    split_seed = config.distillation.split_seed if seed is None else seed
+    return replace(config, data=data, distillation=replace(config.distillation, split_seed=split_seed))
 
 
 def load_teacher(config: DistillConfig, accelerator: Accelerator) -> MNISTDiffusionPipeline:
@@ -266,12 +252,8 @@ def validate_teacher(config: DistillConfig, teacher: MNISTDiffusionPipeline, ima
         UserError: it samples other images or classes, has too few timesteps, or no classes to guide.
     """
     drawing.require_fit(teacher, images)
-    available = teacher.scheduler.config.num_train_timesteps
-    for name, steps in (
-        ("distillation.num_teacher_steps", config.distillation.num_teacher_steps),
-        ("sampling.num_inference_steps", config.sampling.num_inference_steps or 1),
-    ):
-        if steps > available:
-            raise UserError(f"{name}={steps} must not exceed the teacher's {available} timesteps")
+    steps, available = config.distillation.num_teacher_steps, teacher.scheduler.config.num_train_timesteps
+    if steps > available:
+        raise UserError(f"distillation.num_teacher_steps={steps} must not exceed the teacher's {available} timesteps")
     if teacher.null_class is None and (scales := config.distillation.guidance_scales) != (1,):
         raise UserError(f"distillation.guidance_scales={list(scales)} must be [1] for an unconditional teacher")

@@ -8,13 +8,13 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from mnist_diffusion.config import IMAGE_FIELDS, ImagesConfig, RunConfig
 from mnist_diffusion.errors import FileError, UserError
@@ -32,7 +32,7 @@ from mnist_diffusion.files import (
     replace_text,
 )
 from mnist_diffusion.option_types import explain
-from mnist_diffusion.training.checkpoint import NAME, newest_intact, verify
+from mnist_diffusion.training.checkpoint import MANIFEST, newest_intact
 
 LOCK, SOFT_LOCK, RUN_ID = ".lock", ".lock.soft", "run_id"
 RESULTS = ("pipeline", "pipeline_best", "snapshots", "summary.json")
@@ -42,10 +42,11 @@ OBJECTIVE = "# objective: "
 """First words of a run's configuration."""
 IN_LOSS = ("diffusion.", "distillation.")
 NOT_IN_LOSS = ("diffusion.label_dropout", "distillation.teacher", "distillation.split_seed")
-MAX_LOG_BYTES, LARGEST = 2**31, 2**63
+MAX_LOG_BYTES = 2**31
 NOISE_LEVELS = 10
 """Tenths of the timesteps, for each of which `loss_by_noise` has a mean."""
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
+Images = TypeVar("Images", bound=ImagesConfig)
 
 
 def is_empty(path: Path) -> bool:
@@ -126,7 +127,7 @@ class RunFolder:
                 raise
         if not re.fullmatch(r"\w+", known):
             newest = newest_intact(self.path / "checkpoints")
-            manifest = {} if newest is None else verify(newest, int(newest.name.removeprefix("step-")))
+            manifest = {} if newest is None else read_json(newest / MANIFEST)
             known = str(manifest.get("run_id") or uuid.uuid4().hex)
             replace_text(self.path / RUN_ID, known)
         return known
@@ -151,8 +152,7 @@ class RunFolder:
         try:
             with contextlib.suppress(OSError):
                 there = {file.name for file in self.path.iterdir() if file.name != left[-1] or file.stat().st_size}
-                began = self.was_empty and not self.had_run_id
-                if began and self.lock.is_locked and there <= {LOCK, SOFT_LOCK, *left[:-1]}:
+                if self.was_empty and self.lock.is_locked and there <= {LOCK, SOFT_LOCK, *left[:-1]}:
                     for name in (*left, LOCK, SOFT_LOCK):
                         (self.path / name).unlink(missing_ok=True)
                     if self.created:
@@ -197,24 +197,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line is not None]
 
 
+class Line(BaseModel, extra="allow", strict=True):
+    """A line of `metrics.jsonl`; its other values are numbers as well."""
+
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
+    step: Annotated[int, Field(ge=1, lt=2**63)]
+    epoch: FiniteFloat
+    loss_by_noise: Annotated[list[float | None], Field(min_length=NOISE_LEVELS, max_length=NOISE_LEVELS)] | None = None
+
+
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
-        line: Any = json.loads(text)
-    except (ValueError, RecursionError):
+        return Line.model_validate_json(text).model_dump(exclude_unset=True)
+    except ValidationError:
         return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 1:
-        return None
-    if type(line.get("epoch")) not in (int, float):
-        return None
-    levels = [None] * NOISE_LEVELS if line.get("loss_by_noise") is None else line["loss_by_noise"]
-    if not isinstance(levels, list) or len(levels) != NOISE_LEVELS:
-        return None
-    values = [*levels, *(value for name, value in line.items() if name != "loss_by_noise")]
-    return line if all(map(_is_number, values)) else None
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or type(value) is float or (type(value) is int and abs(value) < LARGEST)
+def by_dotted_name(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The options of a plain configuration, as `train.seed`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= by_dotted_name(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 class Sheet(NamedTuple):
@@ -246,17 +250,10 @@ class RunRecord:
     sheets: Sequence[Sheet]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Its configuration by dotted names."""
-        sections = ((section, values) for section, values in self.config.items() if isinstance(values, dict))
-        return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
-
-    @property
-    def objective(self) -> dict[str, Any]:
-        """The settings its loss depends on besides images and network; losses compare only where these agree."""
-        in_loss = {name: value for name, value in self.settings.items() if name.startswith(IN_LOSS)}
-        kept = {name: value for name, value in in_loss.items() if name not in NOT_IN_LOSS}
-        return {**kept, "name": self.objective_name}
+    def loss_settings(self) -> dict[str, Any]:
+        """The settings its loss depends on besides images and network."""
+        in_loss = {name: value for name, value in by_dotted_name(self.config).items() if name.startswith(IN_LOSS)}
+        return {name: value for name, value in in_loss.items() if name not in NOT_IN_LOSS}
 
     @property
     def name(self) -> str:
@@ -266,13 +263,6 @@ class RunRecord:
     def last(self, name: str) -> float | None:
         """The last logged value of a metric."""
         return next((line[name] for line in reversed(self.lines) if line.get(name) is not None), None)
-
-    def pipelines(self) -> dict[str, Path]:
-        """Its pipeline folders by name, snapshots first."""
-        matches = ((NAME.fullmatch(path.name), path) for path in (self.folder / "snapshots").glob("step-*"))
-        paths = [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
-        paths += [self.folder / "pipeline_best", self.folder / "pipeline"]
-        return {path.name: path for path in paths if (path / "model_index.json").is_file()}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -296,32 +286,15 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(folder, values, name, lines, plain, sample_sheets(folder, epochs_per_step=epochs_per_step))
 
 
-def images_of_run(config_file: Path) -> tuple[ImagesConfig, int]:
-    """The images a run was trained on, and the seed that chose the held-out ones.
-
-    Raises:
-        UserError: its `config.yaml` does not say.
-    """
-    run = read_yaml(config_file)
-    try:
-        images = {name: run["data"][name] for name in IMAGE_FIELDS if name in run["data"]}
-        seed = run.get("distillation", {}).get("split_seed", run["train"]["seed"])  # a student's is its teacher's
-        return ImagesConfig(**images), int(seed)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = explain(error) if isinstance(error, ValidationError) else repr(error)
-        problem = f"does not name the images of the run ({reason:.200}); use --data.source"
-        raise UserError(f"{config_file} {problem}") from error
-
-
-def training_images_of(pipeline: str, given: ImagesConfig) -> tuple[dict[str, Any], int] | None:
-    """The images of the run that exported a pipeline folder, by field, and their split seed.
+def with_training_images(pipeline: str, given: Images) -> tuple[Images, int | None]:
+    """The options with the images of the run that exported a pipeline folder, and their split seed.
 
     Args:
         pipeline: a pipeline folder, a run folder, or a Hub id.
-        given: if this names images, they are meant instead.
+        given: the options; if these name images, they are meant instead.
 
     Returns:
-        None if `given` names images, or there is no run beside the pipeline.
+        `given` and None if it names images, or there is no run beside the pipeline.
 
     Raises:
         UserError: the configuration beside it is not that of a run.
@@ -331,9 +304,16 @@ def training_images_of(pipeline: str, given: ImagesConfig) -> tuple[dict[str, An
     beside = (place.parents[1] if place.parent.name == "snapshots" else place.parent) / "config.yaml"
     named = any(getattr(given, name) != getattr(default, name) for name in IMAGE_FIELDS)
     if named or not ((folder / "model_index.json").is_file() and beside.is_file()):
-        return None
-    images, seed = images_of_run(beside)
-    return {name: getattr(images, name) for name in IMAGE_FIELDS}, seed
+        return given, None
+    run = read_yaml(beside)
+    try:
+        images = ImagesConfig(**{name: run["data"][name] for name in IMAGE_FIELDS if name in run["data"]})
+        seed = run.get("distillation", {}).get("split_seed", run["train"]["seed"])  # a student's is its teacher's
+        return replace(given, **asdict(images)), int(seed)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = explain(error) if isinstance(error, ValidationError) else repr(error)
+        problem = f"does not name the images of the run ({reason:.200}); use --data.source"
+        raise UserError(f"{beside} {problem}") from error
 
 
 def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:

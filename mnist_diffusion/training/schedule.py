@@ -48,9 +48,7 @@ def is_timed(config: TrainConfig) -> bool:
     return config.max_steps is None and config.max_epochs is None
 
 
-def decay_from_clock(
-    config: TrainConfig, step: int, *, used: float, left: float, step_seconds: float
-) -> tuple[int, int] | None:
+def decay_from_clock(config: TrainConfig, step: int, clock: Clock, left: float) -> tuple[int, int] | None:
     """Decide, after `step` updates of a timed run, whether its learning rate starts to decay now.
 
     Warm-up, stable, decay: Hu et al. (2024), https://arxiv.org/abs/2404.06395, section 4. The decay starts when
@@ -59,16 +57,15 @@ def decay_from_clock(
     Args:
         config: the run, without a decay so far.
         step: updates done.
-        used: seconds since the start.
+        clock: the time so far, and the current speed.
         left: seconds left for updates.
-        step_seconds: seconds per update at the current speed.
 
     Returns:
         First step and length of the decay, as in `train.lr_decay`; None if it does not start yet.
     """
-    if config.lr_decay is not None or config.lr_schedule == "constant" or left > DECAY_SHARE * (used + left):
+    if config.lr_decay is not None or config.lr_schedule == "constant" or left > DECAY_SHARE * (clock.elapsed + left):
         return None
-    return step, max(1, round(left / step_seconds))
+    return step, max(1, round(left / clock.step_seconds))
 
 
 class Clock:

@@ -86,10 +86,10 @@ class TrainState:
         limit = math.inf if train.max_grad_norm is None else train.max_grad_norm
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), limit).detach()
         metrics = {"loss": torch.stack(losses).mean(), "grad_norm": grad_norm}
-        bad = self._is_non_finite(metrics)
-        self.first_non_finite_step = torch.where(
-            (self.first_non_finite_step < 0) & bad, step + 1, self.first_non_finite_step
-        )
+        # With a gradient scaler gradients may overflow, so that only the loss counts.
+        counted = list(metrics.values()) if accelerator.scaler is None else [metrics["loss"]]
+        bad, first = ~torch.isfinite(torch.stack(counted)).all(), self.first_non_finite_step
+        self.first_non_finite_step = torch.where((first < 0) & bad, step + 1, first)
         skipped = False
         if train.on_non_finite == "skip":
             skipped = bool(accelerator.reduce(bad.float(), reduction="sum"))
@@ -123,11 +123,6 @@ class TrainState:
         """Images, uint8 `[B, C, H, W]`, and labels on the device, with their draws."""
         images, labels = (each.to(self.accelerator.device, non_blocking=True) for each in (images, labels))
         return Batch(to_model_range(images), labels, *draws)
-
-    def _is_non_finite(self, metrics: dict[str, Tensor]) -> Tensor:
-        """Whether loss or gradient is not finite; only the loss with a gradient scaler (its gradients may overflow)."""
-        names = ("loss", "grad_norm") if self.accelerator.scaler is None else ("loss",)
-        return ~torch.isfinite(torch.stack([metrics[name] for name in names])).all()
 
     def _count_by_noise_level(self, losses: Tensor, timesteps: Tensor) -> None:
         levels = timesteps * NOISE_LEVELS // self.objective.num_timesteps
@@ -195,12 +190,9 @@ class TrainState:
                 raise CheckpointError(f"{option} needs averages from the first step on, and {checkpoint.path} has none")
             self.power_averages.restore(tensors["averages"])
         self.unet.load_state_dict(tensors["unet"])
-        with torch.no_grad():
-            for (name, _), shadow in zip(self.unet.named_parameters(), self.ema.shadow_params, strict=True):
-                shadow.copy_(tensors["ema"][name])
+        averaged = [tensors["ema"][name] for name, _ in self.unet.named_parameters()]
+        torch._foreach_copy_(self.ema.shadow_params, averaged)
         self.ema.optimization_step = state["ema_step"]
-        restore_optimizer(self.optimizer.optimizer, tensors["optimizer"], state["optimizer_groups"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.config.train.weight_decay
+        restore_optimizer(self.optimizer.optimizer, tensors["optimizer"])
         if self.accelerator.scaler is not None and state["grad_scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])

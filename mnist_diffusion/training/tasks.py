@@ -35,22 +35,17 @@ class Task:
 
 def every(interval: str | None, steps_per_epoch: float) -> Due:
     """Due whenever another interval such as `500 steps` or `0.5 epochs` is complete; never, for None."""
-    if interval is None:
-        return lambda step: False
-    count, unit = parse_interval(interval)
-    length = count if unit == "steps" else count * steps_per_epoch
+    length = _steps(interval, steps_per_epoch)
     return lambda step: math.floor((step - 1) / length) < math.floor(step / length)
 
 
 def early(interval: str | None, steps_per_epoch: float) -> Due:
     """Due at an eighth, a quarter and half of the first interval: most is learned then."""
-    if interval is None:
-        return lambda step: False
-    count, unit = parse_interval(interval)
-    length = count if unit == "steps" else count * steps_per_epoch
+    length = _steps(interval, steps_per_epoch)
     return lambda step: any(step - 1 < length / part <= step for part in (2, 4, 8))
 
 
-def either(one: Due, other: Due) -> Due:
-    """Due when one of two is."""
-    return lambda step: one(step) or other(step)
+def _steps(interval: str | None, steps_per_epoch: float) -> float:
+    """The length of an interval in steps; infinite for None."""
+    count, unit = (math.inf, "steps") if interval is None else parse_interval(interval)
+    return count if unit == "steps" else count * steps_per_epoch

@@ -17,23 +17,26 @@ from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import RunConfig
-from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.environment import package_versions
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import read_json, replace_text
 from mnist_diffusion.pipelines.pipeline import is_loadable
 from mnist_diffusion.training import logging, schedule
 from mnist_diffusion.training.artifacts import Artifacts, Progress, usage, warn_on_failure
-from mnist_diffusion.training.checkpoint import WRONG_CONTENT, CheckpointError, save_checkpoint
+from mnist_diffusion.training.checkpoint import (
+    WRONG_CONTENT,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
 from mnist_diffusion.training.distributed import Processes
 from mnist_diffusion.training.ema import prune_after_step
-from mnist_diffusion.training.launch import RunContext
 from mnist_diffusion.training.probe import expected_cost
-from mnist_diffusion.training.resume import RunIdentity, load_newest
+from mnist_diffusion.training.resume import allowed_changes, step_to_resume
 from mnist_diffusion.training.run_folder import RunFolder, config_text, cut_metrics
 from mnist_diffusion.training.signals import StopRequest, detach_stdio, stop_signals
-from mnist_diffusion.training.step import TrainState
-from mnist_diffusion.training.tasks import Task, early, either, every
+from mnist_diffusion.training.tasks import Task, early, every
 
 SECONDS_TO_WRITE = 2.0
 """Time for checkpoint, export and plots after the last step of a timed run."""
@@ -45,50 +48,42 @@ class Trainer:
     """One training run.
 
     Args:
-        context: processes, device and run folder.
-        config: the run.
-        data: the images.
-        state: network, optimizer and averages.
-        artifacts: draws, measures and exports the averaged weights.
+        artifacts: draws, measures and exports the averaged weights; it knows the run.
     """
 
-    def __init__(
-        self, context: RunContext, config: RunConfig, data: ImageData, state: TrainState, artifacts: Artifacts
-    ):
-        self.context, self.config, self.data, self.state, self.artifacts = context, config, data, state, artifacts
-        self.accelerator, self.folder = context.accelerator, context.folder
-        self.processes, self.run_folder = Processes(context.accelerator), RunFolder(context.folder)
+    def __init__(self, artifacts: Artifacts):
+        self.artifacts, self.context, self.config = artifacts, artifacts.context, artifacts.config
+        self.data, self.state = artifacts.data, artifacts.state
+        self.accelerator, self.folder = self.context.accelerator, self.context.folder
+        self.processes, self.run_folder = Processes(self.accelerator), RunFolder(self.folder)
         self.progress, self.clock = Progress(), schedule.Clock()
-        self.steps_per_epoch = len(data.train) / config.data.batch_size
-        self.log = logging.MetricsLog(context.accelerator, self.folder / "metrics.jsonl")
+        self.steps_per_epoch = len(self.data.train) / self.config.data.batch_size
+        self.log = logging.MetricsLog(self.accelerator, self.folder / "metrics.jsonl")
 
-    def run(self, *, dry_run: bool = False, before_training: Callable[[], object] = lambda: None) -> int:
+    def run(self, before_training: Callable[[], object], *, dry_run: bool = False) -> int:
         """Train until the planned steps are done or a signal comes; with `dry_run`, only print what would be done.
 
         Args:
-            dry_run: print the plan and stop.
             before_training: is called on the main process when nothing has been written yet.
+            dry_run: print the plan and stop.
 
         Returns:
             The exit code: 0 if finished, 128 + its number if a signal ended the run.
         """
-        parameters = sum(parameter.numel() for parameter in self.state.unet.parameters())
-        self.accelerator.print(logging.describe(self.config, self.data, self.context, parameters))
+        self.accelerator.print(logging.describe(self.config, self.data, self.context, self.state.unet))
         if dry_run:
             self.accelerator.print(f"{expected_cost(self.state)}\n\n{self.config.to_yaml()}")
             return 0
         self.processes.on_main(before_training)
         resume = self.config.train.resume
         try:
+            self.processes.on_main(lambda: self.run_folder.acquire(resume=resume))
             if resume:
-                self.processes.on_main(lambda: self.run_folder.acquire(resume=True))
                 self._resume()
             self._set_config(self._resolved())
             if self.progress.step >= self._last_step:
                 self.processes.on_main(self._finish_interrupted_export)
                 return 0
-            if not resume:
-                self.processes.on_main(lambda: self.run_folder.acquire(resume=False))
             self.processes.on_main(lambda: self.artifacts.prepare(config_text(self.config, self.state.objective)))
             return self._loop()
         finally:
@@ -100,11 +95,10 @@ class Trainer:
         logging.start_trackers(self.accelerator, self.config, self.folder, self.run_folder.run_id)
         self.processes.on_main(self._begin)
         signal_number, stopping = 0, False
-        bar_options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5}
-        bar_options |= {"total": progress.planned_steps or None, "initial": progress.step}
-        bar_options["disable"] = not self.processes.main
+        total, mute = progress.planned_steps or None, not self.processes.main
+        bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=mute)
         self.clock.skip()  # preparations do not count
-        with stop_signals() as stop, tqdm(**bar_options) as bar:
+        with stop_signals() as stop, bar:
             while not stopping:
                 learning_rate = schedule.learning_rate_at(self.config.train, progress.step, progress.planned_steps)
                 self.clock.count()
@@ -119,11 +113,9 @@ class Trainer:
                     due = [task for task in due if task.stage in ("save", "export")]
                 if due or progress.step % train.log_every_steps == 0:
                     self.log.collect(self.state, self.processes, policy=train.on_non_finite, folder=self.folder)
-                    self._run_due_tasks(due, "measure")
+                    self._carry_out([task for task in due if task.stage == "measure"])
                     self.log.write(progress, self.state, self.processes, self.config.data.batch_size)
-                    self._run_due_tasks(due, "save")
-                    self._run_due_tasks(due, "draw")
-                    self._run_due_tasks(due, "export")
+                    self._carry_out([task for task in due if task.stage != "measure"])
                     bar.total = progress.planned_steps or None
                     bar.set_postfix(loss=f"{progress.loss:.4f}", img_s=f"{self.log.images_per_second:.0f}")
             self.processes.on_main(lambda: self._finish(signal_number))
@@ -133,33 +125,27 @@ class Trainer:
 
     def _tasks(self) -> list[Task]:
         """Everything the loop does besides updates, in order. A task of your own is one line here."""
-        train, per_epoch, artifacts = self.config.train, self.steps_per_epoch, self.artifacts
-        sampling = every(train.sample_every, per_epoch)
-        sheets = either(sampling, early(train.sample_every if train.pictures else None, per_epoch))
-        measures, averages = train.evaluate_every is not None, train.averages_every is not None
-        evaluate = every(train.evaluate_every, per_epoch)
-
-        def save_averages() -> None:
-            self.state.save_power_averages(self.folder, self.progress.step)
-
+        train, per_epoch, artifacts, progress = self.config.train, self.steps_per_epoch, self.artifacts, self.progress
+        sampling, averaging = every(train.sample_every, per_epoch), every(train.averages_every, per_epoch)
+        soon = early(train.sample_every if train.pictures else None, per_epoch)
+        scoring, scores = every(train.evaluate_every, per_epoch), train.evaluate_every is not None
         return [
-            Task("measure", sampling, lambda: artifacts.measure_loss(self.progress, self.log), at_end=True),
-            Task(
-                "measure", evaluate, lambda: artifacts.evaluate(self.progress, self.log), at_end=measures, counted=False
-            ),
-            Task("save", every(train.averages_every, per_epoch), save_averages, at_end=averages),
+            Task("measure", sampling, lambda: artifacts.measure_loss(progress, self.log), at_end=True),
+            Task("measure", scoring, lambda: artifacts.evaluate(progress, self.log), at_end=scores, counted=False),
+            Task("save", averaging, lambda: self.state.save_power_averages(self.folder, progress.step), at_end=True),
             Task("save", every(train.checkpoint_every, per_epoch), self._save_checkpoint, at_end=True),
-            Task("draw", sheets, lambda: artifacts.draw(self.progress, self.log.path), at_end=True),
-            Task("export", every(train.snapshot_every, per_epoch), lambda: artifacts.export_snapshot(self.progress)),
+            Task(
+                "draw", lambda n: sampling(n) or soon(n), lambda: artifacts.draw(progress, self.log.path), at_end=True
+            ),
+            Task("export", every(train.snapshot_every, per_epoch), lambda: artifacts.export_snapshot(progress)),
         ]
 
-    def _run_due_tasks(self, due: list[Task], stage: str) -> None:
-        """Run the tasks of a stage on the main process, while the others wait."""
-        for task in due:
-            if task.stage == stage:
-                self.progress.seconds = self.clock.count()
-                self.processes.on_main(task.work)
-                self.clock.count() if task.counted else self.clock.skip()
+    def _carry_out(self, tasks: list[Task]) -> None:
+        """Carry out tasks on the main process, while the others wait."""
+        for task in tasks:
+            self.progress.seconds = self.clock.count()
+            self.processes.on_main(task.work)
+            self.clock.count() if task.counted else self.clock.skip()
 
     def _should_stop(self, stop: StopRequest) -> tuple[int, bool]:
         """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
@@ -170,9 +156,8 @@ class Trainer:
             per_image = clock.step_seconds / (EVALUATIONS_PER_UPDATE * self.config.data.batch_size)
             left -= SECONDS_TO_WRITE + self.artifacts.num_final_evaluations() * per_image
             left -= clock.step_seconds / 2  # err on the side of stopping half a step early
-            if self.processes.main:
-                used = clock.elapsed
-                decay = schedule.decay_from_clock(train, step, used=used, left=left, step_seconds=clock.step_seconds)
+            decay = schedule.decay_from_clock(train, step, clock, left)
+        # The processes' clocks differ: the latest counts.
         number, late, *agreed = self.processes.largest(stop.number, int(left <= 0), *(decay or (0, 0)))
         if agreed[1]:
             self._decide(lr_decay=tuple(agreed))
@@ -232,18 +217,19 @@ class Trainer:
         save_checkpoint(self.folder / "checkpoints", self.progress.step, tensors, state, keep=keep, about=about)
 
     def _resume(self) -> None:
-        """Restore the newest valid checkpoint of the run folder, if there is one."""
-        identity = RunIdentity(self.config, self.data.fingerprint, str(self.state.objective))
-        checkpoint = load_newest(self.accelerator, self.processes, self.run_folder, identity)
-        if checkpoint is None:
-            return
+        """Restore the newest valid checkpoint of the run folder, if there is one; if one process cannot, none does."""
+        step = self.processes.on_main(lambda: step_to_resume(self.run_folder))
+        if step is not None:
+            self.processes.on_all(lambda: self._restore(load_checkpoint(self.folder / "checkpoints", step)))
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         try:
+            changes = allowed_changes(checkpoint, self.config, self.data.fingerprint, str(self.state.objective))
             self.state.restore(checkpoint)
-            names = [field.name for field in dataclasses.fields(Progress)]
-            values = {name: checkpoint.state[name] for name in names}
+            values = {field.name: checkpoint.state[field.name] for field in dataclasses.fields(Progress)}
             self.progress = TypeAdapter(Progress).validate_python(values)
             then = checkpoint.state["config"]["train"]
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, CheckpointError):
             raise
         except WRONG_CONTENT as error:
             raise CheckpointError(f"{checkpoint.path} is not a checkpoint of such a run: {error!r:.300}") from error
@@ -252,7 +238,7 @@ class Trainer:
             kept = {name: then[name] for name in ("max_steps", "max_epochs")}
             kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "lr_decay")}
             self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **kept))
-        self.accelerator.print(f"Resuming from {checkpoint.path}")
+        self.accelerator.print(f"Resuming from {checkpoint.path}" + (f"\nChanges: {changes}" if changes else ""))
 
     def _finish(self, signal_number: int) -> None:
         """Export, draw the last pictures, and print how to use the result."""

@@ -123,7 +123,7 @@ def test_optimizer_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert checkpoint is not None
     other, other_optimizer = make()
     other.load_state_dict(checkpoint.tensors["model"])
-    restore_optimizer(other_optimizer, checkpoint.tensors["optimizer"], checkpoint.state["groups"])
+    restore_optimizer(other_optimizer, checkpoint.tensors["optimizer"])
     for seed in range(3, 6):
         step(model, optimizer, seed)
         step(other, other_optimizer, seed)
