@@ -51,7 +51,7 @@ def main(address: str, *, clients: int = 32, minutes: float = 5, pid: int | None
     config = Client(address, verbose=False).config
     pipeline = next(each["props"]["value"] for each in config["components"] if each["props"].get("label") == "Pipeline")
     generate = next(each["id"] for each in config["dependencies"] if each["api_name"] == "generate")
-    usual = (pipeline, ["3"], IMAGES, 1.9, STEPS, "pipeline default", 0, 1, "classifier-free")
+    usual = (pipeline, ["3"], IMAGES, 1.9, STEPS, "pipeline default")
 
     def honest(number: int) -> None:
         client, asked = Client(address, verbose=False), 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -51,7 +51,7 @@ class DrawOptions:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SampleOptions(SamplingSettings, DrawOptions):
-    """Options of `mnist-diffusion sample`."""
+    """Sample images from a pipeline."""
 
     pipeline: Place | None = None
     """Pipeline folder, run folder, or Hub id such as user/name; runs/latest if omitted, or else the shipped model."""
@@ -82,7 +82,10 @@ class SampleOptions(SamplingSettings, DrawOptions):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationOptions(DrawOptions):
-    """Options of `mnist-diffusion evaluate`."""
+    """Score generated images against real ones: a table, report.json, report.md with pictures.
+
+    Several schedulers, steps or scales make a sweep: --num_inference_steps 5 10 20 --guidance_scale 1 2
+    """
 
     sources: tuple[Place, ...] = ()
     """Pipeline folders or Hub ids; or one folder of images from any program: a folder per class, parquet, or files
@@ -121,28 +124,20 @@ class EvaluationOptions(DrawOptions):
     def settings(self) -> list[SamplingSettings]:
         """Every combination of the settings asked for."""
         levels = self.guidance_interval
-        pairs = list(zip(levels[::2], levels[1::2], strict=True))
-        return [
-            SamplingSettings(
-                scheduler=scheduler,
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                guidance_interval=pair,
-                guidance=rule,
-            )
-            for scheduler, steps, scale, pair, rule in itertools.product(
-                self.scheduler or (None,),
-                self.num_inference_steps or (None,),
-                self.guidance_scale or (None,),
-                pairs or (None,),
-                self.guidance or (CFG,),
-            )
-        ]
+        asked: dict[str, tuple[Any, ...]] = {
+            "scheduler": self.scheduler,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "guidance_interval": tuple(zip(levels[::2], levels[1::2], strict=True)),
+            "guidance": self.guidance or (CFG,),
+        }
+        combinations = itertools.product(*(values or (None,) for values in asked.values()))
+        return [SamplingSettings(**dict(zip(asked, each, strict=True))) for each in combinations]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AppOptions:
-    """Options of `mnist-diffusion app`."""
+    """Serve a web app on this machine that samples, steers, compares and trains (extra `app`)."""
 
     pipelines: tuple[Place, ...] = ()
     """Pipeline folders or Hub ids; the first is selected at the start; runs/latest if omitted, or else the shipped

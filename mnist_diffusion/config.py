@@ -398,7 +398,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config(RunConfig):
-    """A training run."""
+    """Train a class-conditional diffusion model, and export a pipeline folder that diffusers loads."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """The network."""
@@ -410,7 +410,10 @@ class Config(RunConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig(RunConfig):
-    """A distillation run; network and noising process are the teacher's. The batch size counts trajectories."""
+    """Distil PIPELINE, a folder or a Hub id, into a student that samples in a step or a few: PIPELINE --out FOLDER.
+
+    Network and noising process are the teacher's. The batch size counts trajectories.
+    """
 
     distillation: DistillationConfig
     """What is learned from the teacher."""

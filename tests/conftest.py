@@ -97,11 +97,11 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 def parse_train(argv: Sequence[str]) -> RunArguments[Config]:
-    return parse_run(Config, argv, prog="train_cfg.py", about="")
+    return parse_run(Config, argv, prog="train_cfg.py")
 
 
 def parse_distill(argv: Sequence[str]) -> RunArguments[DistillConfig]:
-    return parse_run(DistillConfig, argv, prog="distill", about="", positional=["distillation.teacher"])
+    return parse_run(DistillConfig, argv, "distillation.teacher", prog="distill")
 
 
 def changed(config: Any, **sections: dict[str, Any]) -> Any:

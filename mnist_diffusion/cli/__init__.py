@@ -28,6 +28,8 @@ VERBS = {
     "space": "write, and push, a Space that samples from a pipeline",
 }
 """What each verb does; the module of the same name carries it out with `main(argv, prog=...)`."""
+# OpenMP threads that wait go to sleep soon: by default they spin, which slows down cores that others use too.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +44,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("verb", choices=VERBS, metavar="verb", help="what to do; `<verb> --help` lists its options")
     parser.add_argument("--version", action="version", version=f"mnist-diffusion {version('mnist-diffusion')}")
     verb = parser.parse_args(argv[:1]).verb
-    # OpenMP threads that wait go to sleep soon: by default they spin, which slows down cores that others use too.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     command = import_module(f"mnist_diffusion.cli.{verb}")
     return reporting_errors(lambda: int(command.main(argv[1:], prog=f"mnist-diffusion {verb}")))

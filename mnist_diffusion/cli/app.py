@@ -11,14 +11,7 @@ from mnist_diffusion.errors import UserError
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Serve the app until it is interrupted."""
-    parser = Parser(
-        AppOptions,
-        positional=["pipelines"],
-        prog=prog,
-        usage=f"{prog} [PIPELINE ...] [--option VALUE ...]",
-        description="Serve a web app on this machine that samples, steers, compares and trains (extra `app`).",
-    )
-    options: AppOptions = parser.read(argv)
+    options: AppOptions = Parser(AppOptions, "pipelines", prog=prog).read(argv)
     try:
         from mnist_diffusion.demo.server import serve
     except ModuleNotFoundError as error:

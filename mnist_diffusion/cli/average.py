@@ -18,7 +18,10 @@ MAX_RECONSTRUCTION_ERROR = 0.01
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion average`."""
+    """Build pipelines from other averages of the weights of a run with train.averages_every.
+
+    RUN/average-0.1 is then a pipeline folder; compare them with mnist-diffusion evaluate RUN/average-*
+    """
 
     run: FilePath
     """Run folder, trained with train.averages_every."""
@@ -28,14 +31,7 @@ class Options:
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Write a pipeline folder for each average."""
-    parser = Parser(
-        Options,
-        positional=["run"],
-        prog=prog,
-        description="Build pipelines from other averages of the weights of a run with train.averages_every.",
-        epilog="RUN/average-0.1 is then a pipeline folder; compare them with mnist-diffusion evaluate RUN/average-*",
-    )
-    options: Options = parser.read(argv)
+    options: Options = Parser(Options, "run", prog=prog).read(argv)
     from mnist_diffusion.files import replace_folder
     from mnist_diffusion.pipelines.drawing import load_pipeline
     from mnist_diffusion.training.ema import reconstruct_ema, saved_steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,33 +11,34 @@ from pydantic.dataclasses import dataclass
 
 from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import open_file, replace_picture, replace_text
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.files import replace_picture, replace_text, require_writable
 from mnist_diffusion.option_types import STRICT, FilePath
 
 SHOWN = 10
-WRITTEN_BY = "mnist-diffusion data"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion data`."""
+    """Inspect labelled images before training: classes, sizes, duplicates, unreadable files."""
 
     data: ImagesConfig
     """The images, as in training."""
     out: FilePath = Path("survey")
-    """Output folder for contact_sheet.png and data.json."""
+    """Output folder for contact_sheet.png and survey.json."""
 
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Count, preview and check images; the exit code is 1 if one could not be read."""
-    about = "Inspect labelled images before training: classes, sizes, duplicates, unreadable files."
     usage = f"{prog} SOURCE [--option VALUE ...]"
-    parser = Parser(Options, positional=["data.source"], prog=prog, usage=usage, description=about)
-    options: Options = parser.read(argv)
+    options: Options = Parser(Options, "data.source", prog=prog, usage=usage).read(argv)
     if (source := options.data.source) is None:
-        parser.error("SOURCE is missing: a folder, a file, a Hub id, or digits")
-    _require_own(options.out, Path(source))
+        raise UserError("SOURCE is missing: a folder, a file, a Hub id, or digits")
+    require_writable(out := options.out)
+    if Path(source).exists() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"--out={out} lies in the source {source}; name a folder of its own")
+    if out.is_dir() and any(out.iterdir()) and not (out / "survey.json").is_file():
+        raise UserError(f"--out={out} holds files of other origin; name another folder")
     from mnist_diffusion.data.survey import survey
     from mnist_diffusion.plots import tables
     from mnist_diffusion.plots.grids import image_grid
@@ -49,11 +49,8 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     counts = [[name, *(str(split.counts[name]) for split in found.splits.values())] for name in found.class_names]
     console.print(tables.screen_table(["class", *found.splits], counts))
     for name, split in found.splits.items():
-        sizes = ", ".join(
-            f"{count} of {width} x {height} {'grey' if channels == 1 else 'RGB'}"
-            for (channels, height, width), count in split.shapes.most_common(5)
-        )
-        more = f", and {len(split.shapes) - 5} more sizes" if len(split.shapes) > 5 else ""
+        sizes = ", ".join(f"{count} of {size}" for size, count in split.sizes.most_common(5))
+        more = f", and {len(split.sizes) - 5} more sizes" if len(split.sizes) > 5 else ""
         console.print(f"{name}: {sum(split.counts.values())} images: {sizes}{more}", markup=False, soft_wrap=True)
     unreadable = [line for split in found.splits.values() for line in split.unreadable]
     for title, lines in (
@@ -64,43 +61,17 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     ):
         if lines:
             console.print(f"\n{len(lines)} {title}:", markup=False)
-            rest = [f"and {len(lines) - SHOWN} more, in {options.out / 'data.json'}"] if len(lines) > SHOWN else []
+            rest = [f"and {len(lines) - SHOWN} more, in {out / 'survey.json'}"] if len(lines) > SHOWN else []
             console.print("\n".join(f"  {line}" for line in [*lines[:SHOWN], *rest]), markup=False, soft_wrap=True)
-    options.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     tiles, names, columns = found.contact_sheet()
-    sheet = options.out / "contact_sheet.png"
+    sheet = out / "contact_sheet.png"
     replace_picture(image_grid(tiles, columns, row_labels=names, title="The first images of each class"), sheet)
-    replace_text(options.out / "data.json", json.dumps(_plain(found), indent=1, ensure_ascii=False))
+    replace_text(out / "survey.json", json.dumps(vars(found), default=_plain, indent=1, ensure_ascii=False))
     console.print(f"\nThe first images of each class are in {sheet}", markup=False, soft_wrap=True)
     return 1 if unreadable else 0
 
 
-def _plain(found: Any) -> dict[str, Any]:
-    splits = {
-        name: {
-            "counts": {each: split.counts[each] for each in found.class_names},
-            "shapes": [[*shape, count] for shape, count in split.shapes.most_common()],
-            "unreadable": split.unreadable,
-        }
-        for name, split in found.splits.items()
-    }
-    groups = {name: getattr(found, name) for name in ("duplicates", "in_two_classes", "in_both_splits")}
-    return {"written_by": WRITTEN_BY, "source": found.description, "notes": found.notes, "splits": splits, **groups}
-
-
-def _require_own(out: Path, source: Path) -> None:
-    """Make sure that nothing is written into the source, or over what this command did not write.
-
-    Raises:
-        UserError: it would be.
-    """
-    if source.exists() and out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out={out} lies in the source {source}; name a folder of its own")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
-    told, sheet = out / "data.json", out / "contact_sheet.png"
-    own = False
-    with contextlib.suppress(FileError), open_file(told) as file:
-        own = WRITTEN_BY.encode() in file.read(100)
-    if not own and (told.exists() or sheet.exists()):
-        raise UserError(f"--out={out} holds a data.json or contact_sheet.png of other origin; name another folder")
+def _plain(split: Any) -> dict[str, Any]:
+    """What was counted in a split, without its pictures."""
+    return {name: value for name, value in vars(split).items() if name != "shown"}

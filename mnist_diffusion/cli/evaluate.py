@@ -14,14 +14,7 @@ from mnist_diffusion.files import pipeline_folder
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Score images and write a report."""
-    parser = Parser(
-        EvaluationOptions,
-        positional=["sources"],
-        prog=prog,
-        description="Score generated images against real ones: a table, report.json, report.md with pictures.",
-        epilog="Several schedulers, steps or scales make a sweep: --num_inference_steps 5 10 20 --guidance_scale 1 2",
-    )
-    options: EvaluationOptions = parser.read(argv)
+    options: EvaluationOptions = Parser(EvaluationOptions, "sources", prog=prog).read(argv)
     if not options.sources:
         from mnist_diffusion.pipelines.drawing import default_sources
 

@@ -13,7 +13,7 @@ from mnist_diffusion.option_types import STRICT, FilePath, Place
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion export`."""
+    """Export a pipeline's network to ONNX (extra `onnx`)."""
 
     pipeline: Place | None = None
     """Pipeline folder, run folder, or Hub id such as user/name; runs/latest if omitted, or else the shipped model."""
@@ -23,8 +23,7 @@ class Options:
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Export, and print the inputs of the network."""
-    about = "Export a pipeline's network to ONNX (extra `onnx`)."
-    options: Options = Parser(Options, positional=["pipeline"], prog=prog, description=about).read(argv)
+    options: Options = Parser(Options, "pipeline", prog=prog).read(argv)
     from mnist_diffusion.pipelines.drawing import load_pipeline
     from mnist_diffusion.pipelines.onnx import example_inputs, export_onnx
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import inspect
 import io
 import os
 import select
@@ -36,16 +37,17 @@ class Parser(argparse.ArgumentParser):
     A switch may stand alone for true, a list takes several values, and `null` stands for None.
 
     Args:
-        schema: the dataclass whose fields become flags, with their docstrings as help texts.
+        schema: the dataclass whose fields become flags; its docstring and theirs are the help.
         positional: fields that come first on the command line, without a flag.
         options: as for `ArgumentParser`.
     """
 
-    def __init__(self, schema: type, *, positional: Sequence[str] = (), **options: Any):
+    def __init__(self, schema: type, *positional: str, **options: Any):
         self.schema, self.kinds = schema, dict(_leaves(schema))
         words = [name.upper() if self.kinds[name].is_required() else f"[{name.upper()}]" for name in positional]
         options.setdefault("usage", " ".join([options["prog"], *words, "[--option VALUE ...]"]))
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        look: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=inspect.getdoc(schema), **look, **options)
         for name, info in self.kinds.items():
             text = " ".join((info.description or "").split()).replace("%", "%%")
             required = info.is_required() and "." not in name  # a section's may come from a file
@@ -58,9 +60,7 @@ class Parser(argparse.ArgumentParser):
             default = info.get_default(call_default_factory=False)
             shown = "" if info.is_required() or default in (None, ()) else f" (default: {default})"
             nargs = "+" if _is_list(info.annotation) else "?" if bool in _kinds(info.annotation) else None
-            look: dict[str, Any] = {"nargs": nargs, "const": "true", "metavar": _placeholder(info.annotation)}
-            if nargs != "?":
-                del look["const"]
+            look = {"nargs": nargs, "const": "true" if nargs == "?" else None, "metavar": _placeholder(info.annotation)}
             self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text + shown, **look)
 
     def error(self, message: str) -> NoReturn:
@@ -80,19 +80,15 @@ class Parser(argparse.ArgumentParser):
 
     def build(self, found: argparse.Namespace, base: dict[str, Any] | None = None) -> Any:
         """The dataclass that parsed words stand for, over the values of `base`; exits with status 2 if one is wrong."""
-        values = dict(base or {})
+        values = base or {}
         try:
             for name, given in vars(found).items():
-                if name not in self.kinds:
-                    continue
-                *sections, field = name.split(".")
-                place = values
-                for section in sections:
-                    below = place.get(section) or {}
-                    if not isinstance(below, dict):
-                        raise ConfigError(f"{section} must be a section of options, got {below!r:.100}")
-                    place[section] = place = dict(below)
-                place[field] = _plain(given)
+                if name in self.kinds:
+                    *sections, field = name.split(".")
+                    option = {field: _plain(given)}
+                    for section in reversed(sections):
+                        option = {section: option}
+                    values = _merged(values, option)
             return checked(self.schema, values)
         except UserError as error:
             self.error(str(error))
@@ -111,15 +107,14 @@ class RunArguments(Generic[Run]):
     dry_run: bool
 
 
-def parse_run(
-    schema: type[Run], argv: Sequence[str] | None, *, prog: str, about: str, positional: Sequence[str] = ()
-) -> RunArguments[Run]:
+def parse_run(schema: type[Run], argv: Sequence[str] | None, *positional: str, prog: str) -> RunArguments[Run]:
     """Read a run's configuration: the defaults, then each `--config`, then flags; exits with status 2 on an error."""
     recipes = schema.RECIPE_FOLDER
     costs = "\n".join(f"  {file.stem:24} {_cost(file)}" for file in sorted(recipes.glob("*.yaml")))
-    epilog = f"recipes for --config, and what they cost:\n{costs}".replace("%", "%%")
-    parser = Parser(schema, positional=positional, prog=prog, description=about, epilog=epilog)
+    epilog = f"recipes for --config, and what they cost:\n{costs}"
+    parser = Parser(schema, *positional, prog=prog, epilog=epilog)
     parser.add_argument("--config", action="append", default=[], help="YAML file or recipe name; `default` if omitted")
+    parser.add_argument("--out", dest="output_dir", default=argparse.SUPPRESS, metavar="VALUE", help="as --output_dir")
     parser.add_argument("--dry_run", action="store_true", help="print what would be done, and stop")
     found = parser.words(sys.argv[1:] if argv is None else argv)
     base: dict[str, Any] = {}
@@ -134,13 +129,13 @@ def parse_run(
     return RunArguments(parser.build(found, base), recipe, found.dry_run)
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], value) for key, value in over.items() if _is_section(base.get(key), value)}
-    return {**base, **over, **both}
-
-
-def _is_section(one: Any, other: Any) -> bool:
-    return isinstance(one, dict) and isinstance(other, dict)
+def _merged(base: Any, over: Any, section: str = "") -> Any:
+    """Values over those of `base`, section by section."""
+    if not isinstance(over, dict):
+        return over
+    if not isinstance(base := base or {}, dict):
+        raise ConfigError(f"{section} must be a section of options, got {base!r:.100}")
+    return {**base, **{name: _merged(base.get(name), value, name) for name, value in over.items()}}
 
 
 def _cost(recipe: Path) -> str:
@@ -150,18 +145,14 @@ def _cost(recipe: Path) -> str:
 
 def _leaves(schema: Any, prefix: str = "") -> Iterable[tuple[str, FieldInfo]]:
     """The fields of a dataclass and of those within it, by their dotted names."""
-    bases = reversed(schema.__mro__[:-1])
-    described = {name: info.description for base in bases for name, info in _fields(base).items() if info.description}
-    for name, info in _fields(schema).items():
+    fields = [info for base in reversed(schema.__mro__[:-1]) for info in base.__pydantic_fields__.items()]
+    described = {name: info.description for name, info in fields if info.description}
+    for name, info in schema.__pydantic_fields__.items():
         if dataclasses.is_dataclass(info.annotation):
             yield from _leaves(info.annotation, f"{prefix}{name}.")
         else:
             info.description = described.get(name)  # inherited fields lose their docstrings
             yield f"{prefix}{name}", info
-
-
-def _fields(schema: Any) -> dict[str, FieldInfo]:
-    return dict(getattr(schema, "__pydantic_fields__", {}))
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

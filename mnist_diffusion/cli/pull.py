@@ -12,7 +12,7 @@ from mnist_diffusion.option_types import STRICT, FilePath, Text
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion pull`."""
+    """Download a pipeline from the Hub, without running any of its code."""
 
     source: Text
     """Repository user/name, or user/name@revision with a branch, tag or commit."""
@@ -24,8 +24,7 @@ class Options:
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Pull."""
-    about = "Download a pipeline from the Hub, without running any of its code."
-    options: Options = Parser(Options, positional=["source"], prog=prog, description=about).read(argv)
+    options: Options = Parser(Options, "source", prog=prog).read(argv)
     from mnist_diffusion.hub import pull
 
     repo_id, _, revision = options.source.partition("@")

@@ -13,7 +13,10 @@ from mnist_diffusion.option_types import STRICT, FilePath, Text
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion push`."""
+    """Push a run's pipeline to the Hub in one commit: weights, code, card, sample sheet, configuration.
+
+    The token is that of `hf auth login` or of HF_TOKEN; it is never an argument.
+    """
 
     source: FilePath
     """Run folder or pipeline folder."""
@@ -35,14 +38,7 @@ class Options:
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Push."""
-    parser = Parser(
-        Options,
-        positional=["source", "repo_id"],
-        prog=prog,
-        description="Push a run's pipeline to the Hub in one commit: weights, code, card, sample sheet, configuration.",
-        epilog="The token is that of `hf auth login` or of HF_TOKEN; it is never an argument.",
-    )
-    options: Options = parser.read(argv)
+    options: Options = Parser(Options, "source", "repo_id", prog=prog).read(argv)
     from mnist_diffusion.hub import push
 
     print(f"Pushed: {push(**{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})}")

@@ -13,7 +13,10 @@ from mnist_diffusion.option_types import STRICT, FilePath
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion report`."""
+    """Show a run on one HTML page: samples, scores, curves, configuration; or compare several.
+
+    Scores are those of the run's card: `mnist-diffusion evaluate RUN --write_card` puts them there.
+    """
 
     runs: tuple[FilePath, ...]
     """Run folders; one is shown in full, several are compared."""
@@ -23,14 +26,7 @@ class Options:
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Write the HTML page."""
-    parser = Parser(
-        Options,
-        positional=["runs"],
-        prog=prog,
-        description="Show a run on one HTML page: samples, scores, curves, configuration; or compare several.",
-        epilog="Scores are those of the run's card: `mnist-diffusion evaluate RUN --write_card` puts them there.",
-    )
-    options: Options = parser.read(argv)
+    options: Options = Parser(Options, "runs", prog=prog).read(argv)
     from mnist_diffusion.files import replace_text
     from mnist_diffusion.plots.run_page import by_name, comparison_page, run_page
     from mnist_diffusion.training.run_folder import read_run

@@ -13,8 +13,7 @@ MAX_ON_SHEET = 10_000
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Sample images and write the sheets and files that were asked for."""
-    parser = Parser(SampleOptions, positional=["pipeline"], prog=prog, description="Sample images from a pipeline.")
-    options: SampleOptions = parser.read(argv)
+    options: SampleOptions = Parser(SampleOptions, "pipeline", prog=prog).read(argv)
     if options.processes > 1 and not options.as_dataset:
         raise UserError(f"processes={options.processes} must be 1 without as_dataset")
     if options.num_images > MAX_ON_SHEET and not options.as_dataset:

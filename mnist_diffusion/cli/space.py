@@ -15,7 +15,10 @@ from mnist_diffusion.option_types import STRICT, FilePath, Place, Text
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion space`."""
+    """Write a Space that samples from a pipeline (extra `onnx` for static, `app` for gradio).
+
+    The token is that of `hf auth login` or of HF_TOKEN; it is never an argument.
+    """
 
     pipeline: Place
     """Pipeline folder, run folder, or Hub id such as user/name."""
@@ -37,14 +40,7 @@ class Options:
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Write the folder, push it if asked, and print what to do with it."""
-    parser = Parser(
-        Options,
-        positional=["pipeline", "repo_id"],
-        prog=prog,
-        description="Write a Space that samples from a pipeline (extra `onnx` for static, `app` for gradio).",
-        epilog="The token is that of `hf auth login` or of HF_TOKEN; it is never an argument.",
-    )
-    options: Options = parser.read(argv)
+    options: Options = Parser(Options, "pipeline", "repo_id", prog=prog).read(argv)
     out, static = options.out, options.kind == "static"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={str(out)!r} must be an empty or a new folder")

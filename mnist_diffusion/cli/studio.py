@@ -13,7 +13,10 @@ from mnist_diffusion.option_types import STRICT, FilePath, Place, Text
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion studio`."""
+    """Write a static page that samples in the visitor's browser (extra `onnx`).
+
+    Any static web server, or a static Space, can serve the folder.
+    """
 
     pipeline: Place | None = None
     """Pipeline folder, run folder, or Hub id such as user/name; runs/latest if omitted, or else the shipped model."""
@@ -29,14 +32,7 @@ class Options:
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Write the page, and print how to open it."""
-    parser = Parser(
-        Options,
-        positional=["pipeline"],
-        prog=prog,
-        description="Write a static page that samples in the visitor's browser (extra `onnx`).",
-        epilog="Any static web server, or a static Space, can serve the folder.",
-    )
-    options: Options = parser.read(argv)
+    options: Options = Parser(Options, "pipeline", prog=prog).read(argv)
     from mnist_diffusion.demo.studio.build import write_studio
     from mnist_diffusion.pipelines.drawing import default_sources, load_pipeline
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,6 @@ from mnist_diffusion.config import Config
 
 if TYPE_CHECKING:
     from mnist_diffusion.training.run import NetworkBuilder, ObjectiveBuilder
-
-# OpenMP threads that wait go to sleep soon: by default they spin, which slows down cores that other programs use too.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def main(
@@ -24,8 +20,7 @@ def main(
     objective: ObjectiveBuilder | None = None,
 ) -> int:
     """Parse the command line, and train."""
-    about = "Train a class-conditional diffusion model and export a pipeline folder that diffusers loads."
-    arguments = parse_run(Config, argv, prog=prog, about=about)
+    arguments = parse_run(Config, argv, prog=prog)
 
     def command() -> int:
         from mnist_diffusion.training.run import train

@@ -15,7 +15,7 @@ from mnist_diffusion.option_types import STRICT, FilePath, Seed
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    """Options of `mnist-diffusion train_evaluator`."""
+    """Train the classifier that evaluations use, on the training split of labelled images."""
 
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
     """The images to train on."""
@@ -29,8 +29,7 @@ class Options:
 
 def main(argv: Sequence[str], *, prog: str) -> int:
     """Train the classifier, and save it."""
-    about = "Train the classifier that evaluations use, on the training split of labelled images."
-    options: Options = Parser(Options, prog=prog, description=about).read(argv)
+    options: Options = Parser(Options, prog=prog).read(argv)
     if options.out.exists():
         raise UserError(f"out={str(options.out)!r} exists already")
     from mnist_diffusion.data.dataset import load_images

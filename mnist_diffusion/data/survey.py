@@ -29,13 +29,13 @@ class SplitSurvey:
 
     Args:
         counts: readable images of each class.
-        shapes: how many images have each channels, height and width.
+        sizes: how many images have each width, height and colour, in words.
         unreadable: what is wrong with the others, one line each.
         shown: the first images of each class.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
-    shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
     shown: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -118,7 +118,7 @@ def _survey_split(split: RawSplit, name: str, of_label: dict[Any, str], places: 
             continue
         class_name = of_label[label]
         found.counts[class_name] += 1
-        found.shapes[(image.shape[0], image.shape[1], image.shape[2])] += 1
+        found.sizes[f"{image.shape[2]} x {image.shape[1]} {'grey' if len(image) == 1 else 'RGB'}"] += 1
         shown = found.shown.setdefault(class_name, [])
         if len(shown) < PREVIEW_PER_CLASS:
             too_large = max(image.shape[-2:]) > MAX_SHOWN_SIDE

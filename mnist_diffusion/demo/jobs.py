@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import os
 import signal
 import subprocess
@@ -14,26 +14,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from markupsafe import Markup
 
-from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.demo.drawing import figure
+from mnist_diffusion.errors import UserError
 from mnist_diffusion.plots.curves import to_picture, training_curves
-from mnist_diffusion.plots.run_page import embedded
-from mnist_diffusion.training.run_folder import read_metrics, sample_sheets
+from mnist_diffusion.training.run_folder import read_run
 
 SECONDS_TO_STOP, SECONDS_TO_REFRESH = 60, 2
 TAIL_BYTES = 2000
 """Bytes at the end of a job's output, which hold its last line."""
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 """Exit codes after TERM: of a run, and of a process without a handler."""
-FIGURE = Markup('<figure><figcaption>{title} <small>{about}</small></figcaption><img src="{picture}" alt=""></figure>')
-
-
-def figure(title: str, picture: str, about: str = "") -> Markup:
-    """A titled picture, given as an address; all text is escaped."""
-    return FIGURE.format(title=title, about=about, picture=picture)
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,6 @@ class JobRunner:
     def __init__(self, folder: Path):
         self.folder, self.lock = folder, threading.Lock()
         self.jobs: list[Job] = []
-        self.cached: tuple[float, str, Markup] = (-math.inf, "", Markup(""))
 
     def start(self, name: str, arguments: Sequence[str]) -> None:
         """Start a training run in a new folder.
@@ -125,14 +118,15 @@ class JobRunner:
             if not self.jobs:
                 return Markup("")
             job = self.jobs[-1]
-            now, state = time.monotonic(), f"{job.folder} {job.running}"
-            if self.cached[1] != state or now - self.cached[0] > SECONDS_TO_REFRESH:
-                role = Markup("") if job.running else Markup(" role=status")
-                parts = [Markup("<p{}>{}</p>").format(role, _status(job))]
-                with contextlib.suppress(FileError, OSError, KeyError, ValueError):  # it is being written
-                    parts += run_figures(job.folder)
-                self.cached = now, state, Markup("").join(parts)
-            return self.cached[2]
+            return _status_html(job, job.running, time.monotonic() // SECONDS_TO_REFRESH)
+
+
+@functools.lru_cache(maxsize=1)
+def _status_html(job: Job, running: bool, now: float) -> Markup:
+    parts = [Markup("<p{}>{}</p>").format(Markup("" if running else " role=status"), _status(job))]
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # it is being written
+        parts += run_figures(job.folder)
+    return Markup("").join(parts)
 
 
 def _status(job: Job) -> str:
@@ -146,11 +140,7 @@ def _status(job: Job) -> str:
 
 def run_figures(folder: Path) -> list[Markup]:
     """Sample sheet and curves of a run that may not have ended."""
-    lines: list[dict[str, Any]] = read_metrics(folder / "metrics.jsonl")
-    if not lines:
-        return []
-    last, figures = lines[-1], []
-    facts = f"step {last['step']}, epoch {last['epoch']:.2f}, loss {last['loss']:.4f}"
-    if sheets := sample_sheets(folder, epochs_per_step=last["epoch"] / last["step"]):
-        figures.append(figure(f"Samples, step {sheets[-1].step}", embedded(sheets[-1].picture)))
-    return [*figures, figure("Curves", embedded(to_picture(training_curves(lines))), facts)]
+    run = read_run(folder)
+    sheets = [figure(f"Samples, step {sheet.step}", sheet.picture) for sheet in run.sheets[-1:]]
+    facts = "step {step}, epoch {epoch:.2f}, loss {loss:.4f}".format(**run.lines[-1])
+    return [*sheets, figure("Curves", to_picture(training_curves(run.lines)), facts)]

@@ -5,14 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.option_types import AUTOGUIDANCE, CFG, GUIDERS
 from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-
-CLASSIFIER_FREE = "classifier-free"
 
 
 class Models:
@@ -51,13 +47,6 @@ class Models:
     def names(self) -> list[str]:
         """The names in the order they were added."""
         return list(self._loaded)
-
-    def rules(self, pipeline: Any) -> dict[str, str]:
-        """The guidance rules that a visitor may choose for a pipeline, by their labels."""
-        guiders = {name.removesuffix("Guidance"): name for name in GUIDERS}
-        others = [name for name, (_, model) in self._loaded.items() if model is not pipeline]
-        weaker = {f"autoguidance by {name}": f"{AUTOGUIDANCE}{name}" for name in others}
-        return {CLASSIFIER_FREE: CFG, **guiders, **weaker}
 
     def source(self, name: str) -> str:
         """The folder or Hub id of a pipeline."""

@@ -5,26 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mnist_diffusion.demo import drawing
-from mnist_diffusion.demo.drawing import (
-    PIPELINE_DEFAULT,
-    SAMPLER_CHOICES,
-    Request,
-    Steering,
-    check_choice,
-    check_int,
-    check_range,
-    settings_from,
-)
-from mnist_diffusion.demo.jobs import JobRunner, figure
-from mnist_diffusion.demo.models import CLASSIFIER_FREE, Models
-from mnist_diffusion.errors import UserError
+from mnist_diffusion.demo.drawing import PIPELINE_DEFAULT, SAMPLER_CHOICES, check_choice, check_int, check_range
+from mnist_diffusion.demo.jobs import JobRunner
+from mnist_diffusion.demo.models import Models
 from mnist_diffusion.files import read_text
 from mnist_diffusion.pipelines.drawing import class_names
 
@@ -47,7 +36,7 @@ def errors_as_toast() -> Iterator[None]:
     """Show errors as messages on the page."""
     try:
         yield
-    except (UserError, ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise gr.Error(str(error), print_exception=False) from error
 
 
@@ -85,34 +74,18 @@ class Controls:
         """A control of the guidance scale."""
 
         def values(pipeline: Any) -> dict[str, Any]:
-            scales = pipeline.config.guidance_distilled
-            only = (
-                f"This student was distilled at the scales {', '.join(f'{each:g}' for each in scales)}."
-                if scales
-                else ""
-            )
-            value = min(pipeline.config.guidance_scale, drawing.MAX_GUIDANCE)
-            return {"value": value, "info": only or GUIDANCE}
+            scales = ", ".join(f"{each:g}" for each in pipeline.config.guidance_distilled or ())
+            info = f"This student was distilled at the scales {scales}." if scales else GUIDANCE
+            return {"value": min(pipeline.config.guidance_scale, drawing.MAX_GUIDANCE), "info": info}
 
         look = {"minimum": 0, "maximum": drawing.MAX_GUIDANCE, "step": 0.1, "label": "Guidance scale"}
         return self.add(gr.Slider, values, **look)
 
-    def bound(self, place: int, **options: Any) -> gr.Slider:
-        """A control of the lower or upper bound of the guidance interval."""
-
-        def values(pipeline: Any) -> dict[str, Any]:
-            return {"value": pipeline.config.guidance_interval[place]}
-
-        return self.add(gr.Slider, values, minimum=0, maximum=1, step=0.05, **options)
-
     def steps(self) -> gr.Slider:
         """A control of the number of steps."""
-
-        def values(pipeline: Any) -> dict[str, Any]:
-            return {"value": min(pipeline.config.num_inference_steps, drawing.MAX_STEPS)}
-
-        look = {"minimum": 1, "maximum": drawing.MAX_STEPS, "step": 1, "label": "Steps", "info": STEPS_HELP}
-        return self.add(gr.Slider, values, **look)
+        most = drawing.MAX_STEPS
+        look = {"minimum": 1, "maximum": most, "step": 1, "label": "Steps", "info": STEPS_HELP}
+        return self.add(gr.Slider, lambda pipeline: {"value": min(pipeline.config.num_inference_steps, most)}, **look)
 
 
 GUIDANCE = "How closely samples follow the class. 0: unconditional, 1: as trained; more: clearer digits, less variety."
@@ -140,23 +113,14 @@ def build_page(models: Models, jobs: JobRunner | None, data: Sequence[str]) -> g
                     build(models, controls)
             if jobs is not None:
                 with gr.Tab("Train", id="train"):
-                    refresh, shown = _train(models, jobs, data, controls.pipeline)
-                # Somebody may have started a run and closed the page; the pipeline chosen there stays.
-                page.load(lambda: refresh()[:2], None, shown[:2], **AT_ONCE)
+                    _train(page, models, jobs, data, controls.pipeline)
 
         def follow(name: str) -> list[Any]:
             with errors_as_toast():
                 return [gr.update(**values(models[name])) for _, values in controls.set_for]
 
-        def opened(name: str) -> Any:
-            with errors_as_toast():
-                for folder in jobs.pipelines() if jobs is not None else []:
-                    models.add(str(folder))
-            return gr.update(choices=models.names, value=name)
-
         followers = [control for control, _ in controls.set_for]
         controls.pipeline.change(follow, controls.pipeline, followers, **AT_ONCE)
-        page.load(opened, controls.pipeline, controls.pipeline, **AT_ONCE)
     page.queue(max_size=MAX_WAITING, api_open=False)
     page.state_session_capacity = MAX_SESSIONS
     page._queue.pending_messages_per_session.max_size = MAX_SESSIONS  # drawings that nobody has fetched yet
@@ -169,52 +133,25 @@ def _generate(models: Models, controls: Controls) -> None:
             classes = controls.classes(gr.CheckboxGroup, place=3, label="Classes", info="Classes to sample.")
             count = gr.Slider(1, 16, 8, step=1, label="Images of each")
             scale, steps = controls.guidance(), controls.steps()
-            with gr.Row():
-                sampler = gr.Dropdown(
-                    list(SAMPLER_CHOICES), value=PIPELINE_DEFAULT, label="Sampler", info="Denoising algorithm."
-                )
-                look = {
-                    "label": "Guidance rule",
-                    "info": "Guide away from the unconditional prediction, or from a weaker model.",
-                }
-                rule = controls.add(gr.Dropdown, partial(_rules, models), **look)
-            with gr.Row():
-                low = controls.bound(0, label="Guidance from", info="0: the finished image.")
-                high = controls.bound(1, label="Guidance to", info="1: pure noise.")
+            sampler = gr.Dropdown(
+                list(SAMPLER_CHOICES), value=PIPELINE_DEFAULT, label="Sampler", info="Denoising algorithm."
+            )
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             draw = gr.Button("Sample", variant="primary")
         with gr.Column():
             player = _component("player", "generated")
             code = gr.Code(language="python", label="The same in Python", interactive=False, wrap_lines=True)
 
-    def generate(
-        name: str,
-        classes: list[str],
-        count: Any,
-        scale: Any,
-        steps: Any,
-        sampler: str,
-        low: Any,
-        high: Any,
-        rule: str,
-        seed: Any,
-    ) -> Iterator[tuple[Any, str]]:
+    def generate(name, classes, count, scale, steps, sampler, seed):  # of whatever types
         with errors_as_toast():
-            rules = models.rules(models[name])
-            chosen = rules[check_choice("guidance rule", rule, list(rules))]
-            settings = settings_from(scheduler=sampler, steps=steps, scale=scale, interval=(low, high), rule=chosen)
-            request = Request(class_labels=tuple(classes or ()), num_images=count, settings=settings, seed=seed)
-            pipeline = models[name]
-            python = request.code(pipeline, models.source, name)
-            for frames in drawing.stream_frames(pipeline, request, models.__getitem__):
-                yield frames.value(), python
+            how = {"sampler": sampler, "steps": steps, "scale": scale}
+            request = drawing.request_of(classes=classes or (), count=count, seed=seed, **how)
+            python = request.code(models[name], models.source(name))
+            for value in drawing.stream_frames(models[name], request):
+                yield value, python
 
-    asked = [controls.pipeline, classes, count, scale, steps, sampler, low, high, rule, seed]
+    asked = [controls.pipeline, classes, count, scale, steps, sampler, seed]
     draw.click(generate, asked, [player, code], api_name="generate", **ONE_AT_A_TIME)
-
-
-def _rules(models: Models, pipeline: Any) -> dict[str, Any]:
-    return {"choices": list(models.rules(pipeline)), "value": CLASSIFIER_FREE}
 
 
 def _steer(models: Models, controls: Controls) -> None:
@@ -234,29 +171,23 @@ def _steer(models: Models, controls: Controls) -> None:
     state = gr.State(None, time_to_live=STATE_SECONDS)
     clock = gr.Timer(SECONDS_BETWEEN_STEPS, active=False)
 
-    def advance(
-        state: tuple[Steering, tuple[Any, ...]] | None, name: str, label: str, scale: Any, steps: Any, seed: Any
-    ) -> tuple[Any, Any, Any]:
+    def advance(state, name, label, scale, steps, seed):
         with errors_as_toast():
             if state is None or state[0].over or state[1] != (name, steps, seed):
                 check_int("steps", steps, 2, MAX_STEERED)
-                drawing.label_of(models[name], label)
-                settings = settings_from(scheduler=PIPELINE_DEFAULT, steps=steps, scale=scale)
-                request = Request(class_labels=(label,), num_images=1, settings=settings, seed=seed)
-                state = Steering(models[name], request), (name, steps, seed)
-            steering = state[0]
-            steering.advance(label, scale)
-            return state, steering.player.value(), gr.Timer(active=False) if steering.over else gr.skip()
+                how = {"sampler": PIPELINE_DEFAULT, "steps": steps, "scale": scale}
+                request = drawing.request_of(classes=[label], count=1, seed=seed, **how)
+                state = drawing.Drawing(models[name], request), (name, steps, seed)
+            value = drawing.steered(state[0], label, scale)
+            return state, value, gr.Timer(active=False) if state[0].over else gr.skip()
 
     asked, shown = [state, controls.pipeline, label, scale, steps, seed], [state, player, clock]
-    for trigger, name in ((step.click, "steer"), (clock.tick, None)):
-        hidden = {} if name else {"api_visibility": "private"}
-        step_done = trigger(advance, asked, shown, api_name=name, **{**ONE_AT_A_TIME, **hidden})
-        step_done.failure(lambda: gr.Timer(active=False), None, clock, **AT_ONCE)
+    step_done = gr.on([step.click, clock.tick], advance, asked, shown, api_name="steer", **ONE_AT_A_TIME)
+    step_done.failure(lambda: gr.Timer(active=False), None, clock, **AT_ONCE)
     play.click(lambda: gr.Timer(active=True), None, clock, **AT_ONCE)
     pause.click(lambda: gr.Timer(active=False), None, clock, **AT_ONCE)
-    for begun_anew in (again.click, controls.pipeline.change):
-        begun_anew(lambda: (None, None, gr.Timer(active=False)), None, shown, **AT_ONCE)
+    begun_anew = [controls.pipeline.change, again.click]
+    gr.on(begun_anew, lambda: (None, None, gr.Timer(active=False)), None, shown, **AT_ONCE)
 
 
 def _compare(models: Models, controls: Controls) -> None:
@@ -273,14 +204,11 @@ def _compare(models: Models, controls: Controls) -> None:
             draw = gr.Button("Compare", variant="primary")
         rows = gr.HTML(elem_id="compared")
 
-    def compare(
-        name: str, others: list[str], samplers: list[str], steps: list[Any], scales: list[Any], seed: Any
-    ) -> Iterator[str]:
+    def compare(name, others, samplers, steps, scales, seed):
         with errors_as_toast():
             chosen = {each: models[each] for each in dict.fromkeys([name, *(others or ())])}
             ways = {"samplers": samplers or [], "steps": steps or [], "scales": scales or []}
-            for found in drawing.compared(chosen, **ways, seed=seed):
-                yield _figures(found)
+            yield from drawing.compared(chosen, **ways, seed=seed)
 
     asked = [controls.pipeline, others, samplers, steps, scales, seed]
     draw.click(compare, asked, rows, api_name="compare", **ONE_AT_A_TIME)
@@ -288,10 +216,6 @@ def _compare(models: Models, controls: Controls) -> None:
 
 def _nearest_scale(pipeline: Any) -> dict[str, Any]:
     return {"value": [min(SCALES, key=lambda each: abs(each - pipeline.config.guidance_scale))]}
-
-
-def _figures(rows: Sequence[drawing.Row]) -> str:
-    return "".join(figure(row.title, row.picture, row.about) for row in rows)
 
 
 def _explore(models: Models, controls: Controls) -> None:
@@ -319,19 +243,15 @@ def _explore(models: Models, controls: Controls) -> None:
             invert = gr.Button("Draw again", variant="primary")
         inverted = gr.HTML(elem_id="inverted")
 
-    def interpolate(name: str, one: str, seed_one: Any, two: str, seed_two: Any, frames: Any, scale: Any) -> str:
+    def interpolate(name, one, seed_one, two, seed_two, frames, scale):
         with errors_as_toast():
-            found = drawing.interpolated(
-                models[name], classes=(one, two), seeds=(seed_one, seed_two), frames=frames, scale=scale
-            )
-            return _figures(found)
+            ends = {"classes": (one, two), "seeds": (seed_one, seed_two)}
+            return drawing.interpolated(models[name], **ends, frames=frames, scale=scale)
 
-    def redraw(name: str, picture: Any, is_a: str, as_a: str, scale: Any) -> str:
+    def redraw(name, picture, is_a, as_a, scale):
         with errors_as_toast():
-            pipeline = models[name]
-            image = drawing.decode_sketch(picture, pipeline.image_shape)
-            rows = drawing.reconstruct(pipeline, image, source_class=is_a, target_class=as_a, scale=scale)
-            return _figures(rows)
+            image = drawing.decode_sketch(picture, models[name].image_shape)
+            return drawing.reconstruct(models[name], image, source_class=is_a, target_class=as_a, scale=scale)
 
     asked = [controls.pipeline, one, seed_one, two, seed_two, frames, between_scale]
     walk.click(interpolate, asked, between, api_name="interpolate", **ONE_AT_A_TIME)
@@ -339,8 +259,7 @@ def _explore(models: Models, controls: Controls) -> None:
     invert.click(redraw, asked, inverted, api_name="invert", **ONE_AT_A_TIME)
 
 
-def _train(models: Models, jobs: JobRunner, data: Sequence[str], pipeline: gr.Dropdown) -> tuple[Any, list[Any]]:
-    """The Train tab; the function that refreshes it, and the components it sets."""
+def _train(page: gr.Blocks, models: Models, jobs: JobRunner, data: Sequence[str], pipeline: gr.Dropdown) -> None:
     gr.Markdown("Training continues if you close the page. Its pipeline can then be chosen at the top.")
     with gr.Row():
         with gr.Column():
@@ -352,13 +271,14 @@ def _train(models: Models, jobs: JobRunner, data: Sequence[str], pipeline: gr.Dr
             status, clock = gr.HTML(elem_id="train-job"), gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
     outputs = [status, clock, pipeline]
 
-    def refresh() -> list[Any]:
-        running, chosen = jobs.running, gr.skip()
-        if not running:
-            with errors_as_toast():
-                names = [models.add(str(folder)) for folder in jobs.pipelines()]
-            chosen = gr.update(choices=models.names, value=names[-1]) if names else gr.skip()
-        return [jobs.status_html(), gr.Timer(active=running), chosen]
+    def refresh(chosen: str | None = None) -> list[Any]:
+        running = jobs.running
+        with errors_as_toast():
+            trained = [models.add(str(folder)) for folder in jobs.pipelines()]
+        if trained and not running:
+            chosen = chosen or trained[-1]
+        value: dict[str, Any] = {"value": chosen} if chosen else {}
+        return [jobs.status_html(), gr.Timer(active=running), gr.update(choices=models.names, **value)]
 
     def begin(recipe: str, minutes: Any, seed: Any) -> list[Any]:
         with errors_as_toast():
@@ -373,4 +293,5 @@ def _train(models: Models, jobs: JobRunner, data: Sequence[str], pipeline: gr.Dr
     clock.tick(refresh, None, outputs, **AT_ONCE)
     start.click(begin, [recipe, minutes, seed], outputs, api_name="train", concurrency_limit=1)
     stop.click(jobs.stop, None, None, **AT_ONCE)
-    return refresh, outputs
+    # Somebody may have started a run and closed the page; the pipeline chosen there stays.
+    page.load(refresh, pipeline, outputs, **AT_ONCE)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
-import ipaddress
 import json
 import re
 import signal
-import socket
 from collections.abc import Mapping
+from socket import AF_INET, AF_INET6, create_server
 from typing import Any
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
@@ -46,7 +45,7 @@ HEADERS = {
 }
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_BODY_BYTES, MAX_CONNECTIONS = 2**20, 256
-SECONDS_TO_CLOSE, SECONDS_FOR_BODY = 3, 10
+SECONDS_TO_CLOSE = 3
 
 
 class RouteAllowlist:
@@ -65,26 +64,12 @@ class RouteAllowlist:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refused, body = None, b""
-        if not ROUTES.fullmatch(scope["path"]):
-            refused = PlainTextResponse("no such page", 404)
-        elif scope["method"] not in ("GET", "HEAD"):
-            headers = Headers(scope=scope)
-            length = headers.get("content-length", "")
-            if "transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_BODY_BYTES:
-                refused = PlainTextResponse("too large, or of unknown length", 413)
-            else:
-                try:
-                    async with asyncio.timeout(SECONDS_FOR_BODY):
-                        body = await Request(scope, receive).body()
-                    if not _has_no_objects(body):
-                        refused = PlainTextResponse("objects are not accepted", 400)
-                except TimeoutError:
-                    refused = PlainTextResponse("too slow", 408)
-                except ClientDisconnect:
-                    return
-        if refused is not None:
-            await refused(scope, receive, send)
+        try:
+            body = await _allowed_body(Request(scope, receive))
+        except HTTPException as refused:
+            await PlainTextResponse(refused.detail, refused.status_code)(scope, receive, send)
+            return
+        except ClientDisconnect:
             return
         read = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -99,6 +84,24 @@ class RouteAllowlist:
         await self.app(scope, receive_again, send_with_headers)
 
 
+async def _allowed_body(request: Request) -> bytes:
+    """The body of a request that the app may see.
+
+    Raises:
+        HTTPException: it may not.
+    """
+    if not ROUTES.fullmatch(request.scope["path"]):
+        raise HTTPException(404, "no such page")
+    if request.method in ("GET", "HEAD"):
+        return b""
+    length = request.headers.get("content-length", "")
+    if "transfer-encoding" in request.headers or not length.isdigit() or int(length) > MAX_BODY_BYTES:
+        raise HTTPException(413, "too large, or of unknown length")
+    if not _has_no_objects(body := await request.body()):
+        raise HTTPException(400, "objects are not accepted")
+    return body
+
+
 def _has_no_objects(body: bytes) -> bool:
     """Whether the values for a function are strings, numbers and lists of them."""
     try:
@@ -111,16 +114,11 @@ def _has_no_objects(body: bytes) -> bool:
 
 def guard(app: FastAPI, host: str) -> None:
     """Allow only the routes of the app, and on loopback only requests that name a loopback host, from no frame."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # another name
-        loopback = False
-    if not loopback:
-        app.add_middleware(RouteAllowlist, headers=HEADERS)
-        return
-    app.add_middleware(RouteAllowlist, headers={**HEADERS, CSP: f"{HEADERS[CSP]}; frame-ancestors 'none'"})
-    # DNS rebinding; `[` is how an IPv6 address begins, and no name does.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, host, f"[{host}]", "["])
+    loopback = host in ("localhost", "::1") or host.startswith("127.")
+    framed = {CSP: f"{HEADERS[CSP]}; frame-ancestors 'none'"} if loopback else {}
+    app.add_middleware(RouteAllowlist, headers={**HEADERS, **framed})
+    if loopback:  # DNS rebinding; `[` is how an IPv6 address begins, and no name does
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, host, f"[{host}]", "["])
 
 
 def build_app(options: AppOptions) -> tuple[FastAPI, JobRunner | None]:
@@ -156,17 +154,12 @@ def serve(options: AppOptions) -> None:
         UserError: a pipeline could not be loaded, or the port is not free.
     """
     app, jobs = build_app(options)
-    version_6 = ":" in options.host
+    host, family = (f"[{options.host}]", AF_INET6) if ":" in options.host else (options.host, AF_INET)
     try:
-        listening = socket.create_server(
-            (options.host, options.port), family=socket.AF_INET6 if version_6 else socket.AF_INET
-        )
+        listening = create_server((options.host, options.port), family=family)
     except OSError as error:
         raise UserError(f"host={options.host!r}, port={options.port}: {error.strerror}; choose others") from error
-    print(
-        f"The app is at http://{f'[{options.host}]' if version_6 else options.host}:{options.port} (Ctrl-C ends it)",
-        flush=True,
-    )
+    print(f"The app is at http://{host}:{options.port} (Ctrl-C ends it)", flush=True)
     limits: dict[str, Any] = {"timeout_graceful_shutdown": SECONDS_TO_CLOSE, "limit_concurrency": MAX_CONNECTIONS}
     config = uvicorn.Config(app, log_level="error", **limits)  # a warning for each refused connection fills a disk
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which uvicorn raises again when it has closed
@@ -174,6 +167,5 @@ def serve(options: AppOptions) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
     finally:
-        listening.close()
         if jobs is not None:
             jobs.stop(wait=True)

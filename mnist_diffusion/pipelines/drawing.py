@@ -73,14 +73,15 @@ def build_pipeline(
         raise ConfigError(f"sampling: {error}") from error
 
 
-def with_sampler(pipeline: MNISTDiffusionPipeline, name: str) -> MNISTDiffusionPipeline:
-    """The same pipeline, sharing its network, with another sampler.
+def with_sampler(pipeline: MNISTDiffusionPipeline, name: str | None) -> MNISTDiffusionPipeline:
+    """The same pipeline, sharing its network, with another sampler; with its own if `name` is None.
 
     Raises:
         ConfigError: there is no such sampler.
     """
     other = copy.copy(pipeline)
-    other.scheduler = build_sampler(name, pipeline.scheduler.config)
+    if name is not None:
+        other.scheduler = build_sampler(name, pipeline.scheduler.config)
     return other
 
 

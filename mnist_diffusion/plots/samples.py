@@ -43,9 +43,8 @@ class Samples:
 
     def __init__(self, options: SampleOptions):
         self.options = options
-        self.pipeline = drawing.load_pipeline(options.pipeline, device=options.device, dtype=options.dtype)
-        if options.scheduler is not None:
-            self.pipeline = drawing.with_sampler(self.pipeline, options.scheduler)
+        pipeline = drawing.load_pipeline(options.pipeline, device=options.device, dtype=options.dtype)
+        self.pipeline = drawing.with_sampler(pipeline, options.scheduler)
         self.load_weaker = functools.cache(functools.partial(drawing.load_on_same_device, self.pipeline))
         self.call = self._call_with(options.settings)
         self.names = drawing.class_names(self.pipeline)

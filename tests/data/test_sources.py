@@ -316,7 +316,7 @@ class TestLook:
         assert "2 could not be read" in printed
         assert "huge.png" in printed
         assert "1 the same pixels in two classes" in printed
-        told = json.loads((tmp_path / "look" / "data.json").read_text(encoding="utf-8"))
+        told = json.loads((tmp_path / "look" / "survey.json").read_text(encoding="utf-8"))
         assert told["splits"]["train"]["counts"] == {"blue": 7, "green": 7, "red": 6}
         assert len(told["duplicates"][0]) == 3
         assert told["in_both_splits"] == []

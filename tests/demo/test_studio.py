@@ -98,6 +98,16 @@ def visit(browser: Any, address: str) -> Iterator[StudioVisit]:
     visit.close()
 
 
+DRAW = """async ([file, noise, label, scale, steps]) => {
+  const { bytesOf, denoise, noiseOf, settings } = await import("/studio.js");
+  const model = settings.models.find((each) => each.file === file);
+  const now = () => ({ shares: [[[label, 1]]], scale });
+  let last;
+  for await (last of denoise(model, [Float32Array.from(noise)], steps, now, noiseOf(0)));
+  return Array.from(bytesOf(last.samples[0]));
+}"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "scale", "steps"), [("Step by step", 2.5, 8), ("Step by step", 0.0, 3),
                                                       ("In few passes", 2.8, 1)])  # fmt: skip
@@ -107,10 +117,7 @@ def test_the_same_noise_gives_the_pixels_of_the_pipeline(
     file = f"{list(pipelines).index(name)}.onnx"
     for label in (3, 7):
         noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(label))
-        drawn = visit.page.evaluate(
-            "([file, noise, label, scale, steps]) => window.studio.draw(file, noise, label, scale, steps)",
-            [file, noise.flatten().tolist(), label, scale, steps],
-        )
+        drawn = visit.page.evaluate(DRAW, [file, noise.flatten().tolist(), label, scale, steps])
         wanted = pipelines[name](
             [label], latents=noise, guidance_scale=scale, num_inference_steps=steps, output_type="np"
         ).images

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mnist_diffusion.demo.studio.plans import possible_plans
+from mnist_diffusion.demo.studio.plans import sampler_plan
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import read_bytes, replace_bytes, replace_text
 from mnist_diffusion.pipelines.drawing import class_names
@@ -73,8 +73,8 @@ def write_studio(
 def _model(pipeline: MNISTDiffusionPipeline, name: str, file: str) -> dict[str, Any]:
     """What the page has to know of a network."""
     config, scales = pipeline.config, list(pipeline.config.guidance_distilled or ())
-    own, usual = config.num_inference_steps, STUDENT_STEPS if scales else TEACHER_STEPS
-    plans = possible_plans(pipeline, sorted({*usual, own}))
+    own, available = config.num_inference_steps, pipeline.scheduler.config.num_train_timesteps
+    counts = sorted({own, *(count for count in (STUDENT_STEPS if scales else TEACHER_STEPS) if count <= available)})
     return {
         "name": name,
         "file": file,
@@ -83,7 +83,7 @@ def _model(pipeline: MNISTDiffusionPipeline, name: str, file: str) -> dict[str, 
         "scales": scales or None,
         "interval": list(config.guidance_interval),
         "steps": own,
-        "plans": plans,
+        "plans": {count: sampler_plan(pipeline, count) for count in counts},
     }
 
 
@@ -103,14 +103,4 @@ def _runtime_files(folder: Path | None) -> dict[str, bytes]:
             reason = " ".join(done.stderr.split())[-300:]
             raise UserError(f"npm could not fetch {RUNTIME}: {reason}; or name its `dist` folder with --runtime")
         with tarfile.open(fileobj=io.BytesIO(read_bytes(found[0], MAX_PACKAGE_BYTES))) as package:
-            return {name: _member(package, f"package/dist/{name}") for name in RUNTIME_FILES}
-
-
-def _member(package: tarfile.TarFile, name: str) -> bytes:
-    try:
-        file = package.extractfile(name)
-    except KeyError:
-        file = None
-    if file is None:
-        raise UserError(f"{RUNTIME} has no {name}")
-    return file.read()
+            return {name: package.extractfile(f"package/dist/{name}").read() for name in RUNTIME_FILES}  # type: ignore[union-attr]

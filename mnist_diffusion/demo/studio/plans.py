@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,14 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
     Raises:
         UserError: the steps are not such sums, or the samples are not of unit variance.
     """
-    name = type(pipeline.scheduler).__name__
-    if getattr(pipeline.scheduler, "init_noise_sigma", 1) != 1:
+    scheduler, name = pipeline.scheduler, type(pipeline.scheduler).__name__
+    if getattr(scheduler, "init_noise_sigma", 1) != 1:
         raise UserError(f"{name} works on samples that are not of unit variance; use dpmpp, ddim, ddpm or lcm")
     generators = [torch.Generator().manual_seed(SEED + index) for index in range(IMAGES)]
-    before, last = torch.randn(IMAGES, *pipeline.image_shape, generator=torch.Generator().manual_seed(SEED)), None
+    before = torch.randn(IMAGES, *pipeline.image_shape, generator=torch.Generator().manual_seed(SEED))
+    last = torch.zeros_like(before)
+    # Of its own: others hand on the setting of the training scheduler.
+    clip = "clip_sample" in inspect.signature(type(scheduler)).parameters and bool(scheduler.config.clip_sample)
     labels = [index % pipeline.num_classes for index in range(IMAGES)]
     plan: list[dict[str, Any]] = []
     stream = pipeline.stream(labels, num_inference_steps=num_inference_steps, generator=generators, latents=before)
@@ -43,24 +47,18 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         noise = torch.stack([_next_noise(each, pipeline.image_shape) for each in generators])
         if (done := next(stream, None)) is None:
             return plan
-        parts = [before, done.model_output]
-        (p, q), error = _fit(done.pred_original_sample, parts)
-        clean, sums = done.pred_original_sample, {}
-        for clip in (False, True):
-            shown = clean.clamp(-1, 1) if clip else clean
-            known = [before, shown, torch.zeros_like(shown) if last is None else last[clip], noise]
-            sums[clip] = (*_fit(done.latents, known), shown)
-        clip = sums[True][1] < sums[False][1]
-        (a, b, c, d), wrong, _ = sums[clip]
+        clean = done.pred_original_sample
+        (p, q), error = _fit(clean, [before, done.model_output])
+        clean = clean.clamp(-1, 1) if clip else clean
+        (a, b, c, d), wrong = _fit(done.latents, [before, clean, last, noise])
         if max(error, wrong) > TOLERANCE:
             raise UserError(
                 f"{name} in {num_inference_steps} steps does not combine the last two predictions; use dpmpp"
             )
         if abs(d) < TOLERANCE:
             d = 0.0
-        numbers = {"p": p, "q": q, "a": a, "b": b, "c": c, "d": d}
-        plan.append({"t": float(done.timestep), "clip": clip, **numbers})
-        before, last = done.latents, {each: sums[each][2] for each in (False, True)}
+        plan.append({"t": float(done.timestep), "clip": clip, "p": p, "q": q, "a": a, "b": b, "c": c, "d": d})
+        before, last = done.latents, clean
 
 
 def _next_noise(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
@@ -76,16 +74,3 @@ def _fit(values: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], 
     wanted = values.double().flatten().numpy()
     numbers, *_ = np.linalg.lstsq(columns, wanted, rcond=None)
     return numbers.tolist(), float(np.abs(columns @ numbers - wanted).max())
-
-
-def possible_plans(pipeline: MNISTDiffusionPipeline, counts: list[int]) -> dict[int, list[dict[str, Any]]]:
-    """The plans for those of `counts` that the sampler can take.
-
-    Raises:
-        UserError: there is none.
-    """
-    available = pipeline.scheduler.config.num_train_timesteps
-    plans = {count: sampler_plan(pipeline, count) for count in counts if count <= available}
-    if not plans:
-        raise UserError(f"the sampler has {available} timesteps, fewer than {counts}")
-    return plans
