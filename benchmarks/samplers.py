@@ -61,7 +61,7 @@ def main(
     reference = Reference(real, evaluator_for(real).model)
     pipe = load_pipeline(pipeline, device=None)
     generator = partial(ImageGenerator, pipe, real, num_images=num_images, batch_size=128, folder=images)
-    floor = reference.floor(num_images).values
+    floor = reference.floor(num_images, True).values
     rows = [["real images", "", "", "", *(pattern.format(floor[name]) for name, pattern in FIGURES.items())]]
     for name in samplers:
         for count in steps:
@@ -70,7 +70,6 @@ def main(
             ]
             if not (settings := [each for each in settings if _is_possible(generator(seed=0), each)]):
                 continue
-            settings = [generator(seed=0).resolved(each) for each in settings]
             best = min(settings, key=lambda each: _distance(generator(seed=CHOICE_SEED), reference, each))
             drawn = [generator(seed=seed).draw(best) for seed in range(seeds)]
             scores = [reference.measure(embed(reference.evaluator, each.images, each.labels)).values for each in drawn]
@@ -82,7 +81,7 @@ def main(
 def _is_possible(generator: ImageGenerator, settings: SamplingSettings) -> bool:
     """Whether the pipeline can draw so; a student takes its own scales alone."""
     try:
-        generator.check(generator.resolved(settings))
+        generator.check(settings)
     except UserError:
         return False
     return True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from mnist_diffusion.files import open_file, replace_file
 from mnist_diffusion.parallel import build_parts
 from mnist_diffusion.pipelines import drawing
 from mnist_diffusion.pipelines.pipeline import DenoisingStep, MNISTDiffusionPipeline
-from mnist_diffusion.pipelines.samplers import build_sampler, sampler_name
 from mnist_diffusion.seeds import mixed_seed
 
 IMAGES_PER_PART = 250
 MIN_IMAGES = 50
 MAX_PART_BYTES = 2**31
+
+Stream = Callable[[range], Iterator[DenoisingStep]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class ImageGenerator:
         seed: random seed of all images.
         batch_size: images per batch; chosen by image size and device if None.
         folder: where parts are kept, to be used again; None keeps none.
-        call: further arguments of each call, such as a guidance rule; not part of the names of the parts.
 
     Raises:
         UserError: pipeline and data do not fit, or the classes cannot have equally many images.
@@ -69,23 +69,14 @@ class ImageGenerator:
         seed: int,
         batch_size: int | None = None,
         folder: Path | None = None,
-        call: Mapping[str, Any] | None = None,
     ):
-        self.pipeline, self.num_images, self.seed, self.call = pipeline, num_images, seed, call or {}
+        self.pipeline, self.num_images, self.seed = pipeline, num_images, seed
         self.batch_size, self.folder, self.classes = batch_size, folder, pipeline.num_classes
-        self.training_config = pipeline.scheduler.config
-        self.load_weaker = functools.cache(functools.partial(drawing.load_on_same_device, pipeline))
         drawing.require_fit(pipeline, data)
         if num_images < MIN_IMAGES:
             raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
         if self.classes is not None and num_images % self.classes:
             raise UserError(f"num_images must be a multiple of the {self.classes} classes, got {num_images}")
-
-    def resolved(self, settings: SamplingSettings) -> SamplingSettings:
-        """The settings with the pipeline's defaults in place of None."""
-        if self.classes is None and settings.guidance_scale is not None:
-            raise UserError(f"guidance_scale={settings.guidance_scale:g} has no effect: the model is unconditional")
-        return drawing.resolved(self.pipeline, settings)
 
     def check(self, settings: SamplingSettings) -> None:
         """Take the first step of one image, so that settings that cannot work fail before others are sampled.
@@ -93,95 +84,92 @@ class ImageGenerator:
         Raises:
             UserError: the settings cannot work.
         """
-        with self._sampler(settings):
-            next(self._stream(settings, range(1)))
+        with self._sampling(settings) as stream:
+            next(stream(range(1)))
 
     @contextmanager
-    def _sampler(self, settings: SamplingSettings) -> Iterator[None]:
-        """Give the pipeline the sampler of the settings; its errors name the settings."""
-        own = self.pipeline.scheduler
-        if settings.scheduler not in (None, sampler_name(own)):
-            self.pipeline.scheduler = build_sampler(str(settings.scheduler), self.training_config)
+    def _sampling(self, settings: SamplingSettings, **changes: Any) -> Iterator[Stream]:
+        """What samples some of the images in one batch, by their indices; its errors name the settings."""
+
+        def stream(indices: range) -> Iterator[DenoisingStep]:
+            seeds = [mixed_seed(self.seed, "eval", index) for index in indices]
+            return pipeline.stream(**drawing.seeded_call(self._labels(indices), seeds), **call)
+
         try:
-            yield
+            call = {**drawing.call_arguments(self.pipeline, settings), **changes}
+            pipeline = drawing.with_sampler(self.pipeline, settings.scheduler)
+            yield stream
         except ValueError as error:  # the pipeline's own, which name argument and value
             raise UserError(f"{settings}: {error}") from error
-        finally:
-            self.pipeline.scheduler = own
-
-    def _stream(self, settings: SamplingSettings, indices: range) -> Iterator[DenoisingStep]:
-        """The denoising steps of some of the images, in one batch."""
-        seeded = drawing.seeded_call(self._labels(indices), [mixed_seed(self.seed, "eval", index) for index in indices])
-        return self.pipeline.stream(**seeded, **{**self._call_with(settings), **self.call})
-
-    def _call_with(self, settings: SamplingSettings) -> dict[str, Any]:
-        return drawing.call_arguments(self.pipeline, settings, load=self.load_weaker)
 
     def _labels(self, indices: range) -> list[int] | None:
         return None if self.classes is None else [index % self.classes for index in indices]
 
-    def draw(self, settings: SamplingSettings) -> Sample:
+    def draw(self, settings: SamplingSettings, **changes: Any) -> Sample:
         """Sample the images, quantised to uint8, and count network evaluations; processes share the parts.
+
+        Args:
+            settings: how they are sampled.
+            changes: further arguments of each call, such as a guidance rule; not part of the names of the parts.
 
         Raises:
             UserError: the settings cannot work, or the network returns values that are not finite.
         """
         starts = range(0, self.num_images, IMAGES_PER_PART)
-        parts = {start: range(self.num_images)[start : start + IMAGES_PER_PART] for start in starts}
-        with self._sampler(settings):
+        parts = [range(self.num_images)[start : start + IMAGES_PER_PART] for start in starts]
+        with self._sampling(settings, **changes) as stream:
+            draw = partial(self._part, stream)
             if self.folder is None:
-                arrays = [self._part(settings, indices) for indices in parts.values()]
+                arrays = [draw(indices) for indices in parts]
             else:
-                name = self._name(settings)
-                paths = {self.folder / name / f"{i.start:06d}-{i.stop:06d}.npz": i for i in parts.values()}
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-                for path, indices in paths.items():
-                    self._discard_damaged(path, len(indices))
-                build_parts(list(paths), lambda path: self._write_part(settings, path, paths[path]))
+                folder = self.folder / self._name(settings)
+                folder.mkdir(parents=True, exist_ok=True)
+                paths = {folder / f"{each.start:06d}-{each.stop:06d}.npz": each for each in parts}
+                for path in paths:
+                    _discard_damaged(path)
+                build_parts(list(paths), lambda path: _write_part(path, draw(paths[path])))
                 arrays = [_read_part(path) for path in paths]
         images = torch.cat([torch.from_numpy(part["images"]) for part in arrays])
         labels = self._labels(range(self.num_images))
         nfe, seconds = (sum(float(part[name]) for part in arrays) for name in ("nfe", "seconds"))
         return Sample(images, None if labels is None else torch.tensor(labels), nfe / self.num_images, seconds)
 
-    def _part(self, settings: SamplingSettings, indices: range) -> dict[str, np.ndarray]:
+    def _part(self, stream: Stream, indices: range) -> dict[str, Any]:
         nfe, images, started = 0, [], time.perf_counter()
         for batch in drawing.batches(self.pipeline, len(indices), self.batch_size):
-            for done in self._stream(settings, indices[batch]):
+            for done in stream(indices[batch]):
                 # Before the images are clamped to [0, 1], which makes infinity white.
                 if not torch.isfinite(done.latents).all():
                     raise ValueError(f"values that are not finite (NaN or infinity) in step {done.step + 1}")
             images.append((done.images("pt").cpu() * 255).round().byte())
             nfe += done.nfe
-        seconds = np.array(time.perf_counter() - started)
-        return {"images": torch.cat(images).numpy(), "nfe": np.array(nfe), "seconds": seconds}
-
-    def _write_part(self, settings: SamplingSettings, path: Path, indices: range) -> None:
-        part = self._part(settings, indices)
-        replace_file(path, lambda file: np.savez(file, allow_pickle=False, **part))
-
-    def _discard_damaged(self, path: Path, count: int) -> None:
-        """Remove a part that cannot be read, so that it is sampled again."""
-        try:
-            if path.exists() and _read_part(path)["images"].shape != (count, *self.pipeline.image_shape):
-                raise ValueError("images of another shape")
-        except Exception as error:  # zip and NumPy raise anything for bytes that are not theirs
-            print(f"warning: {path} is damaged ({error}); sampling its images again")
-            path.unlink(missing_ok=True)  # another process may have done it
+        return {"images": torch.cat(images).numpy(), "nfe": nfe, "seconds": time.perf_counter() - started}
 
     def _name(self, settings: SamplingSettings) -> str:
         """A folder name that identifies the images: weights, sampler, steps, guidance and seed."""
         pipeline = self.pipeline
         network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
-        networks = drawing.fingerprints(pipeline, self._call_with(settings))
+        networks = drawing.fingerprints(pipeline, drawing.call_arguments(pipeline, settings))
         identity = [*networks, type(pipeline.scheduler).__name__, repr(settings), self.seed, network]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         guided = "" if settings.guidance_scale is None else f"-{settings.guidance_scale:g}"
         return f"{settings.scheduler}-{settings.num_inference_steps}{guided}-{digest[:12]}"
 
 
-def _read_part(path: Path) -> dict[str, np.ndarray]:
+def _write_part(path: Path, part: dict[str, Any]) -> None:
+    replace_file(path, lambda file: np.savez(file, allow_pickle=False, **part))
+
+
+def _read_part(path: Path) -> dict[str, Any]:
     with open_file(path, MAX_PART_BYTES) as file, np.load(file, allow_pickle=False) as kept:
-        part = {name: kept[name] for name in ("images", "nfe", "seconds")}
-    scalars = {name: part[name].astype(float).reshape(()) for name in ("nfe", "seconds")}
-    return {"images": part["images"].astype(np.uint8, casting="no"), **scalars}
+        return dict(kept)
+
+
+def _discard_damaged(path: Path) -> None:
+    """Remove a part that cannot be read, so that it is sampled again."""
+    try:
+        if path.exists():
+            _read_part(path)
+    except Exception as error:  # zip and NumPy raise anything for bytes that are not theirs
+        print(f"warning: {path} is damaged ({error}); sampling its images again")
+        path.unlink(missing_ok=True)  # another process may have done it

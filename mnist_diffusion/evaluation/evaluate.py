@@ -21,25 +21,18 @@ from mnist_diffusion.evaluation.draw import ImageGenerator, Sample
 from mnist_diffusion.evaluation.evaluator import accuracy, evaluator_for, load_evaluator
 from mnist_diffusion.evaluation.external import read_sample
 from mnist_diffusion.evaluation.inception import ImageNetDistance
-from mnist_diffusion.evaluation.report import misclassified_grid, nearest_grid, sample_grid, write_report
+from mnist_diffusion.evaluation.report import result_pictures, write_report
 from mnist_diffusion.evaluation.score import Reference
 from mnist_diffusion.files import pipeline_folder, require_writable
 from mnist_diffusion.parallel import is_main, num_processes
-from mnist_diffusion.pipelines.drawing import load_pipeline, resolved_source
+from mnist_diffusion.pipelines.drawing import load_pipeline, resolved, resolved_source
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.run_folder import with_training_images
 
 NUM_IMAGES = 10_000
 TRUSTED_ACCURACY = 0.9
 MONITORED = ("accuracy", "fid", "fid_ratio", "precision", "recall")
-ONLY_FOR_PIPELINES = (
-    "num_images",
-    "scheduler",
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_interval",
-    "guidance",
-)
+ONLY_FOR_PIPELINES = {"num_images", *(field.name for field in dataclasses.fields(SamplingSettings))}
 
 Draw = tuple[dict[str, Any], Callable[[], Sample]]
 """The description of a set of images, and a function that samples or returns it."""
@@ -54,14 +47,15 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     Raises:
         UserError: something that the user can fix.
     """
-    options = _with_training_images(options)
+    images, seed = with_training_images(options.sources[0], options.data)
     if is_main():
-        print(f"Comparing {', '.join(options.sources)} with {options.data.source or 'MNIST'}", flush=True)
+        print(f"Comparing {', '.join(options.sources)} with {images.source or 'MNIST'}", flush=True)
     device = _device(options.device)
     require_writable(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
-    imagenet = _imagenet_distance(device) if options.imagenet_fid and is_main() else None
-    data = load_images(options.data, seed=options.split_seed or 0).in_memory()
+    imagenet = ImageNetDistance(device) if options.imagenet_fid and is_main() else None
+    split_seed = (seed or 0) if options.split_seed is None else options.split_seed
+    data = load_images(images, seed=split_seed).in_memory()
     print(data.banner if is_main() else "", end="")
     draws = _draws(options, data)
     if not is_main():
@@ -90,7 +84,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         "versions": package_versions(),
         "results": (results := []),
     }
-    pictures: dict[str, list[Any]] = {"samples": [], "misclassified": [], "nearest": []}
+    pictures = []
     for about, draw in tqdm(draws, desc="evaluating", unit="result", disable=len(draws) < 2):
         sample, started = draw(), time.perf_counter()
         scored = reference.score(sample)
@@ -100,22 +94,9 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
             values["imagenet_fid_floor"] = imagenet(data.test.tensor[: len(sample.images)])
         cost = {"nfe_per_image": sample.nfe_per_image, "seconds": sample.seconds}
         results.append({**about, **cost, "metrics_seconds": time.perf_counter() - started, **values})
-        pictures["samples"].append(sample_grid(sample, data.class_names))
-        pictures["misclassified"].append(misclassified_grid(sample, scored.predicted))
-        pictures["nearest"].append(nearest_grid(sample, data.train.tensor, scored))
+        pictures.append(result_pictures(sample, data, scored))
         write_report(report, pictures, options.out)  # after each result, so that an interrupted sweep has a report
     return report
-
-
-def _with_training_images(options: EvaluationOptions) -> EvaluationOptions:
-    """The options with the images of the first source's run, unless they name images."""
-    data, seed = with_training_images(options.sources[0], options.data)
-    split_seed = seed if options.split_seed is None else options.split_seed
-    return dataclasses.replace(options, data=data, split_seed=split_seed)
-
-
-def _imagenet_distance(device: torch.device) -> ImageNetDistance:
-    return ImageNetDistance(torch.device("cpu") if device.type == "mps" else device)  # Apple's GPUs have no float64
 
 
 def _device(name: str | None) -> torch.device:
@@ -131,35 +112,23 @@ def _draws(options: EvaluationOptions, data: ImageData) -> list[Draw]:
     """The sets of images to score."""
     first = Path(resolved_source(options.sources[0]))
     if len(options.sources) == 1 and first.exists() and not (pipeline_folder(first) / "model_index.json").is_file():
-        if unused := [name for name in ONLY_FOR_PIPELINES if getattr(options, name)]:
+        if unused := [name for name, value in vars(options).items() if name in ONLY_FOR_PIPELINES and value]:
             raise UserError(f"{', '.join(unused)} can only be given for a pipeline, and {str(first)!r} holds images")
         sample = read_sample(first, data)
         return [({"name": first.name}, lambda: sample)]
     names = options.names or options.sources
-    draws = []
+    draws: list[Draw] = []
     for name, source in zip(names, options.sources, strict=True):
-        for settings, draw in _pipeline_draws(source, options, data):
+        pipeline = load_pipeline(source, device=options.device, dtype=options.dtype)
+        count, folder = options.num_images or NUM_IMAGES, options.out / "images"
+        numbers: dict[str, Any] = {"num_images": count, "seed": options.seed, "batch_size": options.batch_size}
+        generator = ImageGenerator(pipeline, data, **numbers, folder=folder)
+        for settings in [resolved(pipeline, each) for each in options.settings()]:
+            generator.check(settings)
             title = f"{name}: {settings}" if len(names) > 1 else str(settings)
-            draws.append(({**dataclasses.asdict(settings), "pipeline": name, "name": title}, draw))
+            about = {**dataclasses.asdict(settings), "pipeline": name, "name": title}
+            draws.append((about, partial(generator.draw, settings)))
     return draws
-
-
-def _pipeline_draws(
-    source: str, options: EvaluationOptions, data: ImageData
-) -> list[tuple[SamplingSettings, Callable[[], Sample]]]:
-    """The images of one pipeline with each of the settings, which are tried on a first step."""
-    generator = ImageGenerator(
-        load_pipeline(source, device=options.device, dtype=options.dtype),
-        data,
-        num_images=options.num_images or NUM_IMAGES,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        folder=options.out / "images",
-    )
-    combinations = [generator.resolved(settings) for settings in options.settings()]
-    for settings in combinations:
-        generator.check(settings)
-    return [(settings, partial(generator.draw, settings)) for settings in combinations]
 
 
 def monitor(
@@ -180,14 +149,12 @@ def monitor(
         UserError: the classes cannot have equally many of `num_images`.
     """
     data = data.in_memory()
-    make_generator = partial(ImageGenerator, pipeline, data, num_images=num_images, seed=seed)
-    make_generator()  # checks the arguments
+    generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed)
     reference = Reference(data, evaluator_for(data).model, seed=seed)
-    reference.floor(num_images)
+    reference.floor(num_images, pipeline.num_classes is not None)
 
     def measure(**call: Any) -> dict[str, float]:
-        generator = make_generator(call=call)
-        values = reference.score(generator.draw(generator.resolved(SamplingSettings()))).values
+        values = reference.score(generator.draw(resolved(pipeline, SamplingSettings()), **call)).values
         return {name: values[name] for name in MONITORED if values[name] is not None}
 
     return measure

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ WEIGHT_DECAY = 1e-2
 MAX_ROTATION_DEGREES = 12.0
 MAX_SHIFT = 0.1
 MAX_SCALE = 0.1
-MAX_CLASSES, MAX_LAYERS, MAX_WIDTH = 10_000, 20, 10_000
-"""Of an evaluator that is read from a folder."""
+MAX_LAYERS, MAX_WIDTH = 20, 10_000
+SAVED = ("channels", "image_size", "widths", "kernel_sizes", "strides", "data_fingerprint", "id2label")
+"""What is read of a saved evaluator's configuration."""
 
 
 class EvaluatorConfig(PretrainedConfig):
@@ -48,20 +49,12 @@ class EvaluatorConfig(PretrainedConfig):
 
     model_type = "mnist_diffusion_evaluator"
 
-    def __init__(
-        self,
-        *,
-        channels: int = 1,
-        image_size: int = 28,
-        widths: Sequence[int] = (32, 32, 64, 64, 96),
-        kernel_sizes: Sequence[int] = (5, 3, 3, 3, 3),
-        strides: Sequence[int] = (2, 1, 2, 1, 1),
-        data_fingerprint: str | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.channels, self.image_size, self.data_fingerprint = channels, image_size, data_fingerprint
-        self.widths, self.kernel_sizes, self.strides = list(widths), list(kernel_sizes), list(strides)
+    channels: int = 1
+    image_size: int = 28
+    widths: Sequence[int] = (32, 32, 64, 64, 96)
+    kernel_sizes: Sequence[int] = (5, 3, 3, 3, 3)
+    strides: Sequence[int] = (2, 1, 2, 1, 1)
+    data_fingerprint: str | None = None
 
 
 class ImageEvaluator(PreTrainedModel):
@@ -105,12 +98,11 @@ def evaluator_steps(data: ImageData) -> int:
 
 def _build(data: ImageData) -> ImageEvaluator:
     """An evaluator with random weights."""
-    names = dict(enumerate(data.class_names))
     # Larger images are halved once more, so that the last convolutions see the whole of them.
     strides = (2, 1, 2, 1, 1) if data.image_size <= 32 else (2, 1, 2, 1, 2)
     shape: dict[str, Any] = {"channels": data.channels, "image_size": data.image_size, "strides": strides}
-    about: dict[str, Any] = {"id2label": names, "num_labels": len(names), "data_fingerprint": data.fingerprint}
-    return ImageEvaluator(EvaluatorConfig(**shape, **about))
+    names = dict(enumerate(data.class_names))
+    return ImageEvaluator(EvaluatorConfig(**shape, id2label=names, data_fingerprint=data.fingerprint))
 
 
 def train_evaluator(data: ImageData, *, steps: int | None = None, seed: int = 0, progress: bool = True) -> Any:
@@ -180,56 +172,39 @@ class LoadedEvaluator:
     origin: str
 
 
-def load_evaluator(folder: Path, data: ImageData) -> LoadedEvaluator:
-    """Load a saved evaluator of a data set, for inference.
+def load_evaluator(folder: Path, data: ImageData, *, origin: str | None = None) -> LoadedEvaluator:
+    """Load a saved evaluator of a data set, for inference; its weights are checked before memory is taken for them.
+
+    Args:
+        folder: where it is saved.
+        data: the images it must be for.
+        origin: where it comes from, in words; the folder if None.
 
     Raises:
         UserError: there is none in the folder, or it is for other classes or images of another shape.
     """
+    path, weights = file_within(folder, "config.json"), file_within(folder, "model.safetensors")
+    values = read_json(path)
     try:
-        model, digest = read_evaluator(folder)
-    except FileError as error:
-        raise UserError(f"evaluator {str(folder)!r} could not be loaded: {error}") from error
-    config = model.config
-    reads = (config.channels, config.image_size, tuple(config.id2label[index] for index in range(config.num_labels)))
+        for name in ("widths", "kernel_sizes", "strides"):
+            if len(values[name]) > MAX_LAYERS or not all(1 <= number <= MAX_WIDTH for number in values[name]):
+                raise ValueError(f"{name} must be at most {MAX_LAYERS} numbers from 1 to {MAX_WIDTH}")
+        config = EvaluatorConfig(**{name: values[name] for name in SAVED})
+        reads = (config.channels, config.image_size, tuple(config.id2label[i] for i in range(config.num_labels)))
+        with torch.device("meta"):
+            model = ImageEvaluator(config)
+    except Exception as error:  # whatever a constructor makes of values that it does not expect
+        raise FileError(f"{path} describes no evaluator: {type(error).__name__}: {str(error)[:200]}") from error
     wanted = (data.channels, data.image_size, data.class_names)
     if reads != wanted:
         raise UserError(
             f"evaluator {str(folder)!r} is for (channels, size, classes) {reads}, but the images have {wanted}"
         )
-    return LoadedEvaluator(model.eval(), digest, str(folder))
-
-
-def read_evaluator(folder: Path) -> tuple[ImageEvaluator, str]:
-    """An evaluator and the SHA-256 of its weights, which are checked before memory is taken for them."""
-    path, weights = file_within(folder, "config.json"), file_within(folder, "model.safetensors")
-    try:
-        config = _evaluator_config(read_json(path))
-        with torch.device("meta"):
-            model = ImageEvaluator(config)
-    except FileError:
-        raise
-    except Exception as error:  # whatever a constructor makes of values that it does not expect
-        raise FileError(f"{path} describes no evaluator: {type(error).__name__}: {str(error)[:200]}") from error
     require_weights([weights], model)
     model.load_state_dict(load_file(weights), assign=True)
     with open_file(weights) as file:
-        return model, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _evaluator_config(values: dict[str, Any]) -> EvaluatorConfig:
-    """The configuration that a file's values describe; other values are ignored."""
-    names = values["id2label"]
-    if len(names) > MAX_CLASSES or set(names) != {str(index) for index in range(len(names))}:
-        raise ValueError(f"id2label must name classes 0 to at most {MAX_CLASSES - 1}")
-    shape = {name: values[name] for name in ("widths", "kernel_sizes", "strides")}
-    for name, numbers in shape.items():
-        if len(numbers) > MAX_LAYERS or not all(isinstance(each, int) and 1 <= each <= MAX_WIDTH for each in numbers):
-            raise ValueError(f"{name} must be at most {MAX_LAYERS} numbers from 1 to {MAX_WIDTH}")
-    labels = {int(index): str(name) for index, name in names.items()}
-    plain = {name: values[name] for name in ("channels", "image_size", "data_fingerprint")}
-    ids = {name: index for index, name in labels.items()}
-    return EvaluatorConfig(**shape, **plain, id2label=labels, label2id=ids)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return LoadedEvaluator(model.eval(), digest, origin or str(folder))
 
 
 def evaluator_for(data: ImageData) -> LoadedEvaluator:
@@ -243,11 +218,10 @@ def evaluator_for(data: ImageData) -> LoadedEvaluator:
     if data.num_classes < 2:
         raise UserError(f"an evaluator needs images of two classes or more, and data.source has {data.num_classes}")
     if read_json(SHIPPED / "config.json")["data_fingerprint"] == data.fingerprint:
-        return replace(load_evaluator(SHIPPED, data), origin="shipped with the package")
-    shape = EvaluatorConfig()
-    augmentation = (MAX_ROTATION_DEGREES, MAX_SHIFT, MAX_SCALE)
-    optimization = (evaluator_steps(data), BATCH_SIZE, PEAK_LEARNING_RATE, WEIGHT_DECAY)
-    recipe = (*optimization, *augmentation, shape.widths, shape.kernel_sizes)
+        return load_evaluator(SHIPPED, data, origin="shipped with the package")
+    shape, steps = EvaluatorConfig(), evaluator_steps(data)
+    optimization = (steps, BATCH_SIZE, PEAK_LEARNING_RATE, WEIGHT_DECAY)
+    recipe = (*optimization, MAX_ROTATION_DEGREES, MAX_SHIFT, MAX_SCALE, [*shape.widths], [*shape.kernel_sizes])
     key = f"{data.fingerprint[:16]}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     folder = Path(HF_HOME) / "mnist_diffusion" / "evaluators" / key
     weights = folder / "model.safetensors"
@@ -255,9 +229,9 @@ def evaluator_for(data: ImageData) -> LoadedEvaluator:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent.with_suffix(".lock")):  # another evaluation may be training it
             if not weights.is_file():
-                print(f"Training an evaluator on these images first, once: {evaluator_steps(data)} steps", flush=True)
+                print(f"Training an evaluator on these images first, once: {steps} steps", flush=True)
                 save_evaluator(train_evaluator(data), folder)
-    return replace(load_evaluator(folder, data), origin="trained on the training split")
+    return load_evaluator(folder, data, origin="trained on the training split")
 
 
 def save_evaluator(model: PreTrainedModel, folder: Path) -> None:

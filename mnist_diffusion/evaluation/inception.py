@@ -13,7 +13,6 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.evaluation.metrics import ALONE
 
 BATCH_SIZE = 100
 
@@ -29,18 +28,15 @@ class ImageNetDistance:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
         try:
-            self.metric = FrechetInceptionDistance(feature=2048, reset_real_features=False, **ALONE).to(device)
-        except ModuleNotFoundError as error:
+            metric = FrechetInceptionDistance(feature=2048, reset_real_features=False, sync_on_compute=False)
+        except (ImportError, OSError, RuntimeError) as error:
             raise UserError(
-                "imagenet_fid=true needs torch-fidelity: pip install 'mnist-diffusion[inception]'"
+                f"imagenet_fid=true: the Inception network could not be loaded ({error}). It needs torch-fidelity (pip "
+                "install 'mnist-diffusion[inception]') and weights from GitHub or, offline, in torch.hub.get_dir()"
             ) from error
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"imagenet_fid=true needs the weights of the Inception network, which could not be loaded ({error}). "
-                "torch-fidelity fetches them from GitHub; without a network, put them into torch.hub.get_dir()"
-            ) from error
+        self.metric = metric.to(self.device)
 
     def __call__(self, images: Tensor) -> float:
         """The distance of uint8 images `[N, C, H, W]` to the reference."""
@@ -49,7 +45,6 @@ class ImageNetDistance:
         self.metric.reset()
         return value
 
-    @torch.no_grad()
     def update(self, images: Tensor, *, real: bool) -> None:
         """Take uint8 images `[N, C, H, W]`, of the real side or to be measured."""
         for part in tqdm(images.split(BATCH_SIZE), desc="Inception", unit="batch", leave=False):

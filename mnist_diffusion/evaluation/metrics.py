@@ -5,9 +5,7 @@ Features and logits are those of an `ImageEvaluator`. Nothing here knows a model
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,24 +15,10 @@ from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
 WORKING_MEMORY_MIB = 256
-CONFIDENCE = 0.95
 HALF_GREY, MIN_PIECE = 128, 5
-
-
-# torchmetrics warns that it keeps features in memory, as intended.
-warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
-ALONE: dict[str, Any] = {"sync_on_compute": False}
-"""Of several processes only the first scores images, so its metrics must not wait for the others."""
-
-
-def _extractor(num_features: int) -> nn.Module:
-    """A feature extractor for torchmetrics that returns the features it is given."""
-    extractor = nn.Identity()
-    extractor.num_features = num_features  # type: ignore[assignment]
-    return extractor
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -46,12 +30,11 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     Args:
         real: `[N, D]`.
         generated: `[M, D]`.
-
-    Raises:
-        ValueError: fewer than two rows, different widths, or values that are not finite.
     """
-    _check_features(real, generated, at_least=2)
-    metric = FrechetInceptionDistance(feature=_extractor(real.shape[1]), **ALONE).set_dtype(torch.float64)
+    given = nn.Identity()  # the features are extracted already
+    given.num_features = real.shape[1]  # type: ignore[assignment]
+    # Of several processes only the first scores images, and must not wait for the others.
+    metric = FrechetInceptionDistance(feature=given, sync_on_compute=False).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
@@ -59,11 +42,11 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 def kernel_distance(
     real: Tensor, generated: Tensor, *, subsets: int = 50, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x·y / D + 1)³, in float64.
 
-    Binkowski et al. (2018), https://arxiv.org/abs/1801.01401, section 4: the mean over random subsets, and the
-    standard deviation over them. Near 0, and as often below it as above, where the two distributions are the same.
+    Binkowski et al. (2018), https://arxiv.org/abs/1801.01401, section 4: the mean over random subsets. Near 0, and as
+    often below it as above, where the two distributions are the same.
 
     Args:
         real: `[N, D]`.
@@ -71,19 +54,13 @@ def kernel_distance(
         subsets: how many subsets.
         subset_size: rows of each, at most those there are.
         seed: chooses the subsets.
-
-    Raises:
-        ValueError: fewer than two rows, different widths, or values that are not finite.
     """
-    _check_features(real, generated, at_least=2)
     size = min(subset_size, len(real), len(generated))
-    metric = KernelInceptionDistance(feature=_extractor(real.shape[1]), subsets=subsets, subset_size=size, **ALONE)
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
+    real, generated = real.double(), generated.double()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+        chosen = [(torch.randperm(len(real))[:size], torch.randperm(len(generated))[:size]) for _ in range(subsets)]
+    return float(torch.stack([poly_mmd(real[one], generated[other]) for one, other in chosen]).mean())
 
 
 def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, float]:
@@ -98,29 +75,16 @@ def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, 
         real: `[N, D]`.
         generated: `[M, D]`; N and M should be the same for the figures to be compared.
         k: which neighbour; the point itself is not counted.
-
-    Raises:
-        ValueError: not more than `k` rows, different widths, or values that are not finite.
     """
-    _check_features(real, generated, at_least=k + 1)
     reals, fakes = real.double().numpy(), generated.double().numpy()
-    real_radii, fake_radii = _neighbour_distances(reals, k), _neighbour_distances(fakes, k)
-    nearest_fake = np.full(len(reals), np.inf)
-    recalled = np.zeros(len(reals), dtype=bool)
-    balls_around: list[np.ndarray] = []
-    start = 0
-    for distances in pairwise_distances_chunked(fakes, reals, working_memory=WORKING_MEMORY_MIB):  # [chunk, N]
-        stop = start + len(distances)
-        balls_around.append((distances <= real_radii).sum(axis=1))
-        nearest_fake = np.minimum(nearest_fake, distances.min(axis=0))
-        recalled |= (distances <= fake_radii[start:stop, None]).any(axis=0)
-        start = stop
-    counts = np.concatenate(balls_around)
+    radii = _neighbour_distances(reals, k)
+    balls = _balls_around(fakes, reals, radii)
+    to_fake, _ = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(fakes).kneighbors(reals)
     return {
-        "precision": float((counts > 0).mean()),
-        "recall": float(recalled.mean()),
-        "density": float(counts.mean() / k),
-        "coverage": float((nearest_fake <= real_radii).mean()),
+        "precision": float((balls > 0).mean()),
+        "recall": float((_balls_around(reals, fakes, _neighbour_distances(fakes, k)) > 0).mean()),
+        "density": float(balls.mean() / k),
+        "coverage": float((to_fake[:, 0] <= radii).mean()),
     }
 
 
@@ -130,25 +94,16 @@ def _neighbour_distances(points: np.ndarray, k: int) -> np.ndarray:
     return distances[:, -1]
 
 
-@dataclass(frozen=True)
-class Share:
-    """A share of successes with its 95% Wilson interval."""
-
-    value: float
-    low: float
-    high: float
+def _balls_around(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """In how many balls each point lies, `[N]`."""
+    chunks = pairwise_distances_chunked(points, centres, working_memory=WORKING_MEMORY_MIB)
+    return np.concatenate([(distances <= radii).sum(axis=1) for distances in chunks])
 
 
-def wilson_share(successes: int, trials: int) -> Share:
-    """A share with its Wilson (1927) score interval, which holds its level near 0 and 1 and for few trials.
-
-    Raises:
-        ValueError: no trials, or more successes than trials.
-    """
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
-    interval = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
-    return Share(successes / trials, float(interval.low), float(interval.high))
+def wilson_share(successes: int, trials: int) -> tuple[float, float, float]:
+    """A share and its 95% Wilson (1927) score interval, which holds its level near 0 and 1 and for few trials."""
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return successes / trials, float(interval.low), float(interval.high)
 
 
 def stroke_shapes(images: Tensor) -> np.ndarray:
@@ -200,15 +155,3 @@ def nearest_images(images: Tensor, training: Tensor, *, neighbours: int = 10) ->
 
 def _flat(images: Tensor) -> np.ndarray:
     return images.flatten(1).float().div(255).numpy()
-
-
-def _check_features(real: Tensor, generated: Tensor, *, at_least: int) -> None:
-    for name, features in (("real", real), ("generated", generated)):
-        if features.ndim != 2:
-            raise ValueError(f"{name} must be [N, D], got shape {tuple(features.shape)}")
-        if len(features) < at_least:
-            raise ValueError(f"{name} must have at least {at_least} rows, got {len(features)}")
-        if not torch.isfinite(features).all():
-            raise ValueError(f"{name} has values that are not finite")
-    if real.shape[1] != generated.shape[1]:
-        raise ValueError(f"real and generated must have one width, got {real.shape[1]} and {generated.shape[1]}")

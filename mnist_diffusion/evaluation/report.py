@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
+from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.transforms import filled_rows
 from mnist_diffusion.evaluation.draw import Sample
 from mnist_diffusion.evaluation.score import Scores
@@ -49,15 +50,6 @@ def _format(pattern: str, value: Any) -> str:
     return "" if value is None else pattern.format(value)
 
 
-def rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the table shows: one row for as many real images, then one for each result."""
-    first = report["results"][0]
-    floor = {name: first.get(f"{name}_floor") for name in COLUMNS}
-    floor |= {"name": "held-out real images", "kernel_distance": first["kernel_distance_floor"]}
-    floor |= {name: 1.0 for name in COLUMNS if name.endswith("_ratio") and name in first}
-    return [row | {"thousand_kernel_distance": 1000 * row["kernel_distance"]} for row in (floor, *report["results"])]
-
-
 ON_SCREEN = (
     *("name", "nfe_per_image", "accuracy", "fid", "fid_standard_error"),
     *("fid_ratio", "precision", "recall", "broken_share"),
@@ -65,8 +57,11 @@ ON_SCREEN = (
 
 
 def cells(report: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -> tuple[list[str], list[list[str]]]:
-    """Headings and the text of each row, without the columns that are empty throughout."""
-    shown = rows(report)
+    """Headings, and the text of a row for as many real images and of one for each result, without empty columns."""
+    first = report["results"][0]
+    floor = {name: first.get(f"{name}_floor") for name in (*COLUMNS, "kernel_distance")}
+    floor |= {"name": "held-out real images", "fid_ratio": 1.0}
+    shown = [row | {"thousand_kernel_distance": 1000 * row["kernel_distance"]} for row in (floor, *report["results"])]
     used = {name: COLUMNS[name] for name in columns if any(row.get(name) is not None for row in shown)}
     table = [[_format(pattern, row.get(name)) for name, (_, pattern) in used.items()] for row in shown]
     return [heading for heading, _ in used.values()], table
@@ -85,30 +80,27 @@ def card_text(report: Mapping[str, Any]) -> str:
     return "\n".join([markdown(*cells(report)), "", *(f"- {text}" for text in _explanations(report))])
 
 
-def write_report(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Any]], folder: Path) -> None:
+def write_report(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Image.Image]], folder: Path) -> None:
     """Write `report.json`, and `report.md` with its pictures.
 
     Args:
         report: the results and what they were measured with.
-        pictures: for each kind of picture, one grid per result, or None if there is nothing to show.
+        pictures: of each result, by kind.
         folder: where to; it must exist.
     """
     replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     if text := eval_results(report):
         replace_text(folder / "eval_results.yaml", text)
-    lines = [f"# {as_markdown(report['source'])}", "", markdown(*cells(report)), ""]
-    lines += [f"- {text}" for text in _explanations(report)]
+    lines = [f"# {as_markdown(report['source'])}", "", card_text(report)]
     for plot, (name, settings) in PLOTS.items():
         if (figure := plot_results(report["results"], name, settings)) is not None:
             replace_picture(to_picture(figure), folder / f"{plot}.png")
             lines += ["", f"![{plot.replace('_', ' ')}]({plot}.png)"]
-    for index, result in enumerate(report["results"]):
+    for index, (result, grids) in enumerate(zip(report["results"], pictures, strict=True)):
         lines += ["", f"## {as_markdown(result['name'])}", ""]
-        for kind, grids in pictures.items():
-            if grids[index] is not None:
-                name = f"{kind}-{index}.png"
-                replace_picture(grids[index], folder / name)
-                lines += [f"![{kind.replace('_', ' ')}]({name})", "", f"*{CAPTIONS[kind]}*", ""]
+        for kind, grid in grids.items():
+            replace_picture(grid, folder / f"{kind}-{index}.png")
+            lines += [f"![{kind}]({kind}-{index}.png)", "", f"*{CAPTIONS[kind]}*", ""]
         if "class_accuracy" in result:
             lines += [_class_table(result)]
     replace_text(folder / "report.md", "\n".join(lines) + "\n")
@@ -146,41 +138,23 @@ def _class_table(result: Mapping[str, Any]) -> str:
     return markdown(["class", "class accuracy", "95% interval", "FID", "floor"], table)
 
 
-def sample_grid(sample: Sample, class_names: Sequence[str]) -> Any:
-    """The first images: one row per class, or a square without classes."""
-    images = sample.images.float() / 255
+def result_pictures(sample: Sample, data: ImageData, scored: Scores) -> dict[str, Image.Image]:
+    """The pictures of a result, by kind: its first images, misclassified ones if there are any, and possible copies."""
+    images, pictures = sample.images.float() / 255, {}
     if sample.labels is None:
-        return image_grid(images[: IMAGES_PER_ROW**2], IMAGES_PER_ROW)
-    names = list(class_names[:20])
-    rows = [images[sample.labels == label] for label in range(len(names))]
-    return image_grid(filled_rows(rows, IMAGES_PER_ROW), IMAGES_PER_ROW, row_labels=names)
-
-
-def misclassified_grid(sample: Sample, predicted: Tensor) -> Any:
-    """The first images classified as another class than asked, at most five rows; None if there are none.
-
-    Args:
-        sample: the images.
-        predicted: the class of each, int64 `[N]`.
-    """
-    if sample.labels is None:
-        return None
-    wrong = torch.nonzero(predicted != sample.labels).flatten()[: 5 * IMAGES_PER_ROW]
-    return image_grid(sample.images[wrong].float() / 255, IMAGES_PER_ROW) if len(wrong) else None
-
-
-def nearest_grid(sample: Sample, training: Tensor, scored: Scores) -> Any:
-    """The images most like a copy, above the training images nearest to them.
-
-    Args:
-        sample: the images.
-        training: uint8 `[M, C, H, W]`.
-        scored: says how near each is to its nearest training image, and which that is.
-    """
+        pictures["samples"] = image_grid(images[: IMAGES_PER_ROW**2], IMAGES_PER_ROW)
+    else:
+        names = data.class_names[:20]
+        rows = [images[sample.labels == label] for label in range(len(names))]
+        pictures["samples"] = image_grid(filled_rows(rows, IMAGES_PER_ROW), IMAGES_PER_ROW, row_labels=names)
+        wrong = torch.nonzero(scored.predicted != sample.labels).flatten()[: 5 * IMAGES_PER_ROW]
+        if len(wrong):
+            pictures["misclassified"] = image_grid(images[wrong], IMAGES_PER_ROW)
     first = np.argsort(scored.nearest.relative)[:IMAGES_PER_ROW]
-    nearest = torch.from_numpy(scored.nearest.indices[first])
-    pairs = torch.cat([sample.images[scored.checked[first]], training[nearest]])
-    return image_grid(pairs.float() / 255, len(first), row_labels=["generated", "nearest"])
+    nearest = data.train.tensor[torch.from_numpy(scored.nearest.indices[first])].float() / 255
+    pairs = torch.cat([images[scored.checked[first]], nearest])
+    pictures["nearest"] = image_grid(pairs, len(first), row_labels=["generated", "nearest"])
+    return pictures
 
 
 PLOTS: Mapping[str, tuple[str, Mapping[str, str]]] = {

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -31,16 +32,16 @@ COPY_QUANTILE = 0.01
 SUSPICIOUS_SHARE = 0.05
 RARE_SHAPE = 0.01
 """Share of a class's training images below which a combination of pieces and holes is odd."""
-SPREADS = ("accuracy_low", "accuracy_high", "class_accuracy", "fid_standard_error", "kernel_distance_deviation")
+SPREADS = ("accuracy_low", "accuracy_high", "class_accuracy", "fid_standard_error")
 """Metrics of the images alone; all others are also given for held-out images."""
 
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """Images with the evaluator's logits `[N, classes]` and features `[N, D]`."""
+    """Images, their classes (int64 `[N]`, or None), and the evaluator's logits `[N, classes]` and features `[N, D]`."""
 
     images: Tensor
-    labels: Tensor | None
+    labels: Any
     logits: Tensor
     features: Tensor
 
@@ -78,8 +79,8 @@ def embed(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> E
     return EvaluatedImages(images, labels, *logits_and_features(evaluator, images))
 
 
-def copied_share(sampled: metrics.NearestImages, held_out: metrics.NearestImages) -> metrics.Share:
-    """The share of images nearer to one training image, relative to others, than 99 of 100 held-out images are."""
+def copied_share(sampled: metrics.NearestImages, held_out: metrics.NearestImages) -> tuple[float, float, float]:
+    """The share, with its interval, of images nearer to one training image than 99 of 100 held-out images are."""
     copied = sampled.relative <= np.quantile(held_out.relative, COPY_QUANTILE)
     return metrics.wilson_share(int(copied.sum()), len(copied))
 
@@ -105,31 +106,25 @@ class Reference:
             )
         self.train = embed(evaluator, data.train.tensor, data.train.labels)
         self.held_out = embed(evaluator, data.test.tensor, data.test.labels)
-        self._floors: dict[tuple[int, bool], Scores] = {}
+        self.floor = cache(self._floor)
 
-    def floor(self, num_images: int, *, labelled: bool = True) -> Scores:
+    def _floor(self, num_images: int, labelled: bool) -> Scores:
         """What `num_images` held-out images score (all of them if there are fewer), with their labels or without."""
         count = min(num_images, len(self.held_out))
-        if (count, labelled) not in self._floors:
-            assert self.held_out.labels is not None
-            if labelled:
-                counts = torch.bincount(self.held_out.labels, minlength=self.data.num_classes)
-                chosen = self.held_out.subset(self._choose(self.held_out, counts, count))
-            else:
-                chosen = replace(self._some(self.held_out, count), labels=None)
-            self._floors[count, labelled] = self.measure(chosen)
-        return self._floors[count, labelled]
+        if not labelled:
+            return self.measure(replace(self._some(self.held_out, count), labels=None))
+        return self.measure(self.held_out.subset(self._choose(self.held_out, self.held_out.labels, count)))
 
     def score(self, sample: Sample) -> Scores:
         """All metrics of a sample, with their floor, such as `fid`, `fid_floor` and `fid_ratio`."""
         evaluated = embed(self.evaluator, sample.images, sample.labels)
-        measured, floor = self.measure(evaluated), self.floor(len(evaluated), labelled=sample.labels is not None)
-        copies = copied_share(measured.nearest, floor.nearest)
+        measured, floor = self.measure(evaluated), self.floor(len(evaluated), sample.labels is not None)
+        share, low, _ = copied_share(measured.nearest, floor.nearest)
         entry = dict(measured.values)
         entry |= {f"{name}_floor": value for name, value in floor.values.items() if name in entry.keys() - SPREADS}
         entry["fid_ratio"] = entry["fid"] / entry["fid_floor"]
-        entry |= {"copied_share": copies.value, "copied_share_floor": COPY_QUANTILE}
-        entry["copies_suspected"] = copies.low > SUSPICIOUS_SHARE
+        entry |= {"copied_share": share, "copied_share_floor": COPY_QUANTILE}
+        entry["copies_suspected"] = low > SUSPICIOUS_SHARE
         entry["warnings"] = self._warnings(entry)
         return replace(measured, values=entry)
 
@@ -139,41 +134,31 @@ class Reference:
         checked = self._permutation(len(evaluated))[:MAX_COPY_CHECK]
         nearest = metrics.nearest_images(evaluated.images[checked], self.data.train.tensor)
         size = min(len(evaluated), len(real), MAX_NEIGHBOURHOOD)
-        kernel, deviation = metrics.kernel_distance(real.features, evaluated.features, seed=self.seed)
         values: dict[str, Any] = {
             "num_images": len(evaluated),
-            **self._class_accuracy(evaluated),
+            **self._by_class(evaluated),
             "fid": metrics.frechet_distance(real.features, evaluated.features),
             "fid_standard_error": self._fid_standard_error(real, evaluated),
-            "kernel_distance": kernel,
-            "kernel_distance_deviation": deviation,
-            **self._by_class(evaluated),
+            "kernel_distance": metrics.kernel_distance(real.features, evaluated.features, seed=self.seed),
             **metrics.neighbourhoods(self._some(real, size).features, self._some(evaluated, size).features),
             **self._stroke_shares(evaluated),
             "nearest_distance": float(np.median(nearest.distances)),
         }
         return Scores(values, evaluated.logits.argmax(dim=1), checked, nearest)
 
-    def _class_accuracy(self, evaluated: EvaluatedImages) -> dict[str, Any]:
-        """Share of the images that the evaluator classifies as asked, with 95% intervals, over all and by class."""
+    def _by_class(self, evaluated: EvaluatedImages) -> dict[str, Any]:
+        """Class accuracy over all and by class, with 95% intervals, and each class's distance to its real images."""
         if evaluated.labels is None:
             return {"accuracy": None}
         correct = evaluated.logits.argmax(dim=1) == evaluated.labels
-        share = metrics.wilson_share(int(correct.sum()), len(correct))
-        by_class = {name: _share(correct[evaluated.labels == i]) for i, name in enumerate(self.data.class_names)}
-        interval = {"accuracy_low": share.low, "accuracy_high": share.high}
-        return {"accuracy": share.value, **interval, "class_accuracy": by_class}
-
-    def _by_class(self, evaluated: EvaluatedImages) -> dict[str, Any]:
-        """Fréchet distance of the images of each class to the real ones of that class."""
-        if evaluated.labels is None or self.train.labels is None:
-            return {}
-        frechet: dict[str, float | None] = dict.fromkeys(self.data.class_names)
+        whole, shares, distances = _share(correct), {}, {}
         for label, name in enumerate(self.data.class_names):
-            real, drawn = self.train.features[self.train.labels == label], evaluated.features[evaluated.labels == label]
-            if min(len(real), len(drawn)) >= 2:
-                frechet[name] = metrics.frechet_distance(real, drawn)
-        return {"class_fid": frechet}
+            chosen = evaluated.labels == label
+            real, drawn = self.train.features[self.train.labels == label], evaluated.features[chosen]
+            shares[name] = _share(correct[chosen])
+            distances[name] = metrics.frechet_distance(real, drawn) if min(len(real), len(drawn)) > 1 else None
+        interval = {"accuracy_low": whole["low"], "accuracy_high": whole["high"]}
+        return {"accuracy": whole["accuracy"], **interval, "class_accuracy": shares, "class_fid": distances}
 
     def _stroke_shares(self, evaluated: EvaluatedImages) -> dict[str, float]:
         """Shares of grey images whose strokes are broken, and whose shape is odd for their class."""
@@ -205,17 +190,13 @@ class Reference:
         """The largest part of the training split with the class proportions of `evaluated`; all without labels."""
         if evaluated.labels is None:
             return self.train
-        counts = torch.bincount(evaluated.labels, minlength=self.data.num_classes)
-        return self.train.subset(self._choose(self.train, counts, None))
+        return self.train.subset(self._choose(self.train, evaluated.labels))
 
-    def _choose(self, pool: EvaluatedImages, counts: Tensor, total: int | None) -> Tensor:
-        """Images of `pool` with classes in proportion to `counts`: `total` of them, or as many as possible."""
-        assert pool.labels is not None
-        available = torch.bincount(pool.labels, minlength=len(counts))
+    def _choose(self, pool: EvaluatedImages, labels: Tensor, total: float = inf) -> Tensor:
+        """Images of `pool` with classes in the proportions of `labels`: `total` of them, or as many as possible."""
+        counts, available = (torch.bincount(each, minlength=self.data.num_classes) for each in (labels, pool.labels))
         wanted = counts > 0
-        factor = float((available[wanted] / counts[wanted]).min())
-        if total is not None:
-            factor = min(factor, total / float(counts.sum()))
+        factor = min(float((available[wanted] / counts[wanted]).min()), total / len(labels))
         exact = counts.double() * factor
         shares = exact.floor().long()
         # The largest remainders make up the sum.
@@ -231,9 +212,7 @@ class Reference:
 
     def _some(self, evaluated: EvaluatedImages, size: int) -> EvaluatedImages:
         """`size` of the images, evenly chosen."""
-        if size == len(evaluated):
-            return evaluated
-        return evaluated.subset(self._permutation(len(evaluated))[:size])
+        return evaluated if size == len(evaluated) else evaluated.subset(self._permutation(len(evaluated))[:size])
 
     def _permutation(self, size: int) -> Tensor:
         return torch.from_numpy(numpy_generator(self.seed, "eval", 3).permutation(size))
@@ -242,9 +221,8 @@ class Reference:
         """Caveats for reading the metrics."""
         count, real_count = entry["num_images"], entry["num_images_floor"]
         few = (
-            f"{count} images are few: distances are biased upwards, by an amount that depends on the number. "
-            f"{real_count} real images score {entry['fid_floor']:.3g}. Compare equal image counts only, and "
-            "report 10,000 images or more."
+            f"{count} images are few: distances are biased upwards, and {real_count} real images score "
+            f"{entry['fid_floor']:.3g}. Compare equal image counts only, and report 10,000 images or more."
         )
         high_floor = (
             f"the floor is from all {real_count} held-out images, fewer than the {count} images: it is higher "
@@ -262,5 +240,5 @@ def _share(correct: Tensor) -> dict[str, Any]:
     """Share of the true values of `[n]`, with its interval; None without any."""
     if len(correct) == 0:
         return {"accuracy": None, "low": None, "high": None, "num_images": 0}
-    share = metrics.wilson_share(int(correct.sum()), len(correct))
-    return {"accuracy": share.value, "low": share.low, "high": share.high, "num_images": len(correct)}
+    share, low, high = metrics.wilson_share(int(correct.sum()), len(correct))
+    return {"accuracy": share, "low": low, "high": high, "num_images": len(correct)}

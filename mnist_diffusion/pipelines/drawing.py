@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,15 @@ def build_pipeline(
 
 
 def with_sampler(pipeline: MNISTDiffusionPipeline, name: str | None) -> MNISTDiffusionPipeline:
-    """The same pipeline, sharing its network, with another sampler; with its own if `name` is None.
+    """The same pipeline, sharing its network, with another sampler; itself if it has this one, or `name` is None.
 
     Raises:
         ConfigError: there is no such sampler.
     """
+    if name is None or name == sampler_name(pipeline.scheduler):
+        return pipeline
     other = copy.copy(pipeline)
-    if name is not None:
-        other.scheduler = build_sampler(name, pipeline.scheduler.config)
+    other.scheduler = build_sampler(name, pipeline.scheduler.config)
     return other
 
 
@@ -89,11 +90,11 @@ def resolved(pipeline: MNISTDiffusionPipeline, settings: SamplingSettings) -> Sa
     """The settings with the pipeline's defaults in place of None; a sampler of the user's own stays None."""
     own, name = pipeline.config, sampler_name(pipeline.scheduler)
     nameable = name if name in SAMPLERS or hasattr(diffusers, name) else None  # not a class of the user's own
-    scale = settings.guidance_scale if settings.guidance_scale is not None else own.guidance_scale
+    scale = None if pipeline.num_classes is None else own.guidance_scale
     return SamplingSettings(
         scheduler=settings.scheduler or nameable,
         num_inference_steps=settings.num_inference_steps or own.num_inference_steps,
-        guidance_scale=None if pipeline.num_classes is None else scale,
+        guidance_scale=scale if settings.guidance_scale is None else settings.guidance_scale,
         guidance_interval=settings.guidance_interval,
         guidance=settings.guidance,
         eta=settings.eta,
@@ -120,17 +121,17 @@ def call_arguments(
     call: dict[str, Any] = {name: value for name in DEFAULTS if (value := getattr(settings, name)) is not None}
     rule = settings.guidance
     if rule.startswith(AUTOGUIDANCE):
-        call["guidance"] = Autoguidance(
-            (load or partial(load_on_same_device, pipeline))(rule.removeprefix(AUTOGUIDANCE))
-        )
+        source = rule.removeprefix(AUTOGUIDANCE)
+        call["guidance"] = Autoguidance(load(source) if load is not None else load_on_same_device(pipeline, source))
     elif rule != CFG:
         scale = call.pop("guidance_scale", pipeline.config.guidance_scale)
         call["guidance"] = getattr(guiders, rule)(guidance_scale=scale)
     return call
 
 
+@lru_cache(maxsize=4)
 def load_on_same_device(pipeline: MNISTDiffusionPipeline, source: str) -> MNISTDiffusionPipeline:
-    """Load a second pipeline on the device and in the precision of the first."""
+    """Load a second pipeline on the device and in the precision of the first; once for several calls."""
     return load_pipeline(source, device=str(pipeline.device), dtype=str(pipeline.dtype).removeprefix("torch."))
 
 

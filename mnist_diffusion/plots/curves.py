@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,10 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
+from scipy.ndimage import uniform_filter1d
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -43,10 +44,8 @@ def figure_of_panels(rows: int, columns: int, *, title: str, height: float = 3.0
 
 def to_picture(figure: Figure) -> Image.Image:
     """The figure as an image, for trackers and sheets."""
-    legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]
-    names = [text for legend in legends for text in legend.get_texts()]
-    for text in [*names, *figure.findobj(lambda each: each is figure._suptitle)]:  # type: ignore[attr-defined]
-        text.set_parse_math(False)  # type: ignore[attr-defined]  # a name may hold a dollar
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name may hold a dollar
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format="png")
     return Image.open(buffer).convert("RGB")
@@ -69,12 +68,8 @@ def _series(lines: Lines, name: str, across: str = "step") -> tuple[list[float],
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
-    """Means over a window of about a fiftieth of the values, which shrinks at both ends."""
-    half = len(values) // 100
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    """Means over a window of about a fiftieth of the values."""
+    return np.asarray(uniform_filter1d(np.asarray(values, dtype=float), 1 + 2 * (len(values) // 100)))
 
 
 def training_curves(lines: Lines, *, title: str = "Training") -> Figure:
@@ -98,18 +93,16 @@ def training_curves(lines: Lines, *, title: str = "Training") -> Figure:
 
 
 def _plot_levels(figure: Figure, axes: Axes, lines: Lines) -> None:
-    measured = [(line["step"], line["loss_by_noise"]) for line in lines if line.get("loss_by_noise") is not None]
+    steps, measured = _series(lines, "loss_by_noise")
     if not measured:
         axes.plot(*_series(lines, "grad_norm"), linewidth=0.8)
         axes.set(xlabel="step", ylabel="norm of the gradient")
         log_scale(axes)
         return
-    steps = [step for step, _ in measured]
-    values = np.array([[math.nan if value is None else value for value in each] for _, each in measured])
-    colours = matplotlib.colormaps["viridis"]
-    count = values.shape[1]
-    for level in range(count):
-        axes.plot(steps, values[:, level], color=colours(level / (count - 1)), marker="." if len(steps) < 10 else None)
+    levels, colours = np.array(measured, dtype=float).T, matplotlib.colormaps["viridis"]  # None becomes NaN
+    for level, values in enumerate(levels):
+        colour = colours(level / (len(levels) - 1))
+        axes.plot(steps, values, color=colour, marker="." if len(steps) < 10 else None)
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 100), colours)
     figure.colorbar(scale, ax=axes, label="timestep, % of all (100 is noise)")
     axes.set(xlabel="step", ylabel="loss, by noise level")
@@ -140,33 +133,19 @@ def compared_curves(groups: Sequence[Mapping[str, Lines]], *, title: str = "Runs
     return figure
 
 
-def noise_schedules(processes: Mapping[str, NoisingProcess], *, title: str = "Noise schedule") -> Figure:
-    """Beta, the share of the image in the variance (alpha bar), and the signal-to-noise ratio, by timestep.
-
-    Where the schedules have different numbers of timesteps, these are given as shares of all.
-    """
-    figure, (betas, left, ratio) = figure_of_panels(1, 3, title=title)
-    relative = len({len(process.times) for process in processes.values()}) > 1
-    for index, (name, process) in enumerate(processes.items()):
-        style = LINE_STYLES[index % len(LINE_STYLES)]
-        alpha_bar = process.alphas_cumprod.double().numpy()
-        steps = np.arange(len(alpha_bar)) * (100 / len(alpha_bar) if relative else 1)
-        betas.plot(
-            steps,
-            1 - alpha_bar / np.array([1, *alpha_bar[:-1]]),
-            style,
-            label=f"{name}, {len(alpha_bar)} steps" if relative else name,
-        )
-        left.plot(steps, alpha_bar, style)
-        with np.errstate(divide="ignore"):
-            ratio.plot(steps, 10 * np.log10(alpha_bar / (1 - alpha_bar)), style)
-    across = "timestep, % of all" if relative else "timestep"
-    betas.set(xlabel=across, ylabel="beta (variance added)")
+def noise_schedule(process: NoisingProcess) -> Figure:
+    """Beta, the share of the image in the variance (alpha bar), and the signal-to-noise ratio, by timestep."""
+    figure, (betas, shares, ratios) = figure_of_panels(1, 3, title="Noise schedule")
+    alpha_bar = process.alphas_cumprod.double().numpy()
+    betas.plot(1 - alpha_bar / np.array([1, *alpha_bar[:-1]]))
+    betas.set(xlabel="timestep", ylabel="beta (variance added)")
     log_scale(betas)
-    left.set(xlabel=across, ylabel="alpha bar (image's share of the variance)")
-    ratio.set(xlabel=across, ylabel="signal-to-noise ratio, dB")
-    ratio.axhline(0, color="0.6", linewidth=0.8)
-    betas.legend(fontsize="small")
+    shares.plot(alpha_bar)
+    shares.set(xlabel="timestep", ylabel="alpha bar (image's share of the variance)")
+    with np.errstate(divide="ignore"):
+        ratios.plot(10 * np.log10(alpha_bar / (1 - alpha_bar)))
+    ratios.set(xlabel="timestep", ylabel="signal-to-noise ratio, dB")
+    ratios.axhline(0, color="0.6", linewidth=0.8)
     return figure
 
 

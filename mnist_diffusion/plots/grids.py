@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
-import torch
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mnist_diffusion.data.layout import evenly
 from mnist_diffusion.files import replace_picture
-
-if TYPE_CHECKING:
-    from mnist_diffusion.method.noise import NoisingProcess
 
 SHEETS = ("grid.png", "guidance.png", "interpolation.png")
 """The sheets that `mnist-diffusion sample` writes beside single files."""
@@ -127,43 +122,6 @@ def side_by_side(pictures: Sequence[tuple[str, Image.Image]], *, gap: int = 12) 
         sheet.paste(part, (left, 0))
         left += part.width + gap
     return sheet
-
-
-def forward_noising(
-    images: Tensor, process: NoisingProcess, *, columns: int = 10, generator: torch.Generator | None = None
-) -> Image.Image:
-    """Images on their way to noise: one row per image, one column per timestep, the same noise along a row.
-
-    Args:
-        images: float `[N, C, H, W]` in [-1, 1].
-        process: gives them their noise.
-        columns: how many timesteps, evenly spread, after the image itself.
-        generator: draws the noise.
-    """
-    noise = torch.randn(images.shape, generator=generator)
-    timesteps = evenly(len(process.times), columns)
-    noisy = [process.noisy(images, noise, torch.tensor([timestep])) for timestep in timesteps]
-    tiles = to_unit(torch.stack([images, *noisy], dim=1)).flatten(0, 1)
-    names = ["image", *(f"t = {int(process.times[timestep])}" for timestep in timesteps)]
-    return image_grid(tiles, len(names), column_labels=names, title="Forward noising, by timestep")
-
-
-def denoising_strip(
-    latents: Tensor, timesteps: Tensor, *, row_labels: Sequence[str] | None = None, columns: int = 10
-) -> Image.Image:
-    """Images on their way from noise: one row per image, one column per step of the sampler.
-
-    Args:
-        latents: the samples before the first step and after each, float `[S + 1, B, C, H, W]`.
-        timesteps: the timestep of each step, `[S]`.
-        row_labels: a name for each image.
-        columns: at most so many of the steps, evenly spread.
-    """
-    shown = evenly(len(latents), columns)
-    tiles = to_unit(latents[shown]).transpose(0, 1).flatten(0, 1)
-    names = [f"t = {int(timesteps[place])}" if place < len(timesteps) else "image" for place in shown]
-    title = f"Denoising in {len(timesteps)} step{'s' if len(timesteps) > 1 else ''}, by timestep"
-    return image_grid(tiles, len(shown), row_labels=row_labels, column_labels=names, title=title)
 
 
 def file_names(names: Sequence[str]) -> list[str]:

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment
 from PIL import Image
 
 from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import MAX_PICTURE_BYTES, file_within, read_bytes, read_picture, read_text
 from mnist_diffusion.pipelines.card import CARD, parse_card
 from mnist_diffusion.plots import curves
-from mnist_diffusion.plots.sheets import last_sheets
+from mnist_diffusion.plots.grids import side_by_side
 from mnist_diffusion.training.run_folder import RunRecord, by_dotted_name
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -50,15 +50,13 @@ def run_page(run: RunRecord) -> str:
     pictures = sorted((run.folder / "pictures").glob("*.[pg][ni][gf]"))
     embedded_pictures = [(_title(path), _embedded_file(path)) for path in pictures if path.stem != "training_curves"]
     facts = [(words, _short(run.summary[key])) for key, words in FACTS.items() if run.summary.get(key) is not None]
+    scores = _scores(pipeline) if exported else []
     return _render(
         name=run.name,
         state=f"A run of mnist-diffusion, {'finished' if run.summary.get('finished') else 'not finished'}.",
         samples=embedded(run.sheets[-1].picture) if run.sheets else None,
         usage=_usage(run) if exported else None,
-        tables=[
-            ("Evaluation", ("images", "metric", "value"), _scores(pipeline) if exported else []),
-            ("Training", (), facts),
-        ],
+        tables=[("Evaluation", ("images", "metric", "value"), scores), ("Training", (), facts)],
         curves=embedded(curves.to_picture(curves.training_curves(run.lines, title="Training"))),
         pictures=[(title, picture) for title, picture in embedded_pictures if picture is not None],
         config=read_text(run.folder / "config.yaml"),
@@ -69,26 +67,23 @@ def comparison_page(runs: Mapping[str, RunRecord]) -> str:
     """Several runs compared as HTML: results, settings that differ, curves, last sample sheets."""
     groups = by_objective(runs)
     apart = " Losses of different objectives cannot be compared; plotted apart." if len(groups) > 1 else ""
-    sheet = last_sheets(runs)
+    sheets = [(name, run.sheets[-1].picture) for name, run in runs.items() if run.sheets]
     figure = curves.compared_curves([{name: run.lines for name, run in group.items()} for group in groups])
     return _render(
         name="Runs compared",
         state=f"{len(runs)} runs of mnist-diffusion.{apart}",
-        samples=None if sheet is None else embedded(sheet),
-        usage=None,
+        samples=embedded(side_by_side(sheets)) if sheets else None,
         tables=[
             ("Results", HEADINGS, results_table(runs)),
             ("Settings that differ", ("setting", *runs), settings_that_differ(runs)),
         ],
         curves=embedded(curves.to_picture(figure)),
-        pictures=[],
-        config=None,
     )
 
 
 def _render(**values: Any) -> str:
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(read_text(TEMPLATE))
-    return page.render(values)
+    """The page; what is not given is left out."""
+    return Environment(autoescape=True).from_string(read_text(TEMPLATE)).render(values)
 
 
 def by_name(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
@@ -98,20 +93,11 @@ def by_name(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
 
 
 def by_objective(runs: Mapping[str, RunRecord]) -> list[dict[str, RunRecord]]:
-    """The runs in groups whose losses compare."""
-    groups: list[dict[str, RunRecord]] = []
+    """The runs in groups of the same objective, whose losses compare."""
+    groups: dict[str, dict[str, RunRecord]] = {}
     for name, run in runs.items():
-        group = next((group for group in groups if all(_comparable(each, run) for each in group.values())), None)
-        if group is None:
-            groups.append(group := {})
-        group[name] = run
-    return groups
-
-
-def _comparable(one: RunRecord, other: RunRecord) -> bool:
-    """Whether the losses of two runs compare; an unknown objective name tells nothing."""
-    names = {one.objective_name, other.objective_name}
-    return one.loss_settings == other.loss_settings and (len(names) == 1 or "" in names)
+        groups.setdefault(repr((run.objective_name, sorted(run.loss_settings.items()))), {})[name] = run
+    return list(groups.values())
 
 
 def settings_that_differ(runs: Mapping[str, RunRecord]) -> list[list[str]]:

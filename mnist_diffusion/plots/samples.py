@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub import DatasetCardData
@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.command_options import SampleOptions
-from mnist_diffusion.config import SamplingSettings
 from mnist_diffusion.data.transforms import filled_rows
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import read_text, replace_file, replace_picture, replace_text
@@ -43,28 +42,19 @@ class Samples:
 
     def __init__(self, options: SampleOptions):
         self.options = options
-        pipeline = drawing.load_pipeline(options.pipeline, device=options.device, dtype=options.dtype)
-        self.pipeline = drawing.with_sampler(pipeline, options.scheduler)
-        self.load_weaker = functools.cache(functools.partial(drawing.load_on_same_device, self.pipeline))
-        self.call = self._call_with(options.settings)
+        loaded = drawing.load_pipeline(options.pipeline, device=options.device, dtype=options.dtype)
+        self.pipeline = drawing.with_sampler(loaded, options.scheduler)
+        self.call = drawing.call_arguments(self.pipeline, options.settings)
         self.names = drawing.class_names(self.pipeline)
         self.labels = self._labels()
         count = range(options.num_images)
         self.image_labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in count]
         self.seeds = [mixed_seed(options.seed, "samples", index) for index in count]
 
-    def _call_with(self, settings: SamplingSettings) -> dict[str, Any]:
-        return drawing.call_arguments(self.pipeline, settings, load=self.load_weaker)
-
     def _labels(self) -> list[int] | None:
         """The classes by number; all if none is named; None for an unconditional model."""
-        if self.pipeline.num_classes is None and not self.options.class_labels:
-            return None
-        try:
-            labels = [_resolve_label(name, self.names) for name in self.options.class_labels]
-            return self.pipeline.label_ids(labels or range(self.pipeline.num_classes))
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
+        named = [_resolve_label(name, self.names) for name in self.options.class_labels]
+        return self.pipeline.label_ids(named or range(len(self.names)) or None)
 
     def batches(self, part: slice = slice(None)) -> Iterator[Tensor]:
         """The images, or some of them, in batches, float `[b, C, H, W]` in [0, 1]."""
@@ -80,49 +70,37 @@ class Samples:
                 bar.update(len(part))
         images = torch.cat(parts)
         if self.labels is None:
-            return image_grid(images, max(1, round(len(images) ** 0.5))), images
+            return image_grid(images, round(len(images) ** 0.5)), images
         rows = [images[start :: len(self.labels)] for start in range(len(self.labels))]
         filled = filled_rows(rows, columns := max(len(row) for row in rows))
         return image_grid(filled, columns, row_labels=[self.names[label] for label in self.labels]), images
 
     def write_files(self, images: Tensor, folder: Path) -> None:
         """Write each image to `digit_<class>_<number>.png` (`image_<number>.png` without classes)."""
-        counts: dict[int, int] = {}
-        names = file_names(self.names)
+        names, written = file_names(self.names), Counter[str]()
         for index, picture in enumerate(to_pictures(images)):
-            if self.image_labels is None:
-                replace_picture(picture, folder / f"image_{index:03d}.png")
-                continue
-            label = self.image_labels[index]
-            counts[label] = counts.get(label, -1) + 1
-            replace_picture(picture, folder / f"digit_{names[label]}_{counts[label]:03d}.png")
+            stem = "image" if self.image_labels is None else f"digit_{names[self.image_labels[index]]}"
+            replace_picture(picture, folder / f"{stem}_{written[stem]:03d}.png")
+            written[stem] += 1
 
     def animation(self, path: Path) -> None:
         """Write a GIF of the predicted clean images, step by step."""
-        labels, seeds = self._first(MAX_ANIMATED)
-        columns = max(1, round(len(seeds) ** 0.5))
-        save_animation(predicted_frames(self.pipeline, labels, seeds, columns, **self.call), path)
+        labels, seeds = self.image_labels and self.image_labels[:MAX_ANIMATED], self.seeds[:MAX_ANIMATED]
+        frames = predicted_frames(self.pipeline, labels, seeds, round(len(seeds) ** 0.5), **self.call)
+        save_animation(frames, path)
 
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:
-        """The same noise and classes at several guidance scales, one row each."""
-        if self.labels is None:
+        """The same noise and classes, at most one of each class or ten, at several guidance scales, one row each."""
+        if self.image_labels is None:
             raise UserError("--guidance_sweep needs a class-conditional model")
-        settings = (dataclasses.replace(self.options.settings, guidance_scale=scale) for scale in scales)
-        calls = [(each.guidance_scale, self._call_with(each)) for each in settings]
-        rows = [(f"scale {scale:g}", self._row(**call)) for scale, call in calls]
-        return _sheet(rows, "The same noise, by guidance scale", self._column_labels())
-
-    def _column_labels(self) -> list[str] | None:
-        labels = self._first(max(10, len(self.names)))[0]
-        return None if labels is None else ["\n".join(drawable(self.names[label]).split()[:2]) for label in labels]
-
-    def _row(self, **changes: Any) -> Tensor:
-        """The first images, at most one of each class or ten."""
-        return drawing.generate(self.pipeline, *self._first(max(10, len(self.names))), **{**self.call, **changes})
-
-    def _first(self, count: int) -> tuple[list[int] | None, list[int]]:
-        """Labels and seeds of the first images."""
-        return None if self.image_labels is None else self.image_labels[:count], self.seeds[:count]
+        shown = max(10, len(self.names))
+        labels, seeds, rows = self.image_labels[:shown], self.seeds[:shown], []
+        for scale in scales:
+            settings = dataclasses.replace(self.options.settings, guidance_scale=scale)
+            call = drawing.call_arguments(self.pipeline, settings)
+            rows.append((f"scale {scale:g}", drawing.generate(self.pipeline, labels, seeds, **call)))
+        columns = ["\n".join(drawable(self.names[label]).split()[:2]) for label in labels]
+        return _sheet(rows, "The same noise, by guidance scale", columns)
 
     def interpolation(self, num_frames: int) -> Image.Image:
         """From each class to the next, from the same noise: one row for each pair."""
@@ -133,44 +111,34 @@ class Samples:
             call = {**self.call, "generator": torch.Generator().manual_seed(self.seeds[0]), "output_type": "pt"}
             frames = self.pipeline.interpolate(pair, num_frames, **call)
             rows.append((" to ".join(self.names[label] for label in pair), frames.images.cpu()))
-        shares = [f"{100 * place / max(1, num_frames - 1):.0f} %" for place in range(num_frames)]
+        shares = [f"{100 * place / (num_frames - 1):.0f} %" for place in range(num_frames)]
         return _sheet(rows, "From one class to the next, the same noise", shares)
 
     def write_dataset(self, folder: Path) -> None:
         """Write a labelled data set: parquet shards, shared among processes, and a card that indexes them.
 
-        Memory stays flat. Shards of the same request that are there already are kept.
+        One shard is in memory at a time. Those of the same request that are there already are kept.
 
         Raises:
             UserError: the folder holds another data set.
         """
         import datasets
-        import pyarrow
 
         kinds: dict[str, Any] = {"image": datasets.Image()}
         if self.image_labels is not None:
             kinds["label"] = datasets.ClassLabel(names=list(self.names))
         features, count = datasets.Features(kinds), self.options.num_images
         starts = range(0, count, IMAGES_PER_SHARD)
-        names = [f"train-{place:05d}-of-{len(starts):05d}.parquet" for place in range(len(starts))]
-        shards = {folder / name: start for name, start in zip(names, starts, strict=True)}
+        shards = {folder / f"train-{i:05d}-of-{len(starts):05d}.parquet": start for i, start in enumerate(starts)}
         if is_main():
             self._claim_folder(folder)
 
         def write_shard(path: Path) -> None:
             part = slice(shards[path], shards[path] + IMAGES_PER_SHARD)
-            labels = iter(self.image_labels[part] if self.image_labels is not None else ())
-
-            def write(file: BinaryIO) -> None:
-                stream = pyarrow.PythonFile(file, mode="w")
-                writer = datasets.arrow_writer.ParquetWriter(features=features, stream=stream)
-                for batch in self.batches(part):
-                    for picture in to_pictures(batch):
-                        label = {} if self.image_labels is None else {"label": next(labels)}
-                        writer.write(features.encode_example({"image": picture, **label}))
-                writer.finalize(close_stream=False)
-
-            replace_file(path, write)
+            rows: dict[str, Any] = {"image": [each for batch in self.batches(part) for each in to_pictures(batch)]}
+            if self.image_labels is not None:
+                rows["label"] = self.image_labels[part]
+            replace_file(path, datasets.Dataset.from_dict(rows, features).to_parquet)
 
         build_parts(list(shards), write_shard)
         if is_main():
@@ -183,11 +151,9 @@ class Samples:
 
     def _claim_folder(self, folder: Path) -> None:
         """Note in a folder what is sampled into it, or check the note that is there."""
-        fields = {"seed", "num_images", "class_labels", *(each.name for each in dataclasses.fields(SamplingSettings))}
-        request = {name: value for name, value in dataclasses.asdict(self.options).items() if name in fields}
-        defaults = {name: self.pipeline.config[name] for name in ("num_inference_steps", "guidance_scale", "id2label")}
-        about = {"networks": drawing.fingerprints(self.pipeline, self.call), "defaults": defaults, "request": request}
-        note = json.dumps({**about, "sampler": type(self.pipeline.scheduler).__name__}, sort_keys=True)
+        settings = repr(drawing.resolved(self.pipeline, self.options.settings))
+        about = [*drawing.fingerprints(self.pipeline, self.call), settings, self.labels, self.names]
+        note = json.dumps([*about, self.options.seed, self.options.num_images])
         folder.mkdir(parents=True, exist_ok=True)
         file, others = folder / ".request.json", [*sorted(folder.glob("train-*.parquet")), *folder.glob("README.md")]
         if others and not (file.exists() and read_text(file) == note):
@@ -212,7 +178,7 @@ def _resolve_label(text: str, names: Sequence[str]) -> str | int:
     return number if named is None else text
 
 
-def _sheet(rows: Sequence[tuple[str, Tensor]], title: str, columns: Sequence[str] | None) -> Image.Image:
+def _sheet(rows: Sequence[tuple[str, Tensor]], title: str, columns: Sequence[str]) -> Image.Image:
     """A grid of named rows, each float `[N, C, H, W]` in [0, 1], and named columns."""
     images, names = torch.cat([each for _, each in rows]), [name for name, _ in rows]
     return image_grid(images, len(rows[0][1]), row_labels=names, column_labels=columns, title=title)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ from mnist_diffusion.data.transforms import to_model_range
 from mnist_diffusion.method.noise import NoisingProcess
 from mnist_diffusion.pipelines.drawing import generate, seeded_call
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.plots.grids import denoising_strip, forward_noising, image_grid, side_by_side, titled
+from mnist_diffusion.plots.grids import image_grid, side_by_side, titled, to_unit
 from mnist_diffusion.seeds import mixed_seed, torch_generator
-from mnist_diffusion.training.run_folder import RunRecord, Sheet
+from mnist_diffusion.training.run_folder import Sheet
 
-MAX_ROWS, STRIP_ROWS, FORWARD_ROWS = 20, 10, 4
+MAX_ROWS, STRIP_ROWS, STRIP_COLUMNS, FORWARD_ROWS = 20, 10, 10, 4
 MAX_FRAMES, SHEETS_SIDE_BY_SIDE = 60, 4
 
 
@@ -63,20 +63,30 @@ def predicted_frames(
 
 
 def noised(data: ImageData, process: NoisingProcess, *, seed: int) -> Image.Image:
-    """A few training images on their way to noise."""
+    """Training images on their way to noise: one row per image, one column per timestep, the same noise along a row."""
     images = to_model_range(data.train.spread(FORWARD_ROWS)[0])
-    return forward_noising(images, process, generator=torch_generator("cpu", seed, "samples"))
+    noise = torch.randn(images.shape, generator=torch_generator("cpu", seed, "samples"))
+    timesteps = evenly(len(process.times), STRIP_COLUMNS)
+    noisy = [process.noisy(images, noise, torch.tensor([timestep])) for timestep in timesteps]
+    tiles = to_unit(torch.stack([images, *noisy], dim=1)).flatten(0, 1)
+    names = ["image", *(f"t = {int(process.times[timestep])}" for timestep in timesteps)]
+    return image_grid(tiles, len(names), column_labels=names, title="Forward noising, by timestep")
 
 
 def denoised(pipeline: MNISTDiffusionPipeline, class_names: Sequence[str], *, seed: int, **call: Any) -> Image.Image:
-    """One image of each class, at most ten, on its way from noise."""
+    """One image of each class, at most ten, on its way from noise: one row per image, one column per step."""
     names = tuple(class_names[:STRIP_ROWS]) if pipeline.num_classes is not None else None
     count = FORWARD_ROWS if names is None else len(names)
     labels = None if names is None else range(count)
     seeded = seeded_call(labels, [mixed_seed(seed, "samples", index) for index in range(count)])
     noise = torch.stack([torch.randn(pipeline.image_shape, generator=each) for each in seeded["generator"]])
     trajectory = pipeline.sample_trajectory(**seeded, latents=noise.to(pipeline.device), output_type="pt", **call)
-    return denoising_strip(torch.cat([noise[None], trajectory.latents]), trajectory.timesteps, row_labels=names)
+    latents, steps = torch.cat([noise[None], trajectory.latents]), len(trajectory.timesteps)
+    shown = evenly(len(latents), STRIP_COLUMNS)
+    columns = [f"t = {int(trajectory.timesteps[place])}" if place < steps else "image" for place in shown]
+    tiles = to_unit(latents[shown]).transpose(0, 1).flatten(0, 1)
+    title = f"Denoising in {steps} step{'s' if steps > 1 else ''}, by timestep"
+    return image_grid(tiles, len(shown), row_labels=names, column_labels=columns, title=title)
 
 
 def sheet_of_epochs(sheets: Sequence[Sheet]) -> Image.Image:
@@ -91,9 +101,3 @@ def sheet_of_epochs(sheets: Sequence[Sheet]) -> Image.Image:
 def frames_of_epochs(sheets: Sequence[Sheet]) -> list[Image.Image]:
     """The sample sheets one after the other, each below its epoch."""
     return [titled(sheets[index].picture, sheets[index].title) for index in evenly(len(sheets), MAX_FRAMES)]
-
-
-def last_sheets(runs: Mapping[str, RunRecord]) -> Image.Image | None:
-    """The last sample sheet of each run side by side; None if there are none."""
-    last = [(name, run.sheets[-1].picture) for name, run in runs.items() if run.sheets]
-    return side_by_side(last) if last else None

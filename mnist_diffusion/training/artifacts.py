@@ -194,7 +194,7 @@ class Artifacts:
         if self.config.train.pictures:
             with warn_on_failure("draw the noise schedule"):
                 process = NoisingProcess.of(self.averaged.scheduler)
-                self._show("noise_schedule", curves.to_picture(curves.noise_schedules({"this run": process})), 0)
+                self._show("noise_schedule", curves.to_picture(curves.noise_schedule(process)), 0)
                 self._show("forward_noising", sheets.noised(self.data, process, seed=self.config.train.seed), 0)
 
     def draw(self, progress: Progress, log_path: Path) -> None:
@@ -242,11 +242,11 @@ class Artifacts:
             return ""
         training, held_out = self.data.train.spread(MAX_COMPARED)[0], self.data.test.spread(MAX_COMPARED // 10)[0]
         sampled, real = (metrics.nearest_images(each, training) for each in (self.sheet_images, held_out))
-        share = score.copied_share(sampled, real)
-        if share.low <= score.SUSPICIOUS_SHARE:
+        share, low, _ = score.copied_share(sampled, real)
+        if low <= score.SUSPICIOUS_SHARE:
             return ""
         return (
-            f"WARNING: {share.value:.0%} of the last {len(self.sheet_images)} samples are nearly copies of training "
+            f"WARNING: {share:.0%} of the last {len(self.sheet_images)} samples are nearly copies of training "
             "images: more images, augmentation or fewer steps may help; `mnist-diffusion evaluate` shows them"
         )
 

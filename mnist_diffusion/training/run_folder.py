@@ -297,7 +297,7 @@ def with_training_images(pipeline: str, given: Images) -> tuple[Images, int | No
         `given` and None if it names images, or there is no run beside the pipeline.
 
     Raises:
-        UserError: the configuration beside it is not that of a run.
+        UserError: the configuration beside it does not name the images of a run.
     """
     folder, default = pipeline_folder(Path(pipeline)), ImagesConfig()
     place = folder.resolve()

@@ -66,7 +66,7 @@ def test_save_and_load(digits: ImageData, digits_evaluator: ImageEvaluator, tmp_
     loaded = load_evaluator(tmp_path / "evaluator", digits).model
     images = torch.arange(2 * 784).view(2, 1, 28, 28).remainder(256).byte()
     assert torch.equal(logits_and_features(loaded, images)[0], logits_and_features(digits_evaluator, images)[0])
-    with pytest.raises(UserError, match="nowhere' could not be loaded"):
+    with pytest.raises(UserError, match="nowhere"):
         load_evaluator(tmp_path / "nowhere", digits)
     reversed_names = dataclasses.replace(digits, class_names=digits.class_names[::-1])
     with pytest.raises(UserError, match=r"is for \(channels, size, classes\) .* but the images have"):
@@ -77,7 +77,7 @@ def test_save_and_load(digits: ImageData, digits_evaluator: ImageEvaluator, tmp_
     with pytest.raises(UserError, match=r"lacks tensor|has a tensor|has shape"):
         load_evaluator(tmp_path / "evaluator", digits)
     weights.write_bytes(weights.read_bytes()[:50])
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         load_evaluator(tmp_path / "evaluator", digits)
 
 

@@ -160,7 +160,7 @@ def test_card(folders: tuple[Path, Path], tmp_path: Path) -> None:
         (["--data.source", "/nowhere/at/all"], "'/nowhere/at/all' was not found"),
         (["--num_inference_steps", "1", "1001"], "dpmpp, 1001 steps, guidance 2: num_inference_steps"),
         (["--device", "gpu"], "device='gpu' could not be used"),
-        (["--evaluator", "/nowhere"], "evaluator '/nowhere' could not be loaded"),
+        (["--evaluator", "/nowhere"], "/nowhere"),
     ],
 )
 def test_what_cannot_be(
@@ -225,4 +225,4 @@ def test_imagenet_weights_that_could_not_be_loaded(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     evaluate(*folders, tmp_path / "out", "--imagenet_fid", code=2)
     said = capsys.readouterr().err
-    assert "imagenet_fid=true needs the weights of the Inception network, which could not be loaded" in said
+    assert "imagenet_fid=true: the Inception network could not be loaded" in said

@@ -34,10 +34,10 @@ def noise(images: Tensor) -> Tensor:
 
 
 def test_floor_is_held_out_images_of_the_same_number(digits_reference: Reference) -> None:
-    floor = digits_reference.floor(100)
+    floor = digits_reference.floor(100, True)
     assert floor.values["num_images"] == 100
-    assert digits_reference.floor(100) is floor
-    assert digits_reference.floor(5000).values["num_images"] == 180
+    assert digits_reference.floor(100, True) is floor
+    assert digits_reference.floor(5000, True).values["num_images"] == 180
 
 
 def test_held_out_images_score_as_their_floor(part_of_mnist: Reference) -> None:
@@ -90,7 +90,7 @@ def test_copies_are_looked_for_in_every_class(digits_reference: Reference) -> No
 def test_floor_has_exactly_as_many(part_of_mnist: Reference, count: int) -> None:
     labels = part_of_mnist.held_out.labels
     assert labels is not None
-    chosen = part_of_mnist._choose(part_of_mnist.held_out, torch.bincount(labels), count)
+    chosen = part_of_mnist._choose(part_of_mnist.held_out, labels, count)
     assert len(chosen) == len(set(chosen.tolist())) == count
 
 
@@ -98,7 +98,7 @@ def test_held_out_class_without_images_and_too_few(digits: ImageData, digits_ref
     nine_out = dataclasses.replace(
         digits, test=ImageSplit(digits.test.tensor[digits.test.labels < 9], digits.test.labels[digits.test.labels < 9])
     )
-    floor = Reference(nine_out, digits_reference.evaluator).floor(100).values
+    floor = Reference(nine_out, digits_reference.evaluator).floor(100, True).values
     assert floor["class_accuracy"]["9"]["accuracy"] is None
     few = dataclasses.replace(digits, test=ImageSplit(digits.test.tensor[:20], digits.test.labels[:20]))
     with pytest.raises(DataError, match="20 held-out images, too few for a floor"):

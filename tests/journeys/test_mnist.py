@@ -19,6 +19,7 @@ from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.evaluation.draw import ImageGenerator, Sample
 from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.score import Reference, embed
+from mnist_diffusion.pipelines.drawing import resolved
 
 pytestmark = pytest.mark.slow
 
@@ -64,8 +65,9 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
     """Real, then trained, then half-trained, then blurred, then noise."""
 
     def drawn(folder: Path) -> Sample:
-        generator = ImageGenerator(load(folder), reference.data, num_images=250, seed=0, batch_size=125)
-        return generator.draw(generator.resolved(SamplingSettings(guidance_scale=1.0)))
+        pipeline = load(folder)
+        generator = ImageGenerator(pipeline, reference.data, num_images=250, seed=0, batch_size=125)
+        return generator.draw(resolved(pipeline, SamplingSettings(guidance_scale=1.0)))
 
     test = reference.data.test
     chosen = torch.linspace(0, len(test) - 1, 250).round().long()

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from mnist_diffusion import load
 from mnist_diffusion.cli import main
 from mnist_diffusion.evaluation.evaluator import SHIPPED as EVALUATOR
-from mnist_diffusion.evaluation.evaluator import logits_and_features, read_evaluator
+from mnist_diffusion.evaluation.evaluator import ImageEvaluator, logits_and_features
 from mnist_diffusion.pipelines.drawing import MODELS, SHIPPED, generate
 from tests.conftest import make_pipeline
 
@@ -28,7 +28,7 @@ def test_the_shipped_models_sample_the_digits_asked_for(name: str) -> None:
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 1_000_000
     labels = [label for label in range(10) for _ in range(20)]
     images = generate(load(name), labels, range(200))
-    logits, _ = logits_and_features(read_evaluator(EVALUATOR)[0], (images * 255).round().byte())
+    logits, _ = logits_and_features(ImageEvaluator.from_pretrained(EVALUATOR).eval(), (images * 255).round().byte())
     assert (logits.argmax(dim=1) == torch.tensor(labels)).float().mean() > 0.97
 
 

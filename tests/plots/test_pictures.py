@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,19 +11,12 @@ import torch
 from PIL import Image
 
 from mnist_diffusion.config import DiffusionConfig
+from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.layout import evenly
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
-from mnist_diffusion.plots.curves import compared_curves, noise_schedules, pixel_histograms, to_picture, training_curves
-from mnist_diffusion.plots.grids import (
-    MAX_LABEL,
-    denoising_strip,
-    drawable,
-    forward_noising,
-    image_grid,
-    side_by_side,
-    titled,
-)
-from mnist_diffusion.plots.sheets import sheet_of_epochs
+from mnist_diffusion.plots.curves import compared_curves, noise_schedule, pixel_histograms, to_picture, training_curves
+from mnist_diffusion.plots.grids import MAX_LABEL, drawable, image_grid, side_by_side, titled
+from mnist_diffusion.plots.sheets import denoised, noised, sheet_of_epochs
 from mnist_diffusion.training.run_folder import Sheet
 
 
@@ -73,21 +68,23 @@ class TestSheets:
 
 
 class TestWays:
-    def test_forward_noising_goes_from_image_to_noise(self) -> None:
+    def test_forward_noising_goes_from_image_to_noise(self, digits: ImageData) -> None:
         process = NoisingProcess.of(build_noise_scheduler(DiffusionConfig(num_train_timesteps=100)))
-        images = torch.full((2, 1, 40, 40), -1.0)
-        pixels = np.asarray(forward_noising(images, process, columns=4, generator=torch.Generator().manual_seed(0)))
-        cells = pixels[-84:, 2:].reshape(84, -1)
-        spreads = [cells[:, column * 42 : column * 42 + 40].std() for column in range(5)]
+        black = ImageSplit(torch.zeros(4, 1, 40, 40, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+        pixels = np.asarray(noised(dataclasses.replace(digits, train=black), process, seed=0))
+        cells = pixels[-168:, 2:].reshape(168, -1)
+        spreads = [cells[:, column * 42 : column * 42 + 40].std() for column in range(11)]
         assert spreads[0] == 0
-        assert spreads == sorted(spreads)
+        assert spreads[::2] == sorted(spreads[::2])
         assert spreads[-1] > 60
 
     def test_denoising_strip_shows_first_and_last(self) -> None:
-        latents = torch.linspace(-1, 1, 21).view(21, 1, 1, 1, 1).expand(21, 2, 1, 40, 40)
-        strip = np.asarray(denoising_strip(latents, torch.arange(20), columns=5))
-        row = strip[-20]
-        assert [int(row[2 + 42 * column + 20]) for column in range(5)] == [0, 64, 128, 191, 255]
+        latents = torch.linspace(-1, 1, 11).view(11, 1, 1, 1, 1).expand(11, 4, 1, 40, 40)
+        trajectory = SimpleNamespace(latents=latents[1:], timesteps=torch.arange(10))
+        shape, sampled = (1, 40, 40), lambda **_: trajectory
+        pipeline: Any = SimpleNamespace(num_classes=None, image_shape=shape, sample_trajectory=sampled, device="cpu")
+        row = np.asarray(denoised(pipeline, (), seed=0))[-20]
+        assert [int(row[2 + 42 * column + 20]) for column in (5, 9)] == [153, 255]
 
 
 def _line(step: int) -> dict[str, Any]:
@@ -137,16 +134,12 @@ class TestFigures:
     def test_noise_schedule_against_its_definition(self) -> None:
         scheduler = build_noise_scheduler(DiffusionConfig(num_train_timesteps=50, beta_schedule="linear"))
         process = NoisingProcess.of(scheduler)
-        betas, left, ratio = noise_schedules({"x": process}).axes
+        betas, left, ratio = noise_schedule(process).axes
         expected = np.linspace(0.0001, 0.02, 50)
         np.testing.assert_allclose(drawn(betas, 0)[1], expected, rtol=1e-3)
         alpha_bar = np.cumprod(1 - expected)
         np.testing.assert_allclose(drawn(left, 0)[1], alpha_bar, rtol=1e-5)
         np.testing.assert_allclose(drawn(ratio, 0)[1], 10 * np.log10(alpha_bar / (1 - alpha_bar)), rtol=1e-3)
-        longer = DiffusionConfig(num_train_timesteps=200, prediction_type="flow_prediction")
-        for panel in noise_schedules({"x": process, "longer": NoisingProcess.of(build_noise_scheduler(longer))}).axes:
-            assert panel.get_xlabel() == "timestep, % of all"
-            assert [round(drawn(panel, line)[0][-1], 1) for line in (0, 1)] == [98.0, 99.5]
 
     def test_pixel_histograms_are_shares(self) -> None:
         real = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
