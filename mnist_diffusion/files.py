@@ -5,7 +5,6 @@ Nothing else in the package opens files, except libraries that are given one tha
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
@@ -16,7 +15,7 @@ import shutil
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +34,7 @@ NOT_FOUND_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errn
 """Errors of a missing file; others, of a disk or a permission, may be transient."""
 NOT_SUPPORTED_ERRNOS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 """Errors of a file system that cannot lock, flush or set permissions."""
-STALE_TEMP = re.compile(r"\.[0-9a-f]{8}\.partial|\.(?P<name>.+)\.[0-9a-f]{8}\.old")
+STALE_TEMP = re.compile(r"\.[0-9a-f]{8}\.partial|\.rehearsal-\w{8}|\.(?P<name>.+)\.[0-9a-f]{8}\.old")
 """Left by a process that was killed while writing: a partial file, or the folder it was about to replace."""
 
 
@@ -55,18 +54,14 @@ def open_file(path: Path, limit: int | None = None) -> io.BufferedReader:
         FileError: it is missing, not a regular file, too large, or could not be opened.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FileError(f"{path} is not a regular file")
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-        status = os.fstat(file.fileno())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{path} could not be read: {getattr(error, 'strerror', None) or error}") from error
+    status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and (limit is None or status.st_size <= limit):
-        return file
-    file.close()
-    if not stat.S_ISREG(status.st_mode):  # it was one a moment ago
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         raise FileError(f"{path} is not a regular file")
     raise FileError(f"{path} is larger than the limit of {limit:,} bytes: it has {status.st_size:,}")
 
@@ -86,12 +81,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """
     with open_file(path, limit) as file:
         try:
-            content = file.read(limit + 1)
+            return file.read()
         except OSError as error:
             raise FileError(f"{path} could not be read: {error.strerror}") from error
-    if len(content) > limit:
-        raise FileError(f"{path} is larger than the limit of {limit:,} bytes")
-    return content
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
@@ -165,11 +157,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FileError: it is larger, nested too deep, or not JSON with an object.
     """
+    content = read_bytes(path, MAX_JSON_BYTES)
     try:
-        values = json.loads(read_bytes(path, MAX_JSON_BYTES))
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{path} is not JSON: {str(error)[:200]}") from error
     if not isinstance(values, dict):
         raise FileError(f"{path} holds no JSON object but a {type(values).__name__}")
@@ -293,17 +284,6 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise
     flush(folder.parent)
     _remove(old)
-
-
-@contextlib.contextmanager
-def temporary_folder(folder: Path) -> Iterator[Path]:
-    """A new folder in another one, which is removed afterwards; if the process is killed, by `remove_left_behind`."""
-    temporary = folder / f".{secrets.token_hex(4)}.partial"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

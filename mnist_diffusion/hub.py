@@ -7,11 +7,10 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CardData, HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
-from mnist_diffusion.errors import FileError, UserError
+from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import (
     file_within,
     pipeline_folder,
@@ -44,16 +43,7 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT_FILE = re.compile(rf"{CHECKPOINTS}/step-\d+/[\w-][\w.-]*")
 RUN_FILES, LOG = ("config.yaml", "summary.json"), "metrics.jsonl"
 EXPORTS = ("pipeline", "pipeline_best")
-STALE = (
-    *PIPELINE_FILES,
-    *RUN_FILES,
-    CARD,
-    PICTURE,
-    EVAL_RESULTS,
-    "unet/*",
-    "scheduler/*",
-    "pipeline_mnist_diffusion*.py",
-)
+STALE = (*RUN_FILES, PICTURE, EVAL_RESULTS, "unet/*", "scheduler/*", f"{reading.CODE_STEM}*.py")
 """Files that a push removes from the repository unless it replaces them."""
 
 
@@ -68,21 +58,13 @@ def find_pipeline(source: Path) -> Path:
     raise UserError(f"{source} is neither a pipeline folder nor a run folder with one")
 
 
-def stage(
-    folder: Path,
-    staged: Path,
-    repo_id: str,
-    *,
-    num_classes: int | None,
-    with_checkpoints: bool,
-    license: str | None = None,
-) -> None:
-    """Copy what is pushed of a pipeline folder, and of the run that exported it, without local paths.
+def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, license: str | None) -> None:
+    """Copy what is pushed of a pipeline folder that loads, and of the run that exported it, without local paths.
 
     Raises:
-        UserError: a link leads out of the folder, a file could not be read, or there is no checkpoint.
+        UserError: it does not load, a link leads out of it, a file could not be read, or there is no checkpoint.
     """
-    run = _run_of(folder.resolve())
+    pipeline, run = MNISTDiffusionPipeline.from_pretrained(folder), _run_of(folder.resolve())
     files = {name: file_within(folder, name) for name in PIPELINE_FILES}
     files |= {
         name: file_within(folder, name) for name in (PICTURE, EVAL_RESULTS, *RUN_FILES) if (folder / name).is_file()
@@ -109,7 +91,7 @@ def stage(
     if (summary_file := staged / "summary.json").is_file():
         text = json.dumps(read_json(summary_file), indent=1, ensure_ascii=False) + "\n"
         replace_text(summary_file, redact_paths(text, paths))
-    card = read_text(file_within(folder, CARD)) if (folder / CARD).is_file() else short_card(num_classes)
+    card = read_text(file_within(folder, CARD)) if (folder / CARD).is_file() else short_card(pipeline.num_classes)
     replace_text(staged / CARD, _with_repo_metadata(redact_paths(card_for(card, repo_id), paths), repo_id, license))
 
 
@@ -151,19 +133,14 @@ def push(
         HubError: the Hub refused or could not be reached. At most an empty repository has been created.
     """
     stale = (*STALE, f"{CHECKPOINTS}/*") if with_checkpoints else STALE
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            # Loaded first, so that nothing is pushed that could not be pulled; and staged, so that errors come early.
-            num_classes = MNISTDiffusionPipeline.from_pretrained(folder := find_pipeline(source)).num_classes
-            options: dict[str, Any] = {"num_classes": num_classes, "with_checkpoints": with_checkpoints}
-            options["license"] = license
-            stage(folder, Path(temporary, "check"), repo_id, **options)
-            repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
-            stage(folder, staged := Path(temporary, "push"), repo_id, **options)
-            with hub_errors(repo_id, f"cannot push to {repo_id}"):
-                return upload(staged, repo_id, message=message, stale=stale, create_pr=create_pr, revision=revision)
-    except FileError as error:
-        raise UserError(f"cannot push {source}: {error}") from error
+    with tempfile.TemporaryDirectory() as temporary:
+        # Staged first, so that errors come early.
+        folder, staged = find_pipeline(source), Path(temporary)
+        stage(folder, staged, repo_id, with_checkpoints=with_checkpoints, license=license)
+        repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
+        replace_text(staged / CARD, card_for(read_text(staged / CARD), repo_id))  # by its full name
+        with hub_errors(repo_id, f"cannot push to {repo_id}"):
+            return upload(staged, repo_id, message=message, stale=stale, create_pr=create_pr, revision=revision)
 
 
 def _with_repo_metadata(text: str, repo_id: str, license: str | None) -> str:
@@ -172,19 +149,11 @@ def _with_repo_metadata(text: str, repo_id: str, license: str | None) -> str:
     Raises:
         FileError: its metadata could not be read.
     """
-    card = parse_card(text)
-    values = card.data.to_dict()
-    if "model-index" not in values and license is None:
-        return text
-    try:
-        if "model-index" in values:
-            values["model-index"][0]["name"] = repo_id.rsplit("/", 1)[-1]
-    except (TypeError, KeyError, IndexError) as error:
-        raise FileError(f"the metadata at the top of {CARD} has an invalid model-index") from error
-    if license is not None:
-        values["license"] = license
-    card.data = CardData(**values)
-    return str(card)
+    card, changes = parse_card(text), {} if license is None else {"license": license}
+    if card.data.get("eval_results") is not None:
+        changes["model_name"] = repo_id.rsplit("/", 1)[-1]
+    vars(card.data).update(changes)
+    return str(card) if changes else text
 
 
 def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoints: bool = False) -> Path:
@@ -206,32 +175,29 @@ def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoin
     out = out.resolve()
     if out == Path.cwd() or out.is_file() or not is_empty(out):
         raise UserError(f"--out {out} is the current folder, or is not empty; name a new one")
-    try:
-        with hub_errors(repo_id, f"cannot pull {repo_id}"):
-            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-            checkpoint = [name for name in sizes if CHECKPOINT_FILE.fullmatch(name)] if with_checkpoints else []
-            if with_checkpoints and not checkpoint:
-                raise UserError(f"{repo_id} has no checkpoint to resume from; pull without --with_checkpoints")
-            known = (CARD, PICTURE, EVAL_RESULTS, *RUN_FILES)
-            others = [name for name in sizes if name in known or reading.CODE_FILE.fullmatch(name)]
-            for name in others:
-                if sizes[name] > MAX_CARD_BYTES:
-                    raise UserError(f"{repo_id}: {name} has {sizes[name]:,} bytes, more than {MAX_CARD_BYTES:,}")
-            others += [LOG] if checkpoint and LOG in sizes else []
-            fetch_pipeline(repo_id, revision=info.sha)
-            names = [*PIPELINE_FILES, *others, *checkpoint]
-            fetched = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=names))
-        MNISTDiffusionPipeline.from_pretrained(fetched)
+    with hub_errors(repo_id, f"cannot pull {repo_id}"):
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        checkpoint = [name for name in sizes if CHECKPOINT_FILE.fullmatch(name)] if with_checkpoints else []
+        if with_checkpoints and not checkpoint:
+            raise UserError(f"{repo_id} has no checkpoint to resume from; pull without --with_checkpoints")
+        known = (CARD, PICTURE, EVAL_RESULTS, *RUN_FILES)
+        others = [name for name in sizes if name in known or reading.CODE_FILE.fullmatch(name)]
+        for name in others:
+            if sizes[name] > MAX_CARD_BYTES:
+                raise UserError(f"{repo_id}: {name} has {sizes[name]:,} bytes, more than {MAX_CARD_BYTES:,}")
+        others += [LOG] if checkpoint and LOG in sizes else []
+        fetch_pipeline(repo_id, revision=info.sha)
+        names = [*PIPELINE_FILES, *others, *checkpoint]
+        fetched = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=names))
+    MNISTDiffusionPipeline.from_pretrained(fetched)
 
-        def copy(temporary: Path) -> None:
-            for name in names:
-                of_the_run = name.startswith(f"{CHECKPOINTS}/") or name in (*RUN_FILES, LOG)
-                target = temporary / ("pipeline" if with_checkpoints and not of_the_run else "") / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file_within(fetched, name), target)
+    def copy(temporary: Path) -> None:
+        for name in names:
+            of_the_run = name.startswith(f"{CHECKPOINTS}/") or name in (*RUN_FILES, LOG)
+            target = temporary / ("pipeline" if with_checkpoints and not of_the_run else "") / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file_within(fetched, name), target)
 
-        replace_folder(out, copy)
-    except FileError as error:
-        raise UserError(f"cannot pull {repo_id}: {error}") from error
+    replace_folder(out, copy)
     return out

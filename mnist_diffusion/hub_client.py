@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors, get_token
 
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import open_file
+from mnist_diffusion.files import read_bytes
 
 HTTPError: type[Exception] = vars(errors)["HTTPError"]  # of the HTTP client that this version has
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -38,8 +38,6 @@ BY_KIND: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] =
     (ValueError, "the Hub rejected the request, or its answer is invalid: {error}"),
 )
 """The meaning of each kind of error; the first that fits."""
-TOKEN_SEARCH_BYTES = 2**24
-"""How much of each file is searched for the token: text files whole, weights only their headers."""
 
 
 class HubError(UserError):
@@ -136,7 +134,7 @@ def upload(
     parent = api.repo_info(repo_id, repo_type=how.get("repo_type"), revision=how.get("revision")).sha
     token = (api.token if isinstance(api.token, str) else get_token() or "").encode()
     for path in sorted(folder.rglob("*")) if token else ():
-        if path.is_file() and token in _searched(path):
+        if path.is_file() and token in read_bytes(path, path.stat().st_size):
             raise FileError(f"{path.relative_to(folder)} holds the Hub token; remove it before pushing")
     if token and token in message.encode():
         raise FileError("the message holds the Hub token; remove it before pushing")
@@ -149,10 +147,3 @@ def upload(
         **how,
     )
     return str(commit.pr_url or commit.commit_url)
-
-
-def _searched(path: Path) -> bytes:
-    with open_file(path) as file:
-        if path.suffix != ".safetensors":
-            return file.read()
-        return file.read(min(TOKEN_SEARCH_BYTES, int.from_bytes(file.read(8), "little")))

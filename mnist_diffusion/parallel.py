@@ -6,7 +6,6 @@ Parts that an interrupted command has left are found again by the next one.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.other import get_free_port
 from tqdm.auto import tqdm
 
 from mnist_diffusion.environment import launcher
@@ -25,11 +25,6 @@ from mnist_diffusion.errors import UserError
 def is_main() -> bool:
     """Whether this is the process that reports."""
     return launcher().rank == 0
-
-
-def num_processes() -> int:
-    """How many processes share the work."""
-    return launcher().num_processes
 
 
 def build_parts(paths: Sequence[Path], build: Callable[[Path], object]) -> None:
@@ -51,9 +46,7 @@ def build_parts(paths: Sequence[Path], build: Callable[[Path], object]) -> None:
             for path in tqdm(mine, desc="sampling", unit="part", leave=False, disable=not is_main()):
                 build(path)
         state.wait_for_everyone()
-    except RuntimeError as error:
-        if num_processes() == 1 or not isinstance(error, dist.DistBackendError | dist.DistNetworkError):
-            raise
+    except (dist.DistBackendError, dist.DistNetworkError) as error:
         raise UserError(f"another process has ended; start again, finished parts are kept ({error!r:.100})") from error
 
 
@@ -72,10 +65,7 @@ def in_processes(count: int, command: Sequence[str], work: Callable[[], int]) ->
         return work()
     if "RANK" in os.environ:
         raise UserError(f"processes={count} must be 1 under a launcher, which starts processes itself")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     line = [sys.executable, "-m", "mnist_diffusion", *command, "--processes", "1"]
     others = [

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mnist_diffusion.command_options import EvaluationOptions
 from mnist_diffusion.config import SamplingSettings
 from mnist_diffusion.data.dataset import ImageData, load_images
-from mnist_diffusion.environment import DEFAULT_DEVICE, machine_description, package_versions
+from mnist_diffusion.environment import DEFAULT_DEVICE, launcher, machine_description, package_versions
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.draw import ImageGenerator, Sample
 from mnist_diffusion.evaluation.evaluator import accuracy, evaluator_for, load_evaluator
@@ -24,7 +24,7 @@ from mnist_diffusion.evaluation.inception import ImageNetDistance
 from mnist_diffusion.evaluation.report import result_pictures, write_report
 from mnist_diffusion.evaluation.score import Reference
 from mnist_diffusion.files import pipeline_folder, require_writable
-from mnist_diffusion.parallel import is_main, num_processes
+from mnist_diffusion.parallel import is_main
 from mnist_diffusion.pipelines.drawing import load_pipeline, resolved, resolved_source
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.run_folder import with_training_images
@@ -80,7 +80,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         "seed": options.seed,
         "dtype": options.dtype,
         "machine": machine_description(device, 1),
-        "processes": num_processes(),
+        "processes": launcher().num_processes,
         "versions": package_versions(),
         "results": (results := []),
     }

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import MAX_TEXT_BYTES, file_within, read_bytes, read_text, replace_text, yaml_text
+from mnist_diffusion.files import file_within, read_text, replace_text, yaml_text
 from mnist_diffusion.option_types import AUTOGUIDANCE
 
 CARD, PICTURE, REPO_PLACEHOLDER = "README.md", "samples.png", "this-folder-or-repository"
@@ -72,10 +72,7 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
         FileError: the card could not be read.
     """
     path = folder / CARD
-    try:
-        content = read_bytes(file_within(folder, CARD), MAX_TEXT_BYTES).decode().replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path} is not UTF-8") from error
+    content = read_text(file_within(folder, CARD)).replace("\r\n", "\n")
     rules = [str(result.get("guidance")).removeprefix(AUTOGUIDANCE) for result in report["results"]]
     paths = local_paths([report["data"].get("source_id"), report.get("evaluator", {}).get("origin"), *rules])
     before, _, rest = content.partition(SECTION_START)
@@ -98,9 +95,7 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
         for metric, name in CARD_METRICS.items()
         if result.get(metric) is not None
     ]
-    about = {**card.data.to_dict(), "model_name": folder.resolve().parent.name, "eval_results": measured}
-    about.pop("model-index", None)
-    card.data = ModelCardData(**about)
+    vars(card.data).update(model_name=folder.resolve().parent.name, eval_results=measured)
     replace_text(path, str(parse_card(str(card))))  # parsed again with a safe loader
     results = folder / EVAL_RESULTS
     if results.parent.is_symlink():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
-import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +25,6 @@ from mnist_diffusion.files import (
     MAX_JSON_BYTES,
     PICKLES,
     file_within,
-    is_printable,
     open_file,
     pipeline_folder,
     read_json,
@@ -39,7 +36,10 @@ from mnist_diffusion.option_types import GuidanceScale, Probability, checked, ri
 from mnist_diffusion.pipelines.card import CARD, PICTURE, render_card
 
 MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
-MAX_LEVELS, MAX_LAYERS, MAX_SIDE, MAX_NUMBER = 10, 16, 4096, 100_000
+MAX_LEVELS, MAX_NUMBER = 10, 100_000
+RANGES = {"sample_size": (1, 4096), "layers_per_block": (1, 16)}
+RANGES |= dict.fromkeys(("solver_order", "predictor_order", "corrector_order"), (1, 4))
+"""Of whole numbers in a configuration on which memory and time depend most; the others are within `MAX_NUMBER`."""
 FLOATS = ("BF16", "F16", "F32", "F64")
 PIPELINE_CLASS, CODE_STEM = "MNISTDiffusionPipeline", "pipeline_mnist_diffusion"
 CODE_FILE = re.compile(rf"{CODE_STEM}(_[0-9a-f]{{12}})?\.py")
@@ -52,22 +52,15 @@ SHARD = re.compile(r"diffusion_pytorch_model[\w.-]*\.safetensors")
 PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")
 
 
+Printable = Annotated[str, Field(pattern=r"^\P{Cc}{0,200}$")]
 Levels = Annotated[list[Probability], Field(min_length=2, max_length=2), AfterValidator(rising_pair)]
-
-
-def _printable(name: str) -> str:
-    if not is_printable(name):
-        raise ValueError("must be a printable line of at most 200 characters")
-    return name
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class IndexValues:
     """The pipeline's own values in `model_index.json`, the arguments of its class, with their ranges."""
 
-    id2label: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Annotated[str, AfterValidator(_printable)]] | None = (
-        None
-    )
+    id2label: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Printable] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 50
     guidance_scale: GuidanceScale = 1.0
     guidance_interval: Levels = field(default_factory=lambda: [0.0, 1.0])
@@ -76,11 +69,6 @@ class IndexValues:
     patch_size: Annotated[int, Field(ge=1, le=MAX_NUMBER)] = 1
     guidance_distilled: bool | Annotated[list[GuidanceScale], Field(max_length=100)] = False
     flow_matching: bool | None = None
-
-    def __post_init__(self) -> None:
-        scales = self.guidance_distilled
-        if isinstance(scales, list) and scales and self.guidance_scale not in scales:
-            raise ConfigError(f"guidance_scale={self.guidance_scale} must be one of guidance_distilled={scales}")
 
 
 def read_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = torch.float32) -> UNet2DModel:
@@ -118,20 +106,12 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 def _empty_unet(folder: Path) -> UNet2DModel:
     """Build the network of `unet/config.json` without memory for its weights, and try it on one image."""
-    path, values = _read_config(folder, UNET_CONFIG, "UNet2DModel")
-    for name in ("block_out_channels", "down_block_types", "up_block_types"):
-        if not isinstance(values.get(name, []), list) or len(values.get(name, [])) > MAX_LEVELS:
-            raise FileError(f"{path}: {name} must be a list of at most {MAX_LEVELS}")
-    layers = values.get("layers_per_block", 1)
-    if not isinstance(layers, int) or layers > MAX_LAYERS:
-        raise FileError(f"{path}: layers_per_block must be an integer up to {MAX_LAYERS}, got {layers!r:.100}")
+    path, values = _read_config(folder, UNET_CONFIG, "UNet2DModel", longest=MAX_LEVELS)
     try:
         with torch.device("meta"), torch.no_grad():
             unet = UNet2DModel.from_config(values)
             size = unet.config.sample_size
             height, width = (size, size) if isinstance(size, int) else size
-            if max(height, width) > MAX_SIDE:
-                raise ValueError(f"sample_size must be at most {MAX_SIDE}")
             image = torch.empty(1, unet.config.in_channels, height, width)
             labels = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
             shape = unet.eval()(image, torch.zeros(1), class_labels=labels).sample.shape
@@ -169,10 +149,8 @@ def _tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of each tensor, from the header of a safetensors file."""
     with open_file(path) as file:
         size, start = path.stat().st_size, file.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-    if length is None or length > min(MAX_HEADER_BYTES, size - 8):
-        claim = "has no header" if length is None else f"claims a header of {length:,} bytes in {size:,}"
-        raise FileError(f"{path} is not a safetensors file: it {claim}")
+    if (length := int.from_bytes(start, "little")) > min(MAX_HEADER_BYTES, size - 8):
+        raise FileError(f"{path} is not a safetensors file: it claims a header of {length:,} bytes in {size:,}")
     try:
         with safe_open(path, framework="pt") as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  (not a dictionary)
@@ -193,20 +171,19 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
         raise FileError(f"{path} describes no {class_name}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-def _read_config(folder: Path, name: str, class_name: str) -> tuple[Path, dict[str, Any]]:
-    """The file and values of a class's configuration: numbers, words and lists of them, none too large."""
+def _read_config(folder: Path, name: str, class_name: str, *, longest: int = MAX_NUMBER) -> tuple[Path, dict[str, Any]]:
+    """The file and values of a class's configuration: numbers, words and lists of at most `longest`, none too large."""
     path = file_within(folder, name)
     values = read_json(path)
     for key, value in values.items():
         items = value if isinstance(value, list) else [value]
-        if len(items) > MAX_NUMBER or any(isinstance(item, list | dict) for item in items):
-            raise FileError(f"{path}: {key[:100]} must be a plain value or a list, got {str(value)[:100]}")
+        if len(items) > longest or any(isinstance(item, list | dict) for item in items):
+            wanted = f"a plain value or a list of at most {longest:,}"
+            raise FileError(f"{path}: {key[:100]} must be {wanted}, got {str(value)[:100]}")
+        low, high = RANGES.get(key, (-MAX_NUMBER, MAX_NUMBER))
         for item in items:
-            if isinstance(item, int) and abs(item) > MAX_NUMBER:
-                raise FileError(f"{path}: {key[:100]} must be within ±{MAX_NUMBER:,}, got {str(item)[:100]}")
-    for key in ("solver_order", "predictor_order", "corrector_order"):
-        if key in values and values[key] not in (1, 2, 3, 4):
-            raise FileError(f"{path}: {key} must be from 1 to 4, got {str(values[key])[:100]}")
+            if isinstance(item, int) and not low <= item <= high:
+                raise FileError(f"{path}: {key[:100]} must be from {low:,} to {high:,}, got {str(item)[:100]}")
     if (named := values.get("_class_name")) != class_name:
         raise FileError(f"{path}: _class_name must be {class_name!r:.100}, got {named!r:.100}")
     return path, values
@@ -234,18 +211,16 @@ def read_index(folder: Path) -> dict[str, Any]:
     return {**values, "scheduler": scheduler[1]}
 
 
-def require_fit(folder: Path, values: Mapping[str, Any], unet: Any) -> None:
-    """Check that names and patches of an index fit the network."""
-    embeddings, names, patch = unet.config.num_class_embeds, values.get("id2label"), values.get("patch_size") or 1
-    if isinstance(scales := values.get("guidance_distilled"), list) and scales and embeddings is not None:
-        if (embeddings - 1) % len(scales):
-            shared = f"{len(scales)} scales cannot share {embeddings - 1} class embeddings"
-            raise FileError(f"{folder}: guidance_distilled={str(scales)[:100]}: {shared}")
-        embeddings = (embeddings - 1) // len(scales) + 1
-    if unet.config.in_channels % patch**2:
-        raise FileError(f"{folder}: patch_size={patch} does not fit a network of {unet.config.in_channels} channels")
-    for number in names or {}:
-        if embeddings is None or int(number) >= embeddings - 1:
+def require_fit(folder: Path, pipeline: Any) -> None:
+    """Check that names, patches and guidance scales of an index fit the network."""
+    config, channels, scales = pipeline.config, pipeline.unet.config.in_channels, pipeline.config.guidance_distilled
+    if scales and (pipeline.null_class or 0) % len(scales):
+        shared = f"{len(scales)} scales cannot share {pipeline.null_class} class embeddings"
+        raise FileError(f"{folder}: guidance_distilled={str(scales)[:100]}: {shared}")
+    if channels % config.patch_size**2:
+        raise FileError(f"{folder}: patch_size={config.patch_size} does not fit a network of {channels} channels")
+    for number in config.id2label or {}:
+        if int(number) >= (pipeline.num_classes or 0):
             raise FileError(f"{folder}: id2label names class {number}, which the network does not have")
 
 
@@ -264,11 +239,6 @@ def folder_or_none(source: str) -> Path | None:
     if path.is_absolute() or source.startswith(".") or len(path.parts) != 2 or path.suffix in PICKLES:
         raise FileError(f"there is no folder {source}, and a Hub id is user/name")
     return None
-
-
-def index_arguments(pipeline_class: type) -> Collection[str]:
-    """The names an index may hold: the arguments of the class."""
-    return inspect.signature(pipeline_class).parameters
 
 
 def fetch_pipeline(repo_id: str, variant: str | None = None, **hub: Any) -> Path:
@@ -323,7 +293,7 @@ def export_pipeline(
     def write(temporary: Path) -> None:
         # Safetensors rejects weights in channels-last order.
         unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.contiguous_format)
-        values = {name: pipeline.config[name] for name in index_arguments(type(pipeline)) if name in pipeline.config}
+        values = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
         type(pipeline)(**{**values, **pipeline.components, "unet": unet}).save_pretrained(temporary)
         if samples is not None:
             replace_picture(samples, temporary / PICTURE)

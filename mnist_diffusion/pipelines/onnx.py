@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import replace_bytes
@@ -16,17 +16,6 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 
 FILE = "model.onnx"
 TOLERANCE = 1e-4
-
-
-class _Network(nn.Module):
-    """The network of a pipeline as a function of tensors."""
-
-    def __init__(self, pipeline: MNISTDiffusionPipeline):
-        super().__init__()
-        self.network = PatchedUNet(pipeline.unet, pipeline.config.patch_size)
-
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return self.network(sample, timestep, class_labels=class_labels)[0]
 
 
 def export_onnx(pipeline: MNISTDiffusionPipeline, folder: Path) -> Path:
@@ -51,7 +40,7 @@ def export_onnx(pipeline: MNISTDiffusionPipeline, folder: Path) -> Path:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"exporting needs {error.name}; pip install 'mnist-diffusion[onnx]'") from error
-    network = _Network(pipeline).eval()
+    network = PatchedUNet(pipeline.unet, pipeline.config.patch_size).eval()
     inputs = example_inputs(pipeline, 2)
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
@@ -74,7 +63,7 @@ def export_onnx(pipeline: MNISTDiffusionPipeline, folder: Path) -> Path:
         inputs = example_inputs(pipeline, count)
         [output] = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad():
-            expected = network(*inputs.values()).numpy()
+            expected = network(*inputs.values())[0].numpy()
         if not np.allclose(output, expected, rtol=0, atol=TOLERANCE):
             apart = float(np.abs(output - expected).max())
             raise UserError(f"the exported network differs by up to {apart:.2g}, more than {TOLERANCE:g}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -81,11 +80,6 @@ def is_loadable(folder: Path) -> bool:
         return False
 
 
-def unconditional_prediction(step: shipped.GuidanceStep) -> torch.Tensor:
-    """The guidance rule without a class."""
-    return step.predict(False)[1]
-
-
 def guider_rule(guider: Any) -> Callable[[shipped.GuidanceStep], torch.Tensor]:
     """A guidance rule from a guider of `diffusers.guiders` that combines conditional and unconditional predictions.
 
@@ -143,34 +137,31 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         hub = {name: given.pop(name) for name in HUB_ARGUMENTS if name in given}
         if {"dtype", "torch_dtype"} <= given.keys():
             raise TypeError("torch_dtype is the earlier name of dtype; only one of them can be given")
-        dtype, variant = given.pop("dtype", given.pop("torch_dtype", None)), given.pop("variant", None)
-        device_map, arguments = given.pop("device_map", None), reading.index_arguments(cls)
+        dtype = given.pop("dtype", given.pop("torch_dtype", None)) or torch.float32
+        variant, device_map = given.pop("variant", None), given.pop("device_map", None)
         for name in IGNORED:
             given.pop(name, None)
         if given.pop("use_safetensors", None) is False:
             raise TypeError("use_safetensors must be true: only safetensors are read")
         for name in given:
-            if name not in arguments:
+            if name not in inspect.signature(cls).parameters:
                 raise TypeError(f"{cls.__name__}.from_pretrained takes no argument {name!r}")
-        _require_types(dtype, variant)
-        if isinstance(dtype, dict):
-            dtype = dtype.get("unet", dtype.get("default"))
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
         folder = reading.folder_or_none(source) or reading.fetch_pipeline(source, variant, **hub)
         values = reading.read_index(folder)
-        scheduler = values.pop("scheduler")
-        components = ("unet", "scheduler")
-        values |= {name: value for name, value in given.items() if value is not None or name not in components}
-        if "unet" not in values:
-            values["unet"] = reading.read_unet(folder, variant=variant, dtype=dtype or torch.float32)
-        if "scheduler" not in values:
-            values["scheduler"] = reading.read_scheduler(folder, scheduler)
+        unet, scheduler = given.get("unet"), given.get("scheduler")
+        if unet is None:
+            unet = reading.read_unet(folder, variant=variant, dtype=dtype)
+        if scheduler is None:
+            scheduler = reading.read_scheduler(folder, values["scheduler"])
         try:
-            pipeline = cls(**values)
+            pipeline = cls(**{**values, **given, "unet": unet, "scheduler": scheduler})
         except ValueError as error:
             if given:  # which may be wrong
                 raise
             raise FileError(f"{folder}: {error}") from error
-        reading.require_fit(folder, values, values["unet"])
+        reading.require_fit(folder, pipeline)
         pipeline.register_to_config(_name_or_path=source)
         pipeline._origin = (folder, hub.get("cache_dir"))
         if device_map is not None:  # one network is on one device
@@ -199,24 +190,14 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             labels, rows = torch.cartesian_prod(used, torch.arange(len(weights))).T
         return shipped.Conditions(rows, labels, weights[rows, labels]), len(weights)
 
-    def stream(self, *arguments: Any, **named: Any) -> Any:
-        """As the shipped class's; a guider has a scale of its own.
-
-        Raises:
-            TypeError, ValueError: an argument cannot work, or both a guider and a guidance scale are given.
-        """
-        given = inspect.signature(super().stream).bind(*arguments, **named).arguments
-        guider, scale = given.get("guidance"), given.get("guidance_scale")
-        if isinstance(guider, BaseGuidance) and scale is not None:
-            kind = type(guider).__name__
-            raise ValueError(f"guidance_scale={scale!r} has no effect with guidance={kind}, which has its own")
-        return super().stream(*arguments, **named)
-
-    def _rule(self, guidance: Any, class_labels: Any, interval: Any) -> Any:
-        """Also for a guider of diffusers."""
+    def _rule(self, guidance: Any, class_labels: Any, interval: Any, scale: Any) -> Any:
+        """Also for a guider of diffusers, which has a scale of its own."""
         if isinstance(guidance, BaseGuidance):
+            if scale is not None:
+                kind = type(guidance).__name__
+                raise ValueError(f"guidance_scale={scale!r} has no effect with guidance={kind}, which has its own")
             guidance = guider_rule(guidance)
-        return super()._rule(guidance, class_labels, interval)
+        return super()._rule(guidance, class_labels, interval, scale)
 
     @torch.no_grad()
     def invert(
@@ -259,13 +240,12 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"class_labels must be one for each of the {len(images)} images, got {len(labels)}")
         shipped._check_count("num_iterations", num_iterations)
-        scales = self._guidance_scales(guidance_scale, len(images))
+        scales = self._guidance_scales(0.0 if labels is None else guidance_scale, len(images))
         self._check_scheduler()
         self._check_steps(num_inference_steps, None, None)
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(int(num_inference_steps))
         conditions, _ = self._conditions(labels, len(images) if labels is None else 1)
-        rule = unconditional_prediction if labels is None else shipped.classifier_free_guidance
         sample, before = images.to(self._execution_device, torch.float32) * 2 - 1, torch.tensor(1.0)
         limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else math.inf
         for timestep in self.progress_bar(scheduler.timesteps.flip(0)):
@@ -275,7 +255,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             acts = self._is_inside("guidance_interval", timestep, None)
             now = acts, scales if acts else scales.clamp(max=1)
             for _ in range(int(num_iterations)):
-                output = rule(shipped.GuidanceStep(self, 0, 1, timestep, sample, conditions, *now))
+                step = shipped.GuidanceStep(self, 0, 1, timestep, sample, conditions, *now)
+                output = shipped.classifier_free_guidance(step)
                 clean = shipped.predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)
                 velocity = (alpha.sqrt() * sample - clean.clamp(-limit, limit)) / (1 - alpha).sqrt()
                 sample = (target + angle.sin() * velocity) / angle.cos()
@@ -332,12 +313,9 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         if labels is None or len(labels) > 2:
             raise ValueError(f"class_labels must be one label or two to interpolate, got {class_labels!r}")
         shipped._check_count("num_frames", num_frames, low=2)
-        given = shipped._checked_generators(generator, 1, 2)
-        drawing = (
-            given
-            if isinstance(given, list)
-            else [given or torch.Generator().manual_seed(int(torch.randint(2**62, ())))]
-        )
+        drawing = shipped._checked_generators(generator, 1, 2)
+        if not isinstance(drawing, list):
+            drawing = [drawing or torch.Generator().manual_seed(int(torch.randint(2**62, ())))]
         ends = latents
         if ends is None:
             noise = {"shape": (1, *self.image_shape), "device": self._execution_device}
@@ -438,11 +416,3 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         except FileError:
             return None
         return path if path.stat().st_size <= reading.MAX_CARD_BYTES else None
-
-
-def _require_types(dtype: Any, variant: Any) -> None:
-    """Make sure that `from_pretrained` was given a type and the word of a variant."""
-    if dtype is not None and not isinstance(dtype, torch.dtype | dict):
-        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
-        raise TypeError(f"variant must be a word such as 'fp16', got {variant!r}")

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -318,7 +317,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             conditions = replace(conditions, labels=labels)
         return conditions, torch.ones_like(scales)
 
-    def _rule(self, guidance: Any, class_labels: Any, interval: Any) -> Any:
+    def _rule(self, guidance: Any, class_labels: Any, interval: Any, scale: Any) -> Any:
         """The guidance rule of a call, a function of a [`GuidanceStep`]."""
         _check_interval("guidance_interval", interval)
         name = getattr(guidance, "__name__", type(guidance).__name__)
@@ -331,12 +330,6 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         if not callable(guidance) or isinstance(guidance, type) or hasattr(guidance, "prepare_inputs"):
             raise TypeError(f"guidance must be a function of a GuidanceStep, got {guidance!r:.100}")
         return guidance
-
-    def _check_callback(self, callback: Any, tensor_inputs: Sequence[str]) -> None:
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback_on_step_end must be callable, got {callback!r}")
-        if not set(tensor_inputs) <= set(known := self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {tensor_inputs}")
 
     def _check_scheduler(self) -> None:
         name, config = type(self.scheduler).__name__, self.scheduler.config
@@ -413,15 +406,17 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"callback_on_step_end must be callable, got {callback_on_step_end!r}")
+        given = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        if not set(given) <= set(known := self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {given}")
         guided = (class_labels, num_images_per_label, guidance_scale, guidance_interval, num_inference_steps)
         others: tuple[Any, ...] = (timesteps, sigmas, eta, generator, latents, guidance, noise_interval)
         with contextlib.closing(self.stream(*guided, *others)) as stream:
             for done in stream:
                 if callback_on_step_end is not None:
-                    tensors = {name: getattr(done, name) for name in callback_on_step_end_tensor_inputs}
+                    tensors = {name: getattr(done, name) for name in given}
                     before = self._guidance_scale
                     changed = callback_on_step_end(self, done.step, done.timestep, tensors) or {}
                     done.latents = changed.get("latents", done.latents)
@@ -452,17 +447,16 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         `stream.send({"class_labels": [8], "guidance_scale": 2})` changes the remaining steps and returns the next one;
         assigning to a step's `latents` replaces the samples.
         """
-        labels = {"class_labels": class_labels, "repeats": num_images_per_label, "guidance_scale": guidance_scale}
-        conditions, scales = self._conditioned(*labels.values())
+        given = {"class_labels": class_labels, "repeats": num_images_per_label, "guidance_scale": guidance_scale}
+        batch_size = len(self._conditioned(**given)[1])
         self._check_scheduler()
-        rule = self._rule(guidance, class_labels, guidance_interval)
+        rule = self._rule(guidance, class_labels, guidance_interval, guidance_scale)
         _check_interval("noise_interval", noise_interval)
         if noise_interval is not None and self.scheduler.config.get("algorithm_type") != SDE:
             raise ValueError(f"noise_interval={noise_interval!r} has no effect with {type(self.scheduler).__name__}")
         self._check_steps(num_inference_steps, timesteps, sigmas)
-        generator = _checked_generators(generator, len(scales))
-        step_kwargs = self._step_kwargs(eta, generator)
-        shape = (len(scales), *self.image_shape)
+        generator = _checked_generators(generator, batch_size)
+        options, shape = self._step_kwargs(eta, generator), (batch_size, *self.image_shape)
         if latents is not None:
             _check_images("latents", latents, shape)
         scheduler, device = self._prepared_scheduler(num_inference_steps, timesteps, sigmas), self._execution_device
@@ -472,23 +466,14 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         plain = guidance_scale.tolist() if isinstance(guidance_scale, torch.Tensor) else guidance_scale
         self._guidance_scale = self.config.guidance_scale if plain is None else plain
         self._interrupt = False
-        intervals = guidance_interval, noise_interval
-        return self._denoise(latents, conditions, scales, labels, scheduler, rule, intervals, step_kwargs)
+        return self._denoise(latents, given, scheduler, rule, (guidance_interval, noise_interval), options)
 
     @torch.no_grad()
     def _denoise(
-        self,
-        latents: torch.Tensor,
-        conditions: Conditions,
-        scales: torch.Tensor,
-        labels: dict[str, Any],
-        scheduler: Any,
-        rule: Callable[[GuidanceStep], torch.Tensor],
-        intervals: tuple[Any, Any],
-        step_kwargs: dict[str, Any],
+        self, latents: torch.Tensor, given: dict[str, Any], scheduler: Any, rule: Any, intervals: Any, options: Any
     ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
         """The denoising loop, which every call, sheet and measurement goes through."""
-        nfe, total = 0, len(scheduler.timesteps)
+        nfe, total, (conditions, scales) = 0, len(scheduler.timesteps), self._conditioned(**given)
         scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # flow matching has none
         with contextlib.ExitStack() as stack:
             stack.callback(self.maybe_free_model_hooks)
@@ -506,7 +491,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 if self.scheduler.config.get("algorithm_type") == SDE:
                     adds_noise = self._is_inside("noise_interval", timestep, intervals[1])
                     scheduler.register_to_config(algorithm_type=SDE if adds_noise else "dpmsolver++")
-                latents = scheduler.step(model_output, timestep, latents, **step_kwargs, return_dict=False)[0]
+                latents = scheduler.step(model_output, timestep, latents, **options, return_dict=False)[0]
                 alpha, kind = _alpha_cumprod(scheduler, step), prediction_type_of(scheduler)
                 clean = predicted_original_sample(model_output, model_input, alpha, kind)
                 progress_bar.update()
@@ -518,8 +503,8 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                 if changes:
                     if unknown := changes.keys() - {"class_labels", "guidance_scale"}:
                         raise ValueError(f"a stream takes class_labels and guidance_scale, got {sorted(unknown)}")
-                    labels.update(changes)
-                    conditions, scales = self._conditioned(*labels.values())
+                    given.update(changes)
+                    conditions, scales = self._conditioned(**given)
                     if len(scales) != len(latents):
                         raise ValueError(f"class_labels must be for {len(latents)} images, got {changes!r:.200}")
 

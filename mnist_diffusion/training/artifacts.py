@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,7 @@ from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.transforms import to_uint8
 from mnist_diffusion.environment import package_versions
 from mnist_diffusion.errors import FileError, UserError
-from mnist_diffusion.files import (
-    append_text,
-    read_picture,
-    read_yaml,
-    replace_picture,
-    replace_text,
-    temporary_folder,
-    yaml_text,
-)
+from mnist_diffusion.files import append_text, read_picture, read_yaml, replace_picture, replace_text, yaml_text
 from mnist_diffusion.method.noise import NoisingProcess
 from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER, as_markdown, local_paths_in, redact_paths
 from mnist_diffusion.pipelines.drawing import require_fit, seeded_call
@@ -150,7 +143,9 @@ class Artifacts:
         except ValueError as error:  # the pipeline's own, which name argument and value
             raise UserError(f"sampling as configured cannot work: {error}") from error
         image_grid(torch.zeros(len(seeds), *pipeline.image_shape), 1, row_labels=rows)
-        with temporary_folder(self.folder) as temporary:
+        # If the process is killed, `remove_left_behind` removes it.
+        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=self.folder, ignore_cleanup_errors=True) as name:
+            temporary = Path(name)
             folder, config = temporary / self.folder.resolve().name / "pipeline", temporary / "config.yaml"
             self.export(folder, Progress())
             MNISTDiffusionPipeline.from_pretrained(folder)

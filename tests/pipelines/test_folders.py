@@ -73,11 +73,7 @@ class TestFolders:
         load = MNISTDiffusionPipeline.from_pretrained
         assert load(tmp_path, device_map="meta").device.type == "meta"
         assert load(tmp_path, device_map="balanced").device.type in ("cpu", "cuda")
-        for arguments in (
-            {"dtype": torch.bfloat16},
-            {"torch_dtype": torch.bfloat16},
-            {"dtype": {"unet": torch.bfloat16}},
-        ):
+        for arguments in ({"dtype": torch.bfloat16}, {"torch_dtype": torch.bfloat16}):
             assert load(tmp_path, **arguments).unet.dtype == torch.bfloat16
         unet = make_pipeline(seed=5).unet
         assert load(tmp_path, unet=unet, id2label=None, use_safetensors=None, low_cpu_mem_usage=True).unet is unet

@@ -48,7 +48,11 @@ def test_a_callback_may_change_the_guidance_scale(pipeline: MNISTDiffusionPipeli
     changed = draw(pipeline, 3, guidance_scale=1.5, callback_on_step_end=add_one)
     assert scales == [2.5, 3.5, 4.5]
     assert pipeline.guidance_scale == 1.5 + pipeline.num_timesteps
-    noise = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 3, "guidance_scale": 1.5}
+    noise: dict[str, Any] = {
+        "generator": torch.Generator().manual_seed(0),
+        "num_inference_steps": 3,
+        "guidance_scale": 1.5,
+    }
     stream = pipeline.stream([3], **noise)
     next(stream)
     stream.send({"guidance_scale": 2.5})

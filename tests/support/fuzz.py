@@ -280,7 +280,7 @@ def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callab
     readers: dict[str, Callable[[], object]] = {
         "run": lambda: shown(read_run(folder)),
         "push": lambda: stage(
-            folder / "pipeline", folder.with_name("staged"), "user/name", num_classes=10, with_checkpoints=True
+            folder / "pipeline", folder.with_name("staged"), "user/name", with_checkpoints=True, license=None
         ),
         "card": lambda: write_results_to_card(folder / "pipeline", report, "x"),
     }
