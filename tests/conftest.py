@@ -169,34 +169,23 @@ def pipeline() -> MNISTDiffusionPipeline:
 def run_folder(folder: Path) -> Path:
     """A run's folder as training leaves it: an untrained pipeline with a card, two checkpoints, and what is around."""
     pipeline = make_pipeline()
-    values = dict.fromkeys(("samples", "notice", "teacher", "loss", "held_out_loss", "datasets"))
-    about = {
-        **{
-            "title": "a run",
-            "location": REPO_PLACEHOLDER,
-            "parameters": 1,
-            "image_size": 8,
-            "channels": 1,
-            "minutes": 1.5,
-        },
-        **{"source": "digits", "source_id": "digits", "num_train_images": 9, "fingerprint": "0" * 16, "seed": 0},
-        **{"steps": 2, "batch_size": 8, "epochs": 1.0, "machine": "a machine", "versions": "none", "config": "data:\n"},
-        **{"class_names": "a", "scheduler": "dpmpp", "recipe": "tiny"},
-    }
-    card = {**values, **about, "num_classes": 10, "example_call": "pipeline(class_labels=[3], guidance_scale=5)"}
+    empty = dict.fromkeys(("samples", "notice", "teacher", "loss", "held_out_loss", "datasets"))
+    about = {"title": "a run", "location": REPO_PLACEHOLDER, "parameters": 1, "image_size": 8, "channels": 1}
+    about |= {"source": "digits", "source_id": "digits", "num_train_images": 9, "fingerprint": "0" * 16, "seed": 0}
+    about |= {"steps": 2, "batch_size": 8, "epochs": 1.0, "machine": "a machine", "versions": "", "config": "data:\n"}
+    about |= {"class_names": "a", "scheduler": "dpmpp", "recipe": "tiny", "num_classes": 10, "minutes": 1.5}
+    card = {**empty, **about, "example_call": "pipeline(class_labels=[3], guidance_scale=5)"}
     defaults = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_distilled", "flow_matching")
     card |= {name: pipeline.config[name] for name in defaults}
     export_pipeline(pipeline, folder / "pipeline", card=card, samples=Image.new("L", (8, 8)))
     for step in (1, 2):
         tensors = {"model": {"w": torch.full((3,), float(step))}}
         save_checkpoint(folder / "checkpoints", step, tensors, {"n": step}, keep=2, about={"run_id": "r"})
-    (folder / "config.yaml").write_text(tiny_config().to_yaml(), encoding="utf-8")
-    (folder / "summary.json").write_text('{"step": 2}', encoding="utf-8")
-    (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.1}\n{"step": 2, "epoch": 0.2}\n', encoding="utf-8")
-    (folder / "run_id").write_text("r", encoding="utf-8")
     (folder / "logs").mkdir()
-    (folder / "logs" / "events").write_text("private", encoding="utf-8")
-    (folder / "pipeline" / "notes.txt").write_text("private", encoding="utf-8")
+    metrics = '{"step": 1, "epoch": 0.1}\n{"step": 2, "epoch": 0.2}\n'
+    written = {"config.yaml": tiny_config().to_yaml(), "summary.json": '{"step": 2}', "metrics.jsonl": metrics}
+    for name, text in {**written, "run_id": "r", "logs/events": "private", "pipeline/notes.txt": "private"}.items():
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 

@@ -11,37 +11,21 @@ import yaml
 
 from mnist_diffusion.cli.options import reporting_errors
 from mnist_diffusion.command_options import SampleOptions
-from mnist_diffusion.config import (
-    RECIPES,
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    DistillationConfig,
-    DistillConfig,
-    ModelConfig,
-    SamplingSettings,
-    TrainConfig,
-)
+from mnist_diffusion.config import RECIPES, Config, DataConfig, DistillationConfig, DistillConfig, TrainConfig
 from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.files import parse_yaml
-from mnist_diffusion.option_types import find_recipe, parse_interval
+from mnist_diffusion.option_types import find_recipe
 from tests.conftest import parse_distill, parse_train
 
 SMALL = ["--model.block_out_channels", "[20]"]
 BAD_OPTIONS = [
     (["--train.max_step", "3"], "unrecognized arguments: --train.max_step 3; did you mean --train.max_steps?"),
     (["--train.learning_rate", "fast"], "train.learning_rate must be a valid number, got 'fast'"),
-    (["--train.learning_rate", "nan"], "train.learning_rate must be a finite number, got"),
     (["--train.learning_rate", "0"], "train.learning_rate must be greater than 0, got '0'"),
     (["--train.learning_rate", "1e300"], "train.learning_rate must be less than or equal to 100, got '1e300'"),
     (["--data.batch_size", "0"], "data.batch_size must be greater than or equal to 1, got '0'"),
-    (["--data.batch_size", "1.5"], "data.batch_size must be a valid integer, got '1.5'"),
     (["--data.channels", "2"], "data.channels must be 1 or 3, got '2'"),
-    (["--data.image_size", "100000"], "data.image_size must be less than or equal to 4096, got '100000'"),
     (["--data.fit", "stretch"], "data.fit must be 'contain', 'pad' or 'resize', got 'stretch'"),
-    (["--data.augment.shift", "0.9"], "data.augment.shift must be less than or equal to 0.5, got '0.9'"),
-    (["--data.source", ""], "data.source"),
-    (["--model.block_out_channels", "[]"], "model.block_out_channels"),
     (SMALL, "model.norm_num_groups=8 must divide every width of block_out_channels=[20]"),
     (["--model.attention_levels", "[3]"], "model.attention_levels=[3] must be levels from 0 to 1"),
     (["--sampling.guidance_interval", "[0.8,0.2]"], "sampling.guidance_interval must not be reversed, got [0.8, 0.2]"),
@@ -55,10 +39,8 @@ BAD_OPTIONS = [
         "diffusion.loss_space='sample' cannot be derived from a prediction of the noise",
     ),
     (["--config", "flow_matching", "--diffusion.noise_shift", "2"], "diffusion.noise_shift=2.0 has no effect on flow"),
-    (["--diffusion.lognormal", "[0, 0]"], "diffusion.lognormal.1 must be greater than 0"),
     (["--train.checkpoint_every", "often"], "train.checkpoint_every must be a number of steps or epochs"),
     (["--train.sample_every", "0 steps"], "train.sample_every must be a number of steps or epochs"),
-    (["--train.snapshot_every", "0.5 steps"], "train.snapshot_every must be a number of steps or epochs"),
     (["--model.block_out_channels", "[8, 16"], "'[8, 16' is not a list such as [8, 16]"),
     (["--train.trackers", "[abacus]"], "train.trackers.0 must be 'tensorboard', 'trackio' or 'wandb', got 'abacus'"),
     (["--train.resume", "true"], "train.resume=true needs output_dir"),
@@ -78,38 +60,21 @@ BAD_DISTILLATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[" ".join(options) for options, _ in BAD_OPTIONS])
+@pytest.mark.parametrize(("options", "message"), [*BAD_OPTIONS, *BAD_DISTILLATIONS], ids=str)
 def test_bad_values_name_option_and_value(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = [] if options == SMALL or "--config" in options else ["--config", "tiny"]
     with pytest.raises(SystemExit) as stopped:
-        parse_train(["--config", "tiny", *options] if options != SMALL and "--config" not in options else options)
+        parse_distill(options) if (options, message) in BAD_DISTILLATIONS else parse_train([*tiny, *options])
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == 2
     assert message in printed
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_DISTILLATIONS)
-def test_bad_distillations_name_option_and_value(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        parse_distill(options)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_switches_stand_alone_and_lists_take_several_values() -> None:
-    flags = [
-        "--train.resume",
-        "--output_dir",
-        "x",
-        "--train.channels_last",
-        "--data.balance",
-        "--data.class_names",
-        "1",
-        "b, c",
-    ]
-    flags += ["--sampling.guidance_interval", "0.1", "0.9", "--model.block_out_channels", "8", "--train.seed", "5"]
+    flags = ["--train.resume", "--output_dir", "x", "--train.channels_last", "--data.balance", "--train.seed", "5"]
+    flags += ["--data.class_names", "1", "b, c", "--sampling.guidance_interval", "0.1", "0.9"]
+    flags += ["--model.block_out_channels", "8"]
     config = parse_train(flags).config
     assert config.train.channels_last is True
     assert (config.train.resume, config.data.balance, config.data.class_names) == (True, True, ("1", "b, c"))
@@ -177,19 +142,6 @@ def test_defaults_in_code_are_those_of_ddpm() -> None:
     assert (config.train.learning_rate, config.train.ema_decay, config.data.batch_size) == (2e-4, 0.9999, 128)
 
 
-def test_yaml_keeps_every_kind_of_value(tmp_path: Path) -> None:
-    config = Config(
-        data=DataConfig(source="a b/é", channels=3),
-        model=ModelConfig(attention_levels=(0, 1)),
-        diffusion=DiffusionConfig(num_train_timesteps=3, lognormal=(-1.0, 0.5)),
-        sampling=SamplingSettings(num_inference_steps=2, scheduler="EulerAncestralDiscreteScheduler"),
-        train=TrainConfig(trackers=("tensorboard", "wandb"), max_epochs=0.5, mixed_precision="bf16", lr_decay=(2, 3)),
-    )
-    config.save(tmp_path / "config.yaml")
-    assert Config.load(tmp_path / "config.yaml") == config
-    assert list(Config().to_dict()) == ["data", "model", "diffusion", "sampling", "train", "hub", "output_dir"]
-
-
 def test_time_limit_is_five_minutes_where_nothing_else_limits() -> None:
     assert TrainConfig().time_limit_minutes == 5
     assert TrainConfig(max_steps=3).time_limit_minutes is None
@@ -201,13 +153,6 @@ def test_errors_in_python_are_value_errors() -> None:
         TrainConfig(weight_decay=math.inf)
     with pytest.raises(ConfigError, match=r"train\.weight_decay must be a finite number, got inf"):
         Config.from_dict({"train": {"weight_decay": math.inf}})
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("500 steps", (500, "steps")), ("1 step", (1, "steps")), ("0.5 epochs", (0.5, "epochs"))]
-)
-def test_intervals(text: str, expected: tuple[float, str]) -> None:
-    assert parse_interval(text) == expected
 
 
 WORDS = [

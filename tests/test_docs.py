@@ -227,26 +227,17 @@ def test_python_runs_as_written(document: Path, in_workspace: None, hub: HubServ
     assert main(["push", "runs/mnist", "user/name"]) == 0
     pipeline = MNISTDiffusionPipeline.from_pretrained("runs/mnist")
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    names: dict[str, Any] = {
-        "pipeline": pipeline,
-        "DDIMScheduler": DDIMScheduler,
-        "images": torch.rand(2, 1, 28, 28),
-        "class_labels": [3, 7],
-        "generator": generators[0],
-        "generator_a": generators[0],
-        "generator_b": generators[1],
-    }
+    names: dict[str, Any] = {"pipeline": pipeline, "DDIMScheduler": DDIMScheduler, "generator": generators[0]}
+    names |= {"images": torch.rand(2, 1, 28, 28), "class_labels": [3, 7]}
+    names |= dict(zip(("generator_a", "generator_b"), generators, strict=True))
     commit = hub.repositories["user/name"].refs["main"]
     for body in blocks(document, "python"):
         exec(shortened(body).replace("<commit>", commit), names)
 
 
 def test_no_block_is_passed_over() -> None:
-    assert {language for each in DOCUMENTS for language, _ in BLOCK.findall(each.read_text())} == {
-        "bash",
-        "bibtex",
-        "python",
-    }
+    found = {language for each in DOCUMENTS for language, _ in BLOCK.findall(each.read_text())}
+    assert found == {"bash", "bibtex", "python"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

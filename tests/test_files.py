@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import errno
 import os
-import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,13 +64,6 @@ class TestReading:
             files.read_bytes(path, 1000)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
-        assert not files.is_transient(error.value)
-
-    def test_what_may_pass_is_told_from_what_is_wrong(self, tmp_path: Path) -> None:
-        problem = FileError("x")
-        problem.__cause__ = OSError(errno.EIO, "Input/output error")
-        assert files.is_transient(problem)
-        assert not files.is_transient(FileError("x"))
 
     def test_a_key_that_occurs_twice_in_yaml_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "x.yaml").write_text("train:\n  seed: 1\ndata: {}\ntrain:\n  max_steps: 3\n")
@@ -150,16 +142,6 @@ class TestWriting:
         assert (tmp_path / "run" / "run_id").is_file()
         first.release()
         assert not (tmp_path / "run").exists()
-
-    def test_two_writers_of_one_file_do_not_meet(self, tmp_path: Path) -> None:
-        texts = [letter * 100_000 for letter in "abcd"]
-        threads = [threading.Thread(target=files.replace_text, args=(tmp_path / "x", text)) for text in texts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert (tmp_path / "x").read_text() in texts
-        assert [each.name for each in tmp_path.iterdir()] == ["x"]
 
 
 class TestCommands:

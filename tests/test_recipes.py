@@ -11,16 +11,14 @@ from diffusers import DiffusionPipeline
 
 import train_cfg
 from mnist_diffusion.config import RECIPES
-from mnist_diffusion.evaluation import evaluator
 from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.option_types import find_recipe
-from mnist_diffusion.training import artifacts
 from mnist_diffusion.training.run_folder import read_metrics
 from tests.conftest import parse_train
 
 SHORT = [
     *("--data.source", "digits", "--data.batch_size", "4", "--train.max_epochs", "null", "--train.max_minutes", "null"),
-    *("--train.max_steps", "3", "--train.log_every_steps", "1", "--train.num_eval_images", "8"),
+    *("--train.max_steps", "1", "--train.log_every_steps", "1", "--train.num_eval_images", "8"),
     *("--train.samples_per_class", "1", "--train.pictures", "false"),
     *("--train.evaluate_every", "null"),
 ]
@@ -34,22 +32,18 @@ NARROWER = {
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def test_the_known_systems_are_here() -> None:
-    known = {"compact_500", "ddpm_1000", "ddpm_1000_unconditional", "ddpm_200", "default", "diffusers_example"}
-    assert set(NAMES) == known | {"flow_matching", "guided_300", "quality", "rgb32_attention", "tiny"}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_short_run(name: str, tmp_path: Path) -> None:
     narrower = [*NARROWER.get(name, []), "--sampling.num_inference_steps", "2"]
     folder = tmp_path / "run"
     assert train_cfg.main(["--config", name, *SHORT, *narrower, "--output_dir", str(folder)]) == 0
-    lines = read_metrics(folder / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(line["loss"] > 0 for line in lines)
-    assert (folder / "checkpoints" / "step-3" / "manifest.json").is_file()
+    [line] = read_metrics(folder / "metrics.jsonl")
+    assert line["loss"] > 0
+    assert (folder / "checkpoints" / "step-1" / "manifest.json").is_file()
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline", trust_remote_code=True)
+    flow = "FlowMatchEulerDiscreteScheduler()" in (folder / "pipeline" / "README.md").read_text()
     config = parse_train(["--config", name]).config
+    assert flow == (config.diffusion.prediction_type == "flow_prediction")
     labels = [3] if config.model.class_conditional else None
     image = pipeline(labels, num_inference_steps=2).images[0]
     size = config.data.image_size or 28
@@ -71,29 +65,3 @@ def test_says_what_it_is_how_large_and_what_it_costs(name: str) -> None:
     shown = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}K"
     assert f"{shown} parameters" in comment
     assert re.search(r"Cost: .*(second|minute|images/s)", comment)
-
-
-def test_each_epoch_of_ddpm_200_is_a_snapshot_that_samples(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    small = ["--model.block_out_channels", "[8,8]", "--model.attention_levels", "[]", "--data.image_size", "8"]
-    epochs = ["--data.batch_size", "600", "--train.max_epochs", "2", "--train.max_steps", "null"]
-    epochs += ["--sampling.num_inference_steps", "3"]
-    assert train_cfg.main(["--config", "ddpm_200", *SHORT, *small, *epochs, "--output_dir", str(folder)]) == 0
-    snapshots = sorted(path.name for path in (folder / "snapshots").iterdir())
-    assert snapshots == ["step-3", "step-6"]
-    pipeline = DiffusionPipeline.from_pretrained(folder / "snapshots" / "step-3", trust_remote_code=True)
-    assert pipeline([3], num_inference_steps=3, guidance_scale=1.8).images[0].size == (8, 8)
-    assert len(list((folder / "samples").glob("*.png"))) == 2
-
-
-def test_the_best_is_kept_beside_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluator, "HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(evaluator, "STEPS", 20)
-    folder = tmp_path / "run"
-    small = ["--model.block_out_channels", "[8,8]", "--model.norm_num_groups", "4", "--model.attention_levels", "[]"]
-    monkeypatch.setattr(artifacts, "NUM_EVALUATION_IMAGES", 50)
-    measure = ["--train.evaluate_every", "0.002 epochs", "--sampling.num_inference_steps", "2"]
-    assert train_cfg.main(["--config", "ddpm_1000", *SHORT, *small, *measure, "--output_dir", str(folder)]) == 0
-    assert (folder / "pipeline_best" / "model_index.json").is_file()
-    assert (folder / "pipeline" / "model_index.json").is_file()
-    assert any("fid" in line for line in read_metrics(folder / "metrics.jsonl"))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from mnist_diffusion.seeds import PURPOSES, Balance, indices_of_step, mixed_seed, torch_generator
+from mnist_diffusion.seeds import PURPOSES, Balance, indices_of_step, mixed_seed
 
 
 def test_each_epoch_sees_each_image_once_though_batches_span_epochs() -> None:
@@ -29,12 +28,6 @@ def test_order_depends_on_the_seed() -> None:
     assert list(indices_of_step(0, 0, 20, 100)[0]) != list(indices_of_step(1, 0, 20, 100)[0])
 
 
-def test_batch_larger_than_the_data() -> None:
-    indices, epochs = indices_of_step(0, 0, 7, 3)
-    assert epochs.tolist() == [0, 0, 0, 1, 1, 1, 2]
-    assert sorted(indices[:3]) == [0, 1, 2]
-
-
 def test_every_purpose_and_place_has_its_own_seed() -> None:
     seeds = {
         mixed_seed(seed, purpose, place) % 2**32
@@ -45,20 +38,8 @@ def test_every_purpose_and_place_has_its_own_seed() -> None:
     assert len(seeds) == 3 * len(PURPOSES) * 50
 
 
-def test_generator_repeats() -> None:
-    first, second = (torch.randn(4, generator=torch_generator("cpu", 3, "noise", 9)) for _ in range(2))
-    assert torch.equal(first, second)
-
-
 class TestBalance:
     LABELS = np.array([0] * 50 + [1] * 7 + [2] * 3)
-
-    def counts(self, epoch: int) -> list[int]:
-        indices, _ = Balance(self.LABELS).epoch(3, epoch)
-        return np.bincount(self.LABELS[indices], minlength=3).tolist()
-
-    def test_each_class_equally_often(self) -> None:
-        assert [self.counts(epoch) for epoch in range(3)] == [[20, 20, 20]] * 3
 
     def test_what_division_leaves_goes_around(self) -> None:
         labels = np.array([0] * 5 + [1] * 3 + [2] * 3)  # 11 places for 3 classes
@@ -76,9 +57,6 @@ class TestBalance:
         assert all(np.ptp(counts[label == self.LABELS]) <= 1 for label in range(3))
 
     def test_a_step_is_a_function_of_seed_and_step(self) -> None:
-        first = [indices_of_step(3, step, 8, 60, balance=Balance(self.LABELS)) for step in range(20)]
-        again = [indices_of_step(3, step, 8, 60, balance=Balance(self.LABELS)) for step in reversed(range(20))]
-        for one, other in zip(first, reversed(again), strict=True):
-            np.testing.assert_array_equal(one[0], other[0])
-        shares = np.bincount(self.LABELS[np.concatenate([indices for indices, _ in first])], minlength=3)
-        assert shares.max() - shares.min() < 12
+        steps = [*range(20), *reversed(range(20))]
+        drawn = [indices_of_step(3, step, 8, 60, balance=Balance(self.LABELS))[0] for step in steps]
+        np.testing.assert_array_equal(drawn[:20], drawn[:19:-1])

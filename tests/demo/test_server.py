@@ -315,6 +315,6 @@ def test_a_space_is_pushed_in_one_commit(
     assert {"README.md", "app.py", "requirements.txt", "pipeline/model_index.json"} <= names.keys()
     assert "mnist_diffusion/demo/page.py" in names
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in names)
-    assert len(found.history) == 2  # the first is the repository's own
+    assert len(found.commits) == 2  # the first is the repository's own
     assert main(command) == 2
     assert "out='space' must be an empty or a new folder" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
-from mnist_diffusion.errors import ConfigError, UserError
+from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.method.network import PatchedUNet, build_unet, patch_size_of
 from mnist_diffusion.method.noise import build_noise_scheduler
 from mnist_diffusion.pipelines.drawing import build_pipeline
@@ -23,22 +23,15 @@ NAMES = tuple("abcdefghij")
 TINY = dataclasses.replace(DEFAULT.model, block_out_channels=(8, 16), norm_num_groups=4, patch_size=1)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("levels", [(), (1,)])
-def test_shapes(channels: int, levels: tuple[int, ...]) -> None:
-    model = dataclasses.replace(TINY, attention_levels=levels, attention_head_dim=8)
+@pytest.mark.parametrize(("channels", "levels", "conditional"), [(1, (1,), True), (3, (), True), (1, (), False)])
+def test_shapes(channels: int, levels: tuple[int, ...], conditional: bool) -> None:
+    model = dataclasses.replace(TINY, attention_levels=levels, attention_head_dim=8, class_conditional=conditional)
     unet = build_unet(model, image_size=8, channels=channels, num_classes=3)
     images = torch.zeros(2, channels, 8, 8)
-    assert unet(images, 5, class_labels=torch.tensor([0, 3])).sample.shape == images.shape
-    assert unet.config.num_class_embeds == 4
+    labels = torch.tensor([0, 3]) if conditional else None
+    assert unet(images, 5, class_labels=labels).sample.shape == images.shape
+    assert unet.config.num_class_embeds == (4 if conditional else None)
     assert any("attentions" in name for name, _ in unet.named_parameters()) == bool(levels)
-
-
-def test_unconditional() -> None:
-    model = dataclasses.replace(TINY, block_out_channels=(8,), class_conditional=False)
-    unet = build_unet(model, image_size=8, channels=1, num_classes=3)
-    assert unet.config.num_class_embeds is None
-    assert unet(torch.zeros(1, 1, 8, 8), 5).sample.shape == (1, 1, 8, 8)
 
 
 def test_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
@@ -143,7 +136,3 @@ class TestWarmStart:
         make_pipeline(diffusion=DiffusionConfig()).save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match=r"predicts 'epsilon', but diffusion.prediction_type is 'v_prediction'"):
             self.load(str(tmp_path))
-
-    def test_nowhere(self) -> None:
-        with pytest.raises(UserError, match="pipeline 'nowhere/at-all/x' could not be loaded"):
-            self.load("nowhere/at-all/x")

@@ -202,10 +202,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "patches of other pixels": (edited(INDEX, patch_size=2), "patch_size=2 does not fit a network of 1 channels"),
     "wide network": (edited(UNET, block_out_channels=[10**9, 10**9]), "block_out_channels must be from"),
     "wide enough to fill memory": (edited(UNET, block_out_channels=[99968, 99968]), "has a tensor|has shape"),
-    "many levels": (
-        edited(UNET, block_out_channels=[8] * 1000),
-        "a list of at most 10,",
-    ),
+    "many levels": (edited(UNET, block_out_channels=[8] * 1000), "a list of at most 10,"),
     "wide padding": (edited(UNET, downsample_padding=90_000), "describes no network"),
     "huge image": (edited(UNET, sample_size=10**9), "sample_size must be from"),
     "no groups": (edited(UNET, norm_num_groups=0), "describes no network: ZeroDivisionError"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
 import io
 import json
 import multiprocessing
@@ -17,8 +16,6 @@ import os
 import random
 import re
 import resource
-import shutil
-import struct
 import tempfile
 import time
 import traceback
@@ -35,24 +32,27 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.hub import stage
+from mnist_diffusion.pipelines.card import write_results_to_card
+from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
+from mnist_diffusion.plots import curves, run_page
+from mnist_diffusion.training.checkpoint import load_checkpoint, newest_intact, save_checkpoint
+from mnist_diffusion.training.resume import differences
+from mnist_diffusion.training.run_folder import read_run
+from tests.conftest import make_pipeline, parse_train, run_folder, tiny_config
 
 EXTREMES = (
-    b"0",
-    b"-1",
-    b"1e999",
-    b"NaN",
-    b"99999999999999999999",
-    b"2147483648",
-    b"null",
-    b"true",
-    b"[]",
-    b"{}",
-    b'""',
+    *(b"0", b"-1", b"1e999", b"NaN", b"99999999999999999999", b"2147483648"),
+    *(b"null", b"true", b"[]", b"{}", b'""'),
 )
 LARGEST_WAIT = 2.0
 LARGEST_PEAK = 10**9
 """Bytes of memory that a process may take that reads the inputs of one target, with all that it imports."""
+Make = Callable[[random.Random], Callable[[], object]]
+"""Changes what is read, and gives what reads it."""
 
 
 def mutated(content: bytes, source: random.Random, *, within: int | None = None) -> bytes:
@@ -90,254 +90,138 @@ class Findings:
     peak_bytes: int = 0
 
 
-def _idx(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    from mnist_diffusion.config import DataConfig
-    from mnist_diffusion.data.dataset import load_images
-
-    pixels = np.arange(40 * 64, dtype=np.uint8).tobytes()
-    files = {}
-    for name, count in (("train", 30), ("t10k", 10)):
-        files[f"{name}-images-idx3-ubyte"] = struct.pack(">IIII", 2051, count, 8, 8) + pixels[: count * 64]
-        files[f"{name}-labels-idx1-ubyte"] = struct.pack(">II", 2049, count) + bytes(i % 3 for i in range(count))
+def changing(folder: Path, read: Callable[[], object], name: str = "**/*") -> Make:
+    """Before each reading, one file of a folder that matches `name` is changed; of weights, only the header."""
+    whole = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    choices = sorted(path for path in folder.glob(name) if path in whole)
 
     def make(source: random.Random) -> Callable[[], object]:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        chosen, how = source.choice(list(files)), source.randrange(3)
-        for name, content in files.items():
-            if name != chosen:
-                (folder / name).write_bytes(content)
-            elif how == 0:
-                (folder / f"{name}.gz").write_bytes(mutated(gzip.compress(content), source))
-            else:
-                changed = mutated(content, source, within=16 if how == 1 else None)
-                (folder / f"{name}.gz").write_bytes(gzip.compress(changed))
-        return lambda: load_images(DataConfig(source=str(folder)), seed=0)
+        chosen = source.choice(choices)
+        for path, content in whole.items():
+            header = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else None
+            path.write_bytes(mutated(content, source, within=header) if path == chosen else content)
+        return read
 
     return make
 
 
-def _pictures(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    from mnist_diffusion.config import DataConfig
-    from mnist_diffusion.data.dataset import load_images
-
-    kinds = (
-        ("PNG", "RGB"),
-        ("PNG", "P"),
-        ("PNG", "I;16"),
-        ("JPEG", "RGB"),
-        ("GIF", "P"),
-        ("BMP", "L"),
-        ("WEBP", "RGB"),
-    )
-    pictures = []
-    for kind, mode in kinds:
-        file = io.BytesIO()
-        Image.new("RGB", (12, 12), (200, 30, 60)).convert("L" if mode == "I;16" else mode).save(file, kind)
-        pictures.append((kind.lower(), file.getvalue()))
-    for index in range(8):
-        (folder / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (12, 12), (index, 0, 0)).save(folder / "ab"[index % 2] / f"{index}.png")
-
-    def make(source: random.Random) -> Callable[[], object]:
-        for left in (folder / "a").glob("changed.*"):
-            left.unlink()
-        suffix, content = source.choice(pictures)
-        (folder / "a" / f"changed.{suffix}").write_bytes(mutated(content, source))
-        return lambda: load_images(DataConfig(source=str(folder)), seed=0)
-
-    return make
-
-
-def _one_file(folder: Path, name: str, content: Callable[[], bytes]) -> Callable[[random.Random], Callable[[], object]]:
-    """A source that is a single file."""
-    from mnist_diffusion.config import DataConfig
-    from mnist_diffusion.data.dataset import load_images
-
+def _images(folder: Path, *, write: Callable[[Path], object], source: str = "", name: str = "**/*") -> Make:
+    """A source of labelled images: what `write` leaves in a folder, or the file `source` of it."""
     folder.mkdir()
-    whole = content()
-
-    def make(source: random.Random) -> Callable[[], object]:
-        (folder / name).write_bytes(mutated(whole, source))
-        return lambda: load_images(DataConfig(source=str(folder / name)), seed=0)
-
-    return make
+    write(folder)
+    return changing(folder, lambda: load_images(DataConfig(source=str(folder / source)), seed=0), name)
 
 
-def _csv() -> bytes:
-    rows = [",".join(["label", *(f"p{index}" for index in range(64))])]
-    for index in range(12):
-        rows.append(",".join(map(str, [index % 3, *((index * 7 + place) % 256 for place in range(64))])))
-    return "\n".join(rows).encode()
+def _idx(folder: Path, *, zipped: bool) -> None:
+    from tests.data.test_dataset import write_idx
+
+    write_idx(folder, zipped=zipped)
 
 
-def _npz() -> bytes:
+def _picture(shade: int, kind: str = "PNG", mode: str = "RGB") -> bytes:
     file = io.BytesIO()
-    np.savez_compressed(file, x=np.arange(12 * 64, dtype=np.uint8).reshape(12, 8, 8), y=np.arange(12) % 3)
+    Image.new("RGB", (12, 12), (shade, 30, 60)).convert(mode).save(file, kind)
     return file.getvalue()
 
 
-def _archive() -> bytes:
-    picture, file = io.BytesIO(), io.BytesIO()
-    Image.new("L", (8, 8), 200).save(picture, "PNG")
-    with zipfile.ZipFile(file, "w") as archive:
-        for name in (f"{label}/{index}.png" for label in "abc" for index in range(3)):
-            archive.writestr(name, picture.getvalue())
-    return file.getvalue()
+def _pictures(folder: Path) -> None:
+    kinds = (("PNG", "RGB"), ("PNG", "P"), ("PNG", "L"), ("JPEG", "RGB"), ("GIF", "P"), ("BMP", "L"), ("WEBP", "RGB"))
+    for index, (kind, mode) in enumerate(2 * kinds):
+        (folder / "ab"[index % 2]).mkdir(exist_ok=True)
+        (folder / "ab"[index % 2] / f"{index}.{kind.lower()}").write_bytes(_picture(10 * index, kind, mode))
 
 
-def _parquet() -> bytes:
-    import pyarrow
-    from pyarrow import parquet
-
-    picture, file = io.BytesIO(), io.BytesIO()
-    Image.new("L", (8, 8), 200).save(picture, "PNG")
-    cell = {"bytes": picture.getvalue(), "path": None}
-    parquet.write_table(pyarrow.table({"image": [cell] * 9, "label": [0, 1, 2] * 3}), file)
-    return file.getvalue()
+def _csv(folder: Path) -> None:
+    rows = np.column_stack([np.arange(12) % 3, np.arange(12 * 64).reshape(12, 64) % 256])
+    names = ",".join(["label", *(f"p{place}" for place in range(64))])
+    np.savetxt(folder / "x.csv", rows, "%d", ",", header=names, comments="")
 
 
-def _label_table(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    from mnist_diffusion.config import DataConfig
-    from mnist_diffusion.data.dataset import load_images
-
-    folder.mkdir()
-    for index in range(9):
-        Image.new("L", (8, 8), index).save(folder / f"{index}.png")
-    content = "\n".join(["file,label", *(f"{index}.png,{index % 3}" for index in range(9))]).encode()
-
-    def make(source: random.Random) -> Callable[[], object]:
-        (folder / "labels.csv").write_bytes(mutated(content, source))
-        return lambda: load_images(DataConfig(source=str(folder)), seed=0)
-
-    return make
+def _npz(folder: Path) -> None:
+    pixels = np.arange(12 * 64).astype(np.uint8).reshape(12, 8, 8)
+    np.savez_compressed(folder / "x.npz", x=pixels, y=np.arange(12) % 3)
 
 
-def _yaml(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    from tests.conftest import parse_train, tiny_config
-
-    content = tiny_config().to_yaml().encode()
-    folder.mkdir()
-
-    def make(source: random.Random) -> Callable[[], object]:
-        file = folder / "config.yaml"
-        file.write_bytes(mutated(content, source))
-        return lambda: parse_train(["--config", str(file)])
-
-    return make
+def _archive(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "x.zip", "w") as archive:
+        for index in range(9):
+            archive.writestr(f"{'abc'[index % 3]}/{index}.png", _picture(index))
 
 
-def _pipeline(folder: Path, name: str) -> Callable[[random.Random], Callable[[], object]]:
-    from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-    from tests.conftest import make_pipeline
-
-    make_pipeline().save_pretrained(folder)
-    content = (folder / name).read_bytes()
-    header = 8 + struct.unpack("<Q", content[:8])[0] if name.endswith(".safetensors") else None
-
-    def make(source: random.Random) -> Callable[[], object]:
-        (folder / name).write_bytes(mutated(content, source, within=header))
-        return lambda: MNISTDiffusionPipeline.from_pretrained(folder)
-
-    return make
-
-
-def _saved_data_set(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
+def _table() -> Any:
     import datasets
 
-    from mnist_diffusion.config import DataConfig
-    from mnist_diffusion.data.dataset import load_images
-
-    datasets.Dataset.from_parquet(str(_written(folder.with_name("table.parquet"), _parquet()))).save_to_disk(
-        str(folder)
-    )
-    files = {path: path.read_bytes() for path in folder.iterdir()}
-
-    def make(source: random.Random) -> Callable[[], object]:
-        chosen = source.choice(list(files))
-        for path, content in files.items():
-            _written(path, mutated(content, source) if path == chosen else content)
-        return lambda: load_images(DataConfig(source=str(folder)), seed=0)
-
-    return make
+    pictures = [{"bytes": _picture(shade), "path": None} for shade in range(9)]
+    return datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 2] * 3})
 
 
-def _run(folder: Path, name: str, read: str) -> Callable[[random.Random], Callable[[], object]]:
+def _label_table(folder: Path) -> None:
+    for index in range(9):
+        (folder / f"{index}.png").write_bytes(_picture(index))
+    rows = ["file,label", *(f"{index}.png,{index % 3}" for index in range(9))]
+    (folder / "labels.csv").write_text("\n".join(rows))
+
+
+def _yaml(folder: Path) -> Make:
+    folder.mkdir()
+    tiny_config().save(folder / "config.yaml")
+    return changing(folder, lambda: parse_train(["--config", str(folder / "config.yaml")]))
+
+
+def _pipeline(folder: Path, *, name: str) -> Make:
+    make_pipeline().save_pretrained(folder)
+    return changing(folder, lambda: MNISTDiffusionPipeline.from_pretrained(folder), name)
+
+
+def _run(folder: Path, *, name: str, read: str) -> Make:
     """A file of a run folder, which a function of the package reads."""
-    from mnist_diffusion.hub import stage
-    from mnist_diffusion.pipelines.card import write_results_to_card
-    from mnist_diffusion.plots import curves, run_page
-    from mnist_diffusion.training.run_folder import RunRecord, read_run
-    from tests.conftest import run_folder
-
-    def shown(run: RunRecord) -> None:
-        run_page.comparison_page({"a": run, "b": run})
-        curves.training_curves(run.lines)
-
     run_folder(folder)
-    about = {"source": "x", "hub_id": None, "fingerprint": "0"}
-    report = {"data": about, "results": [{"accuracy": 0.5, **dict.fromkeys(SETTINGS)}]}
-    readers: dict[str, Callable[[], object]] = {
-        "run": lambda: shown(read_run(folder)),
-        "push": lambda: stage(
-            folder / "pipeline", folder.with_name("staged"), "user/name", with_checkpoints=True, license=None
-        ),
-        "card": lambda: write_results_to_card(folder / "pipeline", report, "x"),
-    }
     lines = [{"step": step, "epoch": step / 10, "loss": 1.0, "loss_by_noise": [0.1] * 10} for step in range(1, 9)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    content = (folder / name).read_bytes()
+    pipeline, staged = folder / "pipeline", folder.with_name("staged")
+    result = {"accuracy": 0.5, **dict.fromkeys(("scheduler", "num_inference_steps", "guidance_scale", "num_images"))}
+    report = {"data": {"source": "x", "hub_id": None, "fingerprint": "0"}, "results": [result]}
 
-    def make(source: random.Random) -> Callable[[], object]:
-        _written(folder / name, mutated(content, source))
-        return readers[read]
+    def show() -> None:
+        record = read_run(folder)
+        run_page.comparison_page({"a": record, "b": record})
+        curves.training_curves(record.lines)
 
-    return make
-
-
-SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "num_images")
-
-
-def _checkpoint(folder: Path) -> Callable[[random.Random], Callable[[], object]]:
-    """A checkpoint whose state says something else, under hashes that are right: what a resumed run makes of it."""
-    from mnist_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
-    from mnist_diffusion.training.resume import differences
-
-    state = json.dumps({"loss": 0.5, "seconds": 3.0, "config": {"train": {"seed": 0}}, "optimizer_groups": [{"lr": 1}]})
-
-    def make(source: random.Random) -> Callable[[], object]:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(ValueError, RecursionError):
-            changed = json.loads(mutated(state.encode(), source))
-            if isinstance(changed, dict):
-                save_checkpoint(folder, 1, {"w": {"w": torch.zeros(2)}}, changed, keep=1)
-        if not folder.exists():
-            save_checkpoint(folder, 1, {"w": {"w": torch.zeros(2)}}, {}, keep=1)
-            path = source.choice([folder / "step-1" / name for name in ("manifest.json", "state.json")])
-            _written(path, mutated(path.read_bytes(), source))
-        return lambda: differences(load_checkpoint(folder, 1).state.get("config"), json.loads(state)["config"])
-
-    return make
+    readers: dict[str, Callable[[], object]] = {
+        "show": show,
+        "push": lambda: stage(pipeline, staged, "user/name", with_checkpoints=True, license=None),
+        "card": lambda: write_results_to_card(pipeline, report, "x"),
+    }
+    return changing(folder, readers[read], name)
 
 
-def _written(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
+def _checkpoint(folder: Path) -> Make:
+    """A checkpoint whose state or manifest says something else: what a resumed run makes of it."""
+    state = {"loss": 0.5, "seconds": 3.0, "config": {"train": {"seed": 0}}, "optimizer_groups": [{"lr": 1}]}
+    save_checkpoint(folder, 1, {"w": {"w": torch.zeros(2)}}, state, keep=1)
+
+    def read() -> None:
+        newest_intact(folder)
+        differences(load_checkpoint(folder, 1).state.get("config"), state["config"])
+
+    return changing(folder, read, "step-1/*.json")
 
 
-TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Callable[[], object]]]] = {
-    "IDX files": _idx,
-    "folders of pictures": _pictures,
-    "CSV of pixels": partial(_one_file, name="x.csv", content=_csv),
-    "NumPy arrays": partial(_one_file, name="x.npz", content=_npz),
-    "zip archives": partial(_one_file, name="x.zip", content=_archive),
-    "parquet tables": partial(_one_file, name="x.parquet", content=_parquet),
-    "tables of labels": _label_table,
-    "saved data sets": _saved_data_set,
-    "metrics.jsonl": partial(_run, name="metrics.jsonl", read="run"),
+TARGETS: dict[str, Callable[[Path], Make]] = {
+    "IDX files": partial(_images, write=partial(_idx, zipped=False)),
+    "IDX files, compressed": partial(_images, write=partial(_idx, zipped=True)),
+    "folders of pictures": partial(_images, write=_pictures),
+    "CSV of pixels": partial(_images, write=_csv, source="x.csv"),
+    "NumPy arrays": partial(_images, write=_npz, source="x.npz"),
+    "zip archives": partial(_images, write=_archive, source="x.zip"),
+    "parquet tables": partial(
+        _images, write=lambda folder: _table().to_parquet(folder / "x.parquet"), source="x.parquet"
+    ),
+    "tables of labels": partial(_images, write=_label_table, name="labels.csv"),
+    "saved data sets": partial(_images, write=lambda folder: _table().save_to_disk(folder)),
+    "metrics.jsonl": partial(_run, name="metrics.jsonl", read="show"),
     "summary.json": partial(_run, name="summary.json", read="push"),
-    "config.yaml of a run": partial(_run, name="config.yaml", read="run"),
+    "config.yaml of a run": partial(_run, name="config.yaml", read="show"),
     "model cards": partial(_run, name="pipeline/README.md", read="card"),
     "model cards to push": partial(_run, name="pipeline/README.md", read="push"),
     "checkpoints": _checkpoint,
@@ -362,29 +246,22 @@ def fuzz(target: str, count: int, *, first: int = 0, seed: int = 0) -> Findings:
                 end, wrong, seconds = _end(read)
             found.ends[end] += 1
             found.slowest = max(found.slowest, seconds)
-            if wrong:
-                found.wrong.append(f"{target} {number}: {wrong}")
-            if seconds > LARGEST_WAIT:
-                found.wrong.append(f"{target} {number}: took {seconds:.1f} s")
+            problems = [wrong] if wrong else [f"took {seconds:.1f} s"] if seconds > LARGEST_WAIT else []
+            found.wrong += [f"{target} {number}: {problem}" for problem in problems]
     found.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return found
 
 
 def _end(read: Callable[[], object]) -> tuple[str, str, float]:
     """How reading ended, what was wrong with that, if anything, and after how many seconds."""
-    before, wrong = time.perf_counter(), ""
+    before, end, wrong = time.perf_counter(), "read", ""
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             read()
-        end = "read"
-    except UserError as error:
-        end = type(error).__name__
-    except SystemExit as error:
-        end = f"exit {error.code}"
-        wrong = end if error.code != 2 else ""
     except BaseException as error:
         end = type(error).__name__
-        wrong = "".join(traceback.format_exception(error))[-1500:]
+        if not isinstance(error, UserError) and getattr(error, "code", None) != 2:  # that of a wrong command line
+            wrong = "".join(traceback.format_exception(error))[-1500:]
     return end, wrong, time.perf_counter() - before
 
 

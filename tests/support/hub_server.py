@@ -28,10 +28,8 @@ class Repository:
 
     owner: str
     private: bool = False
-    gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
-    history: list[str] = field(default_factory=list)
 
     def commit(self, ref: str, files: dict[str, bytes]) -> str:
         """Make `files` what `ref` is at; the commit."""
@@ -39,7 +37,6 @@ class Repository:
         sha = hashlib.sha1(json.dumps([content, len(self.commits)]).encode()).hexdigest()
         self.commits[sha] = dict(files)
         self.refs[ref] = sha
-        self.history.append(sha)
         return sha
 
     def files(self, ref: str = "main") -> dict[str, bytes]:
@@ -206,8 +203,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, {"error": "Invalid credentials in Authorization header"})
         elif found is None or (found.private and self.user != found.owner):
             self._answer(404 if self.user else 401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        elif found.gated and self.user != found.owner:
-            self._answer(403 if self.user else 401, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
         elif write and self.user is None:
             self._answer(401, {"error": "Unauthorized"})
         elif write and self.user != found.owner and "create_pr" not in self.query:
@@ -242,11 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.hub.url}/{name}", "name": name}
         if name in self.hub.repositories:
             return self._answer(409, {**url, "error": "You already created this model repo"})
-        self.hub.add(
-            name,
-            {".gitattributes": b"*.safetensors filter=lfs\n"},
-            private=asked.get("visibility") == "private" or bool(asked.get("private")),
-        )
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
         return self._answer(200, url)
 
     def info(self, name: str, revision: str = "main") -> None:
@@ -254,25 +246,16 @@ class _Handler(BaseHTTPRequestHandler):
         sha = found and self._commit_of(found, revision)
         if found and sha:
             siblings = [{"rfilename": path, "size": len(data)} for path, data in found.files(sha).items()]
-            about = {
-                "id": name,
-                "modelId": name,
-                "sha": sha,
-                "private": found.private,
-                "siblings": siblings,
-                "tags": [],
-            }
-            self._answer(200, about)
+            about = {"id": name, "modelId": name, "sha": sha, "private": found.private, "tags": []}
+            self._answer(200, {**about, "siblings": siblings})
 
     def tree(self, name: str, revision: str) -> None:
         found = self._repository(name)
         sha = found and self._commit_of(found, revision)
         if found and sha:
-            entries = [
-                {"type": "file", "path": path, "size": len(data), "oid": _oid(path, data)}
-                for path, data in found.files(sha).items()
-            ]
-            self._answer(200, entries)
+            files = found.files(sha).items()
+            about = [{"path": path, "size": len(data), "oid": _oid(path, data)} for path, data in files]
+            self._answer(200, [{"type": "file", **each} for each in about])
 
     def branch(self, name: str, branch: str) -> None:
         found = self._repository(name, write=True)
@@ -286,28 +269,18 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, name: str, revision: str) -> None:
         found = self._repository(name, write=True)
         if found and self._commit_of(found, revision):
-            files = found.files(revision)
-            answers = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
-                    "shouldIgnore": False,
-                    "oid": _oid(file["path"], files[file["path"]]) if file["path"] in files else None,
-                }
-                for file in json.loads(self.body)["files"]
-            ]
+            there, answers = found.files(revision), []
+            for path in (file["path"] for file in json.loads(self.body)["files"]):
+                mode, oid = "lfs" if path.endswith(LFS_SUFFIXES) else "regular", _oid(path, there.get(path))
+                answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
             self._answer(200, {"files": answers})
 
     def lfs_batch(self, name: str) -> None:
         if self._repository(name):
-            asked = json.loads(self.body)["objects"]
-            upload = {"upload": {"href": f"{self.hub.url}/lfs/"}}
-            objects = [
-                {**each, "actions": {"upload": {"href": upload["upload"]["href"] + each["oid"]}}}
-                if each["oid"] not in self.hub.objects
-                else each
-                for each in asked
-            ]
+            objects = json.loads(self.body)["objects"]
+            for each in objects:
+                if each["oid"] not in self.hub.objects:
+                    each["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"}}
             self._answer(200, {"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, oid: str) -> None:
@@ -321,27 +294,21 @@ class _Handler(BaseHTTPRequestHandler):
         if not found or not self._commit_of(found, revision):
             return None
         header, *changes = [json.loads(line) for line in self.body.splitlines()]
-        parent = header["value"].get("parentCommit")
-        if parent is not None and parent != found.refs[revision]:
+        if header["value"].get("parentCommit", found.refs[revision]) != found.refs[revision]:
             return self._answer(412, {"error": "A commit has happened since"})
         files = dict(found.files(revision))
-        for change in changes:
-            value = change["value"]
-            if change["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif change["key"] == "lfsFile":
-                if value["oid"] not in self.hub.objects:
-                    return self._answer(400, {"error": "LFS object is missing"})
-                files[value["path"]] = self.hub.objects[value["oid"]]
-            elif change["key"] == "deletedFile":
+        for kind, value in ((change["key"], change["value"]) for change in changes):
+            if kind == "deletedFile":
                 del files[value["path"]]
-        number = sum(ref.startswith("refs/pr/") for ref in found.refs) + 1
-        proposed = "create_pr" in self.query
-        sha = found.commit(f"refs/pr/{number}" if proposed else revision, files)
-        url = f"{self.hub.url}/{name}"
-        answer = {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}"}
+            else:  # an object that is missing is an error of the client's
+                given = kind == "file"
+                files[value["path"]] = base64.b64decode(value["content"]) if given else self.hub.objects[value["oid"]]
+        number, proposed = sum(ref.startswith("refs/pr/") for ref in found.refs) + 1, "create_pr" in self.query
+        sha, url = found.commit(f"refs/pr/{number}" if proposed else revision, files), f"{self.hub.url}/{name}"
         pull_request = {"pullRequestUrl": f"{url}/discussions/{number}"} if proposed else {}
-        return self._answer(200, {**answer, **pull_request})
+        return self._answer(
+            200, {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", **pull_request}
+        )
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         found = self._repository(name)
@@ -354,7 +321,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, content, {"X-Repo-Commit": sha, "ETag": f'"{_oid(path, content)}"'})
 
 
-def _oid(name: str, content: bytes) -> str:
+def _oid(name: str, content: bytes | None) -> str | None:
+    if content is None:
+        return None
     if name.endswith(LFS_SUFFIXES):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -9,13 +9,15 @@ hundreds of kills minutes. It has run no torch operation before, whose threads w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,9 +25,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mnist_diffusion.training.checkpoint import load_checkpoint, newest_valid
 from mnist_diffusion.training.run_folder import read_metrics
+from tests.support.browser import free_port
 
 FLAGS = [
     *("--data.source", "digits", "--data.batch_size", "8", "--model.block_out_channels", "[8, 8]"),
@@ -35,12 +39,8 @@ FLAGS = [
     *("--train.pictures", "false"),
 ]
 FILE_OPERATIONS = (
-    ("mnist_diffusion.training.checkpoint", "save_file"),
-    ("mnist_diffusion.training.checkpoint", "flush"),
-    ("mnist_diffusion.training.checkpoint.shutil", "rmtree"),
-    ("pathlib.Path", "replace"),
-    ("pathlib.Path", "mkdir"),
-    ("pathlib.Path", "rename"),
+    *("mnist_diffusion.training.checkpoint.save_file", "mnist_diffusion.training.checkpoint.flush", "shutil.rmtree"),
+    *("pathlib.Path.replace", "pathlib.Path.mkdir", "pathlib.Path.rename"),
 )
 
 
@@ -71,7 +71,7 @@ class Nursery:
         work: Callable[..., Any] | None = None,
     ) -> list[Any]:
         """Start a run of so many processes; `death` strikes the main one."""
-        port = _free_port()
+        port = free_port()
         processes = []
         for rank in range(ranks):
             target = self.context.Process(
@@ -101,12 +101,6 @@ def join(processes: list[Any], *, seconds: float = 120) -> list[int]:
             process.kill()
         raise TimeoutError(f"{len(hanging)} of {len(processes)} processes still ran after {seconds} s")
     return [process.exitcode for process in processes]
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -139,15 +133,13 @@ def _child(
 
 def _plan_death(death: Death) -> None:
     """Make this process kill itself before or after a file operation of a save."""
-    from mnist_diffusion.training import trainer as module
-
-    training: Any = module
-    saves, operations, saving = -1, 0, False
-    save_checkpoint = training.save_checkpoint
+    saves, operations, saving = itertools.count(), itertools.count(), False
+    save = "mnist_diffusion.training.trainer.save_checkpoint"
+    save_checkpoint = pkgutil.resolve_name(save)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal saves, operations, saving
-        saves, operations, saving = saves + 1, 0, True
+        nonlocal operations, saving
+        operations, saving = itertools.count(), next(saves) == death.save
         try:
             return save_checkpoint(*args, **kwargs)
         finally:
@@ -155,9 +147,7 @@ def _plan_death(death: Death) -> None:
 
     def watched(operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal operations
-            here = saving and saves == death.save and operations == death.operation
-            operations += saving
+            here = saving and next(operations) == death.operation
             if here and not death.after:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = operation(*args, **kwargs)
@@ -167,21 +157,9 @@ def _plan_death(death: Death) -> None:
 
         return call
 
-    training.save_checkpoint = counted
-    for place, name in FILE_OPERATIONS:
-        owner = _resolve(place)
-        setattr(owner, name, watched(getattr(owner, name)))
-
-
-def _resolve(place: str) -> Any:
-    """A module or a class by its dotted name."""
-    import importlib
-
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError:
-        module, _, name = place.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+    mock.patch(save, counted).start()
+    for name in FILE_OPERATIONS:
+        mock.patch(name, watched(pkgutil.resolve_name(name))).start()
 
 
 def final_state(folder: Path) -> dict[str, Any]:
@@ -259,43 +237,23 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def operations_of_a_save() -> int:
-    """How many file operations a save has: counted in one."""
+def every_operation() -> list[Death]:
+    """Death before and after each file operation of a launch's second save, which are counted in one."""
     import torch
 
     from mnist_diffusion.training.checkpoint import save_checkpoint
 
-    count = 0
-    before = []
-
-    def counting(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            return operation(*args, **kwargs)
-
-        return call
-
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "checkpoints"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
+        root = Path(folder, "checkpoints")
         tensors = {name: {"a": torch.zeros(2)} for name in ("unet", "ema", "optimizer")}
         for step in range(2):
             save_checkpoint(root, step, tensors, {}, keep=2)
-        for place, name in FILE_OPERATIONS:
-            owner = _resolve(place)
-            before.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, counting(getattr(owner, name)))
-        try:
-            save_checkpoint(root, 2, tensors, {}, keep=2)
-        finally:
-            for owner, name, operation in before:
-                setattr(owner, name, operation)
-    return count
-
-
-def every_operation() -> list[Death]:
-    """Death before and after each file operation of a launch's second save."""
-    return [Death(1, operation, after) for operation in range(operations_of_a_save()) for after in (False, True)]
+        originals = {name: pkgutil.resolve_name(name) for name in FILE_OPERATIONS}
+        counting = [mock.patch(name, autospec=True, side_effect=each) for name, each in originals.items()]
+        mocks = [patches.enter_context(each) for each in counting]
+        save_checkpoint(root, 2, tensors, {}, keep=2)
+        operations = sum(each.call_count for each in mocks)
+    return [Death(1, operation, after) for operation in range(operations) for after in (False, True)]
 
 
 def elastic_runs(nursery: Nursery, root: Path, *, dtype: str) -> tuple[Path, Path]:

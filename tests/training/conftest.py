@@ -46,7 +46,7 @@ def make_state(config: Config, tmp_path: Path) -> TrainState:
     return TrainState(config, build_accelerator(config, tmp_path), data, unet, objective)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     return run(tiny_config(sample_every="3 steps", snapshot_every="2 steps"), folder, max_steps=5)

@@ -14,17 +14,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def test_a_compiled_run_is_resumed_to_the_bit_and_draws(tmp_path: Path) -> None:
-    flags = [
-        "--config",
-        "tiny",
-        "--data.source",
-        "digits",
-        "--train.mixed_precision",
-        "bf16",
-        "--train.compile",
-        "true",
-    ]
+    flags = ["--config", "tiny", "--data.source", "digits", "--train.mixed_precision", "bf16"]
     flags += ["--train.channels_last", "true", "--train.pictures", "false", "--train.lr_schedule", "constant"]
+    flags += ["--train.compile", "true"]
 
     def run(name: str, steps: int, *more: str) -> Path:
         folder = tmp_path / name

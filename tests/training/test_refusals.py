@@ -14,31 +14,96 @@ import torch
 from joblib import cpu_count
 
 from mnist_diffusion.cli import main
-from mnist_diffusion.config import DataConfig, SamplingSettings
+from mnist_diffusion.config import DataConfig
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.pipelines import drawing
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.step import TrainState
-from tests.conftest import tiny_config
+from tests.conftest import changed, tiny_config
 from tests.training.conftest import run
+
+LCM = {"scheduler": "lcm", "num_inference_steps": 60}
+REFUSED: list[tuple[dict[str, str], dict[str, Any], str]] = [
+    ({}, {"train": {"gradient_accumulation_steps": 3}}, r"data.batch_size=8 must be divisible by 1 processes x .*=3"),
+    ({}, {"train": {"mixed_precision": "fp16"}}, r"train.mixed_precision='fp16' needs a GPU"),
+    ({}, {"data": {"source": "/no/such/folder"}}, r"data.source='/no/such/folder' was not found"),
+    ({}, {"data": {"image_size": 9}}, r"data.image_size=9 cannot be cut into patches of .*=2 and halved 1 times"),
+    ({}, {"sampling": LCM}, "sampling as configured cannot work"),
+    ({"LOCAL_WORLD_SIZE": "2"}, {}, "2 independent runs writing over each other"),  # as for GPUs that are not there
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "STEPS='4' in the environment is not supported"),
+    ({"ACCELERATE_USE_CPU": ""}, {}, "USE_CPU='' in the environment is not supported"),
+    ({"ACCELERATE_USE_FSDP": "true"}, {}, "ACCELERATE_USE_FSDP='true' in the environment is not supported"),
+    ({"ACCELERATE_USE_DEEPSPEED": "1"}, {}, "ACCELERATE_USE_DEEPSPEED='1' in the environment is not supported"),
+    ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, {}, "ACCELERATE_DYNAMO_BACKEND='inductor' in the environment"),
+    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "ACCELERATE_MIXED_PRECISION='fp8' in the environment must be no, fp16"),
+    (
+        {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        {"train": {"mixed_precision": "no"}},
+        r"train.mixed_precision='no', but the launcher asks for 'bf16'",
+    ),
+    ({"RANK": "1"}, {}, "RANK=1 in the environment must be less than WORLD_SIZE=1"),
+    ({"RANK": "first"}, {}, "RANK='first' in the environment must be a whole number"),
+    ({"WORLD_SIZE": "0"}, {}, "WORLD_SIZE='0' in the environment must be a whole number, at least 1"),
+]
+
+
+@pytest.mark.parametrize(("environment", "changes", "message"), REFUSED)
+def test_what_cannot_work_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], changes: Any, message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        run(changed(tiny_config(), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("train", "data", "message"),
+    ("folder", "message"),
     [
-        ({"gradient_accumulation_steps": 3}, {}, r"data.batch_size=8 must be divisible by 1 processes x .*=3"),
-        ({"mixed_precision": "fp16"}, {}, r"train.mixed_precision='fp16' needs a GPU"),
-        ({}, {"source": "/no/such/folder"}, r"data.source='/no/such/folder' was not found"),
-        ({}, {"image_size": 9}, r"data.image_size=9 cannot be cut into patches of .*=2 and halved 1 times"),
+        ("a\nb", "has control characters"),
+        ("file", "is a file"),
+        ("/proc/nowhere/run", "output_dir='/proc/nowhere/run' cannot be written to"),
     ],
 )
-def test_bad_runs_leave_nothing_behind(tmp_path: Path, train: Any, data: Any, message: str) -> None:
-    config = tiny_config(**train)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+def test_folders_that_cannot_be(tmp_path: Path, folder: str, message: str) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=message):
-        run(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        run(tiny_config(), tmp_path / folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_an_environment_of_no_launcher_is_said_by_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert main([verb, "nowhere", "--out", str(tmp_path / "out")]) == 2
+    assert "LOCAL_RANK=2 in the environment must be less than WORLD_SIZE=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"OMP_NUM_THREADS": "4,1"}, None),
+        ({"OMP_NUM_THREADS": "auto"}, 1),
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}, 2),
+    ],
+    ids=str,
+)
+def test_threads(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int | None) -> None:
+    """As OpenMP has followed it already; all cores, shared, where a launcher has set one thread by itself."""
+    before = torch.get_num_threads()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    torch.set_num_threads(7)
+    set_num_threads()
+    found = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == (7 if expected is None else max(1, cpu_count(only_physical_cores=True) // expected))
 
 
 class TestFileSystems:
@@ -70,74 +135,9 @@ class TestFileSystems:
         assert list((tmp_path / "empty").iterdir()) == []
 
 
-def test_processes_that_know_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as a launcher for two GPUs sets it, where there are none
-    with pytest.raises(UserError, match="2 independent runs writing over each other"):
-        run(tiny_config(), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        *(("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", value, f"STEPS='{value}' in the env") for value in ("4", "0", "")),
-        ("ACCELERATE_USE_FSDP", "true", "ACCELERATE_USE_FSDP='true' in the environment is not supported"),
-        ("ACCELERATE_USE_DEEPSPEED", "1", "ACCELERATE_USE_DEEPSPEED='1' in the environment is not supported"),
-        *(("ACCELERATE_USE_CPU", value, f"USE_CPU='{value}' in the environment is not") for value in ("2", "")),
-        ("ACCELERATE_DYNAMO_BACKEND", "inductor", "ACCELERATE_DYNAMO_BACKEND='inductor' in the environment"),
-        ("ACCELERATE_MIXED_PRECISION", "BF16", "ACCELERATE_MIXED_PRECISION='BF16' in the environment must be no, fp16"),
-        ("ACCELERATE_MIXED_PRECISION", "fp8", "'fp8'"),
-        ("ACCELERATE_MIXED_PRECISION", "", "''"),
-        ("RANK", "1", "RANK=1 in the environment must be less than WORLD_SIZE=1"),
-        ("LOCAL_RANK", "2", "LOCAL_RANK=2 in the environment must be less than WORLD_SIZE=1"),
-        ("RANK", "first", "RANK='first' in the environment must be a whole number"),
-        ("WORLD_SIZE", "0", "WORLD_SIZE='0' in the environment must be a whole number, at least 1"),
-    ],
-)
-def test_an_environment_that_asks_for_something_else(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    value: str,
-    message: str,
-) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
-        run(tiny_config(), tmp_path / "run")
-    if name.endswith("RANK"):  # nothing is written, and it says so
-        for verb in ("sample", "evaluate"):
-            assert main([verb, "nowhere", "--out", str(tmp_path / "out")]) == 2
-            assert message in capsys.readouterr().err
-
-
-def test_threads_that_openmp_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first number of a list, which OpenMP has followed already; what is no whole number is passed over."""
-
-    def threads(value: str) -> int:
-        monkeypatch.setenv("OMP_NUM_THREADS", value)
-        torch.set_num_threads(7)
-        set_num_threads()
-        return torch.get_num_threads()
-
-    before = torch.get_num_threads()
-    kept, *others = (threads(value) for value in ("4,1", "", "auto", "1.0"))
-    torch.set_num_threads(before)
-    assert kept == 7
-    assert others == [cpu_count(only_physical_cores=True)] * 3
-
-
-def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()
-    with pytest.raises(UserError, match="is a file"):
-        run(tiny_config(), tmp_path / "run")
-
-
-def test_launchers_precision_against_the_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UserError, match=r"train.mixed_precision='no', but the launcher asks for 'bf16'"):
-        run(tiny_config(mixed_precision="no"), tmp_path / "run")
-    folder = run(tiny_config(), tmp_path / "run")
+    folder = run(tiny_config(max_steps=1), tmp_path / "run")
     assert json.loads((folder / "summary.json").read_text())["mixed_precision"] == "bf16"
 
 
@@ -145,9 +145,7 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a page makes it that forgets the patches of its network."""
-    from mnist_diffusion.pipelines import drawing as pipeline
-
-    build = pipeline.build_pipeline
+    build = drawing.build_pipeline
 
     def forgetful(*parts: Any, patch_size: int = 1, **named: Any) -> MNISTDiffusionPipeline:
         return build(*parts, **named)
@@ -156,27 +154,6 @@ def test_a_pipeline_that_does_not_fit_is_refused_before_the_first_step(
     with pytest.raises(UserError, match=r"images \(C, H, W\): \(4, 14, 14\) for the pipeline, but \(1, 28, 28\)"):
         run(tiny_config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "folder", "message"),
-    [
-        (
-            {"sampling": SamplingSettings(scheduler="lcm", num_inference_steps=60)},
-            "run",
-            "sampling as configured cannot work",
-        ),
-        ({}, "a\nb", "has control characters"),
-    ],
-    ids=["more LCM steps than it takes", "newline"],
-)
-def test_what_would_fail_at_the_end_fails_before_the_first_step(
-    changes: dict[str, Any], folder: str, message: str, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(tiny_config(), **changes)
-    with pytest.raises(UserError, match=message):
-        run(config, tmp_path / folder)
-    assert not list(tmp_path.glob("*run*"))
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
