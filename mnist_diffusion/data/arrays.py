@@ -10,12 +10,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.data.columns import INDEX_COLUMN, LABEL_COLUMNS, find_column
-from mnist_diffusion.data.decoding import DataError, pixel_factor, wrap_errors
+from mnist_diffusion.data.columns import INDEX_COLUMN, LABEL_COLUMNS, find_column, usual
+from mnist_diffusion.data.decoding import DataError, to_images, wrap_errors
 from mnist_diffusion.data.layout import kind_in, listed
 from mnist_diffusion.data.raw import RawSplit, plain_label
 
@@ -33,8 +31,6 @@ def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
     Raises:
         DataError: a file holds something else, or it cannot be told what belongs together.
     """
-    if (size := sum(map(len, contents.values()))) > MAX_ARRAY_BYTES:
-        raise DataError(f"{where} holds {size} bytes of arrays, more than the limit of {MAX_ARRAY_BYTES}")
     found: dict[str, list[tuple[str, np.ndarray]]] = {}
     for file, content in contents.items():
         for key, array in _arrays(file, content, f"{where}/{file}"):
@@ -44,20 +40,19 @@ def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
         images = [array for name, array in arrays if _are_images(name, array)]
         labels = [array for name, array in arrays if array.ndim > 0 and not _are_images(name, array)]
         if len(images) == 1 and not labels:
-            splits[split] = RawSplit(image_tensor(images[0], where), [None] * len(images[0]))
+            splits[split] = RawSplit(to_images(images[0], where), [None] * len(images[0]))
             continue
         if len(images) != 1 or len(labels) != 1 or len(images[0]) != len(labels[0]):
             shapes = listed(f"{name} {array.shape}" for name, array in arrays)
             raise DataError(
                 f"{where}: the split {split!r} needs one array of images and one of as many labels, got {shapes}"
             )
-        pixels = image_tensor(images[0], where)
         several = labels[0].ndim == 2 and labels[0].shape[1] > 1
         if several and (labels[0].dtype.kind not in "buif" or ((labels[0] != 0).sum(axis=1) != 1).any()):
             raise DataError(f"{where}: labels of the shape {labels[0].shape} are not one class per image")
         rows = labels[0].argmax(axis=1) if several else labels[0]
-        named = [plain_label(cell, f"{where}: labels") for cell in rows.reshape(len(rows), -1)[:, 0]]
-        splits[split] = RawSplit(pixels, named)
+        named = [plain_label(cell, f"{where}: labels") for cell in rows.reshape(len(rows), -1)[:, 0].tolist()]
+        splits[split] = RawSplit(to_images(images[0], where), named)
     return splits
 
 
@@ -79,38 +74,14 @@ def _are_images(name: str, array: np.ndarray) -> bool:
     return array.ndim > 2 or (array.ndim == 2 and array.shape[1] >= MIN_PIXELS)
 
 
-def image_tensor(values: np.ndarray, where: str) -> Tensor:
-    """Pixel values `[N, H, W]`, `[N, H, W, C]`, `[N, C, H, W]` or `[N, P]` of square images as uint8 `[N, C, H, W]`.
-
-    Raises:
-        DataError: their shape is another, or they are not whole numbers from 0 to 255, or numbers from 0 to 1.
-    """
-    if values.ndim == 2 and (side := math.isqrt(values.shape[1])) ** 2 == values.shape[1]:
-        values = values.reshape(-1, side, side)
-    if values.ndim == 3:
-        values = values[..., None]
-    if values.ndim == 4 and values.shape[-1] not in (1, 3):
-        values = values.transpose(0, 2, 3, 1)
-    if values.ndim != 4 or values.shape[-1] not in (1, 3) or values.dtype.kind not in "buif" or values.size == 0:
-        raise DataError(f"{where}: no images of 1 or 3 channels, the shape is {values.shape}, the type {values.dtype}")
-    least, largest = float(values.min()), float(values.max())
-    if not (least >= 0 and largest <= 255):  # NaN passes no comparison
-        raise DataError(f"{where}: pixel values must go from 0 to 255, or from 0 to 1, got {least:g} to {largest:g}")
-    if (factor := pixel_factor(largest, where)) != 1:
-        values = (values * float(factor)).round()
-    elif values.dtype.kind == "f" and (values != np.floor(values)).any():
-        raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")
-    return torch.from_numpy(np.ascontiguousarray(values.astype(np.uint8).transpose(0, 3, 1, 2)))
-
-
 def pixel_split(table: Any, config: ImagesConfig, where: str) -> RawSplit | None:
     """The images and labels of a table with a label and a column for each pixel; None if it is none."""
     import pyarrow
 
     table = table.drop_columns([name for name in table.column_names if INDEX_COLUMN.fullmatch(name)])
-    label = find_column(table, LABEL_COLUMNS, config.label_column, where)
-    if label is None and table.column_names[:1] == ["f0"]:  # no header
-        label = "f0"
+    names = table.column_names
+    headless = ["f0"] if names[:1] == ["f0"] else []
+    label = find_column("label_column", config.label_column, names, where, usual(names, LABEL_COLUMNS), headless)
     if label is None:
         return None
     pixels = table.drop_columns([label])
@@ -119,4 +90,4 @@ def pixel_split(table: Any, config: ImagesConfig, where: str) -> RawSplit | None
         return None
     values = np.stack([column.to_numpy() for column in pixels.columns], axis=1)
     labels = [plain_label(cell, f"{where}: data.label_column={label!r}") for cell in table[label].to_pylist()]
-    return RawSplit(image_tensor(values, where), labels)
+    return RawSplit(to_images(values, where), labels)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mnist_diffusion.data.decoding import DataError, wrap_errors
+from mnist_diffusion.data.layout import listed
 
 FILE_COLUMNS = (
     *("file_name", "filename", "file", "filepath", "image_path", "path"),
@@ -17,6 +18,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category",
 """What such columns are usually called, the likeliest first."""
 INDEX_COLUMN = re.compile(r"(__index_level_\d+__|Unnamed: \d+)?")
 """The columns in which pandas writes its index."""
+NUMBERS = re.compile(r'[-+.,;"\deE\s]+')
 BLOCK_BYTES = 2**26
 
 
@@ -38,10 +40,9 @@ def text_table(content: bytes, where: str, *, as_words: bool = False) -> Any:
         if where.lower().endswith(".jsonl"):
             return json.read_json(io.BytesIO(content), json.ReadOptions(block_size=BLOCK_BYTES))
         first = content.split(b"\n", 1)[0].decode("utf-8-sig")
-        delimiter = max(",;\t", key=first.count)
-        headless = all(_is_number(cell) for cell in first.split(delimiter))
+        parsing = csv.ParseOptions(delimiter=max(",;\t", key=first.count))
+        headless = NUMBERS.fullmatch(first) is not None
         reading = csv.ReadOptions(block_size=BLOCK_BYTES, autogenerate_column_names=headless)
-        parsing = csv.ParseOptions(delimiter=delimiter)
         table = csv.read_csv(io.BytesIO(content), reading, parsing)
         if as_words:
             kinds = csv.ConvertOptions(column_types=dict.fromkeys(table.column_names, pyarrow.string()))
@@ -49,27 +50,20 @@ def text_table(content: bytes, where: str, *, as_words: bool = False) -> Any:
         return table
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell.strip().strip('"'))
-    except ValueError:
-        return False
-    return True
-
-
-def find_column(table: Any, usual: Sequence[str], asked: str | None, where: str, *, only: bool = False) -> str | None:
-    """The column that is asked for, or one that is called as usual, or with `only` the only one; None if there is none.
+def find_column(option: str, asked: str | None, names: Sequence[str], where: str, *found: Sequence[str]) -> str | None:
+    """The column that is asked for, or else the first of those found that has no rival; None if there is none.
 
     Raises:
-        DataError: there is no column of the name asked for.
+        DataError: there is no column of the name asked for, or two have the same name.
     """
-    names = list(table.column_names)
     if len(set(names)) < len(names):
-        raise DataError(f"{where} has several columns of one name: {names[:20]}")
-    if asked is not None:
-        if asked not in names:
-            raise DataError(f"{where} has no column {asked!r}; it has {names[:20]}")
-        return asked
+        raise DataError(f"{where} has several columns of one name: {listed(names)}")
+    if asked is not None and asked not in names:
+        raise DataError(f"data.{option}={asked!r} is not a column of {where}, which has {listed(sorted(names))}")
+    return asked or next((each[0] for each in found if len(each) == 1), None)
+
+
+def usual(names: Sequence[str], expected: Sequence[str]) -> list[str]:
+    """The likeliest of the columns that are called as expected, in any case."""
     lower = {name.lower(): name for name in reversed(names)}
-    found = next((lower[name] for name in usual if name in lower), None)
-    return names[0] if found is None and only and len(names) == 1 else found
+    return [lower[name] for name in expected if name in lower][:1]

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,10 +21,8 @@ from mnist_diffusion.data.raw import RawSource, RawSplit
 from mnist_diffusion.data.sanity_checks import cropped_fraction, dataset_warnings
 from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_channels
-from mnist_diffusion.option_types import Fit, Ground
+from mnist_diffusion.option_types import Ground
 from mnist_diffusion.seeds import Balance, indices_of_step
-
-__all__ = ["DataError", "ImageData", "ImageSplit", "LazyImages", "draw_batch", "load_images"]
 
 MEMORY_LIMIT_BYTES = 2 * 10**9
 MAX_REPRESENTATIVE_IMAGES = 100_000
@@ -175,9 +173,11 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
 
     shape = _common_shape(source, config)
-    preprocess = partial(_resize_and_convert, source=source, shape=shape, fit=config.fit)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
     in_memory = total <= MEMORY_LIMIT_BYTES
+
+    def preprocess(images: Tensor) -> Tensor:
+        return fit_to_size(to_channels(images, shape[0]), shape[1], config.fit, source.background)
 
     def to_split(split: RawSplit) -> ImageSplit:
         labels = torch.tensor([position[label] for label in split.labels], dtype=torch.int64)
@@ -194,7 +194,8 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     notes = [*source.notes, *dataset_warnings(*train.spread(NUM_CHECKED_IMAGES), names)]
     if config.fit == "resize" and (cut := cropped_fraction(source.train)):
         notes.append(f"data.fit=resize crops content from {cut:.0%} of the images; data.fit=contain keeps it")
-    plain = (source.identifier, source.description, source.notice, tuple(notes), source.hub_id, source.background)
+    source_id = config.source or source.hub_id or "digits"
+    plain = (source_id, source.description, source.notice, tuple(notes), source.hub_id, source.background)
     return ImageData(train, test, names, *plain)
 
 
@@ -244,14 +245,6 @@ def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, in
     if height != width:
         raise DataError(f"{source.description}: images of {width} x {height} are not square; {ADVICE}")
     return channels, height, width
-
-
-def _resize_and_convert(images: Tensor, *, source: RawSource, shape: tuple[int, int, int], fit: Fit) -> Tensor:
-    """Bring uint8 `[..., C, H, W]` to channels and size."""
-    try:
-        return fit_to_size(to_channels(images, shape[0]), shape[1], fit, source.background)
-    except ValueError as error:
-        raise DataError(f"{source.description}: {error}") from error
 
 
 def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: str) -> tuple[ImageSplit, ImageSplit]:

@@ -59,9 +59,11 @@ class EncodedImages:
     def __len__(self) -> int:
         return self.count
 
+    def __getitem__(self, index: int) -> Tensor:
+        return self.decode([index])[0]
+
     def __iter__(self) -> Iterator[Tensor]:
-        for index in range(self.count):
-            yield self.decode([index])[0]
+        return map(self.__getitem__, range(self.count))
 
     def decode(self, indices: Sequence[int], *, grey: bool = False) -> list[Tensor]:
         """Images as uint8 `[C, H, W]`: grey if a picture is grey or `grey` asks for it, else RGB.
@@ -93,13 +95,9 @@ class EncodedImages:
                 yield picture_shape(encoded, self.where(index))
 
 
-def picture_files(paths: Sequence[Path], background: Ground = "black") -> EncodedImages:
-    """Picture files."""
-
-    def read(indices: Sequence[int]) -> list[Encoded]:
-        return [read_file(paths[index]) for index in indices]
-
-    return EncodedImages(len(paths), read, lambda index: str(paths[index]), background)
+def encoded_files(names: Sequence[str], read: Callable[[str], bytes], where: str) -> EncodedImages:
+    """Picture files, by their names in a folder or an archive."""
+    return EncodedImages(len(names), lambda chosen: [read(names[i]) for i in chosen], lambda i: f"{where}/{names[i]}")
 
 
 def read_file(path: Path) -> bytes:
@@ -121,8 +119,8 @@ def picture_shape(encoded: Encoded, where: str) -> tuple[int, int, int]:
         DataError: it is not a picture, or is too large.
     """
     if isinstance(encoded, np.ndarray):
-        shape = from_array(encoded, where).shape
-        return shape[0], shape[1], shape[2]
+        channels, height, width = to_images(encoded[None], where, factor=1)[0].shape
+        return channels, height, width
     with _opened(encoded, where) as picture, wrap_errors(f"{where}: the picture could not be read"):
         width, height = picture.size
         # If its header has no such tag, Pillow would decode the whole PNG.
@@ -142,7 +140,7 @@ def decode_picture(
         DataError: it could not be decoded, is too large, or uses only the lower ones of 16 bits.
     """
     if isinstance(encoded, np.ndarray):
-        return from_array(encoded, where)
+        return to_images(encoded[None], where, factor=1)[0]
     with _opened(encoded, where, max_pixels) as opened, wrap_errors(f"{where}: the picture could not be decoded"):
         picture = ImageOps.exif_transpose(opened)
         if picture.mode in SIXTEEN_BIT_MODES or picture.mode in UNBOUNDED_MODES:
@@ -154,26 +152,21 @@ def decode_picture(
             picture = Image.fromarray((values >> 8).astype(np.uint8))
         grey = grey or picture.mode in GREY_MODES
         if picture.has_transparency_data:
-            picture = _on_background(picture.convert("RGBA"), background)
-        pixels = np.array(picture.convert("L" if grey else "RGB"))
-    return from_array(pixels, where)
-
-
-def _on_background(layer: Image.Image, background: Ground) -> Image.Image:
-    """A picture with transparent pixels on black or white."""
-    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
+            layer = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
+        pixels = torch.from_numpy(np.array(picture.convert("L" if grey else "RGB")))
+    return pixels[None] if grey else pixels.permute(2, 0, 1)
 
 
 def opaque_pixels(encoded: Encoded, where: str) -> Tensor | None:
     """The pixels of a picture that hide what is behind it, uint8 `[N, 3]`; None if all do, or it could not be read."""
-    with contextlib.suppress(DataError):
-        if isinstance(encoded, np.ndarray):
-            return None
-        with _opened(encoded, where) as picture, wrap_errors(where):
-            if picture.has_transparency_data:
-                pixels = torch.from_numpy(np.array(picture.convert("RGBA")))
-                opaque = pixels[..., 3] >= HALF_OPAQUE
-                return None if opaque.all() else pixels[opaque][:, :3]
+    if isinstance(encoded, np.ndarray):
+        return None
+    with contextlib.suppress(DataError), _opened(encoded, where) as picture, wrap_errors(where):
+        if picture.has_transparency_data:
+            pixels = torch.from_numpy(np.array(picture.convert("RGBA")))
+            opaque = pixels[..., 3] >= HALF_OPAQUE
+            return None if opaque.all() else pixels[opaque][:, :3]
     return None
 
 
@@ -212,39 +205,47 @@ def pixel_factor(largest: float, where: str) -> int:
     return 255 if largest <= 1 else 1
 
 
-def from_array(values: np.ndarray, where: str, *, factor: int = 1) -> Tensor:
-    """Pixel values `[H, W]`, `[H, W, C]`, or `[P]` of a square grey picture, times a factor, as uint8 `[C, H, W]`.
+def to_images(values: np.ndarray, where: str, *, factor: int | None = None) -> Tensor:
+    """Pixel values `[N, H, W]`, `[N, H, W, C]`, `[N, C, H, W]` or `[N, P]` of square images as uint8 `[N, C, H, W]`.
+
+    Args:
+        values: whole numbers from 0 to 255, or numbers that the factor brings there.
+        where: for messages.
+        factor: what they are multiplied with; None takes 255 if none is above 1, else 1.
 
     Raises:
-        DataError: it is not such an array, or a value is not a whole number from 0 to 255 (if the factor is 1).
+        DataError: their shape or their values are others, or an image is too large.
     """
-    if values.ndim == 1 and (side := math.isqrt(len(values))) ** 2 == len(values):
-        values = values.reshape(side, side)
-    numbers = values.dtype.kind in "buif" and values.ndim in (2, 3) and values.size > 0
-    if numbers and factor != 1:
+    if values.ndim == 2 and (side := math.isqrt(values.shape[1])) ** 2 == values.shape[1]:
+        values = values.reshape(len(values), side, side)
+    if values.ndim == 3:
+        values = values[..., None]
+    if values.ndim == 4 and values.shape[-1] not in (1, 3):
+        values = values.transpose(0, 2, 3, 1)
+    if values.ndim != 4 or values.shape[-1] not in (1, 3) or values.dtype.kind not in "buif" or values.size == 0:
+        raise DataError(f"{where}: no images of 1 or 3 channels, the shape is {values.shape}, the type {values.dtype}")
+    if math.prod(values.shape[1:3]) > MAX_PIXELS:
+        size = f"{values.shape[2]} x {values.shape[1]}"
+        raise DataError(f"{where}: a picture of {size} pixels, more than the limit of {MAX_PIXELS}")
+    least, largest = float(values.min()), float(values.max())
+    if not (least >= 0 and largest <= 255):  # NaN passes no comparison
+        raise DataError(f"{where}: pixel values must go from 0 to 255, or from 0 to 1, got {least:g} to {largest:g}")
+    factor = pixel_factor(largest, where) if factor is None else factor
+    if factor != 1:
         values = (values * float(factor)).round()
-    # NaN passes no comparison.
-    if not numbers or not ((values >= 0) & (values <= 255)).all():
-        raise DataError(f"{where}: not an image with values from 0 to 255, its shape is {values.shape}")
-    if values.dtype.kind == "f" and (values != np.floor(values)).any():
+    elif values.dtype.kind == "f" and (values != np.floor(values)).any():
         raise DataError(f"{where}: pixel values must be whole numbers from 0 to 255, got fractions")
-    if values.size > 3 * MAX_PIXELS:
-        raise DataError(f"{where}: a picture of {values.size} values, more than the limit of {3 * MAX_PIXELS}")
-    image = torch.from_numpy(values.astype(np.uint8))
-    image = image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1)
-    if image.shape[0] not in (1, 3):
-        raise DataError(f"{where}: an image has 1 or 3 channels, but its shape is {values.shape} (H, W, C)")
-    return image
+    return torch.from_numpy(np.ascontiguousarray(values.astype(np.uint8).transpose(0, 3, 1, 2)))
 
 
 @contextlib.contextmanager
-def wrap_errors(message: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
-    """Turn an exception of these kinds into a `DataError` of this message and its cause."""
+def wrap_errors(message: str) -> Iterator[None]:
+    """Turn an exception into a `DataError` of this message and its cause."""
     try:
         yield
     except DataError:
         raise
-    except kinds as error:
+    except Exception as error:
         raise DataError(f"{message}: {cause(error)}") from error
 
 

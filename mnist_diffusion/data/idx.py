@@ -6,6 +6,7 @@ as a big-endian uint32, then the values. Format: http://yann.lecun.com/exdb/mnis
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import math
@@ -13,14 +14,16 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from mnist_diffusion.data.decoding import DataError
-from mnist_diffusion.data.layout import JUNK, kind_in
+from mnist_diffusion.config import ImagesConfig
+from mnist_diffusion.data.decoding import DataError, wrap_errors
+from mnist_diffusion.data.layout import JUNK, Layout, kind_in
+from mnist_diffusion.data.raw import RawSource, RawSplit, source_of
 from mnist_diffusion.files import open_file
 
 IMAGES, LABELS = 0x803, 0x801
@@ -31,29 +34,10 @@ NAMED = {"fashionmnist": "FashionMNIST", "kmnist": "KMNIST"}
 """Folders whose class names are those of a class of `torchvision.datasets`."""
 
 
-@dataclass(frozen=True)
-class IdxFolder:
-    """The content of a folder of IDX files.
-
-    Args:
-        title: the folder and the data set in it.
-        splits: images `[N, H, W]` and labels `[N]`, both uint8, of `train`, `test` and `validation`.
-        class_names: the name of each label, if they are known.
-    """
-
-    title: str
-    splits: dict[str, tuple[np.ndarray, np.ndarray]]
-    class_names: dict[int, str] | None
-
-
-def read_idx_folder(folder: Path, subset: str | None) -> IdxFolder | None:
+def read_idx_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
     """Read the IDX files of a folder, or of torchvision's `<name>/raw` below it; None if there are none.
 
     File names contain `image` or `label` and, optionally, a word for the split.
-
-    Args:
-        folder: the folder.
-        subset: which part of EMNIST is wanted, if there are several.
 
     Raises:
         DataError: there are several data sets, the subset is not there or is needed, or a file is broken.
@@ -64,7 +48,7 @@ def read_idx_folder(folder: Path, subset: str | None) -> IdxFolder | None:
             names = ", ".join(str(place.parent) for place in found)
             raise DataError(f"{folder} holds several data sets; name one of {names}")
         for place, files in found.items():
-            return _read_files(place, files, subset)
+            return _read_files(place, files, config)
     return None
 
 
@@ -80,47 +64,47 @@ def _idx_files(folder: Path) -> list[Path]:
     return sorted(found.values())
 
 
-def _read_files(folder: Path, files: list[Path], subset: str | None) -> IdxFolder:
+def _read_files(folder: Path, files: list[Path], config: ImagesConfig) -> RawSource:
     part_of = {path: match[1] if (match := EMNIST.match(path.name)) else None for path in files}
-    subsets = sorted({part for part in part_of.values() if part is not None})
-    if subset is not None and subset not in subsets:
-        raise DataError(f"data.subset={subset!r}: {folder} has {', '.join(subsets) or 'no parts'}")
-    if len(subsets) > 1 and subset is None:
-        raise DataError(f"{folder} holds several parts of EMNIST; set data.subset to one of {', '.join(subsets)}")
-    chosen = subset or (subsets[0] if subsets else None)
+    parts = sorted({part for part in part_of.values() if part is not None})
+    if config.subset not in (None, *parts) or (config.subset is None and len(parts) > 1):
+        named = f"data.subset={config.subset!r} must name one of the parts of {folder}"
+        raise DataError(f"{named}: {', '.join(parts) or 'there are none'}")
+    chosen = config.subset or next(iter(parts), None)
     found: dict[str, dict[str, Path]] = {}
     for path in (path for path, part in part_of.items() if part == chosen):
         role = "images" if "image" in path.name.lower() else "labels"
-        roles = found.setdefault(kind_in(path.name) or "train", {})
-        if role in roles:
-            raise DataError(f"{path} and {roles[role].name} could both hold the {role} of one split; keep one")
-        roles[role] = path
-    splits = {split: _pair(roles) for split, roles in found.items()}
-    if chosen is not None:  # EMNIST has rows and columns exchanged
-        splits = {split: (images.transpose(0, 2, 1), labels) for split, (images, labels) in splits.items()}
-    place = (folder.resolve().parent if folder.resolve().name == "raw" else folder.resolve()).name
-    dataset = NAMED.get(re.sub("[-_]", "", place.lower())) if chosen is None else f"EMNIST {chosen}"
-    return IdxFolder(f"{folder} (IDX{f', {dataset}' if dataset else ''})", splits, _class_names(dataset))
+        pair = found.setdefault(kind_in(path.name) or "train", {})
+        if role in pair:
+            raise DataError(f"{path} and {pair[role].name} could both hold the {role} of one split; keep one")
+        pair[role] = path
+    splits = {split: _read_pair(pair, chosen is not None) for split, pair in found.items()}
+    place = folder.resolve().parent if folder.resolve().name == "raw" else folder.resolve()
+    dataset = NAMED.get(re.sub("[-_]", "", place.name.lower())) if chosen is None else "EMNIST"
+    title = f", {dataset}{f' {chosen}' if chosen else ''}" if dataset else ""
+    source = source_of(f"{folder} (IDX{title})", splits, config, Layout(has_subsets=True))
+    return replace(source, class_names=_class_names(dataset, chosen))
 
 
-def _class_names(dataset: str | None) -> dict[int, str] | None:
+def _class_names(dataset: str | None, part: str | None) -> dict[int, str] | None:
     if dataset is None:
         return None
     from torchvision import datasets
 
-    name, _, subset = dataset.partition(" ")
-    known = getattr(datasets, name)
-    return dict(enumerate(known.classes_split_dict.get(subset, ()) if subset else known.classes)) or None
+    known = getattr(datasets, dataset)
+    return dict(enumerate(known.classes if part is None else known.classes_split_dict.get(part, ())))
 
 
-def _pair(roles: dict[str, Path]) -> tuple[np.ndarray, np.ndarray]:
-    if len(roles) < 2:
-        [(role, path)] = roles.items()
+def _read_pair(pair: dict[str, Path], turned: bool) -> RawSplit:
+    """The images and labels of a split; EMNIST has rows and columns exchanged."""
+    if len(pair) < 2:
+        [(role, path)] = pair.items()
         raise DataError(f"{path} has no partner with the {'labels' if role == 'images' else 'images'}")
-    images, labels = read_idx(roles["images"], dimensions=3), read_idx(roles["labels"], dimensions=1)
+    images, labels = read_idx(pair["images"], dimensions=3), read_idx(pair["labels"], dimensions=1)
     if len(images) != len(labels):
-        raise DataError(f"{roles['images']} holds {len(images)} images but {roles['labels']} {len(labels)} labels")
-    return images, labels
+        raise DataError(f"{pair['images']} holds {len(images)} images but {pair['labels']} {len(labels)} labels")
+    images = images.transpose(0, 2, 1) if turned else images
+    return RawSplit(torch.from_numpy(images.copy()).unsqueeze(1), labels.tolist())
 
 
 def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
@@ -136,37 +120,31 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
     Raises:
         DataError: wrong magic, type or dimensions; fewer or more bytes than declared; a broken gzip stream.
     """
-    try:
-        with _unzipped(path) as stream:
-            header = stream.read(4 + 4 * dimensions)
-            if len(header) < 4 + 4 * dimensions:
-                raise DataError(f"{path}: truncated header of {len(header)} bytes")
-            magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
-            if magic != (expected := 0x800 | dimensions):
-                raise DataError(f"{path}: magic number 0x{magic:08x}, expected 0x{expected:08x} (unsigned bytes)")
-            if not 0 < (size := math.prod(shape)) <= MAX_BYTES:
-                problem = f"more than the limit of {MAX_BYTES}" if size else "so it holds no pixels"
-                raise DataError(f"{path}: declares {size} bytes of data ({shape}), {problem}")
-            values = stream.read(size)
-            if len(values) < size:
-                raise DataError(f"{path}: truncated, declares {size} values {shape} but holds {len(values)}")
-            if stream.read(1):
-                raise DataError(f"{path}: holds more than the {size} values {shape} that it declares")
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path}: could not be read: {error}") from error
+    with wrap_errors(f"{path}: could not be read"), _unzipped(path) as stream:
+        header = stream.read(4 + 4 * dimensions)
+        if len(header) < 4 + 4 * dimensions:
+            raise DataError(f"{path}: truncated header of {len(header)} bytes")
+        magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
+        if magic != (expected := 0x800 | dimensions):
+            raise DataError(f"{path}: magic number 0x{magic:08x}, expected 0x{expected:08x} (unsigned bytes)")
+        if not 0 < (size := math.prod(shape)) <= MAX_BYTES:
+            problem = f"more than the limit of {MAX_BYTES}" if size else "so it holds no pixels"
+            raise DataError(f"{path}: declares {size} bytes of data ({shape}), {problem}")
+        values = stream.read(size + 1)
+        if len(values) != size:
+            held = "more" if len(values) > size else len(values)
+            raise DataError(f"{path}: declares {size} values {shape} but holds {held}")
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
 def _magic(path: Path) -> int | None:
     """The first four bytes of a file, which may be gzipped, as a number."""
-    try:
-        with _unzipped(path) as stream:
-            return int.from_bytes(stream.read(4), "big")
-    except (EOFError, OSError, ValueError, zlib.error):
-        return None
+    with contextlib.suppress(EOFError, OSError, ValueError, zlib.error), _unzipped(path) as stream:
+        return int.from_bytes(stream.read(4), "big")
+    return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _unzipped(path: Path) -> Iterator[io.BufferedIOBase]:
     """A file, or what is in it if its first bytes say that it is gzipped."""
     with open_file(path) as file:

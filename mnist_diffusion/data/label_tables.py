@@ -4,75 +4,64 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.data.columns import FILE_COLUMNS, LABEL_COLUMNS, find_column, text_table
+from mnist_diffusion.data.columns import FILE_COLUMNS, LABEL_COLUMNS, find_column, text_table, usual
 from mnist_diffusion.data.decoding import DataError
-from mnist_diffusion.data.layout import kind_of, listed, split_kind
-
-NUM_TRIED = 20
-"""Cells that are looked at to find a column of file names."""
+from mnist_diffusion.data.layout import kind_in, kind_of, listed
 
 
 class UnknownLabelsError(DataError):
     """A table lists pictures, but it is not clear which of its columns holds their classes."""
 
 
-@dataclass(frozen=True)
 class Pictures:
-    """The pictures of a source.
+    """The pictures of a source, and what a table may call them.
 
     Args:
         names: all of them, with `/` between folders.
-        by_end: those that a path, a file name, or a file name without suffix may stand for.
         classes: the class folder of each, if folders name classes.
     """
 
-    names: set[str]
-    by_end: Mapping[str, Sequence[str]]
-    classes: Mapping[str, str]
-
-    @classmethod
-    def of(cls, names: Sequence[str], classes: Mapping[str, str]) -> Pictures:
-        """Index pictures by what a table may call them."""
-        by_end: dict[str, list[str]] = defaultdict(list)
+    def __init__(self, names: Sequence[str], classes: Mapping[str, str]):
+        self.names, self.classes = set(names), classes
+        self.called: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            path = PurePosixPath(name)
-            for end in {name, path.name, path.stem}:
-                by_end[end].append(name)
-        return cls(set(names), by_end, classes)
+            for end in {name, PurePosixPath(name).name, PurePosixPath(name).stem}:
+                self.called[end].append(name)
 
-    def found(self, column: Any, table: str) -> list[str | None]:
+    def likely(self, column: Any, table: str) -> Iterator[str | None]:
         """The picture that each cell names, beside the table or by a name that only one picture has."""
-        beside = PurePosixPath(table).parent
-        cells = [PurePosixPath(str(cell)) for cell in column.to_pylist()]
-        ends = [self.by_end.get(str(beside / cell)) or self.by_end.get(cell.name, ()) for cell in cells]
-        return [end[0] if len(end) == 1 else None for end in ends]
+        for cell in map(PurePosixPath, map(str, column.to_pylist())):
+            ends = self.called.get(str(PurePosixPath(table).parent / cell)) or self.called.get(cell.name, [])
+            yield ends[0] if len(ends) == 1 else None
 
-    def named(self, file: Any, table: PurePosixPath, split: str | None, where: str) -> str:
+    def named(self, cell: Any, table: str, split: str | None, where: str) -> str:
         """The picture that a cell names: beside the table, or anywhere in the source if only one is called so.
 
         Raises:
             DataError: none or several are.
         """
-        asked = PurePosixPath(str(file).replace("\\", "/"))
-        beside = str(table.parent / asked)
-        if beside in self.names:
+        asked = PurePosixPath(str(cell).replace("\\", "/"))
+        if (beside := str(PurePosixPath(table).parent / asked)) in self.names:
             return beside
-        end = "/".join(asked.parts[-2:])
-        alike = [
-            name for name in self.by_end.get(asked.name, ()) if len(asked.parts) == 1 or f"/{name}".endswith(f"/{end}")
-        ]
-        found = list(self.by_end.get(str(asked), ())) or alike
+        end = f"/{'/'.join(asked.parts[-2:])}"
+        alike = [name for name in self.called.get(asked.name, ()) if f"/{name}".endswith(end)]
+        found = self.called.get(str(asked)) or alike
         if len(found) > 1:
-            found = [name for name in found if any(kind_of(part) == split for part in PurePosixPath(name).parts[:-1])]
+            found = [name for name in found if split in splits_above(name)]
         if len(found) != 1:
-            raise DataError(f"{where} names {str(file)!r}, but {len(found) or 'no'} pictures have that name")
+            raise DataError(f"{where} names {str(cell)!r}, but {len(found) or 'no'} pictures have that name")
         return found[0]
+
+
+def splits_above(name: str) -> set[str | None]:
+    """The splits that the folders of a file stand for."""
+    return set(map(kind_of, PurePosixPath(name).parts[:-1]))
 
 
 @dataclass(frozen=True)
@@ -82,13 +71,11 @@ class LabelTable:
     Args:
         files: what names the picture in each row.
         labels: the class in each row.
-        label_column: the name of that column.
         contradicts: whether the pictures all lie in folders of other classes.
     """
 
     files: list[Any]
     labels: list[str | None]
-    label_column: str
     contradicts: bool
 
 
@@ -107,54 +94,51 @@ def read_label_table(content: bytes, name: str, where: str, pictures: Pictures, 
         DataError: it is another table, or none.
     """
     table = text_table(content, where, as_words=True)
-    files = find_column(table, FILE_COLUMNS, config.image_column, where)
+    names: list[str] = table.column_names
+    columns = listed(map(repr, names))
+    files = find_column("image_column", config.image_column, names, where, usual(names, FILE_COLUMNS))
     if files is None and len(table):  # called otherwise
-        named = (each for each in table.column_names if all(pictures.found(table[each].slice(0, NUM_TRIED), name)))
-        files = next((each for each in named if all(pictures.found(table[each], name))), None)
-    found = [] if files is None else pictures.found(table[files], name)
-    columns = listed(map(repr, table.column_names))
+        files = next((each for each in names if all(pictures.likely(table[each], name))), None)
+    found = [] if files is None else list(pictures.likely(table[files], name))
     if not any(found):
         raise DataError(f"none of its columns {columns} names pictures; set data.image_column and data.label_column")
-    rest = table.drop_columns([files])
-    asked = config.label_column if config.label_column in rest.column_names else None
-    label = find_column(rest, LABEL_COLUMNS, asked, where, only=True)
-    if label is None or config.label_column not in (None, label):
+    rest = [each for each in names if each != files]
+    label = config.label_column or find_column("label_column", None, rest, where, usual(rest, LABEL_COLUMNS), rest)
+    if label not in rest:
         raise UnknownLabelsError(f"none of its columns {columns} is called a label; set data.label_column")
-    cells = table[label].to_pylist()
-    if any(isinstance(cell, dict | list) for cell in cells):
-        raise DataError(f"its column {label!r} holds no words or numbers")
-    labels = [plain_word(cell) for cell in cells]
+    labels = [_word(cell, label) for cell in table[label].to_pylist()]
     rows = [(picture, word) for picture, word in zip(found, labels, strict=True) if picture is not None]
-    if asked is None and (reason := _why_no_labels(name, label, {each for each, _ in rows}, pictures)):
-        raise DataError(reason)
+    if config.label_column is None:
+        _require_labels(name, label, {picture for picture, _ in rows}, pictures)
     contradicts = all(pictures.classes.get(picture, word) != word for picture, word in rows)
-    return LabelTable(table[files].to_pylist(), labels, label, contradicts)
+    return LabelTable(table[files].to_pylist(), labels, contradicts)
 
 
-def plain_word(cell: Any) -> str | None:
+def _word(cell: Any, column: str) -> str | None:
     """A cell as a word; a whole number without decimals."""
-    return None if cell is None else re.sub(r"^(\d+)\.0+$", r"\1", str(cell).strip())
+    if isinstance(cell, dict | list):
+        raise DataError(f"its column {column!r} holds no words or numbers")
+    return None if cell is None else re.sub(r"^(\d+)\.0+$", r"\1", str(cell).strip()) or None
 
 
-def alike(tables: Mapping[str, LabelTable], pictures: Pictures) -> dict[str, str]:
+def _require_labels(name: str, label: str, listing: set[str], pictures: Pictures) -> None:
+    """Check that a table's column can be meant as labels.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if "submission" in name.lower():
+        raise DataError("a submission holds no labels")
+    tested = {each for each in pictures.names if "test" in splits_above(each)}
+    if listing <= tested < pictures.names and "test" not in map(kind_in, PurePosixPath(name).parts):
+        raise DataError("it lists pictures of a test folder alone")
+    if pictures.classes and label.lower() not in LABEL_COLUMNS:
+        raise DataError(f"its column {label!r} is not called a label, and the folders name classes")
+
+
+def alike(tables: Mapping[str, LabelTable], pictures: Pictures) -> dict[str, str | None]:
     """The tables that give all pictures one label, where others or folders tell classes apart; each with its label."""
-    single = {name: str(table.labels[0]) for name, table in tables.items() if len(set(table.labels)) == 1}
+    single = {name: table.labels[0] for name, table in tables.items() if len(set(table.labels)) == 1}
     if len(single) == len(tables) and not pictures.classes and len(set(single.values())) > 1:  # a table for each class
         return {}
     return {name: label for name, label in single.items() if len(tables[name].labels) > 1}
-
-
-def _why_no_labels(name: str, label: str, listing: set[str], pictures: Pictures) -> str | None:
-    tested = {
-        each for each in pictures.names if any(kind_of(part) == "test" for part in PurePosixPath(each).parts[:-1])
-    }
-    of_test = any(split_kind(part) == "test" for part in PurePosixPath(name).with_suffix("").parts)
-    reasons = (
-        ("submission" in name.lower(), "a submission holds no labels"),
-        (listing <= tested < pictures.names and not of_test, "it lists pictures of a test folder alone"),
-        (
-            pictures.classes and label.lower() not in LABEL_COLUMNS,
-            f"its column {label!r} is not called a label, and the folders name classes",
-        ),
-    )
-    return next((reason for holds, reason in reasons if holds), None)

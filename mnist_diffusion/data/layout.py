@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import torch
@@ -19,8 +18,8 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
 }
 """What a split may be called, in any case; the Hub's `datasets` know the same words."""
-JUNK = re.compile(r"\..*|@eaDir|__MACOSX|__pycache__|lost\+found|\$RECYCLE\.BIN|Thumbs\.db", re.IGNORECASE)
-"""System and hidden files to ignore."""
+JUNK = re.compile(r"\..*|@eaDir|__MACOSX|__pycache__|lost\+found|\$RECYCLE\.BIN|cache-\w+\.arrow", re.IGNORECASE)
+"""System and hidden files to ignore, and what `datasets` keeps beside a data set that it saved."""
 SHOWN = 8
 
 
@@ -30,14 +29,8 @@ def kind_of(name: str) -> str | None:
 
 
 def kind_in(name: str) -> str | None:
-    """The split that a word within `name` stands for, as in `mnist_train.csv`, `x_test` or `train-00000-of-00001`."""
-    kinds = dict.fromkeys(kind for word in re.split(r"[^a-zA-Z0-9]+", name) if (kind := kind_of(word)))
-    return next(iter(kinds), None)
-
-
-def split_kind(name: str) -> str | None:
-    """The split that a folder's name is or holds a word for, as `seg_train` and `training_set` do."""
-    return kind_of(name) or kind_in(name)
+    """The split that `name`, or a word in it, stands for, as in `mnist_train.csv`, `seg_train` or `x_test`."""
+    return next(filter(None, map(kind_of, re.split(r"[^a-zA-Z0-9]+", name))), None)
 
 
 def listed(names: Iterable[object]) -> str:
@@ -57,15 +50,20 @@ class Layout:
     """What the files of a source are.
 
     Args:
-        splits: for each split, by the name it has there, its files and the class of each; None where no folder names
-            one.
+        splits: the files of each split, by the name it has there.
+        classes: the class of each file, if folders name classes.
         notes: how files were interpreted and which were skipped.
         has_subsets: whether `data.subset` chose something.
     """
 
-    splits: dict[str, list[tuple[str, str | None]]]
+    splits: dict[str, list[str]] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     has_subsets: bool = False
+
+
+Files = list[tuple[tuple[str, ...], str]]
+"""The folders that each file lies in, as far as they are not passed through, and its name."""
 
 
 def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tuple[str, str | None, list[str]]:
@@ -79,7 +77,7 @@ def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tup
 
     def look_for(option: str, name: str) -> str:
         kind = kind_of(name)
-        alike = [each for each in found if each == name] or [each for each in found if split_kind(each) == kind]
+        alike = [each for each in found if each == name] or [each for each in found if kind_in(each) == kind]
         if len(alike) != 1 or (alike[0] != name and kind_of(name) is None):
             raise DataError(f"data.{option}={name!r} is not a split of {where}, which has {listed(sorted(found))}")
         return alike[0]
@@ -89,7 +87,7 @@ def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tup
     if config.test_split is not None:
         test: str | None = look_for("test_split", config.test_split)
     else:
-        by_kind = {split_kind(name): name for name in reversed(others)}
+        by_kind = {kind_in(name): name for name in reversed(others)}
         test = by_kind.get("test", by_kind.get("validation"))
     unused = [name for name in others if name != test]
     notes = [f"split {listed(map(repr, unused))} left out"] if unused else []
@@ -97,24 +95,6 @@ def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tup
         held_out = "a part of it" if test is None else repr(test)
         notes.insert(0, f"trained on the split {train!r}, held out: {held_out}")
     return train, test, notes
-
-
-def choose_subset(found: Sequence[str], config: ImagesConfig, where: str) -> str:
-    """The configuration that `data.subset` names, of several.
-
-    Raises:
-        DataError: it names none of them.
-    """
-    if config.subset is None or config.subset not in found:
-        asked = "" if config.subset is None else f", got {config.subset!r}"
-        raise DataError(f"{where} has several parts; set data.subset to one of {listed(found)}{asked}")
-    return config.subset
-
-
-@dataclass(frozen=True)
-class _File:
-    name: str
-    folders: tuple[str, ...]
 
 
 def arrange(names: Sequence[str], config: ImagesConfig, where: str, *, tables: bool = False) -> Layout:
@@ -133,93 +113,70 @@ def arrange(names: Sequence[str], config: ImagesConfig, where: str, *, tables: b
     Raises:
         DataError: there are several configurations, and `data.subset` names none of them.
     """
-    files = []
+    files: Files = []
     for name in names:
-        path = PurePosixPath(name)
-        own = kind_in(path.stem) if tables else None
-        folders = path.parts[:-1]
-        inside = own is not None and not any(kind_of(each) for each in folders)
-        files.append(_File(name, (*folders, own) if inside and own else folders))
-    notes: list[str] = []
-    found, chosen = _splits(files, config, where, tables, notes)
-    if tables:
-        return Layout({split: [(file.name, None) for file in part] for split, part in found.items()}, notes, chosen)
-    classes = {split: _classes(part) for split, part in found.items()}
-    named = [split for split, part in classes.items() if any(label is not None for _, label in part)]
-    for split, part in list(classes.items()):
-        kept = [file for file in part if file[1] is not None]
-        if named and len(kept) < len(part):
-            of_split = f" of the split {split!r}" if len(classes) > 1 else ""
-            notes.append(f"{len(part) - len(kept)} pictures{of_split} left out, which lie in no class folder")
-            classes[split] = kept
-    return Layout({split: part for split, part in classes.items() if part}, notes, chosen)
+        *folders, file = PurePosixPath(name).parts
+        own = kind_in(PurePosixPath(file).stem) if tables and not any(map(kind_of, folders)) else None
+        files.append(((*folders, own) if own else tuple(folders), name))
+    layout = Layout()
+    found = _splits(files, config, where, tables, layout)
+    if not tables:
+        layout.classes = {name: label for part in found.values() for name, label in _classes(part)}
+    for split, part in found.items():
+        kept = [name for _, name in part if not layout.classes or name in layout.classes]
+        if len(kept) < len(part):
+            of_split = f" of the split {split!r}" if len(found) > 1 else ""
+            layout.notes.append(f"{len(part) - len(kept)} pictures{of_split} left out, which lie in no class folder")
+        if kept:
+            layout.splits[split] = kept
+    return layout
 
 
-def _splits(
-    files: list[_File], config: ImagesConfig, where: str, tables: bool, notes: list[str]
-) -> tuple[dict[str, list[_File]], bool]:
-    """The files of each split, without the folders above it, and whether `data.subset` chose among them."""
-    chosen = False
-    while True:
-        deep = [file for file in files if file.folders]
-        heads = list(dict.fromkeys(file.folders[0] for file in deep))
-        if not deep:
-            return {config.train_split: files}, chosen
-        kinds = {head: kind_of(head) for head in heads}
-        if None in kinds.values() and "train" in kinds.values() and len(set(kinds.values())) > 2:
-            strange = [head for head, kind in kinds.items() if kind is None]
-            notes.append(f"folders beside the splits left out: {listed(strange)}")
-            files = [file for file in files if not file.folders or kinds[file.folders[0]] is not None]
+def _splits(files: Files, config: ImagesConfig, where: str, tables: bool, layout: Layout) -> dict[str, Files]:
+    """The files of each split, without the folders above it; what is said of them goes into `layout`."""
+    while deep := [(folders, name) for folders, name in files if folders]:
+        heads = list(dict.fromkeys(folders[0] for folders, _ in deep))
+        below = [(folders[1:], name) for folders, name in deep]
+        if {None, "train"} < set(map(kind_of, heads)):
+            strange = [head for head in heads if kind_of(head) is None]
+            layout.notes.append(f"folders beside the splits left out: {listed(strange)}")
+            files = [(folders, name) for folders, name in files if not folders or folders[0] not in strange]
             continue
-        below = [_strip_top_folder(file) for file in deep]
+        loose = f"{len(files) - len(deep)} {'tables' if tables else 'pictures'} left out, which lie beside the folders"
+        notes = [loose] if len(files) > len(deep) else []
         if _are_splits(heads, config):
-            found: dict[str, list[_File]] = {}
-            for file in deep:
-                found.setdefault(file.folders[0], []).append(_strip_top_folder(file))
-            _note_unassigned_files(files, deep, tables, notes)
-            return found, chosen
-        if not chosen and config.subset in heads:
-            files, chosen = [_strip_top_folder(file) for file in deep if file.folders[0] == config.subset], True
+            layout.notes += notes
+            return {head: [(folders[1:], name) for folders, name in deep if folders[0] == head] for head in heads}
+        if config.subset in heads and not layout.has_subsets:
+            files = [(folders[1:], name) for folders, name in deep if folders[0] == config.subset]
+            layout.has_subsets = True
             continue
-        seconds = list(dict.fromkeys(file.folders[0] for file in below if file.folders))
-        nested = all(file.folders for file in below) and _are_splits(seconds, config)
-        if len(heads) > 1 and (tables or (nested and any(len(file.folders) > 1 for file in below))):
-            choose_subset(heads, config, where)
-        if nested and len(heads) > 1:  # a class above its splits
-            turned = [replace(file, folders=(file.folders[1], file.folders[0])) for file in deep]
-            return {split: [_strip_top_folder(f) for f in turned if f.folders[0] == split] for split in seconds}, chosen
-        if len(heads) == 1 and (tables or any(file.folders for file in below)):
-            _note_unassigned_files(files, deep, tables, notes)
-            files = below
-            continue
-        return {config.train_split: files}, chosen
-
-
-def _strip_top_folder(file: _File) -> _File:
-    return replace(file, folders=file.folders[1:])
+        seconds = list(dict.fromkeys(folders[0] for folders, _ in below if folders))
+        nested = all(folders for folders, _ in below) and _are_splits(seconds, config)
+        if len(heads) > 1 and (tables or (nested and any(len(folders) > 1 for folders, _ in below))):
+            asked = "" if config.subset is None else f", got {config.subset!r}"
+            raise DataError(f"{where} has several parts; set data.subset to one of {listed(heads)}{asked}")
+        if len(heads) > 1 and nested:  # a class above its splits
+            return {split: [(folders[:1], name) for folders, name in deep if folders[1] == split] for split in seconds}
+        if len(heads) > 1 or not (tables or seconds):
+            break
+        layout.notes += notes
+        files = below
+    return {config.train_split: files}
 
 
 def _are_splits(heads: Sequence[str], config: ImagesConfig) -> bool:
     """Whether all folders are called as splits are, and one is the one to train on."""
     named = {config.train_split, config.test_split}
-    kinds = [config.train_split if head in named else split_kind(head) for head in heads]
-    wanted = {config.train_split, kind_of(config.train_split) or config.train_split}
-    return None not in kinds and bool(wanted & {*heads, *kinds})
+    kinds = [config.train_split if head in named else kind_in(head) for head in heads]
+    return None not in kinds and bool({config.train_split, kind_of(config.train_split)} & {*heads, *kinds})
 
 
-def _note_unassigned_files(files: Sequence[_File], deep: Sequence[_File], tables: bool, notes: list[str]) -> None:
-    if loose := len(files) - len(deep):
-        notes.append(f"{loose} {'tables' if tables else 'pictures'} left out, which lie beside the folders")
-
-
-def _classes(files: Sequence[_File]) -> list[tuple[str, str | None]]:
-    """The class of each file: its first folder, once a folder alone in its folder is passed through."""
-    while True:
-        heads = Counter(file.folders[0] for file in files if file.folders)
-        deeper = any(len(file.folders) > 1 for file in files)
-        if len(heads) != 1 or not deeper or sum(heads.values()) < len(files):
-            return [(file.name, file.folders[0] if file.folders else None) for file in files]
-        files = [_strip_top_folder(file) for file in files]
+def _classes(files: Files) -> list[tuple[str, str]]:
+    """The files in folders, and the class of each: its first folder, once a folder alone in its folder is passed."""
+    while len({folders[:1] for folders, _ in files}) == 1 and any(len(folders) > 1 for folders, _ in files):
+        files = [(folders[1:], name) for folders, name in files]
+    return [(name, folders[0]) for folders, name in files if folders]
 
 
 def in_order(labels: Iterable[object]) -> list[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,33 +16,27 @@ AT_ONCE = 8
 """Images decoded at once at their original size, which may be large."""
 
 
+@dataclass(frozen=True, eq=False)
 class LazyImages:
     """Stands for a uint8 tensor `[N, C, H, W]` and is indexed like one.
 
     Args:
         pictures: where they come from.
         preprocess: converts a decoded image to the common shape.
-        shape: that shape, `(C, H, W)`.
-        chosen: which of the pictures, int64 `[N]`; all if omitted.
+        image_shape: that shape, `(C, H, W)`.
     """
 
-    def __init__(
-        self,
-        pictures: EncodedImages,
-        preprocess: Callable[[Tensor], Tensor],
-        shape: tuple[int, int, int],
-        chosen: Tensor | None = None,
-    ):
-        self.pictures, self.preprocess, self._shape = pictures, preprocess, shape
-        self.chosen = torch.arange(len(pictures)) if chosen is None else chosen
+    pictures: EncodedImages
+    preprocess: Callable[[Tensor], Tensor]
+    image_shape: tuple[int, int, int]
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.pictures)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """As of the tensor it stands for."""
-        return (len(self), *self._shape)
+        return (len(self), *self.image_shape)
 
     def __getitem__(self, wanted: Tensor | slice) -> Tensor:
         """Decode some of the images.
@@ -49,19 +44,17 @@ class LazyImages:
         Raises:
             DataError: one could not be decoded; the message names it.
         """
-        indices = self.chosen[wanted].tolist()
-        if not indices:
-            return torch.empty(0, *self._shape, dtype=torch.uint8)
-        images = torch.empty(len(indices), *self._shape, dtype=torch.uint8)
+        indices = torch.arange(len(self))[wanted].tolist()
+        images = torch.empty(len(indices), *self.image_shape, dtype=torch.uint8)
         for start in range(0, len(indices), AT_ONCE):
-            decoded = self.pictures.decode(indices[start : start + AT_ONCE], grey=self._shape[0] == 1)
+            decoded = self.pictures.decode(indices[start : start + AT_ONCE], grey=self.image_shape[0] == 1)
             for place, image in enumerate(decoded, start):
                 images[place] = self.preprocess(image)
         return images
 
     def select(self, wanted: Tensor) -> LazyImages:
         """Some of the images, still encoded."""
-        return LazyImages(self.pictures, self.preprocess, self._shape, self.chosen[wanted])
+        return replace(self, pictures=self.pictures.select(wanted.tolist()))
 
     def chunks(self) -> Iterator[Tensor]:
         """All images, a few at a time, with a progress bar if it takes long."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from mnist_diffusion.data.decoding import EncodedImages, opaque_pixels
-from mnist_diffusion.data.layout import evenly, listed, split_kind
-from mnist_diffusion.data.raw import RawSplit, label_order_warning
+from mnist_diffusion.data.layout import evenly, kind_in, listed
+from mnist_diffusion.data.raw import RawSplit
 from mnist_diffusion.data.transforms import edge_colour
 from mnist_diffusion.option_types import Background, Ground
 
@@ -20,8 +20,11 @@ NUM_DECODED = 200
 
 def dataset_warnings(images: Iterable[Tensor], labels: Iterable[int], names: Sequence[str]) -> list[str]:
     """Warnings about training images, uint8 `[C, H, W]` each, and their classes, one sentence each."""
-    warnings = [] if (note := label_order_warning(names)) is None else [note]
-    if words := [name for name in names if split_kind(name) is not None]:
+    warnings = []
+    if all(name.isdecimal() for name in names) and [int(name) for name in names] != list(range(len(names))):
+        pairs = listed(f"{place} is {name!r}" for place, name in enumerate(names))
+        warnings.append(f"class names are numbers that differ from their labels: label {pairs}")
+    if words := [name for name in names if kind_in(name) is not None]:
         warnings.append(
             f"WARNING: classes are called {listed(words)}, as splits are; check how the folders were interpreted"
         )
@@ -63,15 +66,7 @@ def choose_background(split: RawSplit, background: Background) -> tuple[Ground, 
 def cropped_fraction(split: RawSplit) -> float:
     """The fraction of images that lose content when cropped to the middle square."""
     indices = evenly(len(split.labels), NUM_DECODED)
-
-    def images() -> Iterator[Tensor]:
-        if isinstance(split.images, Tensor):
-            yield from split.images[indices]
-            return
-        for index in indices:
-            yield split.images.decode([index])[0]
-
-    return sum(_loses_content_when_cropped(image) for image in images()) / max(1, len(indices))
+    return sum(_loses_content_when_cropped(split.images[index]) for index in indices) / max(1, len(indices))
 
 
 def _loses_content_when_cropped(image: Tensor) -> bool:

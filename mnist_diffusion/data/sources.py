@@ -9,41 +9,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import json
 import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.arrow import read_datasets
-from mnist_diffusion.data.decoding import DataError, EncodedImages, cause, read_file, wrap_errors
+from mnist_diffusion.data.decoding import DataError, EncodedImages, cause, wrap_errors
 from mnist_diffusion.data.idx import read_idx_folder
-from mnist_diffusion.data.layout import JUNK, arrange, choose_splits, listed
+from mnist_diffusion.data.layout import Layout, arrange
 from mnist_diffusion.data.raw import RawSource, RawSplit
 from mnist_diffusion.data.sanity_checks import choose_background
 from mnist_diffusion.data.transforms import fit_to_size
-from mnist_diffusion.data.trees import (
-    ARCHIVES,
-    ARRAY_SUFFIXES,
-    TEXT_SUFFIXES,
-    Tree,
-    is_archive,
-    read_tree,
-    tree_of_archive,
-    tree_of_folder,
-)
-from mnist_diffusion.files import file_within, open_file
+from mnist_diffusion.data.trees import FILE_SUFFIXES, read_tree, tree_of_file, tree_of_folder
+from mnist_diffusion.files import open_file
 
 DEFAULT_HUB_ID = "ylecun/mnist"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_PATIENCE_SECONDS = 12.0
 MAX_ROWS = 10_000_000
-TABLE_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
 class HubUnavailableError(DataError):
@@ -92,8 +83,6 @@ def _read(config: ImagesConfig) -> RawSource:
         return read_folder(path, config)
     if path.exists():
         return read_file_source(path, config)
-    if path.is_symlink():
-        raise DataError(f"data.source={config.source!r} is a link that leads nowhere")
     missing = f"there is no such folder or file (looked for {path.absolute()})"
     if HUB_ID.fullmatch(config.source):
         try:
@@ -112,7 +101,7 @@ def read_embedded_digits(notice: str | None = None) -> RawSource:
     small = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
     images = fit_to_size(fit_to_size(small, 20, "resize"), 28, "pad")
     train = RawSplit(images, digits.target.tolist())
-    return RawSource("digits", "scikit-learn digits (embedded)", train, None, notice=notice)
+    return RawSource("scikit-learn digits (embedded)", train, None, notice=notice)
 
 
 def read_folder(folder: Path, config: ImagesConfig) -> RawSource:
@@ -131,69 +120,19 @@ def read_file_source(path: Path, config: ImagesConfig) -> RawSource:
     Raises:
         DataError: it is something else, or holds nothing that can be read.
     """
-    if not path.is_file():
-        raise DataError(f"data.source={config.source!r} is neither a folder nor a regular file")
-    if path.suffix in TABLE_SUFFIXES:
+    if (suffix := path.suffix.lower()) in TABLE_SUFFIXES:
         return read_tables(path, [path.name], config)
-    if is_archive(path):
-        source = read_tree(tree_of_archive(path), config)
-    elif path.suffix.lower() in (*TEXT_SUFFIXES, *ARRAY_SUFFIXES):
-        alone = Tree(str(path.parent), [path.name], lambda name: read_file(path), [], [])
-        source = read_tree(alone, config)
-        if source is not None:
-            named = source.description.replace(alone.where, str(path), 1)
-            source = dataclasses.replace(source, description=named)
-    else:
-        kinds = ", ".join((*TABLE_SUFFIXES, *TEXT_SUFFIXES, *ARRAY_SUFFIXES, *ARCHIVES))
+    if suffix not in FILE_SUFFIXES:
+        kinds = ", ".join((*TABLE_SUFFIXES, *FILE_SUFFIXES))
         raise DataError(f"data.source={config.source!r} is a file, but none of {kinds}")
-    if source is None:
+    if (source := read_tree(tree_of_file(path), config)) is None:
         raise DataError(f"data.source={config.source!r} holds no images with labels that could be recognised")
     return source
 
 
-def read_idx(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read a folder of IDX files, or torchvision's `<name>/raw` below it."""
-    if (found := read_idx_folder(folder, config.subset)) is None:
-        return None
-    splits = {
-        split: RawSplit(torch.from_numpy(images.copy()).unsqueeze(1), labels.tolist())
-        for split, (images, labels) in found.splits.items()
-    }
-    train, test, notes = choose_splits(list(splits), config, found.title)
-    held_out = None if test is None else splits[test]
-    about = (str(config.source), found.title, splits[train], held_out, found.class_names)
-    return RawSource(*about, notes=tuple(notes), has_subsets=True)
-
-
-def read_saved_datasets(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read a folder that `datasets` saved, or one with such folders in it, which are splits or configurations."""
-    found = sorted(path.parent for path in folder.rglob("state.json") if (path.parent / "dataset_info.json").is_file())
-    if not found:
-        return None
-    from datasets import load_from_disk
-
-    names = [(path.relative_to(folder) / "state.json").as_posix() for path in found]
-    layout = arrange(names, config, str(folder), tables=True)
-    tables = {}
-    for split, [(name, _), *others] in layout.splits.items():
-        if others:
-            raise DataError(f"{folder} holds several saved data sets; name one of {listed(map(str, found))}")
-        with wrap_errors(f"{(folder / name).parent} could not be read as a saved data set"):
-            files = [each["filename"] for each in json.loads(read_file(folder / name))["_data_files"]]
-            if any(Path(each).name != each for each in files):
-                raise DataError(f"{folder / name} names files elsewhere: {listed(files)}")
-            for each in files:
-                file_within((folder / name).parent, each)
-            tables[split] = load_from_disk(str((folder / name).parent))
-    source = read_datasets(f"{folder} (datasets folder)", tables, config, folder)
-    return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
-
-
 def read_table_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read a folder of parquet or arrow files."""
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix in TABLE_SUFFIXES and path.is_file())
-    below = [path.relative_to(folder) for path in found]
-    tables = [path.as_posix() for path in below if not any(map(JUNK.fullmatch, path.parts))]
+    """Read a folder of parquet or arrow files, or one that `datasets` saved."""
+    tables = sorted(tree_of_folder(folder).having(TABLE_SUFFIXES), key=lambda name: name.split("/"))
     return read_tables(folder, tables, config) if tables else None
 
 
@@ -213,18 +152,35 @@ def read_tables(place: Path, names: list[str], config: ImagesConfig) -> RawSourc
     from datasets import load_dataset
 
     folder = place if place.is_dir() else place.parent
-    kinds = {TABLE_SUFFIXES[Path(name).suffix] for name in names}
-    if len(kinds) > 1:
+    if len(kinds := {PurePosixPath(name).suffix.lower() for name in names}) > 1:
         raise DataError(f"{folder} mixes parquet and arrow files; keep one kind")
     layout = arrange(names, config, str(place), tables=True)
     for name in names:
         _require_rows(folder / name)
-    files = {split: [glob.escape(str(folder / name)) for name, _ in part] for split, part in layout.splits.items()}
-    [kind] = kinds
+    files = {split: [str(folder / name) for name in part] for split, part in layout.splits.items()}
     with wrap_errors(f"{place} could not be read"):  # each by itself, as the first would decide on the others' types
-        tables = {split: load_dataset(kind, data_files={"train": each})["train"] for split, each in files.items()}
-    source = read_datasets(f"{place} (tables)", tables, config, folder)
-    return dataclasses.replace(source, notes=(*layout.notes, *source.notes), has_subsets=layout.has_subsets)
+        if kinds == {".arrow"}:
+            tables = {split: _read_arrow(each) for split, each in files.items()}
+        else:
+            given = {split: {"train": [glob.escape(name) for name in each]} for split, each in files.items()}
+            tables = {split: load_dataset("parquet", data_files=each)["train"] for split, each in given.items()}
+    return read_datasets(f"{place} (tables)", tables, config, layout, folder)
+
+
+def _read_arrow(names: list[str]) -> Any:
+    """Arrow files, written as streams or not, as a `datasets.Dataset` that stays on the disk; each is checked first."""
+    import pyarrow
+    from datasets import Dataset
+
+    tables = []
+    for file in map(pyarrow.memory_map, names):
+        try:
+            reader = pyarrow.ipc.open_stream(file)
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(file)
+        tables.append(reader.read_all())
+        tables[-1].validate(full=True)
+    return Dataset(pyarrow.concat_tables(tables), fingerprint="arrow")  # without one it hashes the whole table
 
 
 def _require_rows(path: Path) -> None:
@@ -236,7 +192,7 @@ def _require_rows(path: Path) -> None:
     from pyarrow import parquet
 
     with wrap_errors(f"{path} could not be read"), open_file(path) as file:
-        rows = parquet.read_metadata(file).num_rows if path.suffix == ".parquet" else 0
+        rows = parquet.read_metadata(file).num_rows if path.suffix.lower() == ".parquet" else 0
         if rows > MAX_ROWS:
             raise DataError(f"{path} has {rows:,} rows, more than the limit of {MAX_ROWS:,}")
 
@@ -258,8 +214,8 @@ def read_hub(name: str, config: ImagesConfig) -> RawSource:
             if reason:
                 raise HubUnavailableError(f"data set {name!r}: {reason}, and there is no cached copy of it") from error
             raise DataError(f"data.source={name!r}: the Hub data set could not be read: {cause(error)}") from error
-    source = read_datasets(f"{name} (Hub{', cached copy' if reason else ''})", tables, config)
-    return dataclasses.replace(source, identifier=name, hub_id=name, has_subsets=True)
+    where = f"{name} (Hub{', cached copy' if reason else ''})"
+    return dataclasses.replace(read_datasets(where, tables, config, Layout(has_subsets=True)), hub_id=name)
 
 
 def _hub_unreachable_reason(name: str) -> str | None:
@@ -301,5 +257,5 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-FOLDER_READERS = (read_idx, read_saved_datasets, read_table_folder, read_any_tree)
+FOLDER_READERS = (read_idx_folder, read_table_folder, read_any_tree)
 """The readers of folders in the order they are tried; each returns None for a folder of another kind."""

@@ -112,7 +112,7 @@ def _survey_split(split: RawSplit, name: str, of_label: dict[Any, str], places: 
     for index, label in enumerate(tqdm(split.labels, desc=name, unit="image", leave=False)):
         where = f"{name} image {index}" if isinstance(images, Tensor) else images.where(index)
         try:
-            image = images[index] if isinstance(images, Tensor) else images.decode([index])[0]
+            image = images[index]
         except DataError as error:
             found.unreadable.append(str(error))
             continue

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_diffusion.config import AugmentConfig
+from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.option_types import Fit, Ground
 from mnist_diffusion.seeds import numpy_generator
 
@@ -35,7 +36,7 @@ def fit_to_size(images: Tensor, size: int, fit: Fit, background: Ground = "black
     shorter side to `size` and crops the middle; `pad` fills up alone.
 
     Raises:
-        ValueError: one is too large for `pad`, or too thin for `resize`.
+        DataError: one is too large for `pad`, or too thin for `resize`.
     """
     height, width = images.shape[-2:]
     if height == width == size:
@@ -44,21 +45,20 @@ def fit_to_size(images: Tensor, size: int, fit: Fit, background: Ground = "black
 
     if fit == "resize":
         if size * max(height, width) // min(height, width) > MOST_ALONG:
-            raise ValueError(f"an image of {width} x {height} pixels is too long and thin for data.fit='resize'")
+            raise DataError(f"an image of {width} x {height} pixels is too long and thin for data.fit='resize'")
         return transforms.center_crop(transforms.resize(images, [size], antialias=True), [size])
     longer = max(height, width)
     if fit == "contain":
         height, width = (max(1, round(side * size / longer)) for side in (height, width))
         images = transforms.resize(images, [height, width], antialias=True)
     elif longer > size:
-        raise ValueError(
+        raise DataError(
             f"data.fit='pad' cannot bring an image of {width} x {height} pixels to data.image_size={size}; "
             "use data.fit='contain' or a larger size"
         )
-    filled = torch.full((*images.shape[:-2], size, size), 255 * (background == "white"), dtype=torch.uint8)
     top, left = (size - height) // 2, (size - width) // 2
-    filled[..., top : top + height, left : left + width] = images
-    return filled
+    around = (left, size - width - left, top, size - height - top)
+    return F.pad(images, around, value=255 * (background == "white"))
 
 
 def edge_colour(images: Tensor) -> Tensor:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.arrays import array_splits, pixel_split
 from mnist_diffusion.data.columns import text_table
-from mnist_diffusion.data.decoding import MAX_BYTES, DataError, EncodedImages, cause, read_file, wrap_errors
+from mnist_diffusion.data.decoding import MAX_BYTES, DataError, cause, encoded_files, read_file, wrap_errors
 from mnist_diffusion.data.label_tables import Pictures, UnknownLabelsError, alike, read_label_table
-from mnist_diffusion.data.layout import JUNK, Layout, arrange, choose_splits, kind_of, listed
-from mnist_diffusion.data.raw import RawSource, RawSplit, plain_label, require_plain
+from mnist_diffusion.data.layout import JUNK, Layout, arrange, kind_of, listed
+from mnist_diffusion.data.raw import RawSource, RawSplit, require_plain, source_of
 from mnist_diffusion.files import open_file
 
 PICTURE_SUFFIX = re.compile(r"\.(avif|bmp|gif|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)")
 TEXT_SUFFIXES, ARRAY_SUFFIXES = (".csv", ".tsv", ".jsonl"), (".npz", ".npy")
-ARCHIVES = (".zip",)
+FILE_SUFFIXES = (*TEXT_SUFFIXES, *ARRAY_SUFFIXES, ".zip")
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,6 @@ class Tree:
         return [name for name in self.names if PurePosixPath(name).suffix.lower() in suffixes]
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a file is an archive that can be read, by its name."""
-    return path.name.lower().endswith(ARCHIVES)
-
-
 def tree_of_folder(folder: Path) -> Tree:
     """List a folder, links to folders included, each once.
 
@@ -73,10 +67,10 @@ def tree_of_folder(folder: Path) -> Tree:
         seen.add(real)
         junk += [name for name in folders if JUNK.fullmatch(name)]
         folders[:] = sorted(name for name in folders if not JUNK.fullmatch(name))
-        below = os.path.relpath(place, folder).replace(os.sep, "/")
-        names += [name if below == "." else f"{below}/{name}" for name in files if not JUNK.fullmatch(name)]
+        below = Path(place).relative_to(folder)
+        names += [(below / name).as_posix() for name in files if not JUNK.fullmatch(name)]
         if not folders and not files:
-            empty.append(below)
+            empty.append(str(below))
     return _tree(str(folder), names, lambda name: read_file(folder / name), junk, empty)
 
 
@@ -84,31 +78,26 @@ def _fail(error: OSError) -> None:
     raise DataError(f"{error.filename}: the folder could not be read: {cause(error)}") from error
 
 
-def tree_of_archive(path: Path) -> Tree:
-    """List a zip archive; nothing is unpacked onto the disk.
+def tree_of_file(path: Path) -> Tree:
+    """A file by itself, or what is in a zip archive, of which nothing is unpacked onto the disk.
 
     Raises:
-        DataError: it could not be read.
+        DataError: the archive could not be read.
     """
-    with wrap_errors(f"{path}: the archive could not be read"):
-        names, read = _zip_reader(path)
-    parts = {name: PurePosixPath(name).parts for name in names}
-    junk = [part for each in parts.values() for part in each[:-1] if JUNK.fullmatch(part)]
-    return _tree(str(path), [n for n, each in parts.items() if not any(map(JUNK.fullmatch, each))], read, junk, [])
-
-
-def _zip_reader(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """The names of the files in a zip archive, and what reads one of them."""
-    with open_file(path):  # a regular file
-        archive, lock = zipfile.ZipFile(path), threading.Lock()
+    if path.suffix.lower() != ".zip":
+        return Tree(str(path.parent), [path.name], lambda name: read_file(path), [], [])
+    with wrap_errors(f"{path}: the archive could not be read"), open_file(path):  # a regular file
+        archive = zipfile.ZipFile(path)
+    parts = {each.filename: PurePosixPath(each.filename).parts for each in archive.infolist() if not each.is_dir()}
 
     def read(name: str) -> bytes:
-        with lock, wrap_errors(f"{path}: {name} could not be read"), archive.open(name) as file:
+        with wrap_errors(f"{path}: {name} could not be read"), archive.open(name) as file:
             if len(content := file.read(MAX_BYTES + 1)) > MAX_BYTES:
                 raise DataError(f"{path}: {name} is larger than the limit of {MAX_BYTES} bytes")
             return content
 
-    return [info.filename for info in archive.infolist() if not info.is_dir()], read
+    junk = [part for each in parts.values() for part in each[:-1] if JUNK.fullmatch(part)]
+    return _tree(str(path), [n for n, each in parts.items() if not any(map(JUNK.fullmatch, each))], read, junk, [])
 
 
 def _tree(where: str, names: list[str], read: Callable[[str], bytes], junk: list[str], empty: list[str]) -> Tree:
@@ -128,27 +117,8 @@ def read_tree(tree: Tree, config: ImagesConfig) -> RawSource | None:
         (tree.having(TEXT_SUFFIXES), _pixel_tables),
     ):
         if names and (source := read(tree, names, config)) is not None:
-            return source
+            return replace(source, notes=(*tree.notes, *source.notes))
     return None
-
-
-def _source(tree: Tree, kind: str, splits: dict[str, RawSplit], config: ImagesConfig, layout: Layout) -> RawSource:
-    train, test, notes = choose_splits(list(splits), config, tree.where)
-    return RawSource(
-        str(config.source),
-        f"{tree.where} ({kind})",
-        splits[train],
-        None if test is None else splits[test],
-        notes=(*tree.notes, *layout.notes, *notes),
-        has_subsets=layout.has_subsets,
-    )
-
-
-def _pictures(tree: Tree, names: Sequence[str]) -> EncodedImages:
-    where = Path(tree.where)
-    return EncodedImages(
-        len(names), lambda indices: [tree.read(names[i]) for i in indices], lambda i: str(where / names[i])
-    )
 
 
 def _foldered_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource:
@@ -156,25 +126,21 @@ def _foldered_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> Ra
     if tree.empty:
         raise DataError(f"{tree.where}: folders that hold nothing: {listed(tree.empty)}; remove them")
     layout = arrange(names, config, tree.where)
-    labelled = dict(layout.splits)
-    if all(label is None for part in labelled.values() for _, label in part):
+    if not layout.classes:
         layout.notes.append("no folders name classes: all images are in one class")
-        labelled = {split: [(name, "image") for name, _ in part] for split, part in labelled.items()}
-    others = Counter(PurePosixPath(name).suffix or name for name in tree.names)
-    for name in names:
-        others[PurePosixPath(name).suffix or name] -= 1
-    if left_out := sum(others.values()):
-        layout.notes.append(f"{left_out} files that are no pictures left out: {listed(sorted(+others))}")
+    if others := {*tree.names} - {*names}:
+        kinds = sorted({PurePosixPath(name).suffix or name for name in others})
+        layout.notes.append(f"{len(others)} files that are no pictures left out: {listed(kinds)}")
     splits = {
-        split: RawSplit(_pictures(tree, [n for n, _ in part]), [label for _, label in part])
-        for split, part in labelled.items()
+        split: RawSplit(encoded_files(part, tree.read, tree.where), [layout.classes.get(n, "image") for n in part])
+        for split, part in layout.splits.items()
     }
-    return _source(tree, "image folder", splits, config, layout)
+    return source_of(f"{config.source} (image folder)", splits, config, layout)
 
 
 def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource | None:
     """Pictures listed with their classes in tables beside them; None if no table does."""
-    pictures = Pictures.of(names, _class_folders(tree, names, config))
+    pictures = Pictures(names, _class_folders(tree, names, config))
     tables, unclear = {}, []
     for name in tree.having(TEXT_SUFFIXES):
         try:
@@ -194,27 +160,24 @@ def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawS
     splits, used = {}, set()
     for split, part in layout.splits.items():
         chosen, labels = [], []
-        for name, _ in part:
-            table, path = tables[name], PurePosixPath(name)
-            for row, (file, cell) in enumerate(zip(table.files, table.labels, strict=True)):
-                where = f"{tree.where}/{name} row {row}"
-                chosen.append(pictures.named(file, path, kind_of(split), where))
-                labels.append(plain_label(cell, f"{where}: data.label_column={table.label_column!r}"))
+        for name in part:
+            for row, cell in enumerate(tables[name].files):
+                chosen.append(pictures.named(cell, name, kind_of(split), f"{tree.where}/{name} row {row}"))
+            labels += tables[name].labels
         if twice := [name for name, times in Counter(chosen).items() if times > 1]:
-            raise DataError(f"{tree.where}: {listed(n for n, _ in part)} list pictures more than once: {listed(twice)}")
+            raise DataError(f"{tree.where}: {listed(part)} list pictures more than once: {listed(twice)}")
+        splits[split] = RawSplit(encoded_files(chosen, tree.read, tree.where), labels)
         used |= set(chosen)
-        splits[split] = RawSplit(_pictures(tree, chosen), labels)
-    layout.notes.append(f"labels from {', '.join(name for part in layout.splits.values() for name, _ in part)}")
+    layout.notes.append(f"labels from {', '.join(name for part in layout.splits.values() for name in part)}")
     if unlisted := len(pictures.names - used):
         layout.notes.append(f"{unlisted} pictures that no table lists left out")
-    return _source(tree, "pictures listed in tables", splits, config, layout)
+    return source_of(f"{config.source} (pictures listed in tables)", splits, config, layout)
 
 
 def _class_folders(tree: Tree, names: list[str], config: ImagesConfig) -> dict[str, str]:
     """The class folder of each picture; empty if folders do not name classes."""
     with contextlib.suppress(DataError):  # which is raised again when the folders are used
-        parts = arrange(names, config, tree.where).splits.values()
-        found = {name: label for part in parts for name, label in part if label is not None}
+        found = arrange(names, config, tree.where).classes
         return found if len(set(found.values())) > 1 else {}
     return {}
 
@@ -222,27 +185,24 @@ def _class_folders(tree: Tree, names: list[str], config: ImagesConfig) -> dict[s
 def _arrays(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource:
     """NumPy's files, whose names and keys say what is what."""
     splits = array_splits({name: tree.read(name) for name in names}, tree.where)
-    return _source(tree, "arrays", splits, config, Layout({}))
+    return source_of(f"{config.source} (arrays)", splits, config, Layout())
 
 
 def _pixel_tables(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource | None:
     """Tables of a label and pixels per row."""
     layout, splits = arrange(names, config, tree.where, tables=True), {}
     for split, part in layout.splits.items():
-        found = [_pixel_table(tree, name, config) for name, _ in part]
-        usable = [each for each in found if each is not None]
-        if left_out := [name for (name, _), each in zip(part, found, strict=True) if each is None]:
+        usable = {}
+        for name in part:
+            where = f"{tree.where}/{name}"
+            table = text_table(tree.read(name), where)
+            labelled = config.label_column in (None, *table.column_names)
+            if labelled and (found := pixel_split(table, config, where)) is not None:
+                usable[name] = found
+        if left_out := [name for name in part if name not in usable]:
             layout.notes.append(f"no tables of labels and pixels, left out: {listed(left_out)}")
         if len(usable) > 1:
-            raise DataError(f"{tree.where}: {listed(n for n, _ in part)} could all be the split {split!r}; keep one")
+            raise DataError(f"{tree.where}: {listed(usable)} could all be the split {split!r}; keep one")
         if usable:
-            splits[split] = usable[0]
-    return _source(tree, "table of pixels", splits, config, layout) if splits else None
-
-
-def _pixel_table(tree: Tree, name: str, config: ImagesConfig) -> RawSplit | None:
-    where = f"{tree.where}/{name}"
-    table = text_table(tree.read(name), where)
-    if config.label_column is not None and config.label_column not in table.column_names:
-        return None
-    return pixel_split(table, config, where)
+            splits[split] = next(iter(usable.values()))
+    return source_of(f"{config.source} (table of pixels)", splits, config, layout) if splits else None

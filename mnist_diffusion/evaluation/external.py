@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.dataset import ImageData
-from mnist_diffusion.data.decoding import DataError, picture_files
+from mnist_diffusion.data.decoding import DataError, encoded_files, read_file
 from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.trees import PICTURE_SUFFIX, TEXT_SUFFIXES
 from mnist_diffusion.evaluation.draw import MIN_IMAGES, Sample
@@ -72,7 +73,8 @@ def _is_flat(path: Path) -> bool:
 def _read_flat(folder: Path, background: Ground) -> tuple[list[Tensor], list[str] | None]:
     pictures = (file for file in folder.iterdir() if PICTURE_SUFFIX.fullmatch(file.suffix.lower()))
     files = sorted(file for file in pictures if file.name not in SHEETS)
-    images = list(tqdm(picture_files(files, background), total=len(files), desc="reading", leave=False))
+    encoded = encoded_files([file.name for file in files], lambda name: read_file(folder / name), str(folder))
+    images = list(tqdm(replace(encoded, background=background), desc="reading", leave=False))
     found = [LABELLED_NAME.fullmatch(file.stem) for file in files]
     if any(found) and not all(found):
         stray = next(file.name for file, match in zip(files, found, strict=True) if match is None)

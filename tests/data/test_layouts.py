@@ -152,10 +152,8 @@ class TestSplits:
         for split, count in (("train", 4), ("test", 1)):
             rows = {"image": [digit(label).tolist() for label in range(3)] * count, "label": [0, 1, 2] * count}
             datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "sets" / split)
+        (tmp_path / "sets" / "train" / "cache-0123abcd.arrow").write_bytes(b"of an earlier map()")
         assert (len(load(tmp_path).train), len(load(tmp_path).test)) == (12, 3)
-        (tmp_path / "sets" / "train" / "state.json").write_text("{")
-        with pytest.raises(DataError, match="could not be read as a saved data set"):
-            load(tmp_path)
 
     def test_the_cache_of_datasets(self, tmp_path: Path) -> None:
         table(tmp_path / "mine_train.parquet", [0, 1, 2] * 4)
@@ -326,7 +324,7 @@ class TestFiles:
         rows = pa.ListArray.from_arrays(pa.array(np.arange(0, 9000 * 9000 + 1, 9000, dtype=np.int32)), row)
         cell = pa.ListArray.from_arrays(pa.array([0, 9000], pa.int32()), rows)
         parquet.write_table(pa.table({"image": cell, "label": [0]}), tmp_path / "x.parquet")
-        with pytest.raises(DataError, match="row 0: a picture of 81,000,000 numbers, more than the limit"):
+        with pytest.raises(DataError, match="row 0: a picture of 9000 x 9000 pixels, more than the limit"):
             load(tmp_path / "x.parquet")
 
     def test_arrays_of_the_datasets_librarys_own_type(self, tmp_path: Path) -> None:

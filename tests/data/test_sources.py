@@ -64,10 +64,10 @@ class TestFamilyOfMnist:
     def test_emnist_of_several_parts(self, tmp_path: Path) -> None:
         write_emnist(tmp_path, "letters", [1, 2])
         write_emnist(tmp_path, "balanced", [0, 10, 46])
-        with pytest.raises(UserError, match=r"several parts of EMNIST; set data.subset to one of balanced, letters"):
+        with pytest.raises(UserError, match=r"data\.subset=None must name one of the parts of .*: balanced, letters"):
             load(tmp_path)
         assert load(tmp_path, subset="balanced").class_names == ("0", "A", "t")
-        with pytest.raises(UserError, match=r"data.subset='digits': .* has balanced, letters"):
+        with pytest.raises(UserError, match=r"data\.subset='digits' must name one of the parts of .*: balanced"):
             load(tmp_path, subset="digits")
 
     def test_medmnist_like_parquet(self, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ class TestHostilePictures:
         assert "1 files that are no pictures left out: .txt" in data.describe()
 
     def test_four_channels_in_a_table(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"1 or 3 channels, but its shape is \(4, 4, 5\)"):
+        with pytest.raises(DataError, match="no images of 1 or 3 channels"):
             decode_picture(np.zeros((4, 4, 5)), "row 0")
 
 
@@ -225,7 +225,7 @@ class TestTables:
         ("rows", "message"),
         [
             ({"image": [[[100, 200], [30]]] * 3, "label": [0, 1, 0]}, "a picture's rows are of different lengths"),
-            ({"image": [[["a"]]] * 3, "label": [0, 1, 0]}, "not an image with values from 0 to 255"),
+            ({"image": [[["a"]]] * 3, "label": [0, 1, 0]}, "no images of 1 or 3 channels"),
             (
                 {"image": [[[0]]] * 3, "label": [[0, 1], [1, 0], [0, 0]]},
                 r"data\.label_column='label' must hold one number",
