@@ -128,9 +128,10 @@ class TestPush:
         place = "/home/ann/pictures"
         report["data"] = {"source": f"{place} (folder)", "source_id": place, "hub_id": None, "fingerprint": "0"}
         write_results_to_card(made_run / "pipeline", report, f"of images of {place} that are not on the Hub")
-        MNISTDiffusionPipeline.from_pretrained(made_run).push_to_hub(NAME)
-        files = hub.repositories[NAME].files()
-        assert EVAL_RESULTS not in files
+        push(made_run, NAME)
+        assert EVAL_RESULTS not in hub.repositories[NAME].files()
+        MNISTDiffusionPipeline.from_pretrained(made_run).push_to_hub("owner/copy")
+        files = hub.repositories["owner/copy"].files()
         assert b"of images of pictures that" in files["README.md"]
         assert b"/home/ann" not in files["README.md"]
 
