@@ -105,7 +105,9 @@ def describe(config: RunConfig, data: ImageData, context: RunContext, unet: UNet
     flips = "\nwarning      data.augment.horizontal_flip mirrors images, which is wrong for digits and letters"
     sizes = "\nhint         class sizes differ; --data.balance draws every class equally often"
     single = "\nhint         only one class: guidance has no effect"
+    colour = "\nhint         this recipe was tuned on grey digits; --config icons is for colour pictures"
     raised = {flips: config.data.augment.horizontal_flip, sizes: uneven, single: data.num_classes == 1}
+    raised |= {colour: data.channels == 3 and context.recipe == "default"}
     return (
         f"{data.banner}{data.describe()}{''.join(hint for hint, holds in raised.items() if holds)}\n"
         f"model        UNet2DModel, {unet.num_parameters():,} parameters\n"

@@ -150,17 +150,19 @@ def test_hints(
 ) -> None:
     monkeypatch.setattr("mnist_diffusion.training.trainer.expected_cost", lambda state: "")  # it takes seconds
 
-    def said(**data: Any) -> str:
+    def said(recipe: str = "tiny", **data: Any) -> str:
         AcceleratorState._reset_state(reset_partial_state=True)
         config = changed(tiny_config(), data={"source": str(image_folder), **data})
         capsys.readouterr()
         config = dataclasses.replace(config, output_dir=str(tmp_path / "x"))
-        assert train(config, recipe="tiny", dry_run=True).exit_code == 0
+        assert train(config, recipe=recipe, dry_run=True).exit_code == 0
         return capsys.readouterr().out
 
     plain = said()
     assert "blue: 5, green: 5, red: 5" in plain
     assert "\nhint" not in plain
+    assert "--config icons is for colour pictures" in said("default")
+    assert "\nhint" not in said("default", channels=1)
     add_reds(image_folder, 40)
     assert "--data.balance draws every class equally often" in said()
     assert "\nhint" not in said(balance=True)
