@@ -166,18 +166,22 @@ def pipeline() -> MNISTDiffusionPipeline:
     return make_pipeline()
 
 
-def run_folder(folder: Path) -> Path:
-    """A run's folder as training leaves it: an untrained pipeline with a card, two checkpoints, and what is around."""
-    pipeline = make_pipeline()
+def card_of(pipeline: MNISTDiffusionPipeline) -> dict[str, Any]:
+    """What the card of a pipeline is rendered from."""
     empty = dict.fromkeys(("samples", "notice", "teacher", "loss", "held_out_loss", "datasets"))
     about = {"title": "a run", "location": REPO_PLACEHOLDER, "parameters": 1, "image_size": 8, "channels": 1}
     about |= {"source": "digits", "source_id": "digits", "num_train_images": 9, "fingerprint": "0" * 16, "seed": 0}
     about |= {"steps": 2, "batch_size": 8, "epochs": 1.0, "machine": "a machine", "versions": "", "config": "data:\n"}
     about |= {"class_names": "a", "scheduler": "dpmpp", "recipe": "tiny", "num_classes": 10, "minutes": 1.5}
-    card = {**empty, **about, "example_call": "pipeline(class_labels=[3], guidance_scale=5)"}
+    about |= {"example_call": "pipeline(class_labels=[3], guidance_scale=5)"}
     defaults = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_distilled", "flow_matching")
-    card |= {name: pipeline.config[name] for name in defaults}
-    export_pipeline(pipeline, folder / "pipeline", card=card, samples=Image.new("L", (8, 8)))
+    return {**empty, **about, **{name: pipeline.config[name] for name in defaults}}
+
+
+def run_folder(folder: Path) -> Path:
+    """A run's folder as training leaves it: an untrained pipeline with a card, two checkpoints, and what is around."""
+    pipeline = make_pipeline()
+    export_pipeline(pipeline, folder / "pipeline", card=card_of(pipeline), samples=Image.new("L", (8, 8)))
     for step in (1, 2):
         tensors = {"model": {"w": torch.full((3,), float(step))}}
         save_checkpoint(folder / "checkpoints", step, tensors, {"n": step}, keep=2, about={"run_id": "r"})

@@ -32,7 +32,7 @@ from mnist_diffusion.data import sources
 from mnist_diffusion.demo.studio.build import RUNTIME_FILES
 from mnist_diffusion.evaluation import evaluator
 from tests.conftest import REPOSITORY, make_image_folder
-from tests.data.test_dataset import idx_bytes
+from tests.data.test_formats import idx_bytes
 from tests.support.hub_server import HubServer
 
 DOCUMENTS = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]

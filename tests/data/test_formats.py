@@ -1,167 +1,353 @@
-"""Tables, arrays and archives of images, and the ranges and sizes of their pixels, each with the right value."""
+"""What people's folders, files, tables and archives are read as: the right pixels by the right labels, or why not."""
 
 from __future__ import annotations
 
 import gzip
-import json
-import re
+import io
+import os
+import struct
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pandas
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
-from mnist_diffusion.data.decoding import DataError, decode_picture
-from mnist_diffusion.data.transforms import fit_to_size
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.data.decoding import DataError
+from mnist_diffusion.files import MAX_PIXELS
 from tests.conftest import REPOSITORY
-from tests.data.test_dataset import idx_bytes, load
-from tests.data.test_layouts import SIDE, THREE, classes, digit, place_of_bar, put, table
-from tests.data.test_sources import load_lazily
+
+SIDE, SPLITS = 12, {"train": 12, "test": 3}
+THREE, DIGITS, LABELS = ("a", "b", "c"), ("0", "1", "2"), [0, 1, 2] * 4
+Files = dict[str, Any]
 
 
-def table_beside_pictures(root: Path) -> None:
-    for index in range(12):
-        put(root / "images" / f"{index}.png", digit(index % 3, index))
-    (root / "labels.csv").write_text("file,label\n" + "".join(f"{i}.png,{i % 3}\n" for i in range(12)))
+def load(source: Path | str | None, seed: int = 0, **fields: Any) -> ImageData:
+    return load_images(DataConfig(source=None if source is None else str(source), **fields), seed=seed)
 
 
-def ids_without_suffix(root: Path) -> None:
-    for index in range(12):
-        put(root / "train" / f"{index:04}.png", digit(index % 3, index))
-    put(root / "test" / "0012.png", digit(0))
-    (root / "train.csv").write_text("id;breed\n" + "".join(f"{i:04};{i % 3}\n" for i in range(12)))
-    (root / "sample_submission.csv").write_text("id;breed\n0012;0\n")
+def load_lazily(source: Path, **fields: Any) -> ImageData:
+    """As if the images did not fit into memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mnist_diffusion.data.dataset.MEMORY_LIMIT_BYTES", 0)
+        return load(source, **fields)
 
 
-def metadata_jsonl(root: Path) -> None:
-    for split, count in (("train", 12), ("test", 3)):
-        for index in range(count):
-            put(root / split / f"{index}.png", digit(index % 3, index))
-        lines = [json.dumps({"file_name": f"{index}.png", "label": index % 3}) for index in range(count)]
-        (root / split / "metadata.jsonl").write_text("\n".join(lines))
+def digit(label: int, index: int = 0) -> np.ndarray:
+    """A white bar whose place says the label, on black; the image's number is in a corner."""
+    image = np.zeros((SIDE, SIDE), np.uint8)
+    image[3:9, label % SIDE] = 255
+    image[0, 0] = index
+    return image
 
 
-def csv_of_pixels(root: Path, *, header: bool = True) -> None:
-    """As on Kaggle: `train.csv` with labels, `test.csv` without."""
-    for name, count in (("train.csv", 12), ("test.csv", 3)):
-        names = [*(["label"] if name == "train.csv" else []), *(f"pixel{index}" for index in range(SIDE**2))]
-        lines = [",".join(names)] if header else []
-        for index in range(count):
-            label = [index % 3] if name == "train.csv" or not header else []
-            lines.append(",".join(map(str, [*label, *digit(index % 3, index).flatten()])))
-        (root / name).write_text("\n".join(lines) + "\n")
+def place_of_bar(image: torch.Tensor) -> int:
+    return int(image[0, 5].argmax())
 
 
-def pixels_and_labels(count: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.stack([digit(index % 3, index) for index in range(count)]), np.arange(count) % 3
+def encoded(picture: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, kind, **options)
+    return file.getvalue()
 
 
-def keras_npz(root: Path) -> None:
-    (x_train, y_train), (x_test, y_test) = pixels_and_labels(12), pixels_and_labels(3)
-    np.savez(root / "mnist.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+def write(root: Path, files: Files) -> Path:
+    """Text, bytes, pixels as PNG, arrays by name, Arrow tables, folders (None), and what writes itself to its path."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir()
+        elif callable(content):
+            content(path)
+        elif isinstance(content, pa.Table):
+            parquet.write_table(content, path)
+        elif isinstance(content, dict):
+            np.savez(path, **content)
+        else:
+            text = encoded(content) if isinstance(content, np.ndarray) else content
+            path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return root
 
 
-def medmnist_npz(root: Path) -> None:
-    arrays: dict[str, Any] = {}
-    for split, count in (("train", 12), ("val", 6), ("test", 3)):
-        images, labels = pixels_and_labels(count)
-        arrays |= {f"{split}_images": images, f"{split}_labels": labels[:, None].astype(np.uint8)}
-    np.savez_compressed(root / "organ.npz", **arrays)
+def classes(names: Sequence[str] = DIGITS, count: int = 4, place: str = "") -> Files:
+    """One folder per name; the bars of its pictures are at the name's place in the list."""
+    numbered = [(label, name, index) for label, name in enumerate(names) for index in range(count)]
+    return {f"{place}{name}/{index}.png": digit(label, index) for label, name, index in numbered}
 
 
-def kmnist_npz(root: Path) -> None:
-    for split, count in (("train", 12), ("test", 3)):
-        for kind, values in zip(("imgs", "labels"), pixels_and_labels(count), strict=True):
-            np.savez(root / f"kmnist-{split}-{kind}.npz", values)
+def splits(**counts: int) -> Files:
+    return {name: each for split, n in counts.items() for name, each in classes(DIGITS, n, f"{split}/").items()}
 
 
-def npy_pair(root: Path) -> None:
-    images, labels = pixels_and_labels(12)
-    np.save(root / "images.npy", (images[:, None] / 255).astype(np.float32))
-    np.save(root / "labels.npy", np.eye(3)[labels])
+def images(count: int, place: str = "", width: int = 0) -> Files:
+    """Pictures of three classes in one folder."""
+    return {f"{place}{index:0{width}}.png": digit(index % 3, index) for index in range(count)}
 
 
-def flat_lists(root: Path) -> None:
-    table(root / "train.parquet", [0, 1, 2] * 4, lambda pixels: pixels.flatten().tolist())
-    table(root / "test.parquet", [0, 1, 2], lambda pixels: pixels.flatten().tolist())
+def pixels(count: int) -> np.ndarray:
+    return np.stack(list(images(count).values()))
 
 
-def pixels_by_pandas(root: Path) -> None:
+def rows(count: int, cell: str) -> str:
+    """Lines of a table of these images."""
+    return "".join(cell.format(index, index % 3) + "\n" for index in range(count))
+
+
+def as_file(image: np.ndarray) -> dict[str, Any]:
+    return {"bytes": encoded(image), "path": None}
+
+
+def table(labels: Any = LABELS, cell: Any = as_file, names: Any = ("image", "label"), **more: Any) -> pa.Table:
+    cells = [cell(digit(index % 3, index)) for index in range(len(labels))]
+    return pa.table({names[0]: cells, names[1]: list(labels), **more})
+
+
+def typed(image: Any, label: Any) -> Callable[[Path], object]:
+    """A table whose types alone tell what its columns are."""
+    kinds = datasets.Features({"picture": image, "kind": label})
+    cells = {"picture": list(pixels(12)), "kind": LABELS}
+    return lambda path: datasets.Dataset.from_dict(cells, kinds).to_parquet(str(path))
+
+
+def named(names: Sequence[str]) -> Callable[[Path], object]:
+    return typed(datasets.Image(), datasets.ClassLabel(names=list(names)))
+
+
+def saved(count: int) -> Callable[[Path], object]:
+    cells = {"image": pixels(count).tolist(), "label": LABELS[:count]}
+    return lambda path: datasets.Dataset.from_dict(cells).save_to_disk(path)
+
+
+def idx_bytes(values: Any) -> bytes:
+    values = np.asarray(values)
+    return struct.pack(f">I{values.ndim}I", 0x0800 | values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
+
+
+def idx(place: str = "", zipped: bool = False, **instead: bytes | None) -> Files:
+    """MNIST's files; `t10k_labels=None`, say, leaves that one out."""
+    files: Files = {}
+    for split, count in (("train", 12), ("t10k", 3)):
+        for kind, values in (("images-idx3", pixels(count)), ("labels-idx1", LABELS[:count])):
+            content = instead.get(f"{split}_{kind[:6]}", idx_bytes(values))
+            if content is not None:
+                files[f"{place}{split}-{kind}-ubyte{'.gz' * zipped}"] = gzip.compress(content) if zipped else content
+    return files
+
+
+def emnist(subset: str, numbers: Sequence[int], place: str = "") -> Files:
+    """A part of EMNIST, which has rows and columns exchanged, with three classes."""
+    files = {}
+    for split, count in SPLITS.items():
+        name, turned = f"{place}emnist-{subset}-{split}", np.ascontiguousarray(pixels(count).transpose(0, 2, 1))
+        files[f"{name}-images-idx3-ubyte.gz"] = gzip.compress(idx_bytes(turned))
+        files[f"{name}-labels-idx1-ubyte.gz"] = gzip.compress(idx_bytes(np.array(numbers)[LABELS[:count]]))
+    return files
+
+
+def csv_of_pixels(header: bool) -> Files:
+    """As on Kaggle: `train.csv` with labels, `test.csv` without, but where no header tells."""
+    files = {}
+    for split, count in SPLITS.items():
+        labels = [["label", *LABELS[:count]]] if split == "train" or not header else []
+        values = [[f"pixel{place}", *each] for place, each in enumerate(pixels(count).reshape(count, -1).T)]
+        lines = [",".join(map(str, line)) for line in zip(*labels, *values, strict=True)]
+        files[f"{split}.csv"] = "\n".join(lines[not header :]) + "\n"
+    return files
+
+
+def zipped(files: Files) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, encoded(content))
+    return file.getvalue()
+
+
+def frame(count: int) -> pandas.DataFrame:
     """A column for each pixel, and the index of a data frame whose rows were chosen."""
-    for split, count in (("train", 12), ("test", 3)):
-        images, labels = pixels_and_labels(count)
-        frame = pandas.DataFrame(images.reshape(count, -1)).rename(columns="pixel{}".format).assign(label=labels)
-        frame.index = frame.index[::-1] * 2
-        frame.to_parquet(root / f"{split}.parquet")
-        if split == "train":
-            (root / "csv").mkdir()
-            frame.to_csv(root / "csv" / "train.csv")
+    frame = pandas.DataFrame(pixels(count).reshape(count, -1)).rename(columns="pixel{}".format)
+    frame.index = frame.index[::-1] * 2
+    return frame.assign(label=LABELS[:count])
 
 
-def zip_of_classes(root: Path) -> None:
-    classes(root / "pictures", ("0", "1", "2"))
-    with zipfile.ZipFile(root / "pictures.zip", "w") as archive:
-        for path in sorted((root / "pictures").rglob("*.png")):
-            archive.write(path, f"pictures/{path.relative_to(root / 'pictures')}")
-        archive.writestr("__MACOSX/pictures/0/._0.png", b"junk")
+Case = tuple[Files, str, tuple[int, int], tuple[str, ...], str, dict[str, Any]]
 
 
-def idx_by_other_names(root: Path) -> None:
-    for split, count in (("Train", 12), ("test", 3)):
-        images, labels = pixels_and_labels(count)
-        (root / f"my_images_{split}.gz").write_bytes(gzip.compress(idx_bytes(images)))
-        (root / f"my_labels_{split}").write_bytes(idx_bytes(labels.astype(np.uint8)))
+def case(files: Files, told: str = "", counts: Any = (9, 3), names: Any = DIGITS, source: str = ".", **of: Any) -> Case:
+    """Files; what is told of them; images to train on and held out; classes; what `load` is given."""
+    return files, told, counts, names, source, of
 
 
-FORMATS: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
-    "a table beside pictures": (table_beside_pictures, ".", 9, 3),
-    "a table of ids, with pictures to submit": (ids_without_suffix, ".", 9, 3),
-    "metadata.jsonl": (metadata_jsonl, ".", 12, 3),
-    "CSV of pixels": (csv_of_pixels, ".", 9, 3),
-    "CSV of pixels, the file": (csv_of_pixels, "train.csv", 9, 3),
-    "CSV of pixels without header": (lambda root: csv_of_pixels(root, header=False), ".", 12, 3),
-    "Keras .npz": (keras_npz, "mnist.npz", 12, 3),
-    "MedMNIST .npz": (medmnist_npz, ".", 12, 3),
-    "KMNIST .npz": (kmnist_npz, ".", 12, 3),
-    ".npy": (npy_pair, ".", 9, 3),
-    "flat lists in parquet": (flat_lists, ".", 12, 3),
-    "pixel columns in parquet": (pixels_by_pandas, "train.parquet", 9, 3),
-    "pixel columns in parquet, a folder": (pixels_by_pandas, ".", 12, 3),
-    "CSV with an index": (pixels_by_pandas, "csv", 9, 3),
-    "zip": (zip_of_classes, "pictures.zip", 9, 3),
-    "IDX by other names": (idx_by_other_names, ".", 12, 3),
+BAR, LFS = digit(0), b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+LISTED, WHOLE = images(12, "images/"), {"labels.csv": "file,label\n" + rows(12, "{}.png,{}")}
+SEVERAL = {"labels.csv": "picture,animal,colour\n" + rows(12, "{}.png,{},red")}
+IDS = {"train.csv": "id;breed\n" + rows(12, "{:04};{}"), "sample_submission.csv": "id;breed\n0012;0\n"}
+JSONL = {f"{split}/metadata.jsonl": rows(n, '{{"file_name": "{}.png", "label": {}}}') for split, n in SPLITS.items()}
+EACH = {f"{n}.csv": "file,label\n" + "".join(f"{i}.png,{n}\n" for i in range(at, 12, 3)) for at, n in enumerate(THREE)}
+NONE = {"2.csv": "file,label,label\n0.png,a,b\n", "x.jsonl": '{"file_name": "0.png", "objects": {"box": [1]}}\n'}
+PARTS = {"letters/train-0-of-1.parquet": table(LABELS[:9]), "letters/test-0-of-1.parquet": table(LABELS[:3])}
+PARTS |= {"digits/train.parquet": table(), "digits/test.parquet": table(LABELS[:3])}
+TREES = {f"one/{name}": content for name, content in splits(train=3, test=1).items()}
+TREES |= {name.replace("one", "two", 1): content for name, content in TREES.items()}
+PANDAS = {f"{split}.parquet": frame(count).to_parquet() for split, count in SPLITS.items()}
+SAVED: dict[str, Any] = {f"sets/{split}": saved(count) for split, count in SPLITS.items()}
+SAVED |= {"sets/train/cache-0123abcd.arrow": b"of an earlier map()"}
+ARRAYS = {split: {"x": pixels(count), "y": LABELS[:count]} for split, count in SPLITS.items()}
+KERAS = {f"{kind}_{split}": values for split, each in ARRAYS.items() for kind, values in each.items()}
+KMNIST = {f"kmnist-{split}-imgs.npz": {"arr_0": each["x"]} for split, each in ARRAYS.items()}
+KMNIST |= {f"kmnist-{split}-labels.npz": {"arr_0": each["y"]} for split, each in ARRAYS.items()}
+MEDMNIST = {f"{split}_images": pixels(count) for split, count in {**SPLITS, "val": 6}.items()}
+MEDMNIST |= {name.replace("image", "label"): np.array(LABELS[: len(each)])[:, None] for name, each in MEDMNIST.items()}
+NUMPY = {"images.npy": partial(np.save, arr=pixels(12)[:, None] / np.float32(255))}
+NUMPY |= {"labels.npy": partial(np.save, arr=np.eye(3)[LABELS])}
+OTHER_IDX = {f"my_images_{split.title()}.gz": gzip.compress(idx_bytes(pixels(n))) for split, n in SPLITS.items()}
+OTHER_IDX |= {f"my_labels_{split}": idx_bytes(LABELS[:count]) for split, count in SPLITS.items()}
+LETTERS_OR_NOT = emnist("letters", [1, 2, 3]) | emnist("balanced", [0, 10, 46])
+STRAYS = {"0/x.txt": "mine", "0/.DS_Store": "", "0/x.gif": digit(0, 9)}
+TABLES = {"x.csv": "id,name\n0,x\n1,y\n", "y.csv": b"\xff\xfe,a\n1,2,3\n"}
+CONTRADICTION = "file,label\n" + "".join(f"{name}/{index}.png,no {name}\n" for name in DIGITS for index in range(4))
+BESIDE = {f"train/{THREE[index % 3]}/{index}.png": digit(index % 3, index) for index in range(12)}
+BESIDE |= {f"test/{index}.png": BAR for index in range(20, 25)}
+TOLD = {"labels.csv": "file,label\n" + "".join(f"{index}.png,{THREE[index % 3]}\n" for index in range(12))}
+SUBMITTED = "".join(f"{index}.png,{index % 2}\n" for index in range(20, 25))
+CAPTIONS = "file_name,caption\n0.png,a bar on the left\n1.png,a bar in the middle\n"
+NO_LABELS = [
+    ("sample_submission.csv", f"id,label\n{SUBMITTED}", "a submission holds no labels"),
+    ("answers.csv", f"id,label\n{SUBMITTED}", "it lists pictures of a test folder alone"),
+    ("answers.csv", "id,label\n0.png,0\n1.png,0\n", "its labels are all alike: '0'"),
+    ("metadata.csv", CAPTIONS, "its column 'caption' is not called a label, and the folders name classes"),
+    ("sizes.csv", "width,height\n640,480\n640,320\n", "none of its columns 'width', 'height' names pictures"),
+    ("sizes.csv", "file,width,height\n0.png,8,9\n", "none of its columns 'file', 'width', 'height' is called a label"),
+]
+GAPS = "class names are numbers that differ from their labels: label 0 is '2', 1 is '5', 2 is '11'"
+NOT_TEST = "note         trained on the split"
+VEHICLES, LETTERS = ("apple", "bus", "train", "whale"), ("kleine Katze", "Ω mega", "猫")
+FASHION, AGES = ("T-shirt/top", "Trouser", "Pullover"), ("2", "5", "11")
+FORMATS: dict[str, Case] = {
+    "a table beside pictures": case(LISTED | WHOLE, "labels from labels.csv"),
+    "a table of ids, with pictures to submit": case(images(12, "train/", 4) | {"test/0012.png": BAR} | IDS),
+    "metadata.jsonl": case(images(12, "train/") | images(3, "test/") | JSONL, "", (12, 3)),
+    "a table for each class": case(images(12) | EACH | NONE, "2.csv left out: ", names=THREE),
+    "CSV of pixels": case(csv_of_pixels(True)),
+    "CSV of pixels, the file": case(csv_of_pixels(True), source="train.csv"),
+    "CSV of pixels without header": case(csv_of_pixels(False), "", (12, 3)),
+    "Keras .npz": case({"mnist.npz": KERAS}, "", (12, 3), source="mnist.npz"),
+    "MedMNIST .npz": case({"organ.npz": MEDMNIST}, "", (12, 3)),
+    "KMNIST .npz": case(KMNIST, "", (12, 3)),
+    ".npy": case(NUMPY),
+    "flat lists in parquet": case({"train.parquet": table(cell=lambda a: a.flatten().tolist())}),
+    "pixel columns in parquet": case(PANDAS, source="train.parquet"),
+    "pixel columns in parquet, a folder": case(PANDAS, "", (12, 3)),
+    "CSV with an index": case({"train.csv": frame(12).to_csv()}),
+    "zip": case({"x.zip": zipped(classes(place="x/") | {"__MACOSX/x/0/._0.png": BAR})}, source="x.zip"),
+    "IDX by other names": case(OTHER_IDX, "", (12, 3)),
+    "IDX": case(idx() | {"._train-images-idx3-ubyte": "", "train-images-idx3-ubyte.gz.md5": ""}, "", (12, 3)),
+    "IDX in raw": case(idx("raw/"), "", (12, 3)),
+    "zipped IDX where torchvision has it": case(idx("MNIST/raw/", True), "", (12, 3)),
+    "Fashion": case(idx("FashionMNIST/raw/"), "", (12, 3), FASHION),
+    "Fashion by its other name": case(idx("fashion-mnist/"), "", (12, 3), FASHION, "fashion-mnist"),
+    "KMNIST": case(idx("KMNIST/raw/", True), "", (12, 3), ("o", "ki", "su")),
+    "EMNIST": case(emnist("letters", [1, 3, 26], "EMNIST/raw/"), "", (12, 3), ("a", "c", "z")),
+    "a part of EMNIST": case(LETTERS_OR_NOT, "", (12, 3), ("0", "A", "t"), subset="balanced"),
+    # Splits.
+    **{
+        f"{train} and {test}": case(classes(place=f"{train}/") | classes(DIGITS, 2, f"{test}/"), NOT_TEST, (12, 6))
+        for train, test in (
+            *(("Training", "Testing"), ("train", "VALID"), ("archive/Training/images", "archive/Testing/images")),
+            *(("seg_train/seg_train", "seg_test/seg_test"), ("training_set", "test_set")),
+        )
+    },
+    **{
+        train: case({f"{train}.parquet": table(), f"{test}.parquet": table(LABELS[:3])}, "", (12, 3))
+        for train, test in (
+            *(("train/0000", "test/0000"), ("mnist_train", "mnist_test"), ("default/train/0", "default/test/0")),
+            ("data/train-00000-of-00001", "data/validation-00000-of-00001"),
+        )
+    },
+    "splits below": case(classes(["0/train", "1/train"]) | classes(["0/test", "1/test"], 1), "", (8, 2), ("0", "1")),
+    "a third split": case(splits(train=4, val=2, test=1), "split 'val' left out", (12, 3)),
+    "another split": case(splits(train=4, val=2, test=1), "held out: 'val'", (12, 6), test_split="validation"),
+    "a folder that `datasets` saved": case(SAVED, "", (12, 3)),
+    "one of two configurations": case(PARTS, subset="letters"),
+    "one of two trees": case(TREES, subset="two"),
+    "masks": case(splits(train=4, test=1) | {"masks/0.png": BAR}, "beside the splits left out: masks", (12, 3)),
+    "pictures to submit": case(splits(train=4) | {"test/0.png": BAR}, "1 pictures of the split 'test' left out"),
+    # Folders.
+    **{
+        name: case(classes() | {f"{name}/0.png": BAR}, f"folders left out: {name}")
+        for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir")
+    },
+    "a class called train": case(classes(VEHICLES), "WARNING: classes are called train, as", (12, 4), VEHICLES),
+    "too deep": case(classes(place="in/") | {"x.png": BAR}, "1 pictures left out, which lie beside the folders"),
+    "loose pictures": case(classes() | {"x.png": BAR}, "1 pictures left out, which lie in no class folder"),
+    "pictures alone": case({f"{n}.png": digit(0, n) for n in range(6)}, "no folders name classes", (5, 1), ("image",)),
+    "one class": case(classes(["only"], 20), "", (18, 2), ("only",)),
+    "other letters": case(classes(LETTERS, place="Bilder für später/"), names=LETTERS),
+    "other files": case(classes() | STRAYS, "1 files that are no pictures left out: .txt", (10, 3)),
+    "a broken picture": case(classes() | {"0/x.png": LFS}, "1 unreadable pictures skipped", skip_unreadable=True),
+    # Labels, and tables of them.
+    "gaps between classes": case(classes(AGES), GAPS, names=AGES),
+    "gaps in a table": case({"x.parquet": table([2, 5, 11] * 4)}, GAPS, names=AGES),
+    "numbers with a point": case({"x.parquet": table([0.0, 1.0, 2.0] * 4)}),
+    "labels in lists of one": case({"x.parquet": table([[n] for n in LABELS])}, names=THREE, class_names=THREE),
+    "columns by other names": case({"x.parquet": table(names=("img", "digit"))}),
+    "a column that is named": case({"x.parquet": table(names=("picture", "fine_label"))}, image_column="picture"),
+    "labels that are named": case({"x.parquet": table(other=[*"abc"] * 4)}, names=THREE, label_column="other"),
+    "names in the types": case({"x.parquet": named(THREE)}, names=THREE),
+    "arrays": case({"x.parquet": typed(datasets.Array2D((SIDE, SIDE), "uint8"), datasets.Value("int64"))}),
+    "a binary column": case({"x.parquet": table(cell=encoded)}),
+    "paths": case(images(3) | {"x.parquet": table(cell=lambda a: {"bytes": None, "path": f"{a[5].argmax()}.png"})}),
+    "pixels of true and false": case({"x.parquet": table(cell=lambda a: (a > 99).tolist())}),
+    "pixels from 0 to 1": case({"x.parquet": table(cell=lambda a: (a / 255).tolist())}),
+    "pictures in no table": case(LISTED | WHOLE | {"images/more.png": BAR}, "1 pictures that no table lists left out"),
+    "one of several columns": case(LISTED | SEVERAL, label_column="animal"),
+    "a contradiction": case(
+        classes() | {"labels.csv": CONTRADICTION}, "labels.csv contradicts the", names=("no 0", "no 1", "no 2")
+    ),
+    "tables of something else": case(classes() | TABLES, "y.csv left out: "),
+    **{
+        f"{note}{end}": case(BESIDE | labels | {name: content}, f"{name} left out: {note}", names=THREE)
+        for name, content, note in NO_LABELS
+        for end, labels in (("", {}), (", beside labels", TOLD))
+    },
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name: str, tmp_path: Path) -> None:
-    make, source, train, test = FORMATS[name]
-    make(tmp_path)
-    data = load(tmp_path / source)
-    assert (len(data.train), len(data.test), data.class_names) == (train, test, ("0", "1", "2"))
-    assert data.train.tensor.shape[1:] == (1, SIDE, SIDE)
+    files, told, counts, names, source, fields = FORMATS[name]
+    data = load(write(tmp_path, files) / source, **fields)
+    assert (len(data.train), len(data.test), data.class_names) == (*counts, names)
+    assert (data.train.tensor.shape[1:], data.train.tensor.max()) == ((1, SIDE, SIDE), 255)
     assert [place_of_bar(image) for image in data.train.tensor] == data.train.labels.tolist()
     assert data.source.startswith(str(tmp_path / source))
-    assert load_lazily(tmp_path / source).fingerprint == data.fingerprint
+    assert told in data.describe()
+    assert load_lazily(tmp_path / source, **fields).fingerprint == data.fingerprint
 
 
 DOCUMENTED = {
     "nothing": "test_no_source_falls_back_loudly",
     "`digits`": "test_digits_and_errors",
-    "a folder with one folder per class": "test_junk_is_no_class",
+    "a folder with one folder per class": "other letters",
     "a folder of pictures and a table": "a table beside pictures",
-    "a folder of pictures alone": "test_flat",
+    "a folder of pictures alone": "pictures alone",
     "`.zip`": "zip",
     "`.csv`, or a folder of them": "CSV of pixels",
     "`.npz`, `.npy`, or a folder of them": "Keras .npz",
     "parquet or arrow files, or a folder of them": "flat lists in parquet",
-    "a folder that `datasets` saved": "test_saved_data_sets_side_by_side",
+    "a folder that `datasets` saved": "a folder that `datasets` saved",
     "a folder of IDX files": "IDX by other names",
     "a Hub id": "test_cached_copy_without_the_network",
 }
@@ -169,244 +355,173 @@ DOCUMENTED = {
 
 
 def test_each_row_of_the_documented_table_is_read() -> None:
-    table = (
-        (REPOSITORY / "docs" / "own_images.md")
-        .read_text(encoding="utf-8")
-        .partition("## What is read")[2]
-        .partition("| --- | --- |\n")[2]
-    )
-    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.partition("\n\n")[0].splitlines()]
-    assert rows == list(DOCUMENTED)
-    tests = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    text = (REPOSITORY / "docs" / "own_images.md").read_text(encoding="utf-8").partition("## What is read")[2]
+    lines = text.partition("| --- | --- |\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == list(DOCUMENTED)
+    tests = (Path(__file__).parent / "test_dataset.py").read_text(encoding="utf-8")
     assert [name for name in DOCUMENTED.values() if name not in FORMATS and f"def {name}(" not in tests] == []
 
 
-SUBMITTED = "".join(f"{index}.png,{index % 2}\n" for index in range(20, 25))
-NO_LABELS = [
-    ("sample_submission.csv", f"id,label\n{SUBMITTED}", "a submission holds no labels"),
-    ("answers.csv", f"id,label\n{SUBMITTED}", "it lists pictures of a test folder alone"),
-    ("answers.csv", "id,label\n0.png,0\n1.png,0\n", "its labels are all alike: '0'"),
-    (
-        "metadata.csv",
-        "file_name,caption\n0.png,a bar on the left\n1.png,a bar in the middle\n",
-        "its column 'caption' is not called a label, and the folders name classes",
+def png_header(side: int) -> bytes:
+    """A PNG that claims a size and holds nothing of it."""
+    start, parts = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0), b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", start), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")):
+        parts += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return parts
+
+
+def each(name: str, *told: tuple[Any, str], beside: Files | None = None, **fields: Any) -> Iterable[Case]:
+    """Sources that are refused for what is in one file, which is named."""
+    stem = Path(name).stem
+    return [case((beside or {}) | {name: content}, f"{stem}.*({words})", **fields) for content, words in told]
+
+
+IMAGES, SIDEWAYS = idx_bytes(pixels(12)), Image.Exif()
+SIDEWAYS[0x0112] = 6
+ODD, DEEP = {"0/odd.png": np.zeros((30, 20), np.uint8)}, digit(1).astype(np.uint16) * 16
+REFUSED: list[Case] = [
+    *each(
+        "train-images-idx3-ubyte",
+        (IMAGES[:2], "truncated header"),
+        (IMAGES[:-1], r"declares 1728 values \[12, 12, 12\] but holds 1727"),
+        (IMAGES + b"x", "holds more"),
+        (b"\x00\x00\x08\x01" + IMAGES[4:], "magic number 0x00000801, expected 0x00000803"),
+        (IMAGES[:4] + b"\xff" * 12 + IMAGES[16:], "more than the limit"),
+        (gzip.compress(IMAGES)[:-9], "could not be read"),
+        (gzip.compress(IMAGES)[:10] + b"\xff" * 30, "could not be read|broken gzip"),
+        (gzip.compress(IMAGES + b"x"), "holds more"),
+        (idx_bytes(np.zeros((0, 4, 4))), "holds no pixels"),
+        beside=idx(),
     ),
-    ("sizes.csv", "width,height\n640,480\n640,320\n", "none of its columns 'width', 'height' names pictures"),
-    ("sizes.csv", "file,width,height\n0.png,8,9\n", "none of its columns 'file', 'width', 'height' is called a label"),
+    case(idx(train_labels=idx_bytes(LABELS[:11])), "holds 12 images but .* 11 labels"),
+    case(idx(t10k_labels=None), "t10k-images-idx3-ubyte has no partner with the labels"),
+    case(idx(t10k_labels=idx_bytes([7, 7, 7])), r"held-out classes without training images: \[7\]"),
+    case(idx(), "data.train_split='letters' is not a split", train_split="letters"),
+    case(idx("MNIST/raw/") | idx("FashionMNIST/raw/"), "several data sets; name one of .*FashionMNIST, .*MNIST"),
+    case(LETTERS_OR_NOT, "data.subset=None must name one of the parts of .*: balanced, letters"),
+    case(LETTERS_OR_NOT, "data.subset='digits' must name one of the parts of", subset="digits"),
+    case(splits(train=4, test=1), "data.test_split='other' is not a split of .*test, train", test_split="other"),
+    case(PARTS, "several parts; set data.subset to one of digits, letters"),
+    case(PARTS, "got 'other'", subset="other"),
+    case(TREES, "set data.subset to one of one, two"),
+    case(classes(), "data.subset='letters': .* has no parts", subset="letters"),
+    case(classes(), "data.class_names names 2 classes, but .* has 3", class_names=("a", "b")),
+    case(classes() | {"violet": None}, "violet"),
+    case(classes() | {"violet/0.png": BAR}, "class 'violet' has 1 image"),
+    *(
+        case(classes([os.fsdecode(name)]), "is not UTF-8 or has control characters; rename it")
+        for name in (b"\xb0\xa1", b"a\nb", b"\x1b[31m")
+    ),
+    case({"train.parquet": named(THREE), "test.parquet": named("bca")}, "name the classes of 'kind' differently"),
+    case({"x.parquet": table()}, "data.label_column='no' is not a column", label_column="no"),
+    *each(
+        "x.parquet",
+        (b"PAR1 and nothing", "could not be read"),
+        (partial(parquet.write_table, pa.table({"x": pa.nulls(10_000_001)})), "10,000,001 rows, more than the limit"),
+        (table(names=("image", "a"), b=LABELS), "cannot tell which of the columns .* set data.label_column"),
+        *((table([0.0, 1.0, no, 1.0] * 2), "no label: 2 of 8 training") for no in (float("nan"), -1.0, None)),
+        (table(["a", "x" * 300] * 3), "300 letters, more than 200"),
+        (table([[0, 1]] * 3), "data.label_column='label' must hold one number"),
+        (table(cell=lambda _: [[100, 200], [30]]), "a picture's rows are of different lengths"),
+        (table(cell=lambda _: [["a"]]), "no images of 1 or 3 channels"),
+        (table(cell=lambda _: [[float("nan")]]), "row 0: pixel values must go from 0 to 255"),
+        (table(cell=lambda a: (a / 2).tolist()), "whole numbers from 0 to 255, got fractions"),
+        (table(cell=lambda _: np.ones((4, 4, 5)).tolist()), "no images of 1 or 3 channels"),
+        (table(cell=lambda a: (a // 16 * (a > 99)).tolist()), "the largest pixel value is 15; they must go from 0 to"),
+        (table(cell=lambda _: {"bytes": None, "path": "/etc/hostname"}), "not a file in the same folder"),
+        (table(cell=lambda _: {"bytes": None, "path": "../x.png"}), "not a file in the same folder"),
+        source="x.parquet",
+    ),
+    case(LISTED | SEVERAL, "left out: none of its columns 'picture', 'animal', 'colour' is called a label"),
+    *(
+        case(LISTED | {"labels.csv": WHOLE["labels.csv"] + f"{file},1\n"}, f"labels.csv {told}")
+        for file, told in (
+            ("other/3.png", "row 12 names 'other/3.png', but no pictures"),
+            ("../../etc/x.png", "row 12 names '../../etc/x.png', but no pictures"),
+            ("3.png", "list pictures more than once: images/3.png"),
+        )
+    ),
+    *(
+        case({"x.npz": arrays}, told)
+        for arrays, told in (
+            ({"x": np.ones((4, 8, 8)), "labels": np.ones((4, 3))}, r"labels of the shape \(4, 3\) are not one class"),
+            ({"x_train": np.ones((4, 8, 8)), "y": np.zeros(3)}, "'train' needs one array of images and .* got x_train"),
+            ({"x": np.array([{"a": 1}], dtype=object)}, r"x\.npz could not be read as NumPy arrays without pickles"),
+        )
+    ),
+    *each(
+        "0/wrong.png",
+        *((png_header(side), f"{side} x {side} pixels|too large") for side in (50_000, 10_000)),
+        (png_header(int(MAX_PIXELS**0.5)), "the picture could not be decoded"),
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><html>404</html>", "it is an HTML page"),
+        (LFS, "it is a Git LFS pointer"),
+        (b"\x89PNG not really", "the picture could not be decoded"),
+        *((encoded(Image.new(mode, (12, 12)), "TIFF"), f"of mode '{mode}' has no known range") for mode in "IF"),
+        (DEEP, "the largest value is 4080, but white in 16"),
+        (os.mkfifo, "is not a regular file"),
+        beside=classes(),
+        image_size=SIDE,
+    ),
+    case({"x.png": LFS}, "no picture of a split could be read: .* Git LFS pointer", skip_unreadable=True),
+    case({"x.png": np.zeros((1, 400_000), np.uint8)}, "400000 x 1 pixels is too long and thin", image_size=16),
+    case({"x.jpg": encoded(Image.new("RGB", (12, 8)), "JPEG", exif=SIDEWAYS)}, "images of 8 x 12 are not square"),
+    case(classes() | ODD, "images of different sizes .* set data.image_size"),
+    case(classes() | ODD, "data.fit='pad' cannot bring an image of 20 x 30", image_size=16, fit="pad"),
+    case({"x.zip": b"nothing of it"}, "the archive could not be read", source="x.zip"),
+    case({"x.txt": ""}, r"is a file, but none of \.parquet, \.arrow, \.csv", source="x.txt"),
+    case({}, r"holds no images\. Looked for IDX files"),
+    case({}, r"was not found: there is no such folder or file \(looked for /", source="/no/such/folder"),
 ]
 
 
-class TestWrongArraysAndTables:
-    def test_several_classes_per_image(self, tmp_path: Path) -> None:
-        labels = np.zeros((4, 3), np.uint8)
-        labels[0, :2] = 1
-        np.savez(tmp_path / "x.npz", x=np.full((4, 8, 8), 99, np.uint8), labels=labels)
-        with pytest.raises(DataError, match=r"labels of the shape \(4, 3\) are not one class per image"):
-            load(tmp_path)
-
-    @pytest.mark.parametrize("file", ["other/3.png", "../../etc/passwd.png"])
-    def test_a_row_takes_no_picture_from_elsewhere(self, file: str, tmp_path: Path) -> None:
-        table_beside_pictures(tmp_path)
-        with (tmp_path / "labels.csv").open("a") as table:
-            table.write(f"{file},1\n")
-        with pytest.raises(DataError, match=rf"labels\.csv row 12 names '{re.escape(file)}', but no pictures"):
-            load(tmp_path)
-
-    def test_pictures_listed_twice_and_not_at_all(self, tmp_path: Path) -> None:
-        table_beside_pictures(tmp_path)
-        put(tmp_path / "images" / "more.png", digit(0))
-        assert "1 pictures that no table lists left out" in load(tmp_path).describe()
-        with (tmp_path / "labels.csv").open("a") as file:
-            file.write("3.png,1\n")
-        with pytest.raises(DataError, match=r"labels\.csv list pictures more than once: images/3\.png"):
-            load(tmp_path)
-
-    @pytest.mark.parametrize(("name", "content", "note"), NO_LABELS)
-    @pytest.mark.parametrize("with_labels", [True, False])
-    def test_tables_that_are_none_of_labels(
-        self, name: str, content: str, note: str, with_labels: bool, tmp_path: Path
-    ) -> None:
-        """Beside class folders, and beside another table that is one."""
-        for index in range(12):
-            put(tmp_path / "train" / THREE[index % 3] / f"{index}.png", digit(index % 3, index))
-        for index in range(20, 25):
-            put(tmp_path / "test" / f"{index}.png", digit(0))
-        if with_labels:
-            rows = "".join(f"{index}.png,{THREE[index % 3]}\n" for index in range(12))
-            (tmp_path / "labels.csv").write_text("file,label\n" + rows)
-        (tmp_path / name).write_text(content)
-        data = load(tmp_path)
-        assert data.class_names == THREE
-        assert len(data.train) + len(data.test) == 12
-        assert f"{name} left out: {note}" in data.describe()
-
-    def test_a_table_whose_labels_could_be_in_several_columns(self, tmp_path: Path) -> None:
-        table_beside_pictures(tmp_path)
-        rows = "".join(f"{index}.png,{index % 3},{index % 2}\n" for index in range(12))
-        (tmp_path / "labels.csv").write_text("picture,animal,colour\n" + rows)
-        with pytest.raises(
-            DataError,
-            match=r"labels\.csv left out: none of its columns 'picture', 'animal', 'colour' is called a label",
-        ):
-            load(tmp_path)
-        assert load(tmp_path, label_column="animal").class_names == ("0", "1", "2")
-
-    def test_a_table_for_each_class_and_tables_that_cannot_be_read(self, tmp_path: Path) -> None:
-        for index in range(12):
-            put(tmp_path / f"{index}.png", digit(index % 3, index))
-        for label, name in enumerate(THREE):
-            rows = "".join(f"{index}.png,{name}\n" for index in range(label, 12, 3))
-            (tmp_path / f"{name}.csv").write_text("file,label\n" + rows)
-        (tmp_path / "twice.csv").write_text("file,label,label\n0.png,a,b\n")
-        (tmp_path / "nested.jsonl").write_text('{"file_name": "0.png", "objects": {"box": [1, 2]}}\n')
-        data = load(tmp_path)
-        assert data.class_names == THREE
-        assert len(data.train) + len(data.test) == 12
-        assert "twice.csv left out: " in data.describe()
-
-    def test_a_table_that_contradicts_the_folders(self, tmp_path: Path) -> None:
-        classes(tmp_path, THREE)
-        pictures = sorted(tmp_path.rglob("*.png"))
-        lines = [f"{path.relative_to(tmp_path)},class {path.parent.name}" for path in pictures]
-        (tmp_path / "labels.csv").write_text("\n".join(["file,label", *lines]))
-        data = load(tmp_path)
-        assert data.class_names == tuple(f"class {name}" for name in THREE)
-        assert "labels.csv contradicts the folder of every picture" in data.describe()
-
-    def test_tables_of_something_else_are_left_out(self, tmp_path: Path) -> None:
-        classes(tmp_path, THREE)
-        (tmp_path / "classes.csv").write_text("id,name\n0,first\n1,second\n")
-        (tmp_path / "notes.csv").write_bytes(b"\xff\xfe,a\n1,2,3\n")
-        assert load(tmp_path).class_names == THREE
-
-    def test_splits_that_name_classes_differently(self, tmp_path: Path) -> None:
-        for split, names in (("train", ["x", "y"]), ("test", ["y", "x"])):
-            kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-            rows = {"image": [Image.fromarray(digit(label)) for label in (0, 1)] * 3, "label": [0, 1] * 3}
-            table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
-            table.to_parquet(tmp_path / f"{split}.parquet")
-        with pytest.raises(DataError, match="the splits name the classes of 'label' differently"):
-            load(tmp_path)
-
-    def test_pickles_are_not_read(self, tmp_path: Path) -> None:
-        np.savez(tmp_path / "x.npz", x_train=np.array([{"a": 1}], dtype=object), y_train=np.zeros(1))
-        with pytest.raises(DataError, match=r"x\.npz could not be read as NumPy arrays without pickles"):
-            load(tmp_path)
-
-    def test_arrays_that_do_not_belong_together(self, tmp_path: Path) -> None:
-        np.savez(tmp_path / "x.npz", x_train=np.zeros((4, 8, 8), np.uint8), y_train=np.zeros(3))
-        with pytest.raises(
-            DataError, match=r"'train' needs one array of images and one of as many labels, got x_train"
-        ):
-            load(tmp_path)
-
-    def test_a_path_out_of_the_table(self, tmp_path: Path) -> None:
-        """A table may name files beside it, and no others."""
-        put(tmp_path / "secret.png", digit(1))
-        put(tmp_path / "data" / "mine.png", digit(2))
-        for path, right in ((tmp_path / "secret.png", False), ("../secret.png", False), ("mine.png", True)):
-            cell = {"bytes": None, "path": str(path)}
-            table(tmp_path / "data" / "x.parquet", [0, 1] * 3, lambda pixels, cell=cell: cell)  # type: ignore[misc]
-            if right:
-                assert place_of_bar(load(tmp_path / "data").train.tensor[0]) == 2
-            else:
-                with pytest.raises(DataError, match="not a file in the same folder"):
-                    load(tmp_path / "data")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("refused", REFUSED, ids=[refused[1] for refused in REFUSED])
+def test_what_cannot_be_read_is_said(refused: Case, tmp_path: Path) -> None:
+    files, told, _, _, source, fields = refused
+    with pytest.raises(DataError, match=told) as raised:
+        load(write(tmp_path, files) / source, **fields)
+    assert str(raised.value).isprintable()
 
 
-class TestPixels:
-    @pytest.mark.parametrize(
-        "cell", [lambda a: (a > 99).tolist(), lambda a: (a > 99).astype(float).tolist(), lambda a: (a / 255).tolist()]
-    )
-    def test_from_zero_to_one(self, cell: Callable[[np.ndarray], Any], tmp_path: Path) -> None:
-        table(tmp_path / "train.parquet", [0, 1, 2] * 4, cell)
-        data = load(tmp_path)
-        assert data.train.tensor.max() == 255
-        assert [place_of_bar(image) for image in data.train.tensor] == data.train.labels.tolist()
+def test_a_table_whose_picture_is_out_of_all_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnist_diffusion.data.decoding.MAX_PIXELS", 143)
+    with pytest.raises(DataError, match="row 0: a picture of 12 x 12 pixels, more than the limit of 143"):
+        load(write(tmp_path, {"x.parquet": table(cell=lambda pixels: pixels.tolist())}))
 
-    def test_from_zero_to_sixteen_is_refused(self, tmp_path: Path) -> None:
-        table(tmp_path / "train.parquet", [0, 1, 2] * 4, lambda a: (a // 16 * (a > 99)).tolist())
-        with pytest.raises(DataError, match="the largest pixel value is 15; they must go from 0 to 255, or from 0"):
-            load(tmp_path)
 
-    @pytest.mark.parametrize("factor", [1, 16])
-    def test_lower_bits_of_sixteen_are_refused(self, factor: int, tmp_path: Path) -> None:
-        classes(tmp_path, THREE)
-        Image.fromarray(digit(1).astype(np.uint16) * factor).save(tmp_path / "a" / "deep.png")
-        with pytest.raises(DataError, match=rf"deep\.png: the largest value is {255 * factor}, but white in 16"):
-            load(tmp_path)
+def test_a_saved_data_set_with_a_wrong_offset(tmp_path: Path) -> None:
+    """Which would read, or write, beside the array."""
+    rows = {"image": [as_file(BAR)] * 9, "label": LABELS[:9]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    content, offsets = file.read_bytes(), np.arange(10, dtype=np.int32) * len(encoded(BAR))
+    assert content.count(offsets.tobytes()) == 1
+    file.write_bytes(content.replace(offsets.tobytes(), np.append(offsets[:-1], 2**30).astype(np.int32).tobytes()))
+    with pytest.raises(DataError, match="saved"):
+        load(tmp_path / "saved")
 
-    def test_maps_of_sixteen_bits_and_of_one(self) -> None:
-        values = b"".join(int(value).to_bytes(2, "big") for value in digit(3).flatten().astype(int) * 4)
-        deep = decode_picture(f"P5 {SIDE} {SIDE} 1020\n".encode() + values, "deep.pgm")
-        np.testing.assert_allclose(deep[0].numpy(), digit(3), atol=1)
-        bits = decode_picture(b"P1 2 1\n0 1\n", "bits.pbm")
-        assert bits.flatten().tolist() == [255, 0]
 
-    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS"])
-    def test_black_ink_on_transparency(self, mode: str, tmp_path: Path) -> None:
-        for label, name in enumerate(THREE):
-            for index in range(3):
-                ink = digit(label) > 0
-                options: dict[str, Any] = {}
-                layer = np.zeros((SIDE, SIDE, 4), np.uint8)
-                layer[..., 3] = 255 * ink
-                picture = Image.fromarray(layer)
-                if mode == "LA":
-                    picture = picture.convert("LA")
-                if mode == "tRNS":
-                    picture, options = Image.fromarray(255 * (~ink).astype(np.uint8)), {"transparency": 255}
-                if mode == "P":
-                    picture, options = Image.fromarray((~ink).astype(np.uint8)).convert("P"), {"transparency": 1}
-                    picture.putpalette([0, 0, 0, 255, 255, 255])
-                (tmp_path / name).mkdir(exist_ok=True)
-                picture.save(tmp_path / name / f"{index}.png", **options)
-        found = load(tmp_path)
-        counted = "of 9 pictures, 9 nearly vanish on black and 0 on white"
-        assert f"WARNING: transparent pixels are filled with white: {counted}" in found.describe()
-        shown = found.train.tensor
-        assert (int(shown[0, 0, 0, 0]), int(shown[0, 0, 5].min())) == (255, 0)
-        asked = load(tmp_path, background="black")
-        assert f"note         transparent pixels are filled with black: {counted}" in asked.describe()
-        assert int(asked.train.tensor.max()) == 0
+def test_a_picture_that_would_start_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript under the name of a picture, for which Pillow starts Ghostscript."""
+    write(tmp_path, {"bin/gs": f"#!/bin/sh\ntouch {tmp_path / 'canary'}\n"})
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 moveto\n"
+    with pytest.raises(DataError, match=r"x\.png: the picture could not be decoded"):
+        load(write(tmp_path / "data", classes() | {"0/x.png": text}))
+    assert not (tmp_path / "canary").exists()
 
-    def test_white_ink_on_transparency(self, tmp_path: Path) -> None:
-        for label, name in enumerate(THREE):
-            for index in range(3):
-                layer = np.full((SIDE, SIDE, 4), 255, np.uint8)
-                layer[..., 3] = digit(label)
-                put(tmp_path / name / f"{index}.png", layer)
-        found = load(tmp_path)
-        assert "filled with black: of 9 pictures, 0 nearly vanish on black and 9 on white" in found.describe()
-        assert int(found.train.tensor[0, 0, 0, 0]) == 0
 
-    def test_contain_keeps_the_whole(self, tmp_path: Path) -> None:
-        for name in THREE:
-            for index in range(3):
-                tall = np.full((20, 10), 250, np.uint8)
-                tall[0], tall[-1] = 10, 10
-                tall[0, 0] = tall[0, -1] = tall[-1, 0] = tall[-1, -1] = 250
-                put(tmp_path / name / f"{index}.png", tall)
-        with pytest.raises(DataError, match=r"set data\.image_size, and data\.fit=contain to keep the whole of each"):
-            load(tmp_path)
-        assert "data.fit=resize crops content from 100% of the images" in load(tmp_path, image_size=16).describe()
-        whole = load(tmp_path, image_size=20, fit="contain", background="white")
-        assert "crops" not in whole.describe()
-        image = whole.train.tensor[0, 0]
-        assert image[0, 10] < 100
-        assert image[-1, 10] < 100
-        assert int(image[10, 0]) == 255
-        assert load(tmp_path, image_size=20, fit="contain").train.tensor[0, 0, 10, 0] == 0
+def test_the_cache_of_datasets(tmp_path: Path) -> None:
+    files = {split: str(write(tmp_path, {split: table(LABELS[:count])}) / split) for split, count in SPLITS.items()}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+    [info] = (tmp_path / "cache").rglob("dataset_info.json")
+    assert (len(load(info.parent).train), len(load(info.parent).test)) == (12, 3)
 
-    def test_contain_scales_down_and_up(self) -> None:
-        wide = torch.full((2, 3, 10, 40), 200, dtype=torch.uint8)
-        small, large = (fit_to_size(wide, size, "contain", "white") for size in (8, 80))
-        assert small.shape == (2, 3, 8, 8)
-        assert small[0, 0, :, 0].tolist() == [255] * 3 + [200] * 2 + [255] * 3
-        assert (large[0, 0, 30:50] == 200).all()
 
-    def test_nearly_black(self, tmp_path: Path) -> None:
-        for name in THREE:
-            put(tmp_path / name / "0.png", digit(1) // 16)
-            put(tmp_path / name / "1.png", digit(2) // 16)
-        assert "WARNING: the largest value is 15 of 255" in load(tmp_path).describe()
+def test_links_that_go_round(tmp_path: Path) -> None:
+    data, other = write(tmp_path / "data", classes(THREE)), write(tmp_path / "other", classes(["x"]))
+    (data / "a" / "again").symlink_to(data)
+    (data / "d").symlink_to(other / "x")
+    assert load(data).class_names == (*THREE, "d")

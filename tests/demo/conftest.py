@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY, make_pipeline
 from tests.demo.test_studio import make_student
-from tests.support.browser import answer, free_port
+from tests.support.browser import answer, chromium, free_port
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +39,9 @@ def address(folder: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}/"
         finally:
             process.send_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser

@@ -15,17 +15,11 @@ import torch
 from PIL import Image
 
 from mnist_diffusion.plots.grids import image_grid
-from tests.support.browser import Visit, chromium
+from tests.support.browser import Visit
 
 pytestmark = pytest.mark.slow
 SECONDS = 30_000
 """How long, in milliseconds, the page may take on a busy machine."""
-
-
-@pytest.fixture(scope="module")
-def browser(address: str) -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 class AppVisit(Visit):
@@ -87,22 +81,19 @@ def test_generate(visit: AppVisit) -> None:
             assert picture.format == suffix
 
 
-def test_an_error_is_said_kindly(visit: AppVisit) -> None:
-    page = visit.open("Generate")
+def test_a_student_says_what_it_has_learned_and_errors_are_kind(visit: AppVisit) -> None:
+    page, draw = visit.page, visit.page.get_by_role("button", name="Sample", exact=True)
     page.get_by_label("d", exact=True).first.uncheck()
-    page.get_by_role("button", name="Sample", exact=True).click()
+    draw.click()
     page.get_by_text("choose one class or more").wait_for()
-
-
-def test_a_student_says_what_it_has_learned(visit: AppVisit) -> None:
-    page = visit.page
     page.get_by_label("Pipeline").click()
     page.get_by_role("option", name="student").click()
     page.get_by_text("This student was distilled at the scales 1.9, 1, 2.8.").first.wait_for()
-    page.get_by_role("button", name="Sample", exact=True).click()
+    page.get_by_label("d", exact=True).first.check()
+    draw.click()
     page.get_by_text("Step 1 of 1").wait_for()
     page.get_by_label("number input for Guidance scale").first.fill("2")
-    page.get_by_role("button", name="Sample", exact=True).click()
+    draw.click()
     page.get_by_text("guidance_scale must be one of [1.9, 1.0, 2.8]").wait_for()
 
 

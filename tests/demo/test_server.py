@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from mnist_diffusion.demo.server import MAX_BODY_BYTES, guard
 from mnist_diffusion.demo.space import write_gradio_space
 from mnist_diffusion.errors import UserError
 from tests.conftest import make_pipeline
+from tests.data.test_formats import encoded
 from tests.demo.test_studio import make_student
 from tests.support.browser import answer, free_port
 from tests.support.hub_server import HubServer
@@ -41,9 +41,7 @@ def request(**changes: Any) -> drawing.Request:
 
 
 def png(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(encoded(picture)).decode()}"
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -70,30 +68,16 @@ def ask(address: str, method: str, path: str, **how: Any) -> tuple[int, Any, byt
         connection.close()
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/gradio_api/file=/etc/hostname",
-        "/gradio_api/file/etc/hostname",
-        "/gradio_api/proxy=https://example.com/",
-        "/gradio_api/vibe-code/",
-        "/gradio_api/run-history/records",
-        "/gradio_api/deep_link",
-        "/monitoring",
-        "/docs",
-        "/custom_component/1/client/component/a.js",
-    ],
-)
-def test_routes_that_the_page_does_not_need_are_not_there(address: str, path: str) -> None:
-    assert ask(address, "GET", path)[0] == 404
+ABSENT = [
+    *(("GET", f"/gradio_api/{path}") for path in ("file=/etc/hostname", "file/etc/hostname", "proxy=https://a.b/")),
+    *(("GET", f"/gradio_api/{path}") for path in ("vibe-code/", "run-history/records", "deep_link")),
+    *(("GET", path) for path in ("/monitoring", "/docs", "/custom_component/1/client/component/a.js")),
+    *(("POST", path) for path in ("/gradio_api/upload", "/gradio_api/vibe-edit/", "/gradio_api/call/x", "/login")),
+]
 
 
-@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/vibe-edit/", "/gradio_api/call/x", "/login"])
-def test_nothing_can_be_uploaded(address: str, path: str) -> None:
-    assert ask(address, "POST", path, body=b"x")[0] == 404
-
-
-def test_no_file_is_read_by_its_path(address: str) -> None:
+def test_routes_that_the_page_does_not_need_are_not_there(address: str) -> None:
+    assert {each: ask(address, *each)[0] for each in ABSENT} == dict.fromkeys(ABSENT, 404)
     for path in ("/assets/../../blocks.py", "/static/..%2f..%2fblocks.py", "/assets/%2e%2e/%2e%2e/blocks.py"):
         assert ask(address, "GET", path)[0] in (403, 404)
 
@@ -117,11 +101,6 @@ def test_objects_that_gradio_takes_for_files_are_refused(address: str, path: str
     assert ask(address, "POST", path, body=b"{" * 100_000)[0] == 400
 
 
-def test_no_other_site_can_pass_itself_off_as_the_page(address: str) -> None:
-    assert ask(address, "GET", "/", headers={"Host": "example.com"})[0] == 400
-    assert ask(address, "GET", "/", headers={"Host": "localhost:1234"})[0] == 200
-
-
 @pytest.mark.parametrize(
     ("host", "asked", "status"),
     [
@@ -142,8 +121,9 @@ def test_loopback_is_what_the_address_says(host: str, asked: str, status: int) -
         assert framed == (host == "0.0.0.0")
 
 
-def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
-    status, headers, _ = ask(address, "GET", "/")
+def test_the_page_is_for_its_own_address_and_loads_nothing_from_elsewhere(address: str) -> None:
+    assert ask(address, "GET", "/", headers={"Host": "example.com"})[0] == 400
+    status, headers, _ = ask(address, "GET", "/", headers={"Host": "localhost:1234"})
     assert status == 200
     assert "default-src 'self'" in headers["content-security-policy"]
     config = json.loads(ask(address, "GET", "/config")[2])
@@ -157,12 +137,10 @@ def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
         ("count", 65, "images per class must be a number from 1 to 64, got 65"),
         ("count", 2.5, "images per class must be a whole number, got 2.5"),
         ("scale", float("nan"), "guidance scale must be a number from 0 to 20, got nan"),
-        ("scale", "5", "guidance scale must be a number from 0 to 20, got '5'"),
         ("steps", 10**9, "steps must be a number from 1 to 100, got 1000000000"),
         ("steps", True, "steps must be a number from 1 to 100, got True"),
         ("seed", -1, "seed must be a number from 0 to"),
         ("sampler", "../secret", "scheduler must be one of ddpm,"),
-        ("sampler", 5, "scheduler must be a word, in quotes if it looks like a number, got 5"),
         ("classes", tuple("d" * 40), "images in all must be a number from 1 to 64, got 80"),
     ],
 )
@@ -177,7 +155,7 @@ def test_settings_that_do_not_fit_the_pipeline() -> None:
         request(classes=("z",)).call(pipeline)
     assert "class_labels" in request().call(make_pipeline(conditional=False))
     with pytest.raises(UserError, match="pipeline must be one of"):
-        Models.__getitem__(_models(pipeline), "../elsewhere")
+        Models()["../elsewhere"]
     many: dict[str, Any] = {"samplers": ["ddim"] * 10**5, "steps": [5] * 10**5, "scales": [1.0] * 10**5}
     with pytest.raises(UserError, match="combinations must be a number from 1 to 12, got 1000000000000000"):
         list(drawing.compared({"a": pipeline}, **many, seed=0))
@@ -207,12 +185,6 @@ def test_a_drawing_that_was_refused_is_over() -> None:
     assert student.over
 
 
-def _models(pipeline: Any) -> Models:
-    models = Models()
-    models._loaded["one"] = "one", pipeline
-    return models
-
-
 def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "MAX_SECONDS", 0.0)
     with pytest.raises(UserError, match="took longer than 0 s"):
@@ -222,19 +194,10 @@ def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "address",
     [
-        None,
-        5,
-        "/etc/hostname",
-        "https://example.com/a.png",
-        "data:text/html;base64,PGI+",
-        "data:image/png;base64,!!!",
-        "data:image/png;base64,AAAA",
-        {"path": "/etc/hostname"},
-        "data:image/png;base64," + "A" * 2**22,
-        png(Image.new("L", (28, 28))),
-        png(noise(1025, 1025)),
-        with_second_header(png(noise(8, 8)), 1025, 1025),
-        png(Image.new("L", (28, 28), 200)).replace("png", "jpeg"),
+        *(None, {"path": "/etc/hostname"}, "https://example.com/a.png", "data:text/html;base64,PGI+"),
+        *(f"data:image/png;base64,{content}" for content in ("!!!", "AAAA", "A" * 2**22)),
+        *(png(Image.new("L", (28, 28))), png(Image.new("L", (28, 28), 200)).replace("png", "jpeg")),
+        *(png(noise(1025, 1025)), with_second_header(png(noise(8, 8)), 1025, 1025)),
     ],
 )
 def test_what_is_no_drawing_is_refused(address: Any) -> None:

@@ -24,7 +24,7 @@ from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
 from tests.conftest import make_pipeline
-from tests.support.browser import CHROMIUM, Visit, chromium
+from tests.support.browser import CHROMIUM, Visit
 
 SCALES = (1.9, 1.0, 2.8)
 
@@ -65,12 +65,6 @@ def address(pipelines: dict[str, MNISTDiffusionPipeline], tmp_path_factory: pyte
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser(address: str) -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 class StudioVisit(Visit):

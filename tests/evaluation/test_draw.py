@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mnist_diffusion.config import SamplingSettings
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
@@ -21,6 +21,8 @@ from mnist_diffusion.pipelines.drawing import resolved
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.pipelines.samplers import build_sampler
 from tests.conftest import make_pipeline
+from tests.data.test_formats import Files, encoded, write
+from tests.pipelines.test_pipeline import CountingUNet
 
 LETTERS = "abcdefghij"
 
@@ -48,12 +50,14 @@ class TestDrawing:
     def test_equal_counts_quantised_and_evaluations_counted(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
     ) -> None:
+        before = pipeline.scheduler
         sample = generator(pipeline, letters).draw(settings_of("ddim", 3, 2.0))
         assert sample.images.dtype == torch.uint8
         assert sample.labels is not None
         assert torch.bincount(sample.labels).tolist() == [6] * 10
         assert sample.nfe_per_image == 6
         assert generator(pipeline, letters).draw(settings_of("heun", 3, 1.0)).nfe_per_image == 5
+        assert pipeline.scheduler is before
 
     def test_a_student_takes_one_evaluation_a_step_at_its_own_scale_alone(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData
@@ -72,76 +76,38 @@ class TestDrawing:
         assert resolved(pipeline, SamplingSettings()) == settings_of("dpmpp", 10, 1.9)
         assert resolved(pipeline, settings_of("ddim", 4, 0.0)) == settings_of("ddim", 4, 0.0)
 
-    def test_the_sampler_is_put_back(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        before = pipeline.scheduler
-        generator(pipeline, letters).draw(settings_of("ddpm", 2, 1.0))
-        assert pipeline.scheduler is before
-
-    def test_goes_on_where_it_stopped(
-        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("mnist_diffusion.evaluation.draw.IMAGES_PER_PART", 20)
-        settings = settings_of("ddim", 2, 2.0)
-        whole = generator(pipeline, letters, tmp_path).draw(settings)
-        [folder] = tmp_path.iterdir()
-        parts = sorted(folder.iterdir())
-        assert len(parts) == 3
-        parts[1].unlink()
-        drawn = 0
-
-        def count(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
-            nonlocal drawn
-            drawn += len(arguments[0])
-
-        with pipeline.unet.register_forward_pre_hook(count):
-            again = generator(pipeline, letters, tmp_path).draw(settings)
-        assert drawn == 20 * 4
-        assert torch.equal(again.images, whole.images)
-        assert again.nfe_per_image == whole.nfe_per_image
-
-    def test_more_images_take_up_those_that_are_there(
+    def test_parts_that_are_there_are_used_again(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("mnist_diffusion.evaluation.draw.IMAGES_PER_PART", 20)
         few = generator(pipeline, letters, tmp_path, num_images=70).draw(settings_of("ddim", 2, 2.0))
-        drawn = 0
-
-        def count(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
-            nonlocal drawn
-            drawn += len(arguments[0])
-
-        with pipeline.unet.register_forward_pre_hook(count):
-            more = generator(pipeline, letters, tmp_path, num_images=80).draw(settings_of("ddim", 2, 2.0))
-        assert drawn == 20 * 4
+        [folder] = tmp_path.iterdir()
+        sorted(folder.iterdir())[1].unlink()
+        counter = CountingUNet(pipeline)
+        more = generator(pipeline, letters, tmp_path, num_images=80).draw(settings_of("ddim", 2, 2.0))
+        assert counter.nfe == (20 + 20) * 4  # of the part that went, and of the one that had ten
         assert torch.equal(more.images[:70], few.images)
+        assert more.nfe_per_image == few.nfe_per_image
 
     def test_damaged_parts_are_drawn_again(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        whole = generator(pipeline, letters, tmp_path).draw(settings_of("ddim", 2, 2.0))
+        kept, settings = generator(pipeline, letters, tmp_path), settings_of("ddim", 2, 2.0)
+        whole = kept.draw(settings)
         [path] = tmp_path.rglob("*.npz")
         for damaged in (b"", path.read_bytes()[:300]):
             path.write_bytes(damaged)
-            assert torch.equal(
-                generator(pipeline, letters, tmp_path).draw(settings_of("ddim", 2, 2.0)).images, whole.images
-            )
+            assert torch.equal(kept.draw(settings).images, whole.images)
             assert f"{path} is damaged" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("change", ["weights", "seed", "scale", "sampler setting"])
-    def test_other_images_are_not_taken_for_these(self, change: str, letters: ImageData, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("change", [{"weights": 1}, {"seed": 1}, {"scale": 3.0}, {"spacing": "leading"}])
+    def test_other_images_are_not_taken_for_these(self, change: Any, letters: ImageData, tmp_path: Path) -> None:
         def draw(seed: int = 0, scale: float = 2.0, weights: int = 0, spacing: str = "trailing") -> torch.Tensor:
             pipe = make_pipeline(seed=weights)
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
             return generator(pipe, letters, tmp_path, seed=seed).draw(settings_of("dpmpp", 4, scale)).images
 
-        changes = {
-            "weights": {"weights": 1},
-            "seed": {"seed": 1},
-            "scale": {"scale": 3.0},
-            "sampler setting": {"spacing": "leading"},
-        }
-        first = draw()
-        assert not torch.equal(draw(**changes[change]), first)  # type: ignore[arg-type]
+        assert not torch.equal(draw(**change), draw())
         assert len(list(tmp_path.iterdir())) == 2
 
     def test_unconditional(self, letters: ImageData) -> None:
@@ -152,25 +118,11 @@ class TestDrawing:
         with pytest.raises(UserError, match="guidance_scale"):
             generator(pipeline, letters).check(settings_of(None, 2, 2.0))
 
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-    def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData, value: float) -> None:
+    def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         with torch.no_grad():
-            pipeline.unet.conv_out.bias.fill_(value)
+            pipeline.unet.conv_out.bias.fill_(torch.inf)
         with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2: values that are not finite"):
             generator(pipeline, letters).draw(settings_of("ddim", 2, 2.0))
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"num_images": 40}, "num_images must be at least 50, got 40"),
-            ({"num_images": 75}, "multiple of the 10 classes, got 75"),
-        ],
-    )
-    def test_bad_numbers(
-        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, changes: dict[str, Any], message: str
-    ) -> None:
-        with pytest.raises(UserError, match=message):
-            generator(pipeline, letters, **changes)
 
     def test_pipeline_and_data_must_fit(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
         wide = ImageSplit(torch.zeros(10, 1, 16, 16, dtype=torch.uint8), torch.arange(10))
@@ -185,146 +137,68 @@ class TestDrawing:
         with pytest.raises(UserError, match=r"number of classes: 10 for the pipeline, but 3"):
             generator(pipeline, ImageData(three, three, ("a", "b", "c"), "", ""))
 
-    def test_steps_that_cannot_be(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        with pytest.raises(UserError, match="num_inference_steps"):
-            generator(pipeline, letters).draw(settings_of("ddim", 1001, 2.0))
 
-
-def write_pictures(folder: Path, *, each: int = 6, mode: str = "L", size: int = 8, names: str = LETTERS) -> Path:
-    random = np.random.default_rng(0)
-    for name in names:
-        (folder / name).mkdir(parents=True)
-        for index in range(each):
-            grey = Image.fromarray(random.integers(0, 256, (size, size)).astype(np.uint8))
-            grey.convert(mode).save(folder / name / f"{index}.png")
-    return folder
+IMAGES = [np.full((8, 8), index, np.uint8) for index in range(60)]
+FOLDERS: Files = {f"{LETTERS[index % 10]}/{index}.png": image for index, image in enumerate(IMAGES)}
+COLOURED: Files = {name: np.dstack([image] * 3) for name, image in FOLDERS.items()}
+NAMED: Files = {f"digit_{LETTERS[index % 10]}_{index:03}.png": image for index, image in enumerate(IMAGES)}
+ALONE: Files = {f"{index:02}.png": image for index, image in enumerate(IMAGES)}
+TABLE = {"labels.csv": "file,label\n" + "".join(f"{name},{LETTERS[int(name[:2]) % 10]}\n" for name in ALONE)}
+SHEETS = {"grid.png": np.zeros((80, 80), np.uint8), "times.csv": "file,seconds\n"}
+KINDS = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LETTERS))})
+ROWS = datasets.Dataset.from_dict({"image": IMAGES, "label": [index % 10 for index in range(60)]}, KINDS)
+BROKEN = encoded(IMAGES[0])[:40]
+READ: dict[str, tuple[Files, bool, bool]] = {
+    "one folder a class": (FOLDERS, True, False),
+    "grey saved as RGB": (COLOURED, True, False),
+    "classes in the names, and what is written beside them": (NAMED | SHEETS, True, False),
+    "a table beside the pictures": (ALONE | TABLE, True, False),
+    "parquet": ({"train.parquet": ROWS.to_parquet}, True, False),
+    "pictures alone": (ALONE, False, False),
+    "webp": ({f"{index}.webp": encoded(IMAGES[index], "WEBP", lossless=True) for index in range(60)}, False, False),
+    "numbered folders": ({f"{int(name[:2]) // 20:06}/{name}": image for name, image in ALONE.items()}, False, True),
+    "one folder": ({f"images/{name}": image for name, image in ALONE.items()}, False, True),
+    "an array": ({"samples.npz": {"arr_0": np.stack(IMAGES)[..., None]}}, False, True),
+}
+"""Files, whether they have classes, and whether it is said that their folders are none."""
+REFUSED: list[tuple[Files, str]] = [
+    ({name: FOLDERS[name] for name in list(FOLDERS)[:40]}, "40 images are too few to measure; .* at least 50"),
+    ({f"{LETTERS[i % 8]}/{i}.png": IMAGES[i] for i in range(60)}, r"no images of the classes \['i', 'j'\]"),
+    (FOLDERS | {"x/0.png": IMAGES[0]}, r"classes \['x'\] are not among the real ones"),
+    ({name: np.tile(image, (2, 2)) for name, image in FOLDERS.items()}, r"images are \(1, 16, 16\) .* \(1, 8, 8\)"),
+    (COLOURED | {"a/0.png": np.full((8, 8, 3), (255, 0, 0), np.uint8)}, "have colours, but the real ones are grey"),
+    (FOLDERS | {"a/0.png": SHEETS["grid.png"]}, "images of different shapes"),
+    (FOLDERS | {"c/broken.png": BROKEN}, r"broken\.png: the picture could not be decoded"),
+    (ALONE | {"broken.png": BROKEN}, r"broken\.png: the picture could not be decoded"),
+    (NAMED | {"stray.png": IMAGES[0]}, r"'stray.png' names no class, but other files do"),
+    ({"pipeline/x": ""}, "looks like a run folder or an incomplete pipeline folder"),
+    ({}, "holds no images"),
+]
 
 
 class TestReading:
-    def test_one_folder_a_class(self, letters: ImageData, tmp_path: Path) -> None:
-        sample = read_sample(write_pictures(tmp_path), letters)
-        assert sample.labels is not None
-        assert torch.bincount(sample.labels).tolist() == [6] * 10
-        assert sample.nfe_per_image is None
+    @pytest.mark.parametrize("case", READ)
+    def test_what_other_programs_write(
+        self, case: str, letters: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        files, labelled, told = READ[case]
+        sample = read_sample(write(tmp_path, files), letters)
+        numbers = sample.images[:, 0, 0, 0].long()
+        assert (sorted(numbers.tolist()), sample.nfe_per_image) == (list(range(60)), None)
+        assert labelled == (sample.labels is not None)
+        assert sample.labels is None or torch.equal(sample.labels, numbers % 10)
+        assert ("names none of the classes" in capsys.readouterr().out) == told
 
-    def test_grey_saved_as_rgb(self, letters: ImageData, tmp_path: Path) -> None:
-        grey = read_sample(write_pictures(tmp_path / "grey"), letters)
-        rgb = read_sample(write_pictures(tmp_path / "rgb", mode="RGB"), letters)
-        assert torch.equal(grey.images, rgb.images)
+    @pytest.mark.parametrize(("files", "message"), REFUSED)
+    def test_what_cannot_be_measured(self, files: Files, message: str, letters: ImageData, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=message):
+            read_sample(write(tmp_path, files), letters)
 
     @pytest.mark.parametrize(("background", "ground"), [("black", 0), ("white", 255)])
     def test_transparent_pixels_as_in_the_data(
         self, letters: ImageData, tmp_path: Path, background: Any, ground: int
     ) -> None:
-        for index in range(60):
-            Image.new("LA", (8, 8), (100, 255 * (index % 2))).save(tmp_path / f"{index:03}.png")
+        layers = [np.full((8, 8, 2), (100, opaque), np.uint8) for opaque in (0, 255)]
+        write(tmp_path, {f"{index:03}.png": layers[index % 2] for index in range(60)})
         sample = read_sample(tmp_path, replace(letters, background=background))
         assert sample.images[:, 0, 0, 0].tolist() == [ground, 100] * 30
-
-    def test_flat_folder_with_classes_in_names(self, letters: ImageData, tmp_path: Path) -> None:
-        for index in range(60):
-            Image.new("L", (8, 8), index).save(tmp_path / f"digit_{LETTERS[index % 10]}_{index // 10:03d}.png")
-        sample = read_sample(tmp_path, letters)
-        assert sample.labels is not None
-        assert {int(image[0, 0, 0]) % 10 for image in sample.images[sample.labels == 3]} == {3}
-        Image.new("L", (80, 80)).save(tmp_path / "grid.png")  # which the command writes beside them
-        (tmp_path / "times.csv").write_text("file,seconds\n")
-        assert len(read_sample(tmp_path, letters).images) == 60
-        Image.new("L", (8, 8)).save(tmp_path / "stray.png")
-        with pytest.raises(DataError, match=r"'stray.png' names no class, but other files do"):
-            read_sample(tmp_path, letters)
-
-    def test_flat_folder_without_classes(self, letters: ImageData, tmp_path: Path) -> None:
-        for index in range(60):
-            Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
-        sample = read_sample(tmp_path, letters)
-        assert sample.labels is None
-        assert len(sample.images) == 60
-
-    @pytest.mark.parametrize("kind", ["folders", "one folder", "array", "webp"])
-    def test_images_without_classes(
-        self, letters: ImageData, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        """As other programs write them: in numbered folders, in one below, in an array."""
-        pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8)).astype(np.uint8)
-        for index, image in enumerate(pixels if kind != "array" else ()):
-            below = {"folders": f"{index // 20:06}", "one folder": "images", "webp": "."}[kind]
-            (tmp_path / below).mkdir(exist_ok=True)
-            suffix = "webp" if kind == "webp" else "png"
-            Image.fromarray(image).save(tmp_path / below / f"{index:03}.{suffix}", lossless=True)
-        if kind == "array":
-            np.savez(tmp_path / "samples.npz", arr_0=pixels[..., None])
-        sample = read_sample(tmp_path, letters)
-        assert sample.labels is None
-        assert torch.equal(sample.images[:, 0], torch.from_numpy(pixels))
-        assert ("names none of the classes" in capsys.readouterr().out) == (kind != "webp")
-
-    def test_a_table_beside_the_pictures(self, letters: ImageData, tmp_path: Path) -> None:
-        for index in range(60):
-            Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
-        rows = "".join(f"{index}.png,{LETTERS[index % 10]}\n" for index in range(60))
-        (tmp_path / "labels.csv").write_text("file,label\n" + rows)
-        sample = read_sample(tmp_path, letters)
-        assert sample.labels is not None
-        assert torch.equal(sample.labels, sample.images[:, 0, 0, 0].long() % 10)
-
-    def test_parquet(self, letters: ImageData, tmp_path: Path) -> None:
-        import datasets
-
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LETTERS))})
-        rows = {"image": [Image.new("L", (8, 8), i) for i in range(60)], "label": [i % 10 for i in range(60)]}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-        for path in (tmp_path, tmp_path / "train.parquet"):
-            sample = read_sample(path, letters)
-            assert sample.labels is not None
-            assert torch.equal(sample.labels, torch.arange(60) % 10)
-
-    def test_too_few(self, letters: ImageData, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="40 images are too few to measure; there must be at least 50"):
-            read_sample(write_pictures(tmp_path, each=4), letters)
-
-    def test_missing_and_unknown_classes(self, letters: ImageData, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"no images of the classes \['i', 'j'\]"):
-            read_sample(write_pictures(tmp_path / "few", names="abcdefgh"), letters)
-        with pytest.raises(DataError, match=r"classes \['x'\] are not among the real ones"):
-            read_sample(write_pictures(tmp_path / "more", names=LETTERS + "x"), letters)
-
-    def test_wrong_size_and_colours(self, letters: ImageData, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"images are \(1, 16, 16\) \(C, H, W\), but the real ones \(1, 8, 8\)"):
-            read_sample(write_pictures(tmp_path / "large", size=16), letters)
-        coloured = write_pictures(tmp_path / "coloured", mode="RGB")
-        Image.new("RGB", (8, 8), (255, 0, 0)).save(coloured / "a" / "0.png")
-        with pytest.raises(DataError, match="the images have colours, but the real ones are grey"):
-            read_sample(coloured, letters)
-        mixed = write_pictures(tmp_path / "mixed")
-        Image.new("L", (16, 16)).save(mixed / "a" / "0.png")
-        with pytest.raises(DataError, match="images of different shapes"):
-            read_sample(mixed, letters)
-
-    @pytest.mark.parametrize("flat", [True, False])
-    def test_corrupt_picture_is_named(self, letters: ImageData, tmp_path: Path, flat: bool) -> None:
-        folder = write_pictures(tmp_path)
-        broken = (folder if flat else folder / "c") / "broken.png"
-        broken.write_bytes((folder / "a" / "0.png").read_bytes()[:40])
-        with pytest.raises(DataError, match=r"broken\.png: the picture could not be decoded"):
-            read_sample(folder, letters)
-
-    def test_not_a_number(self, letters: ImageData, tmp_path: Path) -> None:
-        import datasets
-
-        rows = {"image": [[[float("nan")] * 8] * 8] * 60, "label": list(LETTERS) * 6}
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
-        with pytest.raises(DataError, match=r"row 0: pixel values must go from 0 to 255, .* got nan"):
-            read_sample(tmp_path, letters)
-        rows["image"] = [[[100.5] * 8] * 8] * 60
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
-        with pytest.raises(DataError, match="whole numbers from 0 to 255, got fractions"):
-            read_sample(tmp_path, letters)
-
-    def test_nothing_there(self, letters: ImageData, tmp_path: Path) -> None:
-        (tmp_path / "run" / "pipeline").mkdir(parents=True)
-        with pytest.raises(DataError, match="looks like a run folder or an incomplete pipeline folder"):
-            read_sample(tmp_path / "run", letters)
-        (tmp_path / "empty").mkdir()
-        with pytest.raises(DataError, match="holds no images"):
-            read_sample(tmp_path / "empty", letters)

@@ -1,17 +1,21 @@
-"""The protocol on real digits: floors, order, what each figure reacts to."""
+"""The evaluator network, and the protocol on real digits: floors, order, what each figure reacts to."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.decoding import DataError
+from mnist_diffusion.errors import UserError
+from mnist_diffusion.evaluation import evaluator as module
 from mnist_diffusion.evaluation.draw import Sample
-from mnist_diffusion.evaluation.evaluator import evaluator_for
 from mnist_diffusion.evaluation.score import Reference, embed
 
 
@@ -19,7 +23,7 @@ from mnist_diffusion.evaluation.score import Reference, embed
 def part_of_mnist(mnist_data: ImageData) -> Reference:
     """A tenth of the training images, which the evaluator classifies in a tenth of the time."""
     train = ImageSplit(mnist_data.train.tensor[:6000], mnist_data.train.labels[:6000])
-    return Reference(dataclasses.replace(mnist_data, train=train), evaluator_for(mnist_data).model)
+    return Reference(dataclasses.replace(mnist_data, train=train), module.evaluator_for(mnist_data).model)
 
 
 def held_out(reference: Reference, count: int = 1000) -> Sample:
@@ -29,15 +33,11 @@ def held_out(reference: Reference, count: int = 1000) -> Sample:
     return Sample(test.images[chosen], test.labels[chosen])
 
 
-def noise(images: Tensor) -> Tensor:
-    return torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0)).byte()
-
-
 def test_floor_is_held_out_images_of_the_same_number(digits_reference: Reference) -> None:
     floor = digits_reference.floor(100, True)
     assert floor.values["num_images"] == 100
     assert digits_reference.floor(100, True) is floor
-    assert digits_reference.floor(5000, True).values["num_images"] == 180
+    assert [digits_reference.floor(count, True).values["num_images"] for count in (77, 5000)] == [77, 180]
 
 
 def test_held_out_images_score_as_their_floor(part_of_mnist: Reference) -> None:
@@ -86,36 +86,21 @@ def test_copies_are_looked_for_in_every_class(digits_reference: Reference) -> No
     assert values["copies_suspected"]
 
 
-@pytest.mark.parametrize("count", [50, 77, 140, 299])
-def test_floor_has_exactly_as_many(part_of_mnist: Reference, count: int) -> None:
-    labels = part_of_mnist.held_out.labels
-    assert labels is not None
-    chosen = part_of_mnist._choose(part_of_mnist.held_out, labels, count)
-    assert len(chosen) == len(set(chosen.tolist())) == count
-
-
 def test_held_out_class_without_images_and_too_few(digits: ImageData, digits_reference: Reference) -> None:
-    nine_out = dataclasses.replace(
-        digits, test=ImageSplit(digits.test.tensor[digits.test.labels < 9], digits.test.labels[digits.test.labels < 9])
-    )
-    floor = Reference(nine_out, digits_reference.evaluator).floor(100, True).values
-    assert floor["class_accuracy"]["9"]["accuracy"] is None
-    few = dataclasses.replace(digits, test=ImageSplit(digits.test.tensor[:20], digits.test.labels[:20]))
+    def held_out(chosen: Tensor) -> ImageData:
+        return dataclasses.replace(digits, test=digits.test.select(chosen.nonzero().flatten()))
+
+    nine_out = Reference(held_out(digits.test.labels < 9), digits_reference.evaluator)
+    assert nine_out.floor(100, True).values["class_accuracy"]["9"]["accuracy"] is None
     with pytest.raises(DataError, match="20 held-out images, too few for a floor"):
-        Reference(few, digits_reference.evaluator)
+        Reference(held_out(torch.arange(180) < 20), digits_reference.evaluator)
 
 
 def test_without_labels_images_and_floor_have_one_reference(digits_reference: Reference) -> None:
     """So that the images of the floor themselves have a ratio of 1."""
-    floor = digits_reference._some(digits_reference.held_out, 100)
-    assert digits_reference.score(Sample(floor.images, None)).values["fid_ratio"] == 1.0
-
-
-def test_without_labels(digits_reference: Reference) -> None:
     values = digits_reference.score(Sample(digits_reference.data.test.tensor, None)).values
-    assert values["accuracy"] is None
+    assert (values["accuracy"], values["fid_ratio"]) == (None, 1.0)
     assert "class_fid" not in values
-    assert values["fid_ratio"] < 2
 
 
 def test_small_samples_carry_their_floor_in_a_warning(digits_reference: Reference) -> None:
@@ -140,12 +125,6 @@ def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) ->
     assert 1 / 4 < mean / spread < 4
 
 
-def test_same_seed_same_figures(digits: ImageData, digits_reference: Reference) -> None:
-    again = Reference(digits, digits_reference.evaluator)
-    sample = held_out(digits_reference, 150)
-    assert again.score(sample).values == digits_reference.score(sample).values
-
-
 @pytest.mark.parametrize("value", [0, 255])
 def test_images_of_one_value(digits_reference: Reference, value: int) -> None:
     images = torch.full((60, 1, 28, 28), value, dtype=torch.uint8)
@@ -154,14 +133,92 @@ def test_images_of_one_value(digits_reference: Reference, value: int) -> None:
 
 
 def test_reference_takes_the_class_proportions_of_the_sample(digits: ImageData, digits_reference: Reference) -> None:
-    labels = torch.tensor([0] * 30 + [1] * 10)
-    chosen = torch.cat(
-        [torch.nonzero(digits.train.labels == label).flatten()[:count] for label, count in ((0, 30), (1, 10))]
-    )
-    split = ImageSplit(digits.train.tensor[chosen], labels)
-    matched = digits_reference.matched(embed(digits_reference.evaluator, split.tensor, split.labels))
+    zeros, ones = (torch.nonzero(digits.train.labels == label).flatten() for label in (0, 1))
+    part = digits.train.select(torch.cat([zeros[:30], ones[:10]]))
+    matched = digits_reference.matched(embed(digits_reference.evaluator, part.tensor, part.labels))
     assert matched.labels is not None
     counts = torch.bincount(matched.labels, minlength=10).tolist()
-    assert sum(counts[2:]) == 0
+    assert (sum(counts[2:]), counts[0]) == (0, len(zeros))
     assert counts[0] / counts[1] == pytest.approx(3, rel=0.02)
-    assert counts[0] == (digits.train.labels == 0).sum()
+
+
+def test_shipped_evaluator_reads_mnist(mnist_data: ImageData) -> None:
+    found = module.evaluator_for(mnist_data)
+    assert found.origin == "shipped with the package"
+    assert module.accuracy(found.model, mnist_data.test) >= 0.995
+    assert found.sha256 == hashlib.sha256((module.SHIPPED / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_shipped_evaluator_is_small_and_a_plain_transformers_folder() -> None:
+    assert {path.name for path in module.SHIPPED.iterdir()} == {"config.json", "model.safetensors"}
+    assert sum(path.stat().st_size for path in module.SHIPPED.iterdir()) < 1_000_000
+    assert module.ImageEvaluator.from_pretrained(module.SHIPPED).config.id2label[7] == "7"
+
+
+def test_learns_the_digits(digits: ImageData, digits_evaluator: module.ImageEvaluator) -> None:
+    assert module.accuracy(digits_evaluator, digits.test) > 0.95
+    assert digits_evaluator.config.data_fingerprint == digits.fingerprint
+
+
+def test_same_seed_gives_the_same_weights_and_leaves_the_global_generator(digits: ImageData) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second, other = (module.train_evaluator(digits, steps=3, seed=seed, progress=False) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.head.weight, second.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_loss_and_features() -> None:
+    model = module.ImageEvaluator(module.EvaluatorConfig(channels=3, image_size=48, num_labels=4)).eval()
+    output = model(torch.zeros(2, 3, 48, 48), torch.tensor([0, 3]))
+    assert output.loss.ndim == 0
+    logits, features = module.logits_and_features(model, torch.zeros(5, 3, 48, 48, dtype=torch.uint8), batch_size=2)
+    assert (logits.shape, features.shape) == ((5, 4), (5, 96))
+
+
+def test_save_and_load(digits: ImageData, digits_evaluator: module.ImageEvaluator, tmp_path: Path) -> None:
+    module.save_evaluator(digits_evaluator, tmp_path / "evaluator")
+    loaded = module.load_evaluator(tmp_path / "evaluator", digits).model
+    images = torch.arange(2 * 784).view(2, 1, 28, 28).remainder(256).byte()
+    of_loaded, of_saved = (module.logits_and_features(each, images)[0] for each in (loaded, digits_evaluator))
+    assert torch.equal(of_loaded, of_saved)
+    with pytest.raises(UserError, match="nowhere"):
+        module.load_evaluator(tmp_path / "nowhere", digits)
+    reversed_names = dataclasses.replace(digits, class_names=digits.class_names[::-1])
+    with pytest.raises(UserError, match=r"is for \(channels, size, classes\) .* but the images have"):
+        module.load_evaluator(tmp_path / "evaluator", reversed_names)
+    weights = tmp_path / "evaluator" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({"another": tensors["head.weight"]}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks tensor|has a tensor|has shape"):
+        module.load_evaluator(tmp_path / "evaluator", digits)
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        module.load_evaluator(tmp_path / "evaluator", digits)
+
+
+def test_steps_follow_the_data(digits: ImageData) -> None:
+    assert module.evaluator_steps(digits) == 506
+    few = dataclasses.replace(digits, train=digits.train.select(torch.arange(20)))
+    assert module.evaluator_steps(few) == module.MIN_STEPS
+
+
+def test_one_class_has_no_evaluator(digits: ImageData) -> None:
+    with pytest.raises(UserError, match=r"two classes or more, and data.source has 1"):
+        module.evaluator_for(dataclasses.replace(digits, class_names=("0",)))
+
+
+def test_trained_once_and_kept_by_data_and_recipe(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "STEPS", 2)
+    first = module.evaluator_for(digits)
+    assert first.origin == "trained on the training split"
+    [folder] = (tmp_path / "mnist_diffusion" / "evaluators").iterdir()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert module.evaluator_for(digits).sha256 == first.sha256
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    monkeypatch.setattr(module, "STEPS", 3)
+    assert module.evaluator_for(digits).sha256 != first.sha256

@@ -23,22 +23,24 @@ from tests.conftest import tiny_config
 
 
 def test_own_objective_trains_a_pipeline_that_the_other_examples_sample_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    config = tiny_config(max_steps=3)
-    run = train(dataclasses.replace(config, output_dir=str(folder)), objective=own_objective.huber_objective)
-    assert run.exit_code == 0
+    config = dataclasses.replace(tiny_config(max_steps=3, snapshot_every="1 steps"), output_dir=str(folder))
+    assert train(config, objective=own_objective.huber_objective).exit_code == 0
     sample.main(str(folder / "pipeline"), str(tmp_path / "digits.png"))
     with Image.open(tmp_path / "digits.png") as picture:
         assert picture.size == (10 * 28, 3 * 28)
-    resumed = dataclasses.replace(config.train, resume=True, max_steps=5)
     with pytest.raises(UserError, match="objective"):
-        train(dataclasses.replace(config, train=resumed, output_dir=str(folder)))
+        train(dataclasses.replace(config, train=dataclasses.replace(config.train, resume=True, max_steps=5)))
     steering.main(str(folder), str(tmp_path / "steering.png"))
     assert capsys.readouterr().out.endswith(f"6 rows in {tmp_path / 'steering.png'}\n")
     with Image.open(tmp_path / "steering.png") as picture:
         assert picture.convert("L").getextrema() == (0, 255)
+    monkeypatch.setattr(sys, "argv", ["training_time.py", str(folder)])
+    training_time.main()
+    with Image.open(folder / "training_time.png") as picture:
+        assert picture.height >= 7 * 84
 
 
 def test_sweep_measures_psnr_as_it_is_defined(digits: ImageData) -> None:
@@ -69,12 +71,3 @@ def test_denoiser_learns_and_generalises(tmp_path: Path, monkeypatch: pytest.Mon
     assert UNet2DModel.from_pretrained(tmp_path)(torch.rand(2, 1, 28, 28), 0).sample.shape == (2, 1, 28, 28)
     with Image.open(tmp_path / "denoised.png") as picture:
         assert picture.width > 7 * 56
-
-
-def test_samples_by_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(max_steps=4, snapshot_every="1 steps")
-    run = train(dataclasses.replace(config, output_dir=str(tmp_path / "run")))
-    monkeypatch.setattr(sys, "argv", ["training_time.py", str(run.folder)])
-    training_time.main()
-    with Image.open(tmp_path / "run" / "training_time.png") as picture:
-        assert picture.height >= 7 * 84

@@ -1,8 +1,9 @@
-"""The models that come with the package, and what commands take when no pipeline is named."""
+"""The models that come with the package, what commands take when no pipeline is named, and exported networks."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from huggingface_hub import ModelCard
 
 from mnist_diffusion import load
 from mnist_diffusion.cli import main
+from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation.evaluator import SHIPPED as EVALUATOR
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, logits_and_features
+from mnist_diffusion.pipelines import onnx
 from mnist_diffusion.pipelines.drawing import MODELS, SHIPPED, generate
 from tests.conftest import make_pipeline
 
@@ -58,3 +61,22 @@ def test_the_shipped_models_reach_what_their_cards_say(name: str, mnist_folder: 
     [result] = json.loads((tmp_path / "report" / "report.json").read_text())["results"]
     assert result["accuracy"] > said["accuracy"] - 0.01
     assert result["recall"] > said["recall"] - 0.03
+
+
+@pytest.mark.slow
+def test_an_export_holds_no_path_of_this_installation_and_one_that_differs_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = onnx.export_onnx(make_pipeline(conditional=False), tmp_path).read_bytes()
+    assert b".py" not in content
+    assert b"site-packages" not in content
+    monkeypatch.setattr(onnx, "TOLERANCE", -1.0)
+    with pytest.raises(UserError, match="differs by up to"):
+        onnx.export_onnx(make_pipeline(conditional=False), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_what_must_be_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"needs onnxruntime; pip install 'mnist-diffusion\[onnx\]'"):
+        onnx.export_onnx(make_pipeline(), tmp_path / "onnx")

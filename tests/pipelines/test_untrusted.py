@@ -10,30 +10,25 @@ import re
 import resource
 import shutil
 import struct
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mnist_diffusion.config import DataConfig
-from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.evaluation.evaluator import SHIPPED, load_evaluator
 from mnist_diffusion.pipelines.pipeline import CODE_FILE, MNISTDiffusionPipeline
 from mnist_diffusion.training.checkpoint import newest_valid, save_checkpoint
 from tests.conftest import make_pipeline, parse_train
-from tests.support.survival import Nursery
+from tests.data.test_formats import classes, load, write
 
 INDEX, UNET, WEIGHTS = "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER, CODE = "scheduler/scheduler_config.json", CODE_FILE
-GIBIBYTE = 2**30
+MOST_KIBIBYTES = 2**18
 
 
 class Canary:
@@ -78,14 +73,6 @@ def edited(name: str, **values: Any) -> Callable[[Path, Path], None]:
     return change
 
 
-def both(*changes: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
-    def change(folder: Path, canary: Path) -> None:
-        for each in changes:
-            each(folder, canary)
-
-    return change
-
-
 def written(name: str, content: bytes | str) -> Callable[[Path, Path], None]:
     def change(folder: Path, canary: Path) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -108,10 +95,6 @@ def linked(name: str, target: str) -> Callable[[Path, Path], None]:
     return change
 
 
-def header(length: int, text: str) -> Callable[[Path, Path], None]:
-    return written(WEIGHTS, struct.pack("<Q", length) + text.encode())
-
-
 def lying(**entry: Any) -> Callable[[Path, Path], None]:
     """Weights whose header says something else of the first tensor than what is in the file."""
 
@@ -126,30 +109,22 @@ def lying(**entry: Any) -> Callable[[Path, Path], None]:
     return change
 
 
-def other_weights(change_them: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path, Path], None]:
+def reweighed(name: str, value: torch.Tensor | None) -> Callable[[Path, Path], None]:
     def change(folder: Path, canary: Path) -> None:
-        tensors = load_file(folder / WEIGHTS)
-        change_them(tensors)
-        save_file(tensors, folder / WEIGHTS)
+        others = {each: tensor for each, tensor in load_file(folder / WEIGHTS).items() if each != name}
+        save_file(others if value is None else {**others, name: value}, folder / WEIGHTS)
 
     return change
 
 
-def replaced(name: str, value: torch.Tensor | None) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors.pop(name, None)
-        if value is not None:
-            tensors[name] = value
-
-    return change
+def pipe(folder: Path, canary: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
 
 
-def pipe_in_place_of(name: str) -> Callable[[Path, Path], None]:
-    def change(folder: Path, canary: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return change
+def no_scheduler(folder: Path, canary: Path) -> None:
+    edited(INDEX, scheduler=["diffusers", "UNet2DModel"])(folder, canary)
+    edited(SCHEDULER, _class_name="UNet2DModel")(folder, canary)
 
 
 def sharded(folder: Path, canary: Path) -> None:
@@ -162,77 +137,55 @@ def sharded(folder: Path, canary: Path) -> None:
 
 FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     # Pickles in every place, by name or disguised.
-    "bin in place of the weights": (
-        pickled("unet/diffusion_pytorch_model.bin", instead_of=WEIGHTS),
-        r"there is no .* but diffusion_pytorch_model\.bin, which is a pickle",
-    ),
+    "bin for weights": (pickled(f"{WEIGHTS[:-11]}bin", instead_of=WEIGHTS), r"model\.bin, which is a pickle"),
     "pickled weights": (pickled(WEIGHTS), "is not a safetensors file"),
     "pickled index": (pickled(INDEX), "is not JSON"),
-    "pickled configuration": (pickled(UNET), "is not JSON"),
     "scheduler.bin": (pickled("scheduler/scheduler.bin", instead_of=SCHEDULER), "scheduler.bin, which is a pickle"),
     # Code by name.
-    "class of another file": (edited(INDEX, _class_name=["evil", "MNISTDiffusionPipeline"]), "_class_name must be"),
     "traversal to code": (edited(INDEX, _class_name=["../evil", "MNISTDiffusionPipeline"]), "_class_name must be"),
-    "another class": (edited(INDEX, _class_name="StableDiffusionPipeline"), "_class_name must be"),
     "custom_pipeline": (edited(INDEX, custom_pipeline="evil"), "custom_pipeline is not a known name"),
     "network of another file": (edited(INDEX, unet=["evil", "Evil"]), "unet must be"),
-    "name that changes the terminal": (edited(INDEX, id2label={"0": "a\x1b[31m"}), "should match pattern"),
-    "another network": (edited(INDEX, unet=["diffusers", "AutoencoderKL"]), "unet must be"),
+    "name for the terminal": (edited(INDEX, id2label={"0": "a\x1b[31m"}), "should match pattern"),
     "scheduler of another file": (edited(INDEX, scheduler=["evil", "EvilScheduler"]), "scheduler must be one of"),
-    "no scheduler of that name": (
-        edited(INDEX, scheduler=["diffusers", "OsScheduler"]),
-        "_class_name must be .OsScheduler.",
-    ),
-    "a class that is none": (
-        both(edited(INDEX, scheduler=["diffusers", "UNet2DModel"]), edited(SCHEDULER, _class_name="UNet2DModel")),
-        "has no scheduler 'UNet2DModel'",
-    ),
+    "no such scheduler": (edited(INDEX, scheduler=["diffusers", "OsScheduler"]), "_class_name must be .OsScheduler."),
+    "a class that is none": (no_scheduler, "has no scheduler 'UNet2DModel'"),
     "another component": (edited(INDEX, evil=["evil", "Evil"]), "evil is not a known name"),
     # Values.
     "labels that are none": (edited(INDEX, id2label={"../x": "y"}), "id2label"),
     "labels of no class": (edited(INDEX, id2label={"999999": "y"}), "which the network does not have"),
     "endless steps": (edited(INDEX, num_inference_steps=10**12), "num_inference_steps must be"),
+    "steps of no timestep": (edited(INDEX, num_inference_steps=1001), "must be from 1 to 1000, got 1001"),
     "scales that are none": (edited(INDEX, guidance_distilled=[1, "2"]), "guidance_distilled must be"),
-    "scales without the default": (edited(INDEX, guidance_distilled=[0.5]), "guidance_scale must be one of"),
+    "no default scale": (edited(INDEX, guidance_distilled=[0.5]), "guidance_scale must be one of"),
     "infinite guidance": (edited(INDEX, guidance_scale=1e999), "guidance_scale must be a finite"),
-    "guidance at noise of no kind": (edited(INDEX, guidance_interval=[0, "1"]), "guidance_interval.1 must be"),
-    "guidance nowhere": (edited(INDEX, guidance_interval=None), "guidance_interval must be"),
-    "key that is no name": (edited(INDEX, __dataclass_self__=1), "multiple values for argument"),
     "guidance backwards": (edited(INDEX, guidance_interval=[0.9, 0.1]), "must not be reversed"),
+    "key that is no name": (edited(INDEX, __dataclass_self__=1), "multiple values for argument"),
     "patches of other pixels": (edited(INDEX, patch_size=2), "patch_size=2 does not fit a network of 1 channels"),
     "wide network": (edited(UNET, block_out_channels=[10**9, 10**9]), "block_out_channels must be from"),
     "wide enough to fill memory": (edited(UNET, block_out_channels=[99968, 99968]), "has a tensor|has shape"),
-    "many levels": (edited(UNET, block_out_channels=[8] * 1000), "a list of at most 10,"),
     "wide padding": (edited(UNET, downsample_padding=90_000), "describes no network"),
-    "huge image": (edited(UNET, sample_size=10**9), "sample_size must be from"),
     "no groups": (edited(UNET, norm_num_groups=0), "describes no network: ZeroDivisionError"),
     "nested configuration": (edited(UNET, act_fn={"a": ["silu"]}), "act_fn must be a plain value or a list"),
+    "image of 40 GB": (edited(UNET, sample_size=100_000), "sample_size must be from 1 to 4,096"),
     "endless noise schedule": (edited(SCHEDULER, num_train_timesteps=10**12), "num_train_timesteps must be from"),
     "solver of no order": (edited(SCHEDULER, solver_order=0), "solver_order must be from 1 to 4"),
-    "image of 40 GB": (edited(UNET, sample_size=100_000), "sample_size must be from 1 to 4,096"),
-    "more steps than timesteps": (
-        edited(INDEX, num_inference_steps=1001),
-        "num_inference_steps must be from 1 to 1000, got 1001",
-    ),
-    "schedule of nothing": (edited(SCHEDULER, beta_schedule="__import__('os')"), "describes no DPMSolverMultistep"),
+    "schedule of code": (edited(SCHEDULER, beta_schedule="__import__('os')"), "describes no DPMSolverMultistep"),
     # Links and things that are no files.
     "index elsewhere": (linked(INDEX, f"OUTSIDE/{INDEX}"), "is a link that leads out of its folder"),
     "folder elsewhere": (linked("unet", "OUTSIDE/unet"), "is a link that leads out of its folder"),
     "secrets": (linked(UNET, "/etc/passwd"), "is a link that leads out of its folder"),
     "endless device": (linked(WEIGHTS, "/dev/zero"), "is a link that leads out of its folder"),
     "circle": (linked(INDEX, INDEX), "there is no"),
-    "pipe": (pipe_in_place_of(WEIGHTS), "is not a regular file"),
+    "pipe": (pipe, "is not a regular file"),
     "shards elsewhere": (sharded, "must name the shards of the weights"),
-    # Headers that lie.
-    "header of exabytes": (header(2**63, "{}"), "claims a header of 9,223,372,036,854,775,808 bytes"),
-    "header beyond the end": (header(1000, "{}"), "claims a header of 1,000 bytes"),
+    # Weights that lie.
+    "header of exabytes": (written(WEIGHTS, struct.pack("<Q", 2**63)), "claims a header of 9,223,372,036,854,775,808"),
     "tensor of terabytes": (lying(shape=[2**40], data_offsets=[0, 2**42]), "is not a safetensors file"),
-    "product that overflows": (lying(shape=[2**62, 2**62]), "is not a safetensors file"),
     "overlapping tensors": (lying(data_offsets=[0, 4]), "is not a safetensors file"),
-    "another shape": (other_weights(replaced("conv_in.bias", torch.zeros(1000))), "has shape"),
-    "another type": (other_weights(replaced("conv_in.bias", torch.zeros(8, dtype=torch.int64))), "has type I64"),
-    "a tensor more": (other_weights(replaced("evil", torch.zeros(1))), "has a tensor 'evil'"),
-    "a tensor less": (other_weights(replaced("conv_in.bias", None)), "lacks tensor 'conv_in.bias'"),
+    "another shape": (reweighed("conv_in.bias", torch.zeros(1000)), "has shape"),
+    "another type": (reweighed("conv_in.bias", torch.zeros(8, dtype=torch.int64)), "has type I64"),
+    "a tensor more": (reweighed("evil", torch.zeros(1)), "has a tensor 'evil'"),
+    "a tensor less": (reweighed("conv_in.bias", None), "lacks tensor 'conv_in.bias'"),
     # JSON that is too much.
     "huge JSON": (written(INDEX, '{"a": "' + "x" * 2**21 + '"}'), "is larger than the limit of 1,048,576 bytes"),
     "nested JSON": (written(INDEX, "[" * 500_000), "is not JSON"),
@@ -256,44 +209,12 @@ def test_folders(case: str, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, folder)
     (folder / CODE).write_text(code(canary))
     change(folder, canary)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(FileError, match=message) as caught:
         MNISTDiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     assert len(str(caught.value)) < 1000
     assert not canary.exists()
-
-
-def _load_all(arguments: list[str], *, out: str) -> int:
-    """Load folders in a process of its own; what came of it, and the most memory it took."""
-    results = {}
-    for folder in arguments:
-        before = time.perf_counter()
-        try:
-            MNISTDiffusionPipeline.from_pretrained(folder)
-            error = "none"
-        except Exception as problem:
-            error = type(problem).__name__
-        results[folder] = (error, time.perf_counter() - before)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    Path(out).write_text(json.dumps({"peak": peak, "results": results}))
-    return 0
-
-
-@pytest.mark.slow
-def test_memory(saved: Path, tmp_path: Path) -> None:
-    """All of them in one process of their own, libraries included: less than a gibibyte."""
-    folders = []
-    for number, (change, _) in enumerate(FOLDERS.values()):
-        folder = tmp_path / str(number) / "folder"
-        shutil.copytree(saved, folder)
-        change(folder, tmp_path / "canary")
-        folders.append(str(folder))
-    out = tmp_path / "out.json"
-    assert Nursery().finish(folders, log=tmp_path / "log", work=partial(_load_all, out=str(out))) == [0]
-    found = json.loads(out.read_text())
-    assert {error for error, _ in found["results"].values()} == {"FileError"}
-    assert len(found["results"]) == len(FOLDERS)
-    assert found["peak"] < GIBIBYTE
-    assert not (tmp_path / "canary").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_KIBIBYTES
 
 
 def test_files_in_place_of_folders(tmp_path: Path) -> None:
@@ -302,8 +223,6 @@ def test_files_in_place_of_folders(tmp_path: Path) -> None:
         MNISTDiffusionPipeline.from_pretrained(tmp_path / "model.ckpt")
     with pytest.raises(FileError, match=r"there is no folder model\.pt"):
         MNISTDiffusionPipeline.from_pretrained("model.pt")
-    with pytest.raises(TypeError, match="takes no argument 'custom_pipeline'"):
-        MNISTDiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path))
     assert not (tmp_path / "canary").exists()
 
 
@@ -313,11 +232,7 @@ def test_files_in_place_of_folders(tmp_path: Path) -> None:
         (pickled("pytorch_model.bin", instead_of="model.safetensors"), r"pytorch_model\.bin, which is a pickle"),
         (pickled("model.safetensors"), "is not a safetensors file"),
         (edited("config.json", widths=[10**9] * 5), "widths must be at most"),
-        (edited("config.json", widths=[1] * 100_000), "widths must be at most"),
-        (
-            edited("config.json", id2label={str(index): "x" for index in range(20_000)}),
-            r"is for \(channels, size, classes\)",
-        ),
+        (edited("config.json", id2label=dict.fromkeys(map(str, range(20_000)), "x")), "is for .channels, size, class"),
         (edited("config.json", id2label={"0": "a", "2": "b"}), "describes no evaluator"),
         (edited("config.json", image_size={}), "is for .channels, size, classes."),
         (edited("config.json", widths=["evil"]), "describes no evaluator"),
@@ -329,8 +244,8 @@ def test_an_evaluators_folder(
 ) -> None:
     folder, canary = tmp_path / "evaluator", tmp_path / "canary"
     shutil.copytree(SHIPPED, folder)
-    (folder / "unet").mkdir()
-    (folder / "scheduler").mkdir()
+    for below in ("unet", "scheduler"):
+        (folder / below).mkdir()
     change(folder, canary)
     with pytest.raises(UserError, match=message):
         load_evaluator(folder, digits)
@@ -338,40 +253,28 @@ def test_an_evaluators_folder(
 
 
 def test_a_checkpoint_with_a_pickle(tmp_path: Path) -> None:
-    """A state that is pickled, or a manifest that leads elsewhere, is set aside unread."""
-    canary = tmp_path / "canary"
-    for step, change in ((1, pickled("state.json")), (2, pickled("model.safetensors")), (3, pickled("random.pkl"))):
-        save_checkpoint(tmp_path / "c", step, {"model": {"w": torch.zeros(1)}}, {}, keep=9)
-        change(tmp_path / "c" / f"step-{step}", canary)
+    """A state that is pickled, or a manifest that nests or leads elsewhere, is set aside unread."""
+    canary, nested = tmp_path / "canary", written("manifest.json", '{"a":' * 100_000)
+    changes = (*map(pickled, ("state.json", "model.safetensors", "random.pkl")), nested)
+    for step, change in enumerate(changes, 1):
+        change(save_checkpoint(tmp_path / "c", step, {"model": {"w": torch.zeros(1)}}, {}, keep=9), canary)
     assert newest_valid(tmp_path / "c")[0] is None
     assert not canary.exists()
-
-
-def test_a_checkpoint_that_nests(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path / "c", 1, {"model": {"w": torch.zeros(1)}}, {}, keep=9)
-    (folder / "manifest.json").write_text('{"a":' * 100_000)
-    assert newest_valid(tmp_path / "c")[0] is None
 
 
 def test_labelled_images(tmp_path: Path) -> None:
     """Pickles and code among the data are not opened; a source that is one is refused by name."""
     canary = tmp_path / "canary"
-    for index in range(12):
-        (tmp_path / "data" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8), index, np.uint8)).save(tmp_path / "data" / "ab"[index % 2] / f"{index}.png")
-    for name in ("data.py", "a/extra.pkl", "b/extra.pt", "dataset_infos.pickle"):
-        (tmp_path / "data" / name).write_bytes(
-            code(canary).encode() if name.endswith("py") else pickle.dumps(Canary(canary))
-        )
-    assert load_images(DataConfig(source=str(tmp_path / "data")), seed=0).num_classes == 2
-    for name in ("data.py", "a/extra.pkl", "b/extra.pt"):
+    pickled = pickle.dumps(Canary(canary))
+    bad = {"data.py": code(canary), "a/extra.pkl": pickled, "b/extra.pt": pickled}
+    data = write(tmp_path / "data", {**classes(("a", "b")), **bad, "dataset_infos.pickle": pickled})
+    assert load(data).num_classes == 2
+    for name in bad:
         with pytest.raises(UserError, match=Path(name).name):
-            load_images(DataConfig(source=str(tmp_path / "data" / name)), seed=0)
-    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
-        (tmp_path / "idx").mkdir(exist_ok=True)
-        (tmp_path / "idx" / name).write_bytes(gzip.compress(pickle.dumps(Canary(canary))))
+            load(data / name)
+    idx = {f"train-{kind}-ubyte.gz": gzip.compress(pickled) for kind in ("images-idx3", "labels-idx1")}
     with pytest.raises(UserError, match="idx"):
-        load_images(DataConfig(source=str(tmp_path / "idx")), seed=0)
+        load(write(tmp_path / "idx", idx))
     assert not canary.exists()
 
 
@@ -379,7 +282,6 @@ def test_labelled_images(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("!!python/object/apply:os.system ['touch CANARY']", "python/object|could not determine a constructor"),
-        ("train: !!python/name:os.system", "python/name|could not determine a constructor"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "anchors and aliases"),
         ("x: " + "[" * 1000, "nested|YAML"),
         ("x: " + "y" * 200_000, "larger than"),
@@ -391,10 +293,8 @@ def test_labelled_images(tmp_path: Path) -> None:
 )
 def test_configurations(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text(text.replace("CANARY", str(tmp_path / "canary")))
-    before = time.perf_counter()
     with pytest.raises(SystemExit):
         parse_train(["--config", str(tmp_path / "config.yaml")])
     error = capsys.readouterr().err
     assert re.search(message, error.partition("error:")[2]), error
-    assert time.perf_counter() - before < 10
     assert not (tmp_path / "canary").exists()

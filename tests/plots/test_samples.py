@@ -30,7 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def sample(folder: str, out: Path, *flags: Any, code: int = 0) -> Path:
     arguments = ["sample", folder, "--out", str(out), "--num_inference_steps", "2", *map(str, flags)]
-    assert main(arguments) == code
+    try:
+        ended: Any = main(arguments)
+    except SystemExit as stopped:  # of the parser
+        ended = stopped.code
+    assert ended == code
     return out
 
 
@@ -79,14 +83,6 @@ def test_numbers_that_are_names_of_other_classes(tmp_path: Path, capsys: pytest.
     assert {path.name for path in tmp_path.glob("digit_*")} == {"digit_10_000.png", "digit_1_000.png"}
 
 
-def test_labelled_data_set_comes_back(folder: str, tmp_path: Path) -> None:
-    out = sample(folder, tmp_path / "set", "--as_dataset", "--num_images", 23, "--batch_size", 10)
-    assert {path.name for path in out.glob("[!.]*")} == {"train-00000-of-00001.parquet", "README.md"}
-    data = load_images(DataConfig(source=str(out)), seed=0)
-    assert len(data.train) + len(data.test) == 23
-    assert data.class_names == tuple("abcdefghij")
-
-
 def test_a_data_set_in_shards(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,9 +94,10 @@ def test_a_data_set_in_shards(
     assert [path.name for path in shards] == [f"train-0000{place}-of-00003.parquet" for place in range(3)]
     written = [path.read_bytes() for path in shards]
     loaded = datasets.load_dataset(str(out), split="train")
-    assert loaded.features["label"].names == list("abcdefghij")
     assert loaded["label"] == [place % 10 for place in range(23)]
     assert "num_examples: 23" in (out / "README.md").read_text()
+    data = load_images(DataConfig(source=str(out)), seed=0)
+    assert (len(data.train) + len(data.test), data.class_names) == (23, tuple("abcdefghij"))
     shards[1].unlink()
     sample(folder, out, *flags, "--batch_size", 3)
     assert [path.read_bytes() for path in shards][::2] == written[::2]
@@ -130,15 +127,11 @@ def test_a_labelled_data_set_is_whole_or_not_there(
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
 
 
-def test_unconditional(tmp_path: Path) -> None:
+def test_unconditional_in_low_precision(tmp_path: Path) -> None:
     make_pipeline(conditional=False).save_pretrained(tmp_path / "pipeline")
-    out = sample(str(tmp_path / "pipeline"), tmp_path / "out", "--num_images", 4, "--files", "--gif")
+    flags = ["--num_images", 4, "--files", "--gif", "--dtype", "bfloat16"]
+    out = sample(str(tmp_path / "pipeline"), tmp_path / "out", *flags)
     assert {path.name for path in out.glob("image_*")} == {f"image_00{index}.png" for index in range(4)}
-
-
-@pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_low_precision(folder: str, tmp_path: Path, name: str) -> None:
-    assert (sample(folder, tmp_path, "--dtype", name, "--num_images", 2) / "grid.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +144,9 @@ def test_low_precision(folder: str, tmp_path: Path, name: str) -> None:
         (["--eta", "0.5"], "eta=0.5 has no effect with DPMSolverMultistepScheduler"),
         (["--device", "cuda:7"], "could not be loaded"),
         (["--class_labels", "3", "--interpolation", "4"], "--interpolation needs two class labels"),
+        (["--num_images", "0"], "num_images"),
+        (["--scheduler", "magic"], "scheduler"),
+        (["--dtype", "int4"], "dtype"),
     ],
 )
 def test_errors_are_messages(
@@ -159,21 +155,7 @@ def test_errors_are_messages(
     sample(folder, tmp_path / "out", *flags, code=2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "flags", [["--num_images", "0"], ["--guidance_scale", "-1"], ["--scheduler", "magic"], ["--dtype", "int4"], ["--x"]]
-)
-def test_parser_refuses(folder: str, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises((SystemExit, AssertionError)) as stopped:  # the parser's exit, or the command's own code
-        sample(folder, tmp_path / "out", *flags)
-    assert "2" in str(stopped.value)
-    assert flags[0].lstrip("-") in capsys.readouterr().err
-
-
-def test_not_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    sample(str(tmp_path / "empty"), tmp_path / "out", code=2)
+    sample(str(tmp_path), tmp_path / "out", code=2)
     assert "could not be loaded" in capsys.readouterr().err
 
 
@@ -182,12 +164,8 @@ HEAVY = {"torch", "diffusers", "datasets", "transformers", "sklearn"}
 
 @pytest.mark.parametrize(
     ("arguments", "unused", "printed"),
-    [
-        (["--help"], HEAVY, "usage:"),
-        (["sample", "--help"], HEAVY, "usage:"),
-        (["data", "pictures"], HEAVY - {"torch"}, "contact_sheet.png"),
-    ],
-    ids=["help", "sample-help", "data"],
+    [(["sample", "--help"], HEAVY, "usage:"), (["data", "pictures"], HEAVY - {"torch"}, "contact_sheet.png")],
+    ids=["help", "data"],
 )
 def test_imports_nothing_heavy(
     arguments: list[str], unused: set[str], printed: str, image_folder: Path, tmp_path: Path

@@ -113,9 +113,9 @@ def _images(folder: Path, *, write: Callable[[Path], object], source: str = "", 
 
 
 def _idx(folder: Path, *, zipped: bool) -> None:
-    from tests.data.test_dataset import write_idx
+    from tests.data.test_formats import idx, write
 
-    write_idx(folder, zipped=zipped)
+    write(folder, idx(zipped=zipped))
 
 
 def _picture(shade: int, kind: str = "PNG", mode: str = "RGB") -> bytes:
