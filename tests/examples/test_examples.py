@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from examples import denoiser, own_objective, sample, steering, training_time
+from examples import denoiser, emoji, own_objective, sample, steering, training_time
 from mnist_diffusion import train
-from mnist_diffusion.config import ModelConfig
-from mnist_diffusion.data.dataset import ImageData
+from mnist_diffusion.config import DataConfig, ModelConfig
+from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.method.network import build_unet
 from tests.conftest import tiny_config
@@ -71,3 +73,17 @@ def test_denoiser_learns_and_generalises(tmp_path: Path, monkeypatch: pytest.Mon
     assert UNet2DModel.from_pretrained(tmp_path)(torch.rand(2, 1, 28, 28), 0).sample.shape == (2, 1, 28, 28)
     with Image.open(tmp_path / "denoised.png") as picture:
         assert picture.width > 7 * 56
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is missing")
+def test_a_set_of_emoji(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["emoji.py", str(tmp_path / "emoji")])
+    try:
+        emoji.main()
+    except subprocess.CalledProcessError:
+        pytest.skip("the registry of npm cannot be reached")
+    data = load_images(DataConfig(source=str(tmp_path / "emoji"), image_size=32), seed=0)
+    assert len(data.train) + len(data.test) == 1906
+    assert data.class_names[:2] == ("Activities", "Animals & Nature")
+    assert data.channels == 3
