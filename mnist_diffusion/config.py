@@ -179,6 +179,8 @@ class DiffusionConfig:
             raise ConfigError(f"diffusion.beta_schedule={self.beta_schedule!r} has no effect on {FLOW}; leave it out")
         if self.prediction_type == FLOW and self.noise_shift != 1:
             raise ConfigError(f"diffusion.noise_shift={self.noise_shift} has no effect on {FLOW}; leave it out")
+        if self.noise_shift != 1 and (steps := self.num_train_timesteps) > 30_000:  # a scheduler then lists every beta
+            raise ConfigError(f"diffusion.num_train_timesteps={steps} must be at most 30000 with a noise_shift")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -410,7 +412,7 @@ class Config(RunConfig):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig(RunConfig):
-    """Distil PIPELINE, a folder or a Hub id, into a student that samples in a step or a few: PIPELINE --out FOLDER.
+    """Distil TEACHER, a folder or a Hub id, into a student that samples in a step or a few: TEACHER --out FOLDER.
 
     Network and noising process are the teacher's. The batch size counts trajectories.
     """

@@ -12,10 +12,12 @@ from pydantic.dataclasses import dataclass
 from mnist_diffusion.cli.options import Parser
 from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.files import replace_picture, replace_text, require_writable
+from mnist_diffusion.files import read_bytes, replace_picture, replace_text, require_writable
 from mnist_diffusion.option_types import STRICT, FilePath
 
-SHOWN = 10
+SHOWN, MAX_SURVEY_BYTES = 10, 2**30
+BEGINNING = b'{\n "description"'
+"""How a file of this command begins."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -37,7 +39,9 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     require_writable(out := options.out)
     if Path(source).exists() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"--out={out} lies in the source {source}; name a folder of its own")
-    if out.is_dir() and any(out.iterdir()) and not (out / "survey.json").is_file():
+    told = out / "survey.json"
+    own = told.is_file() and read_bytes(told, MAX_SURVEY_BYTES).startswith(BEGINNING)
+    if out.is_dir() and any(out.iterdir()) and not own:
         raise UserError(f"--out={out} holds files of other origin; name another folder")
     from mnist_diffusion.data.survey import survey
     from mnist_diffusion.plots import tables
@@ -61,13 +65,13 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     ):
         if lines:
             console.print(f"\n{len(lines)} {title}:", markup=False)
-            rest = [f"and {len(lines) - SHOWN} more, in {out / 'survey.json'}"] if len(lines) > SHOWN else []
+            rest = [f"and {len(lines) - SHOWN} more, in {told}"] if len(lines) > SHOWN else []
             console.print("\n".join(f"  {line}" for line in [*lines[:SHOWN], *rest]), markup=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
     tiles, names, columns = found.contact_sheet()
     sheet = out / "contact_sheet.png"
     replace_picture(image_grid(tiles, columns, row_labels=names, title="The first images of each class"), sheet)
-    replace_text(out / "survey.json", json.dumps(vars(found), default=_plain, indent=1, ensure_ascii=False))
+    replace_text(told, json.dumps(vars(found), default=_plain, indent=1, ensure_ascii=False))
     console.print(f"\nThe first images of each class are in {sheet}", markup=False, soft_wrap=True)
     return 1 if unreadable else 0
 

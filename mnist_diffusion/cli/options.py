@@ -44,7 +44,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, schema: type, *positional: str, **options: Any):
         self.schema, self.kinds = schema, dict(_leaves(schema))
-        words = [name.upper() if self.kinds[name].is_required() else f"[{name.upper()}]" for name in positional]
+        places = [(name.rpartition(".")[2].upper(), self.kinds[name].is_required()) for name in positional]
+        words = [word if required else f"[{word}]" for word, required in places]
         options.setdefault("usage", " ".join([options["prog"], *words, "[--option VALUE ...]"]))
         look: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(description=inspect.getdoc(schema), **look, **options)

@@ -124,7 +124,8 @@ def request_of(*, classes: Any, count: Any, seed: Any, sampler: Any, steps: Any,
         "num_inference_steps": check_int("steps", steps, 1, MAX_STEPS),
         "guidance_scale": check_range("guidance scale", scale, 0, MAX_GUIDANCE),
     }
-    return Request(tuple(classes), each, checked(SamplingSettings, values), check_int("seed", seed, 0, MAX_SEED))
+    names = tuple(map(str, classes))
+    return Request(names, each, checked(SamplingSettings, values), check_int("seed", seed, 0, MAX_SEED))
 
 
 def label_of(pipeline: MNISTDiffusionPipeline, name: Any) -> int:

@@ -113,7 +113,7 @@ class JobRunner:
         return [folder for folder in folders if (folder / "model_index.json").is_file()]
 
     def status_html(self) -> Markup:
-        """The state of the job, with its samples and curves; refreshed at most every two seconds for all visitors."""
+        """The state of the job, with its samples and curves; refreshed every two seconds for all visitors."""
         with self.lock:
             if not self.jobs:
                 return Markup("")

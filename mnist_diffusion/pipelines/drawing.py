@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,8 @@ def resolved(pipeline: MNISTDiffusionPipeline, settings: SamplingSettings) -> Sa
     )
 
 
-def call_arguments(
-    pipeline: MNISTDiffusionPipeline,
-    settings: SamplingSettings,
-    *,
-    load: Callable[[str], MNISTDiffusionPipeline] | None = None,
-) -> dict[str, Any]:
-    """The arguments of a call with these settings; the sampler is changed by [`with_sampler`].
-
-    Args:
-        pipeline: the pipeline that samples.
-        settings: the settings; None leaves an argument out.
-        load: loads the weaker model of autoguidance; beside the pipeline, if None.
+def call_arguments(pipeline: MNISTDiffusionPipeline, settings: SamplingSettings) -> dict[str, Any]:
+    """The arguments of a call with these settings, without those that are None; [`with_sampler`] changes the sampler.
 
     Raises:
         UserError: the weaker model could not be loaded.
@@ -121,8 +111,7 @@ def call_arguments(
     call: dict[str, Any] = {name: value for name in DEFAULTS if (value := getattr(settings, name)) is not None}
     rule = settings.guidance
     if rule.startswith(AUTOGUIDANCE):
-        source = rule.removeprefix(AUTOGUIDANCE)
-        call["guidance"] = Autoguidance(load(source) if load is not None else load_on_same_device(pipeline, source))
+        call["guidance"] = Autoguidance(load_on_same_device(pipeline, rule.removeprefix(AUTOGUIDANCE)))
     elif rule != CFG:
         scale = call.pop("guidance_scale", pipeline.config.guidance_scale)
         call["guidance"] = getattr(guiders, rule)(guidance_scale=scale)

@@ -35,8 +35,8 @@ from mnist_diffusion.training.run_folder import read_metrics, sample_sheets
 from mnist_diffusion.training.step import TrainState
 
 ANIMATED_PER_CLASS = 2
-MAX_COMPARED = 5000
-"""Training images that samples are compared with to find copies."""
+MAX_COMPARED, MAX_COMPARED_VALUES = 5000, 2**26
+"""Training images that samples are compared with to find copies, and their pixel values."""
 NUM_EVALUATION_IMAGES = 1000
 """Images sampled at each evaluation during training, or the next multiple of the classes."""
 
@@ -235,7 +235,8 @@ class Artifacts:
 
         if len(self.sheet_images) == 0:
             return ""
-        training, held_out = self.data.train.spread(MAX_COMPARED)[0], self.data.test.spread(MAX_COMPARED // 10)[0]
+        count = min(MAX_COMPARED, max(100, MAX_COMPARED_VALUES // self.sheet_images[0].numel()))
+        training, held_out = self.data.train.spread(count)[0], self.data.test.spread(count // 10)[0]
         sampled, real = (metrics.nearest_images(each, training) for each in (self.sheet_images, held_out))
         share, low, _ = score.copied_share(sampled, real)
         if low <= score.SUSPICIOUS_SHARE:

@@ -129,7 +129,7 @@ def choose_output_dir(config: RunConfig, recipe: str) -> Path:
 
 
 def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
-    """Build the `Accelerator`, with the precision and the trackers of the configuration; not to use earlier ones again.
+    """Build the `Accelerator`, with the precision and the trackers of the configuration; earlier ones must not be used.
 
     Raises:
         UserError: launcher and configuration disagree on the precision, the batch does not divide among

@@ -208,8 +208,9 @@ class Line(BaseModel, extra="allow", strict=True):
 
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
-        return Line.model_validate_json(text).model_dump(exclude_unset=True)
-    except ValidationError:
+        Line.model_validate_json(text)
+        return dict(json.loads(text))
+    except ValueError:  # of either
         return None
 
 

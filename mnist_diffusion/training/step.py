@@ -168,14 +168,13 @@ class TrainState:
 
     def to_checkpoint(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything to resume from: tensors by file and name, and values for JSON."""
-        moments, groups = optimizer_state(self.optimizer)
         names = [name for name, _ in self.unet.named_parameters()]
         averaged = dict(zip(names, self.ema.shadow_params, strict=True))
-        tensors = {"unet": dict(self.unet.state_dict()), "ema": averaged, "optimizer": moments}
+        tensors = {"unet": dict(self.unet.state_dict()), "ema": averaged, "optimizer": optimizer_state(self.optimizer)}
         if self.power_averages is not None:
             tensors["averages"] = self.power_averages.tensors()
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-        return tensors, {"optimizer_groups": groups, "ema_step": self.ema.optimization_step, "grad_scaler": scaler}
+        return tensors, {"ema_step": self.ema.optimization_step, "grad_scaler": scaler}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the state of a checkpoint.

@@ -18,17 +18,17 @@ class Task:
     """Work of the main process, and when it is due.
 
     Args:
-        stage: `measure` comes before the log is written, then `save`, `draw` and `export`. A signal skips what is
-            measured or drawn.
+        stage: `measure` comes before the log is written; the others after it, in the order of the list. A signal
+            skips what is measured or drawn.
         due: whether it is due after so many updates.
-        work: does it.
+        work: does it; it returns nothing.
         at_end: whether it is also due after the last update.
         counted: whether its time counts as training time.
     """
 
     stage: Literal["measure", "save", "draw", "export"]
     due: Due
-    work: Callable[[], object]
+    work: Callable[[], None]
     at_end: bool = False
     counted: bool = True
 

@@ -157,7 +157,7 @@ class Trainer:
             left -= SECONDS_TO_WRITE + self.artifacts.num_final_evaluations() * per_image
             left -= clock.step_seconds / 2  # err on the side of stopping half a step early
             decay = schedule.decay_from_clock(train, step, clock, left)
-        # The processes' clocks differ: the latest counts.
+        # The processes' clocks differ: the first to decide, or to be late, decides for all.
         number, late, *agreed = self.processes.largest(stop.number, int(left <= 0), *(decay or (0, 0)))
         if agreed[1]:
             self._decide(lr_decay=tuple(agreed))
@@ -247,6 +247,7 @@ class Trainer:
         if not signal_number:
             with warn_on_failure("draw the last pictures"):
                 self.artifacts.draw_last(self.progress)
+            with warn_on_failure("look for copies of training images"):
                 copies = self.artifacts.copies_warning()
         # All processes wait for the trackers: a launcher ends the others once one has ended with a signal's code.
         for tracker in self.accelerator.trackers:

@@ -197,7 +197,7 @@ def _run(folder: Path, *, name: str, read: str) -> Make:
 
 def _checkpoint(folder: Path) -> Make:
     """A checkpoint whose state or manifest says something else: what a resumed run makes of it."""
-    state = {"loss": 0.5, "seconds": 3.0, "config": {"train": {"seed": 0}}, "optimizer_groups": [{"lr": 1}]}
+    state = {"loss": 0.5, "seconds": 3.0, "config": {"train": {"seed": 0}}}
     save_checkpoint(folder, 1, {"w": {"w": torch.zeros(2)}}, state, keep=1)
 
     def read() -> None:

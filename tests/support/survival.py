@@ -171,7 +171,7 @@ def final_state(folder: Path) -> dict[str, Any]:
         path.name: path.read_bytes() for path in checkpoint.iterdir() if path.suffix == ".safetensors"
     }
     kept = json.loads((checkpoint / "state.json").read_text())
-    state |= {name: kept[name] for name in ("optimizer_groups", "ema_step", "planned_steps", "step")}
+    state |= {name: kept[name] for name in ("ema_step", "planned_steps", "step")}
     state["pipeline"] = (folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     lines = read_metrics(folder / "metrics.jsonl")
     state["log"] = [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
