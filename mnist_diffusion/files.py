@@ -35,7 +35,7 @@ NOT_FOUND_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errn
 NOT_SUPPORTED_ERRNOS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 """Errors of a file system that cannot lock, flush or set permissions."""
 STALE_TEMP = re.compile(r"\.[0-9a-f]{8}\.partial|\.rehearsal-\w{8}|\.(?P<name>.+)\.[0-9a-f]{8}\.old")
-"""Left by a process that was killed while writing: a partial file, or the folder it was about to replace."""
+"""Left by a process that was killed: a partial file, a rehearsal, or the folder it was about to replace."""
 
 
 def is_printable(name: str) -> bool:

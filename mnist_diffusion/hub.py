@@ -47,17 +47,6 @@ STALE = (*RUN_FILES, PICTURE, EVAL_RESULTS, "unet/*", "scheduler/*", f"{reading.
 """Files that a push removes from the repository unless it replaces them."""
 
 
-def find_pipeline(source: Path) -> Path:
-    """The pipeline folder that `source` is, or that it holds if it is a run folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    if ((folder := pipeline_folder(source)) / "model_index.json").is_file():
-        return folder
-    raise UserError(f"{source} is neither a pipeline folder nor a run folder with one")
-
-
 def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, license: str | None) -> None:
     """Copy what is pushed of a pipeline folder that loads, and of the run that exported it, without local paths.
 
@@ -133,10 +122,10 @@ def push(
         HubError: the Hub refused or could not be reached. At most an empty repository has been created.
     """
     stale = (*STALE, f"{CHECKPOINTS}/*") if with_checkpoints else STALE
-    with tempfile.TemporaryDirectory() as temporary:
-        # Staged first, so that errors come early.
-        folder, staged = find_pipeline(source), Path(temporary)
-        stage(folder, staged, repo_id, with_checkpoints=with_checkpoints, license=license)
+    if not ((folder := pipeline_folder(source)) / "model_index.json").is_file():
+        raise UserError(f"{source} is neither a pipeline folder nor a run folder with one")
+    with tempfile.TemporaryDirectory() as temporary:  # staged first, so that errors come early
+        stage(folder, staged := Path(temporary), repo_id, with_checkpoints=with_checkpoints, license=license)
         repo_id = open_repository(repo_id, private=private, revision=revision, create_pr=create_pr)
         replace_text(staged / CARD, card_for(read_text(staged / CARD), repo_id))  # by its full name
         with hub_errors(repo_id, f"cannot push to {repo_id}"):

@@ -109,13 +109,14 @@ def _read_rows(rows: Any, image_column: str, label_column: str, description: str
 
 def _largest(column: Any) -> float | None:
     """The largest number of an Arrow column of nested lists; None if it holds no numbers."""
-    from pyarrow import compute, types
+    from pyarrow import compute, float32, types
 
     largest = []
     for chunk in column.chunks:
         values = getattr(chunk, "storage", chunk)  # of datasets' own types of arrays
         while hasattr(values.type, "value_type"):
             values = values.flatten()
+        values = values.cast(float32()) if types.is_float16(values.type) else values  # which has no largest
         largest.append(compute.max(values).as_py() if types.is_primitive(values.type) else None)
     return max((float(each) for each in largest if isinstance(each, int | float)), default=None)
 
@@ -128,7 +129,7 @@ def _encoded(cell: Any, where: str, folder: Path | None, factor: int) -> Encoded
         values = _pixels(cell.values, where)
         return values if factor == 1 else (values * np.float64(factor)).round()
     value = cell.as_py()
-    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
     if isinstance(content, bytes):
         return content
     with wrap_errors(f"{where}: a picture is named {str(path)[:200]!r}"):

@@ -18,7 +18,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category",
 """What such columns are usually called, the likeliest first."""
 INDEX_COLUMN = re.compile(r"(__index_level_\d+__|Unnamed: \d+)?")
 """The columns in which pandas writes its index."""
-NUMBERS = re.compile(r'[-+.,;"\deE\s]+')
+NUMBERS = re.compile(r'[ "]*[-+.\d][-+.,;"\deE\s]*')
 BLOCK_BYTES = 2**26
 
 

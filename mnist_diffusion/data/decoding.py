@@ -37,7 +37,7 @@ class DataError(UserError):
 
 
 Encoded = bytes | np.ndarray
-"""A picture file's content, or pixel values `[H, W]` or `[H, W, C]`."""
+"""A picture file's content, or pixel values as `to_images` takes them."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,14 @@ def decode_picture(
 
 
 def opaque_pixels(encoded: Encoded, where: str) -> Tensor | None:
-    """The pixels of a picture that hide what is behind it, uint8 `[N, 3]`; None if all do, or it could not be read."""
+    """The pixels of a picture that hide what is behind it, uint8 `[N, 3]`; None if all do.
+
+    Raises:
+        DataError: it could not be decoded, or is too large.
+    """
     if isinstance(encoded, np.ndarray):
         return None
-    with contextlib.suppress(DataError), _opened(encoded, where) as picture, wrap_errors(where):
+    with _opened(encoded, where) as picture, wrap_errors(f"{where}: the picture could not be decoded"):
         if picture.has_transparency_data:
             pixels = torch.from_numpy(np.array(picture.convert("RGBA")))
             opaque = pixels[..., 3] >= HALF_OPAQUE

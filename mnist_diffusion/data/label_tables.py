@@ -36,7 +36,7 @@ class Pictures:
 
     def likely(self, column: Any, table: str) -> Iterator[str | None]:
         """The picture that each cell names, beside the table or by a name that only one picture has."""
-        for cell in map(PurePosixPath, map(str, column.to_pylist())):
+        for cell in map(PurePosixPath, map(str, column)):
             ends = self.called.get(str(PurePosixPath(table).parent / cell)) or self.called.get(cell.name, [])
             yield ends[0] if len(ends) == 1 else None
 

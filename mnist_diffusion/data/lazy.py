@@ -44,7 +44,7 @@ class LazyImages:
         Raises:
             DataError: one could not be decoded; the message names it.
         """
-        indices = torch.arange(len(self))[wanted].tolist()
+        indices = [*range(len(self))[wanted]] if isinstance(wanted, slice) else wanted.tolist()
         images = torch.empty(len(indices), *self.image_shape, dtype=torch.uint8)
         for start in range(0, len(indices), AT_ONCE):
             decoded = self.pictures.decode(indices[start : start + AT_ONCE], grey=self.image_shape[0] == 1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from mnist_diffusion.data.decoding import EncodedImages, opaque_pixels
+from mnist_diffusion.data.decoding import DataError, EncodedImages, opaque_pixels
 from mnist_diffusion.data.layout import evenly, kind_in, listed
 from mnist_diffusion.data.raw import RawSplit
 from mnist_diffusion.data.transforms import edge_colour
@@ -50,7 +51,9 @@ def choose_background(split: RawSplit, background: Background) -> tuple[Ground, 
     transparent = 0
     if isinstance(split.images, EncodedImages):
         for index in evenly(len(split.labels), NUM_DECODED):
-            pixels = opaque_pixels(split.images.read([index])[0], split.images.where(index))
+            pixels = None
+            with contextlib.suppress(DataError):  # whoever needs this picture is told, or skips it
+                pixels = opaque_pixels(split.images.read([index])[0], split.images.where(index))
             if pixels is not None and len(pixels):
                 transparent += 1
                 lost["black"] += bool((pixels.amax(dim=1) < INK).float().mean() > 0.5)

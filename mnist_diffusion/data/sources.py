@@ -22,12 +22,12 @@ from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.data.arrow import read_datasets
 from mnist_diffusion.data.decoding import DataError, EncodedImages, cause, wrap_errors
 from mnist_diffusion.data.idx import read_idx_folder
-from mnist_diffusion.data.layout import Layout, arrange
+from mnist_diffusion.data.layout import Layout, arrange, listed
 from mnist_diffusion.data.raw import RawSource, RawSplit
 from mnist_diffusion.data.sanity_checks import choose_background
 from mnist_diffusion.data.transforms import fit_to_size
 from mnist_diffusion.data.trees import FILE_SUFFIXES, read_tree, tree_of_file, tree_of_folder
-from mnist_diffusion.files import open_file
+from mnist_diffusion.files import open_file, read_json
 
 DEFAULT_HUB_ID = "ylecun/mnist"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -130,15 +130,18 @@ def read_file_source(path: Path, config: ImagesConfig) -> RawSource:
     return source
 
 
-def read_table_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read a folder of parquet or arrow files, or one that `datasets` saved."""
-    tables = sorted(tree_of_folder(folder).having(TABLE_SUFFIXES), key=lambda name: name.split("/"))
-    return read_tables(folder, tables, config) if tables else None
-
-
-def read_any_tree(folder: Path, config: ImagesConfig) -> RawSource | None:
-    """Read a folder of pictures, arrays or tables of text."""
-    return read_tree(tree_of_folder(folder), config)
+def read_files(folder: Path, config: ImagesConfig) -> RawSource | None:
+    """Read a folder of parquet or arrow files, which `datasets` may have saved, or of pictures, arrays or tables."""
+    tree = tree_of_folder(folder)
+    tables = sorted(tree.having(TABLE_SUFFIXES), key=lambda name: name.split("/"))
+    for state in (PurePosixPath(name) for name in tree.names if name.rpartition("/")[2] == "state.json"):
+        if str(state.with_name("dataset_info.json")) in tree.names:  # saved, perhaps over an earlier data set
+            with wrap_errors(f"{folder / state} could not be read as that of a saved data set"):
+                saved = {str(state.with_name(each["filename"])) for each in read_json(folder / state)["_data_files"]}
+            if missing := saved - {*tables}:
+                raise DataError(f"{folder / state} names files that are not there: {listed(sorted(missing))}")
+            tables = [name for name in tables if PurePosixPath(name).parent != state.parent or name in saved]
+    return read_tables(folder, tables, config) if tables else read_tree(tree, config)
 
 
 def read_tables(place: Path, names: list[str], config: ImagesConfig) -> RawSource:
@@ -176,11 +179,12 @@ def _read_arrow(names: list[str]) -> Any:
     for file in map(pyarrow.memory_map, names):
         try:
             reader = pyarrow.ipc.open_stream(file)
-        except pyarrow.ArrowInvalid:
+        except (OSError, pyarrow.ArrowInvalid):  # OSError: a file of more than 1.3 GB
             reader = pyarrow.ipc.open_file(file)
         tables.append(reader.read_all())
         tables[-1].validate(full=True)
-    return Dataset(pyarrow.concat_tables(tables), fingerprint="arrow")  # without one it hashes the whole table
+    whole = pyarrow.concat_tables(tables, promote_options="permissive")
+    return Dataset(whole, fingerprint="arrow")  # without one it hashes the whole table
 
 
 def _require_rows(path: Path) -> None:
@@ -257,5 +261,5 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-FOLDER_READERS = (read_idx_folder, read_table_folder, read_any_tree)
+FOLDER_READERS = (read_idx_folder, read_files)
 """The readers of folders in the order they are tried; each returns None for a folder of another kind."""

@@ -147,9 +147,9 @@ class ImageGenerator:
 
     def _name(self, settings: SamplingSettings) -> str:
         """A folder name that identifies the images: weights, sampler, steps, guidance and seed."""
-        pipeline = self.pipeline
+        pipeline = drawing.with_sampler(self.pipeline, settings.scheduler)
         network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
-        networks = drawing.fingerprints(pipeline, drawing.call_arguments(pipeline, settings))
+        networks = drawing.fingerprints(pipeline, drawing.call_arguments(self.pipeline, settings))
         identity = [*networks, type(pipeline.scheduler).__name__, repr(settings), self.seed, network]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         guided = "" if settings.guidance_scale is None else f"-{settings.guidance_scale:g}"

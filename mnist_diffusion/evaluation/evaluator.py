@@ -198,7 +198,8 @@ def load_evaluator(folder: Path, data: ImageData, *, origin: str | None = None) 
     wanted = (data.channels, data.image_size, data.class_names)
     if reads != wanted:
         raise UserError(
-            f"evaluator {str(folder)!r} is for (channels, size, classes) {reads}, but the images have {wanted}"
+            f"evaluator {str(folder)!r} is for (channels, size, classes) {reads!s:.200}, "
+            f"but the images have {wanted!s:.200}"
         )
     require_weights([weights], model)
     model.load_state_dict(load_file(weights), assign=True)

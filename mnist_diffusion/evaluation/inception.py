@@ -31,12 +31,12 @@ class ImageNetDistance:
         self.device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
         try:
             metric = FrechetInceptionDistance(feature=2048, reset_real_features=False, sync_on_compute=False)
+            self.metric = metric.to(self.device)
         except (ImportError, OSError, RuntimeError) as error:
             raise UserError(
                 f"imagenet_fid=true: the Inception network could not be loaded ({error}). It needs torch-fidelity (pip "
                 "install 'mnist-diffusion[inception]') and weights from GitHub or, offline, in torch.hub.get_dir()"
             ) from error
-        self.metric = metric.to(self.device)
 
     def __call__(self, images: Tensor) -> float:
         """The distance of uint8 images `[N, C, H, W]` to the reference."""

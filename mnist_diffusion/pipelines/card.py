@@ -73,6 +73,8 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     """
     path = folder / CARD
     content = read_text(file_within(folder, CARD)).replace("\r\n", "\n")
+    if "\ufffd" in content:  # which would be written back
+        raise FileError(f"{path} is not UTF-8")
     rules = [str(result.get("guidance")).removeprefix(AUTOGUIDANCE) for result in report["results"]]
     paths = local_paths([report["data"].get("source_id"), report.get("evaluator", {}).get("origin"), *rules])
     before, _, rest = content.partition(SECTION_START)

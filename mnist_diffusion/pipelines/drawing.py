@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,11 @@ def resolved(pipeline: MNISTDiffusionPipeline, settings: SamplingSettings) -> Sa
     own, name = pipeline.config, sampler_name(pipeline.scheduler)
     nameable = name if name in SAMPLERS or hasattr(diffusers, name) else None  # not a class of the user's own
     scale = None if pipeline.num_classes is None else own.guidance_scale
-    return SamplingSettings(
+    return replace(
+        settings,
         scheduler=settings.scheduler or nameable,
         num_inference_steps=settings.num_inference_steps or own.num_inference_steps,
         guidance_scale=scale if settings.guidance_scale is None else settings.guidance_scale,
-        guidance_interval=settings.guidance_interval,
-        guidance=settings.guidance,
-        eta=settings.eta,
-        noise_interval=settings.noise_interval,
     )
 
 
@@ -116,12 +114,6 @@ def call_arguments(pipeline: MNISTDiffusionPipeline, settings: SamplingSettings)
         scale = call.pop("guidance_scale", pipeline.config.guidance_scale)
         call["guidance"] = getattr(guiders, rule)(guidance_scale=scale)
     return call
-
-
-@lru_cache(maxsize=4)
-def load_on_same_device(pipeline: MNISTDiffusionPipeline, source: str) -> MNISTDiffusionPipeline:
-    """Load a second pipeline on the device and in the precision of the first; once for several calls."""
-    return load_pipeline(source, device=str(pipeline.device), dtype=str(pipeline.dtype).removeprefix("torch."))
 
 
 def class_names(pipeline: MNISTDiffusionPipeline) -> tuple[str, ...]:
@@ -264,3 +256,11 @@ def load_pipeline(source: str | None, *, device: str | None, dtype: str = "float
         raise UserError(f"{failed}: {str(error).strip().splitlines()[0]}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+_kept = lru_cache(maxsize=4)(load_pipeline)
+
+
+def load_on_same_device(pipeline: MNISTDiffusionPipeline, source: str) -> MNISTDiffusionPipeline:
+    """Load a second pipeline on the device and in the precision of the first; once for several calls."""
+    return _kept(source, device=str(pipeline.device), dtype=str(pipeline.dtype).removeprefix("torch."))

@@ -448,7 +448,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         assigning to a step's `latents` replaces the samples.
         """
         given = {"class_labels": class_labels, "repeats": num_images_per_label, "guidance_scale": guidance_scale}
-        batch_size = len(self._conditioned(**given)[1])
+        batch_size = len((conditioned := self._conditioned(**given))[1])
         self._check_scheduler()
         rule = self._rule(guidance, class_labels, guidance_interval, guidance_scale)
         _check_interval("noise_interval", noise_interval)
@@ -466,14 +466,14 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         plain = guidance_scale.tolist() if isinstance(guidance_scale, torch.Tensor) else guidance_scale
         self._guidance_scale = self.config.guidance_scale if plain is None else plain
         self._interrupt = False
-        return self._denoise(latents, given, scheduler, rule, (guidance_interval, noise_interval), options)
+        return self._denoise(latents, conditioned, given, scheduler, rule, (guidance_interval, noise_interval), options)
 
     @torch.no_grad()
     def _denoise(
-        self, latents: torch.Tensor, given: dict[str, Any], scheduler: Any, rule: Any, intervals: Any, options: Any
+        self, latents: Any, conditioned: Any, given: Any, scheduler: Any, rule: Any, intervals: Any, options: Any
     ) -> Generator[DenoisingStep, dict[str, Any] | None, None]:
         """The denoising loop, which every call, sheet and measurement goes through."""
-        nfe, total, (conditions, scales) = 0, len(scheduler.timesteps), self._conditioned(**given)
+        nfe, total, (conditions, scales) = 0, len(scheduler.timesteps), conditioned
         scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # flow matching has none
         with contextlib.ExitStack() as stack:
             stack.callback(self.maybe_free_model_hooks)

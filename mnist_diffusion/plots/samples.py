@@ -124,6 +124,7 @@ class Samples:
         """
         import datasets
 
+        datasets.disable_progress_bars()  # of which each shard would leave one
         kinds: dict[str, Any] = {"image": datasets.Image()}
         if self.image_labels is not None:
             kinds["label"] = datasets.ClassLabel(names=list(self.names))

@@ -303,7 +303,7 @@ class TestSurvey:
         assert "was not found" in capsys.readouterr().err
 
     def test_what_others_wrote_is_kept(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        data, other = write(tmp_path / "data", classes()), write(tmp_path / "out", {"data.json": '{"mine": 1}'})
+        data, other = write(tmp_path / "data", classes()), write(tmp_path / "out", {"survey.json": '{"mine": 1}'})
         for out, said in ((data, "lies in the source"), (other, "of other origin")):
             assert main(["data", str(data), "--out", str(out)]) == 2
             assert said in capsys.readouterr().err

@@ -125,9 +125,18 @@ def named(names: Sequence[str]) -> Callable[[Path], object]:
     return typed(datasets.Image(), datasets.ClassLabel(names=list(names)))
 
 
-def saved(count: int) -> Callable[[Path], object]:
+def saved(count: int, shards: int = 1) -> Callable[[Path], object]:
     cells = {"image": pixels(count).tolist(), "label": LABELS[:count]}
-    return lambda path: datasets.Dataset.from_dict(cells).save_to_disk(path)
+    return lambda path: datasets.Dataset.from_dict(cells).save_to_disk(path, num_shards=shards)
+
+
+def saved_twice(path: Path) -> None:
+    saved(9, shards=3)(path)
+    saved(12)(path)
+
+
+def leading_nowhere(path: Path) -> None:
+    path.symlink_to("nowhere")
 
 
 def idx_bytes(values: Any) -> bytes:
@@ -280,6 +289,7 @@ FORMATS: dict[str, Case] = {
     "a third split": case(splits(train=4, val=2, test=1), "split 'val' left out", (12, 3)),
     "another split": case(splits(train=4, val=2, test=1), "held out: 'val'", (12, 6), test_split="validation"),
     "a folder that `datasets` saved": case(SAVED, "", (12, 3)),
+    "a folder that it saved twice": case({"x": saved_twice}, source="x"),
     "one of two configurations": case(PARTS, subset="letters"),
     "one of two trees": case(TREES, subset="two"),
     "masks": case(splits(train=4, test=1) | {"masks/0.png": BAR}, "beside the splits left out: masks", (12, 3)),
@@ -297,6 +307,7 @@ FORMATS: dict[str, Case] = {
     "other letters": case(classes(LETTERS, place="Bilder für später/"), names=LETTERS),
     "other files": case(classes() | STRAYS, "1 files that are no pictures left out: .txt", (10, 3)),
     "a broken picture": case(classes() | {"0/x.png": LFS}, "1 unreadable pictures skipped", skip_unreadable=True),
+    "a link that leads nowhere": case(classes() | {"0/x.png": leading_nowhere}, "1 unreadable", skip_unreadable=True),
     # Labels, and tables of them.
     "gaps between classes": case(classes(AGES), GAPS, names=AGES),
     "gaps in a table": case({"x.parquet": table([2, 5, 11] * 4)}, GAPS, names=AGES),

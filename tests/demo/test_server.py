@@ -159,8 +159,11 @@ def test_settings_that_do_not_fit_the_pipeline() -> None:
     many: dict[str, Any] = {"samplers": ["ddim"] * 10**5, "steps": [5] * 10**5, "scales": [1.0] * 10**5}
     with pytest.raises(UserError, match="combinations must be a number from 1 to 12, got 1000000000000000"):
         list(drawing.compared({"a": pipeline}, **many, seed=0))
+    plain = make_pipeline(conditional=False)
     with pytest.raises(UserError, match="this pipeline is unconditional"):
-        drawing.interpolated(make_pipeline(conditional=False), classes=("a", "b"), seeds=(0, 1), frames=3, scale=1.0)
+        drawing.interpolated(plain, classes=("a", "b"), seeds=(0, 1), frames=3, scale=1.0)
+    with pytest.raises(UserError, match="this pipeline is unconditional"):
+        drawing.steered(drawing.Drawing(plain, request(classes=[None], count=1)), "", 1.0)
 
 
 def test_steps_are_those_that_the_sampler_takes() -> None:

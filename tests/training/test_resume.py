@@ -65,6 +65,7 @@ def test_damaged_logs_and_pictures_do_not_stop_it(tmp_path: Path, capsys: pytest
     whole = run(tiny_config(max_steps=4, sample_every="2 steps"), tmp_path / "whole")
     short = run(tiny_config(max_steps=2, sample_every="2 steps"), tmp_path / "run")
     log = short / "metrics.jsonl"
+    before = log.read_text()
     log.write_bytes(log.read_bytes() + b'\xff{"step": \n[1]\n' + b'{"step": 9, "epoch": %s}\n' % (b"9" * 400))
     (short / "summary.json").write_text("{")
     for picture in (short / "samples").glob("*.png"):
@@ -72,6 +73,7 @@ def test_damaged_logs_and_pictures_do_not_stop_it(tmp_path: Path, capsys: pytest
     run(tiny_config(max_steps=4, sample_every="2 steps"), short, resume=True)
     assert "3 lines of" in capsys.readouterr().out
     assert losses(short) == losses(whole)
+    assert log.read_text().startswith(before)
 
 
 @pytest.mark.parametrize("name", ["averages", "samples", "logs"])
