@@ -22,14 +22,9 @@ BAD_OPTIONS = [
     (["--train.max_step", "3"], "unrecognized arguments: --train.max_step 3; did you mean --train.max_steps?"),
     (["--train.learning_rate", "fast"], "train.learning_rate must be a valid number, got 'fast'"),
     (["--train.learning_rate", "0"], "train.learning_rate must be greater than 0, got '0'"),
-    (["--train.learning_rate", "1e300"], "train.learning_rate must be less than or equal to 100, got '1e300'"),
-    (["--data.batch_size", "0"], "data.batch_size must be greater than or equal to 1, got '0'"),
-    (["--data.channels", "2"], "data.channels must be 1 or 3, got '2'"),
     (["--data.fit", "stretch"], "data.fit must be 'contain', 'pad' or 'resize', got 'stretch'"),
     (SMALL, "model.norm_num_groups=8 must divide every width of block_out_channels=[20]"),
-    (["--model.attention_levels", "[3]"], "model.attention_levels=[3] must be levels from 0 to 1"),
     (["--sampling.guidance_interval", "[0.8,0.2]"], "sampling.guidance_interval must not be reversed, got [0.8, 0.2]"),
-    (["--sampling.scheduler", "magic"], "sampling.scheduler must be one of ddpm"),
     (
         ["--diffusion.loss_weighting", "min_snr", "--diffusion.loss_space", "epsilon"],
         "diffusion.loss_space='epsilon' must be prediction with loss_weighting min_snr",
@@ -39,7 +34,6 @@ BAD_OPTIONS = [
         "diffusion.loss_space='sample' cannot be derived from a prediction of the noise",
     ),
     (["--config", "flow_matching", "--diffusion.noise_shift", "2"], "diffusion.noise_shift=2.0 has no effect on flow"),
-    (["--train.checkpoint_every", "often"], "train.checkpoint_every must be a number of steps or epochs"),
     (["--train.sample_every", "0 steps"], "train.sample_every must be a number of steps or epochs"),
     (["--model.block_out_channels", "[8, 16"], "'[8, 16' is not a list such as [8, 16]"),
     (["--train.trackers", "[abacus]"], "train.trackers.0 must be 'tensorboard', 'trackio' or 'wandb', got 'abacus'"),
@@ -50,12 +44,7 @@ BAD_OPTIONS = [
 BAD_DISTILLATIONS = [
     ([], "distillation.teacher is missing"),
     (["a/b", "--config", "nowhere"], "recipes default, tiny, got 'nowhere'"),
-    (["a/b", "--distillation.guidance_scales", "[-1]"], "distillation.guidance_scales.0 must be greater than or equal"),
     (["a/b", "--distillation.guidance_scales", "[2, 2]"], "distillation.guidance_scales must not repeat a value"),
-    (
-        ["a/b", "--distillation.points_per_trajectory", "9"],
-        "points_per_trajectory=9 must not exceed num_teacher_steps=8",
-    ),
     (["a/b", "--model.dropout", "0.1"], "model.dropout"),
 ]
 
@@ -99,8 +88,6 @@ def test_flags_win_wherever_config_stands_and_a_later_config_wins(tmp_path: Path
         ("train:\n  max_stepz: 5\n", "train.max_stepz is not a known name, got 5"),
         ("train: fast", "train must be a section of options, got 'fast'"),
         ("train:\nmax_steps: 5", "mine.yaml: the section train is empty"),
-        ("# nothing yet\n", "mine.yaml has no options"),
-        ("1: 2", "keywords must be strings"),
         ("train:\n  checkpoint_every: 500", "train.checkpoint_every must be a number of steps or epochs, such as"),
         ("data:\n  class_names: [1, 2]", "data.class_names.0 must be a word, in quotes if it looks like a number"),
     ],

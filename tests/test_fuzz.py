@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.support.fuzz import LARGEST_PEAK, fuzz_into
-from tests.support.survival import Nursery
+from tests.support.survival import finish
 
 
 def test_only_typed_errors(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_only_typed_errors(tmp_path: Path) -> None:
     count, refused = 3, 0
     out = tmp_path / "found.json"
     work = partial(fuzz_into, out=str(out))
-    assert Nursery().finish(["0", str(count)], log=tmp_path / "log.txt", work=work) == [0]
+    assert finish(["0", str(count)], log=tmp_path / "log.txt", work=work) == [0]
     for target, found in json.loads(out.read_text()).items():
         assert found["wrong"] == [], target
         assert sum(found["ends"].values()) == count

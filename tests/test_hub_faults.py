@@ -18,8 +18,8 @@ from mnist_diffusion.hub_client import HubError
 from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from tests.conftest import make_pipeline, use_hub
+from tests.support import survival
 from tests.support.hub_server import Fault, HubServer, Request, failing
-from tests.support.survival import Nursery
 from tests.test_hub import GUEST, NAME, PUSHED, content
 
 WRONG = {
@@ -75,7 +75,7 @@ def test_slow_and_halting_answers(hub: HubServer, made_run: Path, tmp_path: Path
     assert weights[0] == 2
 
 
-def test_hub_out_of_reach(made_run: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer, tmp_path: Path) -> None:
+def test_hub_out_of_reach(made_run: Path, hub: HubServer, tmp_path: Path) -> None:
     use_hub("http://127.0.0.1:9", tmp_path / "empty")
     with pytest.raises(HubError, match=r"http://127.0.0.1:9 cannot be reached"):
         push(made_run, NAME)
@@ -112,7 +112,7 @@ def test_a_push_killed_anywhere(hub: HubServer, made_run: Path, tmp_path: Path) 
         make_pipeline(seed=seed + 10).save_pretrained(made_run / "pipeline")
         first = len(hub.requests)
         hub.fault = partial(at, first + number, Fault(cut=where, then=kill))
-        started[:] = Nursery().start([str(made_run), NAME], log=tmp_path / "log.txt", work=work)
+        started[:] = survival.start([str(made_run), NAME], log=tmp_path / "log.txt", work=work)
         started[0].join(60)
         killed += started[0].exitcode == -signal.SIGKILL
         hub.fault = lambda request: None

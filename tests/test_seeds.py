@@ -41,12 +41,6 @@ def test_every_purpose_and_place_has_its_own_seed() -> None:
 class TestBalance:
     LABELS = np.array([0] * 50 + [1] * 7 + [2] * 3)
 
-    def test_what_division_leaves_goes_around(self) -> None:
-        labels = np.array([0] * 5 + [1] * 3 + [2] * 3)  # 11 places for 3 classes
-        drawn = [labels[Balance(labels).epoch(0, epoch)[0]] for epoch in range(3)]
-        assert all(len(each) == 11 for each in drawn)
-        assert np.bincount(np.concatenate(drawn)).tolist() == [11, 11, 11]
-
     def test_every_image_of_a_class_before_one_comes_again(self) -> None:
         balance = Balance(self.LABELS)
         both = [balance.epoch(3, epoch) for epoch in range(4)]

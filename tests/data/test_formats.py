@@ -25,8 +25,6 @@ from pyarrow import parquet
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.data.decoding import DataError
-from mnist_diffusion.files import MAX_PIXELS
-from tests.conftest import REPOSITORY
 
 SIDE, SPLITS = 12, {"train": 12, "test": 3}
 THREE, DIGITS, LABELS = ("a", "b", "c"), ("0", "1", "2"), [0, 1, 2] * 4
@@ -125,6 +123,13 @@ def named(names: Sequence[str]) -> Callable[[Path], object]:
     return typed(datasets.Image(), datasets.ClassLabel(names=list(names)))
 
 
+def frame(count: int) -> pandas.DataFrame:
+    """A column for each pixel, and the index of a data frame whose rows were chosen."""
+    frame = pandas.DataFrame(pixels(count).reshape(count, -1)).rename(columns="pixel{}".format)
+    frame.index = frame.index[::-1] * 2
+    return frame.assign(label=LABELS[:count])
+
+
 def saved(count: int, shards: int = 1) -> Callable[[Path], object]:
     cells = {"image": pixels(count).tolist(), "label": LABELS[:count]}
     return lambda path: datasets.Dataset.from_dict(cells).save_to_disk(path, num_shards=shards)
@@ -184,13 +189,6 @@ def zipped(files: Files) -> bytes:
     return file.getvalue()
 
 
-def frame(count: int) -> pandas.DataFrame:
-    """A column for each pixel, and the index of a data frame whose rows were chosen."""
-    frame = pandas.DataFrame(pixels(count).reshape(count, -1)).rename(columns="pixel{}".format)
-    frame.index = frame.index[::-1] * 2
-    return frame.assign(label=LABELS[:count])
-
-
 Case = tuple[Files, str, tuple[int, int], tuple[str, ...], str, dict[str, Any]]
 
 
@@ -204,8 +202,6 @@ LISTED, WHOLE = images(12, "images/"), {"labels.csv": "file,label\n" + rows(12, 
 SEVERAL = {"labels.csv": "picture,animal,colour\n" + rows(12, "{}.png,{},red")}
 IDS = {"train.csv": "id;breed\n" + rows(12, "{:04};{}"), "sample_submission.csv": "id;breed\n0012;0\n"}
 JSONL = {f"{split}/metadata.jsonl": rows(n, '{{"file_name": "{}.png", "label": {}}}') for split, n in SPLITS.items()}
-EACH = {f"{n}.csv": "file,label\n" + "".join(f"{i}.png,{n}\n" for i in range(at, 12, 3)) for at, n in enumerate(THREE)}
-NONE = {"2.csv": "file,label,label\n0.png,a,b\n", "x.jsonl": '{"file_name": "0.png", "objects": {"box": [1]}}\n'}
 PARTS = {"letters/train-0-of-1.parquet": table(LABELS[:9]), "letters/test-0-of-1.parquet": table(LABELS[:3])}
 PARTS |= {"digits/train.parquet": table(), "digits/test.parquet": table(LABELS[:3])}
 TREES = {f"one/{name}": content for name, content in splits(train=3, test=1).items()}
@@ -225,8 +221,6 @@ OTHER_IDX = {f"my_images_{split.title()}.gz": gzip.compress(idx_bytes(pixels(n))
 OTHER_IDX |= {f"my_labels_{split}": idx_bytes(LABELS[:count]) for split, count in SPLITS.items()}
 LETTERS_OR_NOT = emnist("letters", [1, 2, 3]) | emnist("balanced", [0, 10, 46])
 STRAYS = {"0/x.txt": "mine", "0/.DS_Store": "", "0/x.gif": digit(0, 9)}
-TABLES = {"x.csv": "id,name\n0,x\n1,y\n", "y.csv": b"\xff\xfe,a\n1,2,3\n"}
-CONTRADICTION = "file,label\n" + "".join(f"{name}/{index}.png,no {name}\n" for name in DIGITS for index in range(4))
 BESIDE = {f"train/{THREE[index % 3]}/{index}.png": digit(index % 3, index) for index in range(12)}
 BESIDE |= {f"test/{index}.png": BAR for index in range(20, 25)}
 TOLD = {"labels.csv": "file,label\n" + "".join(f"{index}.png,{THREE[index % 3]}\n" for index in range(12))}
@@ -235,11 +229,9 @@ CAPTIONS = "file_name,caption\n0.png,a bar on the left\n1.png,a bar in the middl
 NO_LABELS = [
     ("sample_submission.csv", f"id,label\n{SUBMITTED}", "a submission holds no labels"),
     ("answers.csv", f"id,label\n{SUBMITTED}", "it lists pictures of a test folder alone"),
-    ("answers.csv", "id,label\n0.png,0\n1.png,0\n", "its labels are all alike: '0'"),
     ("metadata.csv", CAPTIONS, "its column 'caption' is not called a label, and the folders name classes"),
-    ("sizes.csv", "width,height\n640,480\n640,320\n", "none of its columns 'width', 'height' names pictures"),
-    ("sizes.csv", "file,width,height\n0.png,8,9\n", "none of its columns 'file', 'width', 'height' is called a label"),
 ]
+CONTRADICTION = "file,label\n" + "".join(f"{name}/{index}.png,no {name}\n" for name in DIGITS for index in range(4))
 GAPS = "class names are numbers that differ from their labels: label 0 is '2', 1 is '5', 2 is '11'"
 NOT_TEST = "note         trained on the split"
 VEHICLES, LETTERS = ("apple", "bus", "train", "whale"), ("kleine Katze", "Ω mega", "猫")
@@ -248,7 +240,6 @@ FORMATS: dict[str, Case] = {
     "a table beside pictures": case(LISTED | WHOLE, "labels from labels.csv"),
     "a table of ids, with pictures to submit": case(images(12, "train/", 4) | {"test/0012.png": BAR} | IDS),
     "metadata.jsonl": case(images(12, "train/") | images(3, "test/") | JSONL, "", (12, 3)),
-    "a table for each class": case(images(12) | EACH | NONE, "2.csv left out: ", names=THREE),
     "CSV of pixels": case(csv_of_pixels(True)),
     "CSV of pixels, the file": case(csv_of_pixels(True), source="train.csv"),
     "CSV of pixels without header": case(csv_of_pixels(False), "", (12, 3)),
@@ -257,16 +248,11 @@ FORMATS: dict[str, Case] = {
     "KMNIST .npz": case(KMNIST, "", (12, 3)),
     ".npy": case(NUMPY),
     "flat lists in parquet": case({"train.parquet": table(cell=lambda a: a.flatten().tolist())}),
-    "pixel columns in parquet": case(PANDAS, source="train.parquet"),
-    "pixel columns in parquet, a folder": case(PANDAS, "", (12, 3)),
-    "CSV with an index": case({"train.csv": frame(12).to_csv()}),
     "zip": case({"x.zip": zipped(classes(place="x/") | {"__MACOSX/x/0/._0.png": BAR})}, source="x.zip"),
     "IDX by other names": case(OTHER_IDX, "", (12, 3)),
     "IDX": case(idx() | {"._train-images-idx3-ubyte": "", "train-images-idx3-ubyte.gz.md5": ""}, "", (12, 3)),
-    "IDX in raw": case(idx("raw/"), "", (12, 3)),
     "zipped IDX where torchvision has it": case(idx("MNIST/raw/", True), "", (12, 3)),
     "Fashion": case(idx("FashionMNIST/raw/"), "", (12, 3), FASHION),
-    "Fashion by its other name": case(idx("fashion-mnist/"), "", (12, 3), FASHION, "fashion-mnist"),
     "KMNIST": case(idx("KMNIST/raw/", True), "", (12, 3), ("o", "ki", "su")),
     "EMNIST": case(emnist("letters", [1, 3, 26], "EMNIST/raw/"), "", (12, 3), ("a", "c", "z")),
     "a part of EMNIST": case(LETTERS_OR_NOT, "", (12, 3), ("0", "A", "t"), subset="balanced"),
@@ -274,14 +260,14 @@ FORMATS: dict[str, Case] = {
     **{
         f"{train} and {test}": case(classes(place=f"{train}/") | classes(DIGITS, 2, f"{test}/"), NOT_TEST, (12, 6))
         for train, test in (
-            *(("Training", "Testing"), ("train", "VALID"), ("archive/Training/images", "archive/Testing/images")),
-            *(("seg_train/seg_train", "seg_test/seg_test"), ("training_set", "test_set")),
+            *(("archive/Training/images", "archive/Testing/images"), ("train", "VALID")),
+            ("seg_train/seg_train", "seg_test/seg_test"),
         )
     },
     **{
         train: case({f"{train}.parquet": table(), f"{test}.parquet": table(LABELS[:3])}, "", (12, 3))
         for train, test in (
-            *(("train/0000", "test/0000"), ("mnist_train", "mnist_test"), ("default/train/0", "default/test/0")),
+            *(("mnist_train", "mnist_test"), ("default/train/0", "default/test/0")),
             ("data/train-00000-of-00001", "data/validation-00000-of-00001"),
         )
     },
@@ -297,10 +283,15 @@ FORMATS: dict[str, Case] = {
     # Folders.
     **{
         name: case(classes() | {f"{name}/0.png": BAR}, f"folders left out: {name}")
-        for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir")
+        for name in (".ipynb_checkpoints", "__MACOSX")
     },
     "a class called train": case(classes(VEHICLES), "WARNING: classes are called train, as", (12, 4), VEHICLES),
-    "too deep": case(classes(place="in/") | {"x.png": BAR}, "1 pictures left out, which lie beside the folders"),
+    "pixel columns in parquet, a folder": case(PANDAS, "", (12, 3)),
+    "CSV with an index": case({"train.csv": frame(12).to_csv()}),
+    "a contradiction": case(
+        classes() | {"labels.csv": CONTRADICTION}, "labels.csv contradicts the", names=("no 0", "no 1", "no 2")
+    ),
+    "links that go round": case(classes() | {"0/again": lambda path: path.symlink_to(path.parents[1])}),
     "loose pictures": case(classes() | {"x.png": BAR}, "1 pictures left out, which lie in no class folder"),
     "pictures alone": case({f"{n}.png": digit(0, n) for n in range(6)}, "no folders name classes", (5, 1), ("image",)),
     "one class": case(classes(["only"], 20), "", (18, 2), ("only",)),
@@ -324,10 +315,6 @@ FORMATS: dict[str, Case] = {
     "pixels from 0 to 1": case({"x.parquet": table(cell=lambda a: (a / 255).tolist())}),
     "pictures in no table": case(LISTED | WHOLE | {"images/more.png": BAR}, "1 pictures that no table lists left out"),
     "one of several columns": case(LISTED | SEVERAL, label_column="animal"),
-    "a contradiction": case(
-        classes() | {"labels.csv": CONTRADICTION}, "labels.csv contradicts the", names=("no 0", "no 1", "no 2")
-    ),
-    "tables of something else": case(classes() | TABLES, "y.csv left out: "),
     **{
         f"{note}{end}": case(BESIDE | labels | {name: content}, f"{name} left out: {note}", names=THREE)
         for name, content, note in NO_LABELS
@@ -346,31 +333,6 @@ def test_formats(name: str, tmp_path: Path) -> None:
     assert data.source.startswith(str(tmp_path / source))
     assert told in data.describe()
     assert load_lazily(tmp_path / source, **fields).fingerprint == data.fingerprint
-
-
-DOCUMENTED = {
-    "nothing": "test_no_source_falls_back_loudly",
-    "`digits`": "test_digits_and_errors",
-    "a folder with one folder per class": "other letters",
-    "a folder of pictures and a table": "a table beside pictures",
-    "a folder of pictures alone": "pictures alone",
-    "`.zip`": "zip",
-    "`.csv`, or a folder of them": "CSV of pixels",
-    "`.npz`, `.npy`, or a folder of them": "Keras .npz",
-    "parquet or arrow files, or a folder of them": "flat lists in parquet",
-    "a folder that `datasets` saved": "a folder that `datasets` saved",
-    "a folder of IDX files": "IDX by other names",
-    "a Hub id": "test_cached_copy_without_the_network",
-}
-"""Each row of the table in docs/own_images.md, with what reads such a source: a format above, or another test."""
-
-
-def test_each_row_of_the_documented_table_is_read() -> None:
-    text = (REPOSITORY / "docs" / "own_images.md").read_text(encoding="utf-8").partition("## What is read")[2]
-    lines = text.partition("| --- | --- |\n")[2].partition("\n\n")[0].splitlines()
-    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == list(DOCUMENTED)
-    tests = (Path(__file__).parent / "test_dataset.py").read_text(encoding="utf-8")
-    assert [name for name in DOCUMENTED.values() if name not in FORMATS and f"def {name}(" not in tests] == []
 
 
 def png_header(side: int) -> bytes:
@@ -395,48 +357,30 @@ REFUSED: list[Case] = [
         "train-images-idx3-ubyte",
         (IMAGES[:2], "truncated header"),
         (IMAGES[:-1], r"declares 1728 values \[12, 12, 12\] but holds 1727"),
-        (IMAGES + b"x", "holds more"),
-        (b"\x00\x00\x08\x01" + IMAGES[4:], "magic number 0x00000801, expected 0x00000803"),
         (IMAGES[:4] + b"\xff" * 12 + IMAGES[16:], "more than the limit"),
         (gzip.compress(IMAGES)[:-9], "could not be read"),
-        (gzip.compress(IMAGES)[:10] + b"\xff" * 30, "could not be read|broken gzip"),
         (gzip.compress(IMAGES + b"x"), "holds more"),
-        (idx_bytes(np.zeros((0, 4, 4))), "holds no pixels"),
         beside=idx(),
     ),
     case(idx(train_labels=idx_bytes(LABELS[:11])), "holds 12 images but .* 11 labels"),
-    case(idx(t10k_labels=None), "t10k-images-idx3-ubyte has no partner with the labels"),
     case(idx(t10k_labels=idx_bytes([7, 7, 7])), r"held-out classes without training images: \[7\]"),
     case(idx(), "data.train_split='letters' is not a split", train_split="letters"),
     case(idx("MNIST/raw/") | idx("FashionMNIST/raw/"), "several data sets; name one of .*FashionMNIST, .*MNIST"),
     case(LETTERS_OR_NOT, "data.subset=None must name one of the parts of .*: balanced, letters"),
-    case(LETTERS_OR_NOT, "data.subset='digits' must name one of the parts of", subset="digits"),
     case(splits(train=4, test=1), "data.test_split='other' is not a split of .*test, train", test_split="other"),
     case(PARTS, "several parts; set data.subset to one of digits, letters"),
-    case(PARTS, "got 'other'", subset="other"),
     case(TREES, "set data.subset to one of one, two"),
-    case(classes(), "data.subset='letters': .* has no parts", subset="letters"),
     case(classes(), "data.class_names names 2 classes, but .* has 3", class_names=("a", "b")),
-    case(classes() | {"violet": None}, "violet"),
     case(classes() | {"violet/0.png": BAR}, "class 'violet' has 1 image"),
-    *(
-        case(classes([os.fsdecode(name)]), "is not UTF-8 or has control characters; rename it")
-        for name in (b"\xb0\xa1", b"a\nb", b"\x1b[31m")
-    ),
+    case(classes(["\x1b[31m"]), "is not UTF-8 or has control characters; rename it"),
     case({"train.parquet": named(THREE), "test.parquet": named("bca")}, "name the classes of 'kind' differently"),
-    case({"x.parquet": table()}, "data.label_column='no' is not a column", label_column="no"),
     *each(
         "x.parquet",
         (b"PAR1 and nothing", "could not be read"),
-        (partial(parquet.write_table, pa.table({"x": pa.nulls(10_000_001)})), "10,000,001 rows, more than the limit"),
         (table(names=("image", "a"), b=LABELS), "cannot tell which of the columns .* set data.label_column"),
         *((table([0.0, 1.0, no, 1.0] * 2), "no label: 2 of 8 training") for no in (float("nan"), -1.0, None)),
-        (table(["a", "x" * 300] * 3), "300 letters, more than 200"),
-        (table([[0, 1]] * 3), "data.label_column='label' must hold one number"),
         (table(cell=lambda _: [[100, 200], [30]]), "a picture's rows are of different lengths"),
-        (table(cell=lambda _: [["a"]]), "no images of 1 or 3 channels"),
         (table(cell=lambda _: [[float("nan")]]), "row 0: pixel values must go from 0 to 255"),
-        (table(cell=lambda a: (a / 2).tolist()), "whole numbers from 0 to 255, got fractions"),
         (table(cell=lambda _: np.ones((4, 4, 5)).tolist()), "no images of 1 or 3 channels"),
         (table(cell=lambda a: (a // 16 * (a > 99)).tolist()), "the largest pixel value is 15; they must go from 0 to"),
         (table(cell=lambda _: {"bytes": None, "path": "/etc/hostname"}), "not a file in the same folder"),
@@ -447,28 +391,18 @@ REFUSED: list[Case] = [
     *(
         case(LISTED | {"labels.csv": WHOLE["labels.csv"] + f"{file},1\n"}, f"labels.csv {told}")
         for file, told in (
-            ("other/3.png", "row 12 names 'other/3.png', but no pictures"),
             ("../../etc/x.png", "row 12 names '../../etc/x.png', but no pictures"),
             ("3.png", "list pictures more than once: images/3.png"),
         )
     ),
-    *(
-        case({"x.npz": arrays}, told)
-        for arrays, told in (
-            ({"x": np.ones((4, 8, 8)), "labels": np.ones((4, 3))}, r"labels of the shape \(4, 3\) are not one class"),
-            ({"x_train": np.ones((4, 8, 8)), "y": np.zeros(3)}, "'train' needs one array of images and .* got x_train"),
-            ({"x": np.array([{"a": 1}], dtype=object)}, r"x\.npz could not be read as NumPy arrays without pickles"),
-        )
-    ),
+    case({"x.npz": {"x_train": np.ones((4, 8, 8)), "y": np.zeros(3)}}, "'train' needs one array of images and .* got"),
+    case({"x.npz": {"x": np.array([{"a": 1}], dtype=object)}}, r"x\.npz could not be read as NumPy arrays without pic"),
     *each(
         "0/wrong.png",
-        *((png_header(side), f"{side} x {side} pixels|too large") for side in (50_000, 10_000)),
-        (png_header(int(MAX_PIXELS**0.5)), "the picture could not be decoded"),
-        (b"", "the file is empty"),
-        (b"<!DOCTYPE html><html>404</html>", "it is an HTML page"),
+        (png_header(8200), "8200 x 8200 pixels, more than the limit"),
         (LFS, "it is a Git LFS pointer"),
         (b"\x89PNG not really", "the picture could not be decoded"),
-        *((encoded(Image.new(mode, (12, 12)), "TIFF"), f"of mode '{mode}' has no known range") for mode in "IF"),
+        (encoded(Image.new("F", (12, 12)), "TIFF"), "of mode 'F' has no known range"),
         (DEEP, "the largest value is 4080, but white in 16"),
         (os.mkfifo, "is not a regular file"),
         beside=classes(),
@@ -486,19 +420,12 @@ REFUSED: list[Case] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("refused", REFUSED, ids=[refused[1] for refused in REFUSED])
 def test_what_cannot_be_read_is_said(refused: Case, tmp_path: Path) -> None:
     files, told, _, _, source, fields = refused
     with pytest.raises(DataError, match=told) as raised:
         load(write(tmp_path, files) / source, **fields)
     assert str(raised.value).isprintable()
-
-
-def test_a_table_whose_picture_is_out_of_all_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_diffusion.data.decoding.MAX_PIXELS", 143)
-    with pytest.raises(DataError, match="row 0: a picture of 12 x 12 pixels, more than the limit of 143"):
-        load(write(tmp_path, {"x.parquet": table(cell=lambda pixels: pixels.tolist())}))
 
 
 def test_a_saved_data_set_with_a_wrong_offset(tmp_path: Path) -> None:
@@ -522,17 +449,3 @@ def test_a_picture_that_would_start_another_program(tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match=r"x\.png: the picture could not be decoded"):
         load(write(tmp_path / "data", classes() | {"0/x.png": text}))
     assert not (tmp_path / "canary").exists()
-
-
-def test_the_cache_of_datasets(tmp_path: Path) -> None:
-    files = {split: str(write(tmp_path, {split: table(LABELS[:count])}) / split) for split, count in SPLITS.items()}
-    datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
-    [info] = (tmp_path / "cache").rglob("dataset_info.json")
-    assert (len(load(info.parent).train), len(load(info.parent).test)) == (12, 3)
-
-
-def test_links_that_go_round(tmp_path: Path) -> None:
-    data, other = write(tmp_path / "data", classes(THREE)), write(tmp_path / "other", classes(["x"]))
-    (data / "a" / "again").symlink_to(data)
-    (data / "d").symlink_to(other / "x")
-    assert load(data).class_names == (*THREE, "d")

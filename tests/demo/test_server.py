@@ -30,7 +30,6 @@ from mnist_diffusion.demo.space import write_gradio_space
 from mnist_diffusion.errors import UserError
 from tests.conftest import make_pipeline
 from tests.data.test_formats import encoded
-from tests.demo.test_studio import make_student
 from tests.support.browser import answer, free_port
 from tests.support.hub_server import HubServer
 
@@ -134,11 +133,9 @@ def test_the_page_is_for_its_own_address_and_loads_nothing_from_elsewhere(addres
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("count", 65, "images per class must be a number from 1 to 64, got 65"),
         ("count", 2.5, "images per class must be a whole number, got 2.5"),
         ("scale", float("nan"), "guidance scale must be a number from 0 to 20, got nan"),
         ("steps", 10**9, "steps must be a number from 1 to 100, got 1000000000"),
-        ("steps", True, "steps must be a number from 1 to 100, got True"),
         ("seed", -1, "seed must be a number from 0 to"),
         ("sampler", "../secret", "scheduler must be one of ddpm,"),
         ("classes", tuple("d" * 40), "images in all must be a number from 1 to 64, got 80"),
@@ -166,28 +163,6 @@ def test_settings_that_do_not_fit_the_pipeline() -> None:
         drawing.steered(drawing.Drawing(plain, request(classes=[None], count=1)), "", 1.0)
 
 
-def test_steps_are_those_that_the_sampler_takes() -> None:
-    pipeline = make_pipeline()
-    *_, player = drawing.stream_frames(pipeline, request(sampler="heun", steps=4))
-    assert player["frames"][-1]["caption"].startswith("Step 7 of 7")
-    steering = drawing.Drawing(pipeline, request(sampler="heun", count=1))
-    while not steering.over:
-        drawing.steered(steering, "d", 2.0)
-    assert len(steering.value["frames"]) == 3
-
-
-def test_a_drawing_that_was_refused_is_over() -> None:
-    steering = drawing.Drawing(make_pipeline(), request(count=1))
-    drawing.steered(steering, "d", 2.0)
-    with pytest.raises(UserError, match="class must be one of"):
-        drawing.steered(steering, "z", 2.0)
-    student = drawing.Drawing(make_student(make_pipeline()), request(scale=1, count=1))
-    drawing.steered(student, "d", 1)
-    with pytest.raises(ValueError, match="guidance_scale must be one of"):
-        drawing.steered(student, "d", 5)
-    assert student.over
-
-
 def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "MAX_SECONDS", 0.0)
     with pytest.raises(UserError, match="took longer than 0 s"):
@@ -206,16 +181,6 @@ def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
 def test_what_is_no_drawing_is_refused(address: Any) -> None:
     with pytest.raises(UserError, match=r"draw|more than the limit"):
         drawing.decode_sketch(address, (1, 8, 8))
-
-
-def test_a_drawing_becomes_an_image() -> None:
-    picture = Image.new("RGB", (40, 20))
-    picture.paste((255, 255, 255), (0, 0, 20, 20))
-    image = drawing.decode_sketch(png(picture), (3, 8, 8))
-    assert image.shape == (1, 3, 8, 8)
-    assert image.max() == 1
-    assert (image[0, :, 3, 1] > 0.9).all()
-    assert image[0, :, 0].max() == 0  # the background above a picture that is not square
 
 
 def test_a_picture_drawn_again_comes_back() -> None:

@@ -19,7 +19,6 @@ from mnist_diffusion.evaluation.draw import ImageGenerator
 from mnist_diffusion.evaluation.external import read_sample
 from mnist_diffusion.pipelines.drawing import resolved
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.pipelines.samplers import build_sampler
 from tests.conftest import make_pipeline
 from tests.data.test_formats import Files, encoded, write
 from tests.pipelines.test_pipeline import CountingUNet
@@ -59,23 +58,6 @@ class TestDrawing:
         assert generator(pipeline, letters).draw(settings_of("heun", 3, 1.0)).nfe_per_image == 5
         assert pipeline.scheduler is before
 
-    def test_a_student_takes_one_evaluation_a_step_at_its_own_scale_alone(
-        self, pipeline: MNISTDiffusionPipeline, letters: ImageData
-    ) -> None:
-        pipeline.register_to_config(guidance_distilled=[1.5], guidance_scale=1.5)
-        pipeline.scheduler = build_sampler("lcm", pipeline.scheduler.config)
-        student = generator(pipeline, letters)
-        settings = resolved(pipeline, settings_of(None, 2, None))
-        assert settings == settings_of("lcm", 2, 1.5)
-        student.check(settings)
-        assert student.draw(settings).nfe_per_image == 2
-        with pytest.raises(UserError, match=r"guidance_scale must be one of \[1\.5\], distilled into"):
-            student.check(resolved(pipeline, settings_of(None, 2, 5.0)))
-
-    def test_defaults_are_the_pipelines(self, pipeline: MNISTDiffusionPipeline) -> None:
-        assert resolved(pipeline, SamplingSettings()) == settings_of("dpmpp", 10, 1.9)
-        assert resolved(pipeline, settings_of("ddim", 4, 0.0)) == settings_of("ddim", 4, 0.0)
-
     def test_parts_that_are_there_are_used_again(
         self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -88,17 +70,6 @@ class TestDrawing:
         assert counter.nfe == (20 + 20) * 4  # of the part that went, and of the one that had ten
         assert torch.equal(more.images[:70], few.images)
         assert more.nfe_per_image == few.nfe_per_image
-
-    def test_damaged_parts_are_drawn_again(
-        self, pipeline: MNISTDiffusionPipeline, letters: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        kept, settings = generator(pipeline, letters, tmp_path), settings_of("ddim", 2, 2.0)
-        whole = kept.draw(settings)
-        [path] = tmp_path.rglob("*.npz")
-        for damaged in (b"", path.read_bytes()[:300]):
-            path.write_bytes(damaged)
-            assert torch.equal(kept.draw(settings).images, whole.images)
-            assert f"{path} is damaged" in capsys.readouterr().out
 
     @pytest.mark.parametrize("change", [{"weights": 1}, {"seed": 1}, {"scale": 3.0}, {"spacing": "leading"}])
     def test_other_images_are_not_taken_for_these(self, change: Any, letters: ImageData, tmp_path: Path) -> None:
@@ -115,27 +86,13 @@ class TestDrawing:
         sample = generator(pipeline, letters, num_images=55).draw(resolved(pipeline, settings_of(None, 2, None)))
         assert sample.labels is None
         assert (len(sample.images), sample.nfe_per_image) == (55, 2)
-        with pytest.raises(UserError, match="guidance_scale"):
-            generator(pipeline, letters).check(settings_of(None, 2, 2.0))
-
-    def test_not_finite(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        with torch.no_grad():
-            pipeline.unet.conv_out.bias.fill_(torch.inf)
-        with pytest.raises(UserError, match=r"ddim, 2 steps, guidance 2: values that are not finite"):
-            generator(pipeline, letters).draw(settings_of("ddim", 2, 2.0))
 
     def test_pipeline_and_data_must_fit(self, pipeline: MNISTDiffusionPipeline, letters: ImageData) -> None:
-        wide = ImageSplit(torch.zeros(10, 1, 16, 16, dtype=torch.uint8), torch.arange(10))
-        with pytest.raises(UserError, match=r"\(1, 8, 8\).* \(1, 16, 16\)"):
-            generator(pipeline, ImageData(wide, wide, tuple(LETTERS), "", ""))
-        with pytest.raises(UserError, match=r"\(3, 8, 8\)"):
+        with pytest.raises(UserError, match=r"\(3, 8, 8\) for the pipeline, but \(1, 8, 8\)"):
             generator(make_pipeline(channels=3), letters)
-        three = ImageSplit(letters.train.images[:3], torch.arange(3))
-        backwards = ImageData(letters.train, letters.test, tuple(LETTERS[::-1]), "", "")
+        backwards = replace(letters, class_names=tuple(LETTERS[::-1]))
         with pytest.raises(UserError, match=r"class names: \('a', 'b', .* for the pipeline, but \('j', 'i'"):
             generator(pipeline, backwards)
-        with pytest.raises(UserError, match=r"number of classes: 10 for the pipeline, but 3"):
-            generator(pipeline, ImageData(three, three, ("a", "b", "c"), "", ""))
 
 
 IMAGES = [np.full((8, 8), index, np.uint8) for index in range(60)]
@@ -147,7 +104,6 @@ TABLE = {"labels.csv": "file,label\n" + "".join(f"{name},{LETTERS[int(name[:2]) 
 SHEETS = {"grid.png": np.zeros((80, 80), np.uint8), "times.csv": "file,seconds\n"}
 KINDS = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(LETTERS))})
 ROWS = datasets.Dataset.from_dict({"image": IMAGES, "label": [index % 10 for index in range(60)]}, KINDS)
-BROKEN = encoded(IMAGES[0])[:40]
 READ: dict[str, tuple[Files, bool, bool]] = {
     "one folder a class": (FOLDERS, True, False),
     "grey saved as RGB": (COLOURED, True, False),
@@ -155,9 +111,7 @@ READ: dict[str, tuple[Files, bool, bool]] = {
     "a table beside the pictures": (ALONE | TABLE, True, False),
     "parquet": ({"train.parquet": ROWS.to_parquet}, True, False),
     "pictures alone": (ALONE, False, False),
-    "webp": ({f"{index}.webp": encoded(IMAGES[index], "WEBP", lossless=True) for index in range(60)}, False, False),
     "numbered folders": ({f"{int(name[:2]) // 20:06}/{name}": image for name, image in ALONE.items()}, False, True),
-    "one folder": ({f"images/{name}": image for name, image in ALONE.items()}, False, True),
     "an array": ({"samples.npz": {"arr_0": np.stack(IMAGES)[..., None]}}, False, True),
 }
 """Files, whether they have classes, and whether it is said that their folders are none."""
@@ -167,12 +121,9 @@ REFUSED: list[tuple[Files, str]] = [
     (FOLDERS | {"x/0.png": IMAGES[0]}, r"classes \['x'\] are not among the real ones"),
     ({name: np.tile(image, (2, 2)) for name, image in FOLDERS.items()}, r"images are \(1, 16, 16\) .* \(1, 8, 8\)"),
     (COLOURED | {"a/0.png": np.full((8, 8, 3), (255, 0, 0), np.uint8)}, "have colours, but the real ones are grey"),
-    (FOLDERS | {"a/0.png": SHEETS["grid.png"]}, "images of different shapes"),
-    (FOLDERS | {"c/broken.png": BROKEN}, r"broken\.png: the picture could not be decoded"),
-    (ALONE | {"broken.png": BROKEN}, r"broken\.png: the picture could not be decoded"),
+    (FOLDERS | {"c/broken.png": encoded(IMAGES[0])[:40]}, r"broken\.png: the picture could not be decoded"),
     (NAMED | {"stray.png": IMAGES[0]}, r"'stray.png' names no class, but other files do"),
     ({"pipeline/x": ""}, "looks like a run folder or an incomplete pipeline folder"),
-    ({}, "holds no images"),
 ]
 
 
@@ -193,12 +144,3 @@ class TestReading:
     def test_what_cannot_be_measured(self, files: Files, message: str, letters: ImageData, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             read_sample(write(tmp_path, files), letters)
-
-    @pytest.mark.parametrize(("background", "ground"), [("black", 0), ("white", 255)])
-    def test_transparent_pixels_as_in_the_data(
-        self, letters: ImageData, tmp_path: Path, background: Any, ground: int
-    ) -> None:
-        layers = [np.full((8, 8, 2), (100, opaque), np.uint8) for opaque in (0, 255)]
-        write(tmp_path, {f"{index:03}.png": layers[index % 2] for index in range(60)})
-        sample = read_sample(tmp_path, replace(letters, background=background))
-        assert sample.images[:, 0, 0, 0].tolist() == [ground, 100] * 30

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.decoding import DataError
@@ -62,38 +60,25 @@ def test_class_swap_drops_accuracy_and_leaves_the_distance(digits_reference: Ref
     assert swapped["class_fid"]["3"] > 5 * right["class_fid"]["3"]
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-def test_copies_of_training_images_are_flagged(digits_reference: Reference, shift: int) -> None:
-    train = digits_reference.data.train
-    brighter = (train.tensor[:200].int() + shift).clamp(max=255).byte()
-    values = digits_reference.score(Sample(brighter, train.labels[:200])).values
-    assert values["copies_suspected"]
-    assert values["copied_share"] == 1.0
-    assert any("copies of training images" in warning for warning in values["warnings"])
-
-
-def test_copies_are_looked_for_in_every_class(digits_reference: Reference) -> None:
-    """Copies of the last class alone, in images sorted by class, as folders give them."""
+def test_copies_of_training_images_are_flagged(digits_reference: Reference) -> None:
+    """Those of the last class alone, a little brighter, in images sorted by class, as folders give them."""
     data = digits_reference.data
     order = data.test.labels.argsort()
     images, labels = data.test.tensor[order].repeat(20, 1, 1, 1), data.test.labels[order].repeat(20)
     order = labels.argsort()
     images, labels = images[order], labels[order]
-    nines = data.train.tensor[data.train.labels == 9]
+    nines = (data.train.tensor[data.train.labels == 9].int() + 1).clamp(max=255).byte()
     images[labels == 9] = nines.repeat(10, 1, 1, 1)[: int((labels == 9).sum())]
     values = digits_reference.score(Sample(images, labels)).values
     assert values["copied_share"] > 0.08
     assert values["copies_suspected"]
+    assert any("copies of training images" in warning for warning in values["warnings"])
 
 
-def test_held_out_class_without_images_and_too_few(digits: ImageData, digits_reference: Reference) -> None:
-    def held_out(chosen: Tensor) -> ImageData:
-        return dataclasses.replace(digits, test=digits.test.select(chosen.nonzero().flatten()))
-
-    nine_out = Reference(held_out(digits.test.labels < 9), digits_reference.evaluator)
-    assert nine_out.floor(100, True).values["class_accuracy"]["9"]["accuracy"] is None
+def test_too_few_held_out_images(digits: ImageData, digits_reference: Reference) -> None:
+    few = dataclasses.replace(digits, test=digits.test.select(torch.arange(20)))
     with pytest.raises(DataError, match="20 held-out images, too few for a floor"):
-        Reference(held_out(torch.arange(180) < 20), digits_reference.evaluator)
+        Reference(few, digits_reference.evaluator)
 
 
 def test_without_labels_images_and_floor_have_one_reference(digits_reference: Reference) -> None:
@@ -101,15 +86,6 @@ def test_without_labels_images_and_floor_have_one_reference(digits_reference: Re
     values = digits_reference.score(Sample(digits_reference.data.test.tensor, None)).values
     assert (values["accuracy"], values["fid_ratio"]) == (None, 1.0)
     assert "class_fid" not in values
-
-
-def test_small_samples_carry_their_floor_in_a_warning(digits_reference: Reference) -> None:
-    values = digits_reference.score(held_out(digits_reference, 100)).values
-    [few] = values["warnings"]
-    assert "100 images are few" in few
-    assert f"{values['fid_floor']:.3g}" in few
-    more = Sample(digits_reference.data.train.tensor[:500], digits_reference.data.train.labels[:500])
-    assert any("the floor is from all 180" in warning for warning in digits_reference.score(more).values["warnings"])
 
 
 def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) -> None:
@@ -123,13 +99,6 @@ def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) ->
     spread = torch.tensor([value["fid"] for value in values]).std()
     mean = torch.tensor([value["fid_standard_error"] for value in values]).mean()
     assert 1 / 4 < mean / spread < 4
-
-
-@pytest.mark.parametrize("value", [0, 255])
-def test_images_of_one_value(digits_reference: Reference, value: int) -> None:
-    images = torch.full((60, 1, 28, 28), value, dtype=torch.uint8)
-    with pytest.raises(DataError, match=f"all 60 images are of one value, {value} of 255"):
-        digits_reference.score(Sample(images, torch.arange(60) % 10))
 
 
 def test_reference_takes_the_class_proportions_of_the_sample(digits: ImageData, digits_reference: Reference) -> None:
@@ -155,58 +124,15 @@ def test_shipped_evaluator_is_small_and_a_plain_transformers_folder() -> None:
     assert module.ImageEvaluator.from_pretrained(module.SHIPPED).config.id2label[7] == "7"
 
 
-def test_learns_the_digits(digits: ImageData, digits_evaluator: module.ImageEvaluator) -> None:
-    assert module.accuracy(digits_evaluator, digits.test) > 0.95
-    assert digits_evaluator.config.data_fingerprint == digits.fingerprint
-
-
-def test_same_seed_gives_the_same_weights_and_leaves_the_global_generator(digits: ImageData) -> None:
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first, second, other = (module.train_evaluator(digits, steps=3, seed=seed, progress=False) for seed in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first.head.weight, second.head.weight)
-    assert not torch.equal(first.head.weight, other.head.weight)
-
-
-def test_loss_and_features() -> None:
-    model = module.ImageEvaluator(module.EvaluatorConfig(channels=3, image_size=48, num_labels=4)).eval()
-    output = model(torch.zeros(2, 3, 48, 48), torch.tensor([0, 3]))
-    assert output.loss.ndim == 0
-    logits, features = module.logits_and_features(model, torch.zeros(5, 3, 48, 48, dtype=torch.uint8), batch_size=2)
-    assert (logits.shape, features.shape) == ((5, 4), (5, 96))
-
-
 def test_save_and_load(digits: ImageData, digits_evaluator: module.ImageEvaluator, tmp_path: Path) -> None:
     module.save_evaluator(digits_evaluator, tmp_path / "evaluator")
     loaded = module.load_evaluator(tmp_path / "evaluator", digits).model
     images = torch.arange(2 * 784).view(2, 1, 28, 28).remainder(256).byte()
     of_loaded, of_saved = (module.logits_and_features(each, images)[0] for each in (loaded, digits_evaluator))
     assert torch.equal(of_loaded, of_saved)
-    with pytest.raises(UserError, match="nowhere"):
-        module.load_evaluator(tmp_path / "nowhere", digits)
     reversed_names = dataclasses.replace(digits, class_names=digits.class_names[::-1])
     with pytest.raises(UserError, match=r"is for \(channels, size, classes\) .* but the images have"):
         module.load_evaluator(tmp_path / "evaluator", reversed_names)
-    weights = tmp_path / "evaluator" / "model.safetensors"
-    tensors = load_file(weights)
-    save_file({"another": tensors["head.weight"]}, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks tensor|has a tensor|has shape"):
-        module.load_evaluator(tmp_path / "evaluator", digits)
-    weights.write_bytes(weights.read_bytes()[:50])
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        module.load_evaluator(tmp_path / "evaluator", digits)
-
-
-def test_steps_follow_the_data(digits: ImageData) -> None:
-    assert module.evaluator_steps(digits) == 506
-    few = dataclasses.replace(digits, train=digits.train.select(torch.arange(20)))
-    assert module.evaluator_steps(few) == module.MIN_STEPS
-
-
-def test_one_class_has_no_evaluator(digits: ImageData) -> None:
-    with pytest.raises(UserError, match=r"two classes or more, and data.source has 1"):
-        module.evaluator_for(dataclasses.replace(digits, class_names=("0",)))
 
 
 def test_trained_once_and_kept_by_data_and_recipe(

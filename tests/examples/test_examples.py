@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -17,10 +16,9 @@ from PIL import Image
 
 from examples import denoiser, emoji, own_objective, sample, steering, training_time
 from mnist_diffusion import train
-from mnist_diffusion.config import DataConfig, ModelConfig
-from mnist_diffusion.data.dataset import ImageData, load_images
+from mnist_diffusion.config import DataConfig
+from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.method.network import build_unet
 from tests.conftest import tiny_config
 
 
@@ -43,22 +41,6 @@ def test_own_objective_trains_a_pipeline_that_the_other_examples_sample_with(
     training_time.main()
     with Image.open(folder / "training_time.png") as picture:
         assert picture.height >= 7 * 84
-
-
-def test_sweep_measures_psnr_as_it_is_defined(digits: ImageData) -> None:
-    shape = ModelConfig(block_out_channels=(8,), patch_size=1, norm_num_groups=4, class_conditional=False)
-    unet = build_unet(shape, image_size=28, channels=1, num_classes=10).eval()
-    images = digits.test.spread(20)[0]
-    (clear, noisy), picture = denoiser.sweep(unet, images, [0.0, 0.5], seed=0)
-    assert clear["noisy_psnr_db"] is None
-    # The noise's mean square is sigma squared, but for the sample: 10 log10 (1 / 0.25) dB.
-    assert noisy["noisy_psnr_db"] == pytest.approx(10 * math.log10(4), abs=0.2)
-    clean = images.float() / 255
-    with torch.no_grad():
-        denoised = unet(clean, 0).sample.clamp(0, 1)
-    expected = 10 * torch.log10(1 / (denoised - clean).square().mean())
-    assert clear["denoised_psnr_db"] == pytest.approx(float(expected), abs=0.01)
-    assert picture.height > 6 * 56  # noisy, denoised, clean of two images
 
 
 @pytest.mark.slow

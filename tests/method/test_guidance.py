@@ -7,40 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AdaptiveProjectedGuidance,
-    AutoGuidance,
-    ClassifierFreeGuidance,
-    DiffusionPipeline,
-    SkipLayerGuidance,
-)
-from diffusers.guiders import MagnitudeAwareGuidance
+from diffusers import AutoGuidance, ClassifierFreeGuidance
 from torch import Tensor
 
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.method.guidance import Autoguidance
 from mnist_diffusion.option_types import GUIDERS
-from mnist_diffusion.pipelines import pipeline_mnist_diffusion as shipped
 from mnist_diffusion.pipelines.drawing import call_arguments
 from mnist_diffusion.pipelines.pipeline import GuidanceStep, MNISTDiffusionPipeline
 from tests.conftest import make_pipeline
-from tests.demo.test_studio import make_student
 from tests.pipelines.test_pipeline import CountingUNet, draw
 
 
 @pytest.fixture
 def weak() -> MNISTDiffusionPipeline:
     return make_pipeline(seed=1)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
-def test_the_plain_rule_draws_the_same_bits(pipeline: MNISTDiffusionPipeline, scale: float) -> None:
-    counter, counts, images = CountingUNet(pipeline), [], []
-    for rule in (None, shipped.classifier_free_guidance):
-        images.append(draw(pipeline, 1, 2, guidance_scale=scale, guidance_interval=(0.3, 0.7), guidance=rule))
-        counts.append(counter.nfe)
-    assert torch.equal(*images)
-    assert counts[1] == 2 * counts[0]
 
 
 def test_a_rule_of_ones_own(pipeline: MNISTDiffusionPipeline) -> None:
@@ -63,28 +44,6 @@ def test_a_rule_of_ones_own(pipeline: MNISTDiffusionPipeline) -> None:
     torch.testing.assert_close(
         draw(pipeline, 1, guidance=lambda step: step.predict(False)[1]), draw(pipeline, 1, guidance_scale=0)
     )
-
-
-def test_a_stream_may_lose_and_gain_its_class(pipeline: MNISTDiffusionPipeline) -> None:
-    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    for begins, goes_on in (([1], None), (None, [1])):
-        scale: dict[str, Any] = {} if begins is None else {"guidance_scale": 3.0}
-        stream = pipeline.stream(begins, latents=noise, num_inference_steps=2, **scale)
-        first = next(stream)
-        second = stream.send({"class_labels": goes_on, "guidance_scale": None if goes_on is None else 3.0})
-        with torch.no_grad():
-            predicted = {label: pipeline.unet(first.latents, 499, torch.tensor([label])).sample for label in (1, 10)}
-        guided = predicted[10] + 3 * (predicted[1] - predicted[10])
-        wanted = predicted[10] if goes_on is None else guided
-        torch.testing.assert_close(second.model_output, wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_mixed_classes(pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline) -> None:
-    weights = torch.zeros(1, 10)
-    weights[0, [3, 8]] = 0.5
-    for rule, nfe in ((None, 3), (Autoguidance(weak), 4)):
-        *_, last = pipeline.stream(weights, guidance_scale=2, num_inference_steps=2, guidance=rule)
-        assert last.nfe == 2 * nfe
 
 
 class TestAutoguidance:
@@ -113,21 +72,13 @@ class TestAutoguidance:
     @pytest.mark.parametrize(
         ("other", "message"),
         [
-            ({"channels": 3}, r"image_shape of the weaker model must be \(1, 8, 8\), got \(3, 8, 8\)"),
             ({"conditional": False}, "num_classes of the weaker model must be 10, got None"),
-            (
-                {"diffusion": DiffusionConfig(beta_schedule="squaredcos_cap_v2")},
-                "prediction_type of the weaker model must be v_prediction, got epsilon",
-            ),
+            ({"diffusion": DiffusionConfig(beta_schedule="squaredcos_cap_v2")}, "prediction_type .* must be v_pred"),
         ],
     )
-    def test_models_that_do_not_fit(
-        self, pipeline: MNISTDiffusionPipeline, other: dict[str, Any], message: str
-    ) -> None:
-        counter = CountingUNet(pipeline)
+    def test_models_that_do_not_fit(self, pipeline: MNISTDiffusionPipeline, other: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             pipeline([1], guidance=Autoguidance(make_pipeline(**other)))
-        assert counter.nfe == 0
 
 
 class TestGuiders:
@@ -152,67 +103,28 @@ class TestGuiders:
         assert torch.isfinite(found).all()
         assert not torch.allclose(found, plain, atol=1e-3)
 
-    def test_a_guider_remembers_nothing_from_call_to_call(self, pipeline: MNISTDiffusionPipeline) -> None:
-        guider = AdaptiveProjectedGuidance(guidance_scale=4.0, adaptive_projected_guidance_momentum=-0.5)
-        later: dict[str, Any] = {"guidance_interval": (0, 0.8), "num_inference_steps": 5}
-        first = draw(pipeline, 1, guidance=guider, **later)
-        assert torch.equal(draw(pipeline, 1, guidance=guider, **later), first)
-        assert guider.momentum_buffer is None
-        forgetful = AdaptiveProjectedGuidance(guidance_scale=4.0)
-        assert not torch.equal(draw(pipeline, 1, guidance=forgetful, **later), first)  # though not asked at step 0
-
-    def test_not_in_plain_diffusers(self, pipeline: MNISTDiffusionPipeline, tmp_path: Path) -> None:
-        pipeline.save_pretrained(tmp_path)
-        loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
-        with pytest.raises(
-            TypeError, match="guidance must be a function of a GuidanceStep, got ClassifierFreeGuidance"
-        ):
-            draw(loaded, 1, guidance=ClassifierFreeGuidance(guidance_scale=3.0))
-
-
-def nothing(step: GuidanceStep) -> None:
-    return None
-
 
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"guidance": ClassifierFreeGuidance}, TypeError, "guidance must be a function of a GuidanceStep"),
         ({"guidance": "cfg"}, TypeError, "guidance must be a function of a GuidanceStep, got 'cfg'"),
-        ({"guidance": nothing}, TypeError, r"guidance must predict \(1, 1, 8, 8\), got None"),
-        ({"guidance": nothing, "class_labels": None}, ValueError, "guidance needs class_labels"),
+        ({"guidance": lambda step: None}, TypeError, r"guidance must predict \(1, 1, 8, 8\), got None"),
         ({"guidance": ClassifierFreeGuidance(), "guidance_scale": 2}, ValueError, "guidance_scale=2 has no effect"),
         ({"guidance": AutoGuidance(auto_guidance_layers=[0], dropout=0.1)}, ValueError, "AutoGuidance needs other"),
-        ({"guidance": SkipLayerGuidance(skip_layer_guidance_layers=[0])}, ValueError, "needs other predictions"),
-        ({"guidance": MagnitudeAwareGuidance()}, ValueError, "guidance=MagnitudeAwareGuidance needs other predictions"),
     ],
 )
-def test_bad_rules(
-    pipeline: MNISTDiffusionPipeline, arguments: dict[str, Any], kind: type[Exception], message: str
-) -> None:
+def test_bad_rules(pipeline: MNISTDiffusionPipeline, arguments: Any, kind: type[Exception], message: str) -> None:
     counter = CountingUNet(pipeline)
     with pytest.raises(kind, match=message):
         pipeline(**{"class_labels": [1], **arguments})
     assert counter.nfe == 0
 
 
-def test_a_student_has_its_guidance_in_the_weights() -> None:
-    with pytest.raises(ValueError, match="have no effect on a distilled model"):
-        make_student(make_pipeline())([1], guidance=shipped.classifier_free_guidance)
-
-
 def test_names(pipeline: MNISTDiffusionPipeline, weak: MNISTDiffusionPipeline, tmp_path: Path) -> None:
     weak.save_pretrained(tmp_path)
-    assert call_arguments(pipeline, SamplingSettings()) == {}
-    named = call_arguments(
-        pipeline,
-        SamplingSettings(guidance=f"autoguidance:{tmp_path}", guidance_scale=2.0, guidance_interval=(0.1, 0.9)),
-    )
+    settings = SamplingSettings(guidance=f"autoguidance:{tmp_path}", guidance_scale=2.0, guidance_interval=(0.1, 0.9))
+    named = call_arguments(pipeline, settings)
     assert {**named, "guidance": None} == {"guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "guidance": None}
     assert torch.equal(draw(pipeline, 1, **named), draw(pipeline, 1, **{**named, "guidance": Autoguidance(weak)}))
-    named = call_arguments(
-        pipeline, SamplingSettings(guidance="AdaptiveProjectedGuidance", guidance_interval=(0.3, 0.9))
-    )
-    assert (named.pop("guidance").guidance_scale, named) == (1.9, {"guidance_interval": (0.3, 0.9)})
     with pytest.raises(ValueError, match="must be cfg, autoguidance:PIPELINE or one of AdaptiveProjected"):
         SamplingSettings(guidance="SkipLayerGuidance")

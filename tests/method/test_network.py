@@ -1,15 +1,14 @@
-"""The network and the training scheduler."""
+"""The network: patches, and beginning with the weights of a pipeline."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 
 from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.errors import ConfigError
@@ -23,34 +22,10 @@ NAMES = tuple("abcdefghij")
 TINY = dataclasses.replace(DEFAULT.model, block_out_channels=(8, 16), norm_num_groups=4, patch_size=1)
 
 
-@pytest.mark.parametrize(("channels", "levels", "conditional"), [(1, (1,), True), (3, (), True), (1, (), False)])
-def test_shapes(channels: int, levels: tuple[int, ...], conditional: bool) -> None:
-    model = dataclasses.replace(TINY, attention_levels=levels, attention_head_dim=8, class_conditional=conditional)
-    unet = build_unet(model, image_size=8, channels=channels, num_classes=3)
-    images = torch.zeros(2, channels, 8, 8)
-    labels = torch.tensor([0, 3]) if conditional else None
-    assert unet(images, 5, class_labels=labels).sample.shape == images.shape
-    assert unet.config.num_class_embeds == (4 if conditional else None)
-    assert any("attentions" in name for name, _ in unet.named_parameters()) == bool(levels)
-
-
-def test_weights_follow_the_seed_and_leave_the_global_generator_alone() -> None:
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    nets = [build_unet(TINY, image_size=8, channels=1, num_classes=2, seed=seed) for seed in (1, 1, 2)]
-    assert torch.equal(torch.rand(1), expected)
-    weights = [net.conv_in.weight for net in nets]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-def test_size_that_cannot_be_halved() -> None:
-    message = r"data.image_size=28 cannot be cut .* model.patch_size={} and halved {} times.* set data.image_size=32"
-    for widths, patch in (((8, 8, 8, 8), 1), ((8, 8), 4)):
-        model = dataclasses.replace(TINY, block_out_channels=widths, patch_size=patch)
-        with pytest.raises(ConfigError, match=message.format(patch, len(widths) - 1)):
-            build_unet(model, image_size=28, channels=1, num_classes=2)
+def test_weights_follow_the_seed() -> None:
+    first, again, other = (build_unet(TINY, image_size=8, channels=1, num_classes=2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.conv_in.weight, again.conv_in.weight)
+    assert not torch.equal(first.conv_in.weight, other.conv_in.weight)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -79,13 +54,6 @@ def test_patches_in_training_and_in_the_pipeline(channels: int) -> None:
     ).images
     torch.testing.assert_close(seen["model_output"], expected.detach())
     assert images.shape == noise.shape
-
-
-def test_training_scheduler_leaves_no_argument_to_a_default() -> None:
-    scheduler = build_noise_scheduler(DiffusionConfig())
-    assert not scheduler.config.get("_use_default_values")
-    arguments = set(inspect.signature(DDPMScheduler.__init__).parameters) - {"self"}
-    assert arguments <= set(scheduler.config)
 
 
 class TestWarmStart:

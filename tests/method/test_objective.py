@@ -40,9 +40,9 @@ def make_batch(objective: Objective) -> Batch:
     return Batch(images, torch.arange(6), *objective.draw(SHAPE, seed=0, step=0, device="cpu"))
 
 
-def make_objective(*, null_class: int | None = 10, **config: Any) -> Objective:
+def make_objective(**config: Any) -> Objective:
     settings = dataclasses.replace(PLAIN, **config)
-    return diffusion_objective(settings, NoisingProcess.of(build_noise_scheduler(settings)), null_class)
+    return diffusion_objective(settings, NoisingProcess.of(build_noise_scheduler(settings)), 10)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,6 @@ def test_labels_are_dropped_one_by_one() -> None:
     objective.loss(model, dataclasses.replace(make_batch(objective), dropped=some))
     assert model.labels is not None
     assert model.labels.tolist() == [10, 1, 10, 3, 4, 10]
-
-
-def test_unconditional_model_gets_no_labels() -> None:
-    objective, model = make_objective(null_class=None), Recorder()
-    objective.loss(model, make_batch(objective))
-    assert model.labels is None
 
 
 def test_draws_are_stateless_and_held_out_ones_apart() -> None:

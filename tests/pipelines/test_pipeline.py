@@ -54,54 +54,31 @@ def test_spellings_of_the_same_call_give_the_same_bits(pipeline: MNISTDiffusionP
     np.testing.assert_array_equal(pipeline(labels, generator=tuple(generators(1, 2)), **asked).images, expected)
 
 
-@pytest.mark.parametrize("label", [3, "d", np.int64(3), torch.tensor(3)], ids=repr)
-def test_one_label(pipeline: MNISTDiffusionPipeline, label: Any) -> None:
-    single = pipeline(label, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    assert torch.equal(single, draw(pipeline, 3, num_inference_steps=2))
-
-
 NAN = math.nan
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"class_labels": True}, TypeError, "class_labels"),
-    ({"class_labels": [3.5]}, TypeError, "class_labels"),
     ({"class_labels": 10}, ValueError, "class_labels must be from 0 to 9, got 10"),
-    ({"class_labels": [0, -1]}, ValueError, "class_labels"),
     ({"class_labels": []}, ValueError, "class_labels must name at least one class"),
-    ({"class_labels": torch.zeros(2, 2, dtype=torch.int64)}, TypeError, r"class_labels .* got \[0, 0\]"),
-    ({"class_labels": ["a", "zebra"]}, ValueError, "no class named 'zebra'"),
     ({"class_labels": "3"}, ValueError, "no class named '3'"),
     ({"class_labels": None}, ValueError, "guidance_scale needs class_labels"),
-    ({"class_labels": torch.ones(2, 9) / 9}, ValueError, "class_labels as weights must"),
     ({"class_labels": torch.ones(2, 10)}, ValueError, "class_labels as weights must"),
-    ({"class_labels": torch.full((1, 10), NAN)}, ValueError, "class_labels as weights must"),
     ({"num_images_per_label": 0}, ValueError, "num_images_per_label"),
-    ({"num_images_per_label": 1.0}, TypeError, "num_images_per_label"),
-    ({"guidance_scale": NAN}, ValueError, "guidance_scale"),
     ({"guidance_scale": -1}, ValueError, "guidance_scale must be at least 0, got -1"),
     ({"guidance_scale": "5"}, TypeError, "guidance_scale"),
     ({"guidance_scale": [1.0]}, ValueError, "guidance_scale must be one number or 2"),
     ({"guidance_scale": [1.0, math.inf]}, ValueError, "guidance_scale"),
-    ({"guidance_interval": (0.1, 0.2, 0.3)}, TypeError, "guidance_interval"),
     ({"guidance_interval": (0.8, 0.2)}, ValueError, "guidance_interval must not be reversed"),
-    ({"guidance_interval": (0.1, 1.2)}, ValueError, "guidance_interval"),
     ({"noise_interval": (0.8, 0.2)}, ValueError, "noise_interval must not be reversed"),
-    ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be from 1 to 1000, got 0"),
-    ({"num_inference_steps": 1001}, ValueError, "num_inference_steps"),
-    ({"num_inference_steps": 2.5}, TypeError, "num_inference_steps"),
+    ({"num_inference_steps": 1001}, ValueError, "num_inference_steps must be from 1 to 1000, got 1001"),
     ({"num_inference_steps": 5, "timesteps": [500, 1]}, ValueError, "only one of"),
     ({"num_inference_steps": None, "timesteps": [1, 500]}, ValueError, "timesteps must be strictly"),
-    ({"num_inference_steps": None, "timesteps": []}, TypeError, "timesteps"),
     ({"num_inference_steps": None, "sigmas": [2.0, 1.0]}, ValueError, "sigmas is not supported"),
-    ({"eta": 1.1}, ValueError, "eta"),
     ({"eta": 0.5}, ValueError, "eta=0.5 has no effect with DPMSolverMultistepScheduler"),
     ({"noise_interval": (0, 1)}, ValueError, "has no effect with DPMSolverMultistepScheduler"),
-    ({"generator": 3}, TypeError, "generator"),
     ({"generator": generators(1)}, ValueError, "generator must be one or 2"),
     ({"latents": torch.zeros(2, 1, 8, 9)}, ValueError, "latents must have the shape"),
     ({"latents": torch.full((2, 1, 8, 8), NAN)}, ValueError, "latents must be finite"),
-    ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.int64)}, TypeError, "latents"),
     ({"output_type": "jpeg"}, ValueError, "output_type must be one of"),
-    ({"callback_on_step_end": 3}, TypeError, "callback_on_step_end"),
     ({"callback_on_step_end_tensor_inputs": ["prompt"]}, ValueError, "callback_on_step_end_tensor_inputs"),
 ]
 
@@ -128,15 +105,6 @@ class TestGuidance:
         draw(pipeline, *labels, guidance_scale=scale, num_inference_steps=4)
         assert counter.nfe == 4 * nfe
 
-    def test_outside_the_interval_a_step_costs_one_evaluation(self, pipeline: MNISTDiffusionPipeline) -> None:
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        counter = CountingUNet(pipeline)
-        arguments: dict[str, Any] = {"guidance_scale": 5, "guidance_interval": (0.3, 0.7), "num_inference_steps": 10}
-        timesteps = pipeline.sample_trajectory([1], **arguments).timesteps.tolist()
-        inside = [t for t in timesteps if 0.3 <= t / 1000 <= 0.7]
-        assert 0 < len(inside) < 10
-        assert counter.nfe == 10 + len(inside)
-
     def test_scale_0_is_the_null_class_and_ignores_the_label(self, pipeline: MNISTDiffusionPipeline) -> None:
         assert torch.equal(draw(pipeline, 1, guidance_scale=0), draw(pipeline, 2, guidance_scale=0))
         torch.testing.assert_close(draw(pipeline, 1, guidance_scale=0), draw(pipeline))
@@ -153,12 +121,6 @@ class TestGuidance:
         mixed = sum(share * part for share, part in zip(shares.values(), parts, strict=True))
         torch.testing.assert_close(done.model_output, null + 3 * (mixed - null), atol=1e-5, rtol=1e-4)
         assert (mixed - null).abs().max() > 1e-3
-
-    def test_mixed_classes_pass_one_by_one_for_all_images(self, pipeline: MNISTDiffusionPipeline) -> None:
-        """The last bits of a result depend on the batch of a network pass, so that is part of what is promised."""
-        counter = CountingUNet(pipeline)
-        pipeline.interpolate([7, 3], 3, guidance_scale=2.0, num_inference_steps=1, generator=generators(0))
-        assert counter.labels == [[7, 7, 7, 3, 3, 3, 10, 10, 10]]
 
     def test_scale_an_image_equals_calls_one_by_one(self, pipeline: MNISTDiffusionPipeline) -> None:
         arguments: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt", "generator": generators(5, 5, 5)}
@@ -255,22 +217,6 @@ class TestCallback:
         draw(pipeline, 1, guidance_scale=1, num_inference_steps=5)
         assert counter.nfe == 6
 
-    def test_hooks_of_an_offloaded_network_are_freed_however_a_drawing_ends(
-        self, pipeline: MNISTDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        freed: list[str] = []
-        monkeypatch.setattr(type(pipeline), "maybe_free_model_hooks", lambda self: freed.append("freed"))
-        pipeline([1], num_inference_steps=2)
-        pipeline.interpolate([1, 2], 3, num_inference_steps=2)
-        pipeline.sample_trajectory([1], num_inference_steps=2)
-        left = pipeline.stream([3], num_inference_steps=3)
-        next(left)
-        left.close()
-        assert len(freed) == 4
-        with pytest.raises(StopIteration):  # of a callback that fails
-            pipeline([3], num_inference_steps=3, callback_on_step_end=lambda *_: next(iter(())))
-        assert len(freed) == 5
-
 
 class TestStream:
     def test_the_class_and_the_guidance_change_half_way(self, pipeline: MNISTDiffusionPipeline) -> None:
@@ -337,10 +283,3 @@ class TestSchedulers:
         assert torch.equal(draw(pipeline, 1), nowhere)
         assert not torch.equal(own, nowhere)
         assert not torch.equal(own, everywhere)
-
-    def test_own_timesteps_and_sigmas(self, pipeline: MNISTDiffusionPipeline) -> None:
-        pipeline.scheduler = build_sampler("ddpm", pipeline.scheduler.config)
-        assert draw(pipeline, 1, num_inference_steps=None, timesteps=[900, 500, 100]).isfinite().all()
-        assert pipeline.num_timesteps == 3
-        pipeline.scheduler = build_sampler("euler", pipeline.scheduler.config)
-        assert draw(pipeline, 1, num_inference_steps=None, sigmas=[10.0, 1.0, 0.1]).isfinite().all()

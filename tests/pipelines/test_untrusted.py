@@ -122,11 +122,6 @@ def pipe(folder: Path, canary: Path) -> None:
     os.mkfifo(folder / WEIGHTS)
 
 
-def no_scheduler(folder: Path, canary: Path) -> None:
-    edited(INDEX, scheduler=["diffusers", "UNet2DModel"])(folder, canary)
-    edited(SCHEDULER, _class_name="UNet2DModel")(folder, canary)
-
-
 def sharded(folder: Path, canary: Path) -> None:
     """An index of shards, which names a file outside."""
     weights = folder / WEIGHTS
@@ -140,7 +135,6 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "bin for weights": (pickled(f"{WEIGHTS[:-11]}bin", instead_of=WEIGHTS), r"model\.bin, which is a pickle"),
     "pickled weights": (pickled(WEIGHTS), "is not a safetensors file"),
     "pickled index": (pickled(INDEX), "is not JSON"),
-    "scheduler.bin": (pickled("scheduler/scheduler.bin", instead_of=SCHEDULER), "scheduler.bin, which is a pickle"),
     # Code by name.
     "traversal to code": (edited(INDEX, _class_name=["../evil", "MNISTDiffusionPipeline"]), "_class_name must be"),
     "custom_pipeline": (edited(INDEX, custom_pipeline="evil"), "custom_pipeline is not a known name"),
@@ -148,30 +142,21 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "name for the terminal": (edited(INDEX, id2label={"0": "a\x1b[31m"}), "should match pattern"),
     "scheduler of another file": (edited(INDEX, scheduler=["evil", "EvilScheduler"]), "scheduler must be one of"),
     "no such scheduler": (edited(INDEX, scheduler=["diffusers", "OsScheduler"]), "_class_name must be .OsScheduler."),
-    "a class that is none": (no_scheduler, "has no scheduler 'UNet2DModel'"),
     "another component": (edited(INDEX, evil=["evil", "Evil"]), "evil is not a known name"),
     # Values.
-    "labels that are none": (edited(INDEX, id2label={"../x": "y"}), "id2label"),
     "labels of no class": (edited(INDEX, id2label={"999999": "y"}), "which the network does not have"),
     "endless steps": (edited(INDEX, num_inference_steps=10**12), "num_inference_steps must be"),
-    "steps of no timestep": (edited(INDEX, num_inference_steps=1001), "must be from 1 to 1000, got 1001"),
     "scales that are none": (edited(INDEX, guidance_distilled=[1, "2"]), "guidance_distilled must be"),
-    "no default scale": (edited(INDEX, guidance_distilled=[0.5]), "guidance_scale must be one of"),
     "infinite guidance": (edited(INDEX, guidance_scale=1e999), "guidance_scale must be a finite"),
-    "guidance backwards": (edited(INDEX, guidance_interval=[0.9, 0.1]), "must not be reversed"),
-    "key that is no name": (edited(INDEX, __dataclass_self__=1), "multiple values for argument"),
     "patches of other pixels": (edited(INDEX, patch_size=2), "patch_size=2 does not fit a network of 1 channels"),
     "wide network": (edited(UNET, block_out_channels=[10**9, 10**9]), "block_out_channels must be from"),
     "wide enough to fill memory": (edited(UNET, block_out_channels=[99968, 99968]), "has a tensor|has shape"),
-    "wide padding": (edited(UNET, downsample_padding=90_000), "describes no network"),
     "no groups": (edited(UNET, norm_num_groups=0), "describes no network: ZeroDivisionError"),
     "nested configuration": (edited(UNET, act_fn={"a": ["silu"]}), "act_fn must be a plain value or a list"),
     "image of 40 GB": (edited(UNET, sample_size=100_000), "sample_size must be from 1 to 4,096"),
     "endless noise schedule": (edited(SCHEDULER, num_train_timesteps=10**12), "num_train_timesteps must be from"),
-    "solver of no order": (edited(SCHEDULER, solver_order=0), "solver_order must be from 1 to 4"),
     "schedule of code": (edited(SCHEDULER, beta_schedule="__import__('os')"), "describes no DPMSolverMultistep"),
     # Links and things that are no files.
-    "index elsewhere": (linked(INDEX, f"OUTSIDE/{INDEX}"), "is a link that leads out of its folder"),
     "folder elsewhere": (linked("unet", "OUTSIDE/unet"), "is a link that leads out of its folder"),
     "secrets": (linked(UNET, "/etc/passwd"), "is a link that leads out of its folder"),
     "endless device": (linked(WEIGHTS, "/dev/zero"), "is a link that leads out of its folder"),
@@ -181,15 +166,12 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     # Weights that lie.
     "header of exabytes": (written(WEIGHTS, struct.pack("<Q", 2**63)), "claims a header of 9,223,372,036,854,775,808"),
     "tensor of terabytes": (lying(shape=[2**40], data_offsets=[0, 2**42]), "is not a safetensors file"),
-    "overlapping tensors": (lying(data_offsets=[0, 4]), "is not a safetensors file"),
     "another shape": (reweighed("conv_in.bias", torch.zeros(1000)), "has shape"),
     "another type": (reweighed("conv_in.bias", torch.zeros(8, dtype=torch.int64)), "has type I64"),
-    "a tensor more": (reweighed("evil", torch.zeros(1)), "has a tensor 'evil'"),
     "a tensor less": (reweighed("conv_in.bias", None), "lacks tensor 'conv_in.bias'"),
     # JSON that is too much.
     "huge JSON": (written(INDEX, '{"a": "' + "x" * 2**21 + '"}'), "is larger than the limit of 1,048,576 bytes"),
     "nested JSON": (written(INDEX, "[" * 500_000), "is not JSON"),
-    "long number": (written(UNET, '{"sample_size": ' + "9" * 100_000 + "}"), "is not JSON"),
     "no object": (written(SCHEDULER, "[]"), "holds no JSON object but a list"),
 }
 
@@ -230,12 +212,8 @@ def test_files_in_place_of_folders(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (pickled("pytorch_model.bin", instead_of="model.safetensors"), r"pytorch_model\.bin, which is a pickle"),
-        (pickled("model.safetensors"), "is not a safetensors file"),
         (edited("config.json", widths=[10**9] * 5), "widths must be at most"),
-        (edited("config.json", id2label=dict.fromkeys(map(str, range(20_000)), "x")), "is for .channels, size, class"),
         (edited("config.json", id2label={"0": "a", "2": "b"}), "describes no evaluator"),
-        (edited("config.json", image_size={}), "is for .channels, size, classes."),
-        (edited("config.json", widths=["evil"]), "describes no evaluator"),
         (written("model.safetensors", struct.pack("<Q", 2**63)), "claims a header"),
     ],
 )
@@ -286,9 +264,7 @@ def test_labelled_images(tmp_path: Path) -> None:
         ("x: " + "[" * 1000, "nested|YAML"),
         ("x: " + "y" * 200_000, "larger than"),
         ("- 1", "must be a mapping of sections"),
-        ("train: null", "the section train is empty"),
         ("data:\n  augment:\n    shift: null", r"data\.augment\.shift must be a valid number"),
-        ("model:\n  block_out_channels: null", r"model\.block_out_channels must be a valid tuple"),
     ],
 )
 def test_configurations(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -71,16 +70,6 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
         assert part in words
     assert "batch_size" not in words
     assert page.count("<img") == 2  # the sheet and the curves
-
-
-def test_one_without_pictures_or_pipeline(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run")
-    shutil.rmtree(folder / "pipeline")
-    (folder / "summary.json").unlink()
-    page, words = page_of(tmp_path / "new" / "report.html", folder)
-    assert "not finished" in words
-    assert "from_pretrained" not in words
-    assert page.count("<img") == 1  # the curves
 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

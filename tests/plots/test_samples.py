@@ -10,15 +10,13 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mnist_diffusion.cli import main
 from mnist_diffusion.config import DataConfig
 from mnist_diffusion.data.dataset import load_images
 from mnist_diffusion.plots import samples as sampling
-from mnist_diffusion.plots.samples import Samples
-from tests.conftest import make_pipeline
+from tests.conftest import REPOSITORY, make_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +60,6 @@ def test_seed_fixes_the_images_whatever_the_batch(folder: str, tmp_path: Path) -
         assert np.abs(pixels[0] - pixels[2]).max() > 1
 
 
-def test_files_of_names_that_look_alike(tmp_path: Path) -> None:
-    pipeline = make_pipeline()
-    names = ["!", "(", "+", "a/b", "a_b", "A_B", "猫", "8", "9", "x" * 190]
-    pipeline.register_to_config(id2label={str(label): name for label, name in enumerate(names)})
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    out = sample(str(tmp_path / "pipeline"), tmp_path / "out", "--files", "--num_images", 20)
-    assert len({path.name.lower() for path in out.glob("digit_*.png")}) == 20
-    with Image.open(out / "grid.png") as grid:
-        assert grid.width < 1000
-
-
 def test_numbers_that_are_names_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = make_pipeline()
     pipeline.register_to_config(id2label={str(label): str(label + 1) for label in range(10)})
@@ -106,46 +93,15 @@ def test_a_data_set_in_shards(
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
     sample(folder, out, *flags, "--seed", 1, code=2)
     assert "train-00000-of-00003.parquet, which another request has made" in capsys.readouterr().err
-    for shard in shards:
-        shard.unlink()
-    (out / ".request.json").unlink()
-    sample(folder, out, *flags, code=2)
-    assert "holds README.md, which another request has made; name another --out" in capsys.readouterr().err
-    sample(folder, tmp_path / "pictures", "--processes", 2, code=2)
-    assert "processes=2 must be 1 without as_dataset" in capsys.readouterr().err
-
-
-def test_a_labelled_data_set_is_whole_or_not_there(
-    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(self: Samples, part: slice) -> Any:
-        yield torch.zeros(2, 1, 8, 8)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Samples, "batches", interrupted)
-    sample(folder, tmp_path, "--as_dataset", "--num_images", 4, code=130)
-    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
-
-
-def test_unconditional_in_low_precision(tmp_path: Path) -> None:
-    make_pipeline(conditional=False).save_pretrained(tmp_path / "pipeline")
-    flags = ["--num_images", 4, "--files", "--gif", "--dtype", "bfloat16"]
-    out = sample(str(tmp_path / "pipeline"), tmp_path / "out", *flags)
-    assert {path.name for path in out.glob("image_*")} == {f"image_00{index}.png" for index in range(4)}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--class_labels", "12"], "class_labels must be from 0 to 9, got 12"),
         (["--class_labels", "zebra"], "no class named 'zebra'"),
-        (["--num_inference_steps", "2000"], "num_inference_steps must be from 1 to 1000, got 2000"),
         (["--scheduler", "lcm", "--num_inference_steps", "90"], "does not work with LCMScheduler"),
-        (["--eta", "0.5"], "eta=0.5 has no effect with DPMSolverMultistepScheduler"),
         (["--device", "cuda:7"], "could not be loaded"),
         (["--class_labels", "3", "--interpolation", "4"], "--interpolation needs two class labels"),
-        (["--num_images", "0"], "num_images"),
-        (["--scheduler", "magic"], "scheduler"),
         (["--dtype", "int4"], "dtype"),
     ],
 )
@@ -159,23 +115,11 @@ def test_errors_are_messages(
     assert "could not be loaded" in capsys.readouterr().err
 
 
-HEAVY = {"torch", "diffusers", "datasets", "transformers", "sklearn"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "unused", "printed"),
-    [(["sample", "--help"], HEAVY, "usage:"), (["data", "pictures"], HEAVY - {"torch"}, "contact_sheet.png")],
-    ids=["help", "data"],
-)
-def test_imports_nothing_heavy(
-    arguments: list[str], unused: set[str], printed: str, image_folder: Path, tmp_path: Path
-) -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom mnist_diffusion.cli import main\n"
-        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
-        f"print(sorted({unused!r} & set(sys.modules)))"
+        "import sys\nfrom mnist_diffusion.cli import main\ntry: main(['sample', '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'diffusers', 'datasets', 'transformers', 'sklearn'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=60)
-    assert printed in result.stdout
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert "usage:" in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"

@@ -20,7 +20,6 @@ import tempfile
 import time
 import traceback
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -105,61 +103,22 @@ def changing(folder: Path, read: Callable[[], object], name: str = "**/*") -> Ma
     return make
 
 
-def _images(folder: Path, *, write: Callable[[Path], object], source: str = "", name: str = "**/*") -> Make:
-    """A source of labelled images: what `write` leaves in a folder, or the file `source` of it."""
-    folder.mkdir()
-    write(folder)
-    return changing(folder, lambda: load_images(DataConfig(source=str(folder / source)), seed=0), name)
+def _pictures(folder: Path) -> Make:
+    """Two class folders of pictures in the usual formats."""
+    for index, kind in enumerate(2 * ("png", "gif", "bmp", "webp", "jpg")):
+        path = folder / "ab"[index % 2] / f"{index}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (10 * index, 30, 60)).save(path)
+    return changing(folder, lambda: load_images(DataConfig(source=str(folder)), seed=0))
 
 
-def _idx(folder: Path, *, zipped: bool) -> None:
-    from tests.data.test_formats import idx, write
+def _images(folder: Path, *, case: str, name: str = "**/*") -> Make:
+    """One of the sources of labelled images that the tests of formats read."""
+    from tests.data.test_formats import FORMATS, write
 
-    write(folder, idx(zipped=zipped))
-
-
-def _picture(shade: int, kind: str = "PNG", mode: str = "RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (12, 12), (shade, 30, 60)).convert(mode).save(file, kind)
-    return file.getvalue()
-
-
-def _pictures(folder: Path) -> None:
-    kinds = (("PNG", "RGB"), ("PNG", "P"), ("PNG", "L"), ("JPEG", "RGB"), ("GIF", "P"), ("BMP", "L"), ("WEBP", "RGB"))
-    for index, (kind, mode) in enumerate(2 * kinds):
-        (folder / "ab"[index % 2]).mkdir(exist_ok=True)
-        (folder / "ab"[index % 2] / f"{index}.{kind.lower()}").write_bytes(_picture(10 * index, kind, mode))
-
-
-def _csv(folder: Path) -> None:
-    rows = np.column_stack([np.arange(12) % 3, np.arange(12 * 64).reshape(12, 64) % 256])
-    names = ",".join(["label", *(f"p{place}" for place in range(64))])
-    np.savetxt(folder / "x.csv", rows, "%d", ",", header=names, comments="")
-
-
-def _npz(folder: Path) -> None:
-    pixels = np.arange(12 * 64).astype(np.uint8).reshape(12, 8, 8)
-    np.savez_compressed(folder / "x.npz", x=pixels, y=np.arange(12) % 3)
-
-
-def _archive(folder: Path) -> None:
-    with zipfile.ZipFile(folder / "x.zip", "w") as archive:
-        for index in range(9):
-            archive.writestr(f"{'abc'[index % 3]}/{index}.png", _picture(index))
-
-
-def _table() -> Any:
-    import datasets
-
-    pictures = [{"bytes": _picture(shade), "path": None} for shade in range(9)]
-    return datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 2] * 3})
-
-
-def _label_table(folder: Path) -> None:
-    for index in range(9):
-        (folder / f"{index}.png").write_bytes(_picture(index))
-    rows = ["file,label", *(f"{index}.png,{index % 3}" for index in range(9))]
-    (folder / "labels.csv").write_text("\n".join(rows))
+    files, _, _, _, source, fields = FORMATS[case]
+    write(folder, files)
+    return changing(folder, lambda: load_images(DataConfig(source=str(folder / source), **fields), seed=0), name)
 
 
 def _yaml(folder: Path) -> Make:
@@ -208,17 +167,15 @@ def _checkpoint(folder: Path) -> Make:
 
 
 TARGETS: dict[str, Callable[[Path], Make]] = {
-    "IDX files": partial(_images, write=partial(_idx, zipped=False)),
-    "IDX files, compressed": partial(_images, write=partial(_idx, zipped=True)),
-    "folders of pictures": partial(_images, write=_pictures),
-    "CSV of pixels": partial(_images, write=_csv, source="x.csv"),
-    "NumPy arrays": partial(_images, write=_npz, source="x.npz"),
-    "zip archives": partial(_images, write=_archive, source="x.zip"),
-    "parquet tables": partial(
-        _images, write=lambda folder: _table().to_parquet(folder / "x.parquet"), source="x.parquet"
-    ),
-    "tables of labels": partial(_images, write=_label_table, name="labels.csv"),
-    "saved data sets": partial(_images, write=lambda folder: _table().save_to_disk(folder)),
+    "IDX files": partial(_images, case="Fashion"),
+    "IDX files, compressed": partial(_images, case="KMNIST"),
+    "folders of pictures": _pictures,
+    "CSV of pixels": partial(_images, case="CSV of pixels, the file", name="train.csv"),
+    "NumPy arrays": partial(_images, case="Keras .npz"),
+    "zip archives": partial(_images, case="zip"),
+    "parquet tables": partial(_images, case="columns by other names"),
+    "tables of labels": partial(_images, case="a table beside pictures", name="labels.csv"),
+    "saved data sets": partial(_images, case="a folder that `datasets` saved"),
     "metrics.jsonl": partial(_run, name="metrics.jsonl", read="show"),
     "summary.json": partial(_run, name="summary.json", read="push"),
     "config.yaml of a run": partial(_run, name="config.yaml", read="show"),

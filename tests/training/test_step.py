@@ -67,11 +67,3 @@ class TestTrainState:
         total = sum(mean * share for mean, share in zip(found, shares, strict=True) if mean is not None)
         assert total / shares.sum() == pytest.approx(float(np.mean(losses)), rel=1e-4)
         assert state.pop_loss_by_noise_level() == [None] * 10
-
-    def test_held_out_loss_repeats(self, tmp_path: Path) -> None:
-        state = make_state(tiny_config(), tmp_path)
-        assert state.held_out_loss() == state.held_out_loss()
-        before = state.held_out_loss()
-        for step in range(20):
-            state.update(step, 0.01)
-        assert state.held_out_loss() < before

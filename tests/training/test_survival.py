@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -26,16 +27,19 @@ from mnist_diffusion.training.checkpoint import load_checkpoint, newest_valid
 from mnist_diffusion.training.run_folder import read_metrics
 from mnist_diffusion.training.signals import STOPPING, stop_signals
 from mnist_diffusion.training.step import TrainState
+from tests.support import survival
 from tests.support.survival import (
     FLAGS,
     Death,
-    Nursery,
     chain_of_kills,
     elastic_runs,
     every_operation,
     final_state,
     join,
+    run_with,
 )
+
+UPDATE = "mnist_diffusion.training.step.TrainState.update"
 
 
 class Runs:
@@ -47,7 +51,7 @@ class Runs:
 
     def start(self, *flags: str, **options: Any) -> list[Any]:
         flags = (*FLAGS, "--output_dir", str(self.folder), "--train.resume", "true", *flags)
-        return Nursery().start(flags, log=self.log, **options)
+        return survival.start(flags, log=self.log, **options)
 
     def ends(self, codes: list[int], *flags: str, **options: Any) -> str:
         """Launch as many processes as there are exit codes, with which they must end; what they say."""
@@ -75,7 +79,7 @@ class TestKills:
     def test_before_and_after_each_file_operation_of_a_save_and_at_random_times(self, tmp_path: Path) -> None:
         deaths = every_operation()
         assert len(deaths) > 24
-        result = chain_of_kills(Nursery(), tmp_path, [*deaths, *[None] * 4])
+        result = chain_of_kills(tmp_path, [*deaths, *[None] * 4])
         assert result["different"] == []
         assert result["kills"] >= len(deaths) + 2
 
@@ -87,13 +91,13 @@ class TestKills:
             *("--train.channels_last", "true", "--train.keep_checkpoints", "1"),
         ]
         deaths = [Death(1, 5, after=True), Death(1, 12, after=False), None]
-        result = chain_of_kills(Nursery(), tmp_path, deaths, flags)
+        result = chain_of_kills(tmp_path, deaths, flags)
         assert (result["kills"], result["different"]) == (3, [])
 
     @pytest.mark.slow
     def test_two_processes_and_the_other_leaves_by_itself(self, tmp_path: Path) -> None:
         deaths = [Death(1, 3, after=False), Death(0, 12, after=True)]
-        result = chain_of_kills(Nursery(), tmp_path, deaths, ranks=2)
+        result = chain_of_kills(tmp_path, deaths, ranks=2)
         assert (result["kills"], result["different"]) == (2, [])
 
 
@@ -123,7 +127,7 @@ class TestElastic:
     @pytest.mark.slow
     def test_one_to_two_to_one_in_float64(self, tmp_path: Path) -> None:
         """Same samples, draws and learning rates in the same order, so the same weights to rounding."""
-        whole, elastic = elastic_runs(Nursery(), tmp_path, dtype="float64")
+        whole, elastic = elastic_runs(tmp_path, dtype="float64")
         first, second = (load_checkpoint(folder / "checkpoints", 20).tensors for folder in (whole, elastic))
         assert first["unet"]["conv_in.weight"].dtype == torch.float64
         for group in ("unet", "ema"):
@@ -180,7 +184,7 @@ class TestBadTimes:
         flags = ("--train.keep_checkpoints", "1", "--train.max_steps")
         runs.ends([0], *flags, "2")
         before = {path.name: path.read_bytes() for path in (runs.folder / "checkpoints" / "step-2").iterdir()}
-        said = runs.ends([2, 2], *flags, "9", work=with_small_files)
+        said = runs.ends([2, 2], *flags, "9", work=partial(run_with, place=UPDATE, by=with_small_files))
         assert "error: the checkpoint of step 3 could not be written" in said
         assert "step-2 in" in said
         assert "Traceback" not in said
@@ -193,7 +197,8 @@ class TestBadTimes:
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_process_that_raises_in_mid_save(self, runs: Runs, rank: int) -> None:
-        work = partial(raising_in_the_third_save, rank=rank)
+        raising = partial(raising_in_the_third_save, rank=rank)
+        work = partial(run_with, place="mnist_diffusion.training.distributed.Processes.on_main", by=raising)
         # Waits no longer than a save may take; a hang would be a timeout.
         assert 0 not in join(runs.start("--train.max_steps", "50", ranks=2, work=work), seconds=75)
         assert runs.newest_step() in (2, 3)
@@ -213,12 +218,14 @@ class TestBadTimes:
         [([2], ("--train.checkpoint_every", "2 steps"), 4), ([2, 2], ("--train.max_grad_norm", "null"), 5)],
     )
     def test_not_finite_stops_before_a_save(self, runs: Runs, codes: list[int], flag: Any, saved: int) -> None:
-        assert "step 6 was not finite" in runs.ends(codes, "--train.max_steps", "9", *flag, work=nan_at_step_six)
+        work = partial(run_with, place=UPDATE, by=nan_at_step_six)
+        assert "step 6 was not finite" in runs.ends(codes, "--train.max_steps", "9", *flag, work=work)
         assert runs.newest_step() == saved
         assert runs.steps() == [1, 2, 3, 4, 5]
 
     def test_not_finite_is_skipped_where_asked(self, runs: Runs) -> None:
-        runs.ends([0, 0], "--train.max_steps", "9", "--train.on_non_finite", "skip", work=nan_at_step_six)
+        work = partial(run_with, place=UPDATE, by=nan_at_step_six)
+        runs.ends([0, 0], "--train.max_steps", "9", "--train.on_non_finite", "skip", work=work)
         lines = read_metrics(runs.folder / "metrics.jsonl")
         assert [(line["step"], line["loss"]) for line in lines if line["skipped"]] == [(6, None)]
         before, after = (load_checkpoint(runs.folder / "checkpoints", step).tensors["unet"] for step in (8, 9))
@@ -231,7 +238,9 @@ class TestBadTimes:
         whole, cut = Runs(tmp_path / "whole"), Runs(tmp_path / "cut")
         whole.ends([0], *flags)
         for step in (3, 6):
-            cut.ends([-signal.SIGKILL], *flags, work=partial(killed_before_drawing, step=step))
+            killed = partial(killed_before_drawing, step=step)
+            work = partial(run_with, place="mnist_diffusion.training.artifacts.Artifacts.draw", by=killed)
+            cut.ends([-signal.SIGKILL], *flags, work=work)
             assert cut.newest_step() == step
             assert not (cut.folder / "samples" / f"step-{step:06d}.png").exists()
         assert not (cut.folder / "pipeline").exists()
@@ -242,18 +251,10 @@ class TestBadTimes:
             assert (cut.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
-def with_small_files(arguments: list[str]) -> int:
-    """A run that cannot write files as large as its weights: what a full disk does, without filling one."""
-    import train_cfg
-
-    update = TrainState.update
-
-    def limited(*arguments: Any) -> Any:  # from the first step on
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        return update(*arguments)
-
-    mock.patch.object(TrainState, "update", limited).start()
-    return train_cfg.main(arguments)
+def with_small_files(update: Callable[..., Any], *given: Any) -> Any:
+    """From the first step on, files as large as the weights cannot be written, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return update(*given)
 
 
 def with_other_images(arguments: list[str]) -> int:
@@ -263,53 +264,33 @@ def with_other_images(arguments: list[str]) -> int:
     return train_cfg.main([*arguments, "--train.seed", os.environ["RANK"]])  # which chooses those held out
 
 
-def raising_in_the_third_save(arguments: list[str], *, rank: int) -> int:
-    """A run one of whose processes raises when the third checkpoint is to be written."""
-    import train_cfg
-    from mnist_diffusion.training.distributed import Processes
-
-    on_main, saves = Processes.on_main, itertools.count(1)
-
-    def failing(self: Processes, work: Any) -> Any:
-        saving = getattr(work, "__name__", "") == "_save_checkpoint"
-        if saving and next(saves) == 3 and os.environ["RANK"] == str(rank):
-            raise RuntimeError("on purpose")
-        return on_main(self, work)
-
-    mock.patch.object(Processes, "on_main", failing).start()
-    return train_cfg.main(arguments)
+SAVES = itertools.count(1)
+"""Of this process."""
 
 
-def killed_before_drawing(arguments: list[str], *, step: int) -> int:
-    """A run killed when it is about to draw the samples of a step."""
-    import train_cfg
-    from mnist_diffusion.training.artifacts import Artifacts
-
-    draw = Artifacts.draw
-
-    def killed(self: Artifacts, progress: Any, log_path: Path) -> None:
-        if progress.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        draw(self, progress, log_path)
-
-    mock.patch.object(Artifacts, "draw", killed).start()
-    return train_cfg.main(arguments)
+def raising_in_the_third_save(on_main: Callable[..., Any], self: Any, work: Any, *, rank: int) -> Any:
+    """One process raises when the third checkpoint is to be written."""
+    saving = getattr(work, "__name__", "") == "_save_checkpoint"
+    if saving and next(SAVES) == 3 and os.environ["RANK"] == str(rank):
+        raise RuntimeError("on purpose")
+    return on_main(self, work)
 
 
-def nan_at_step_six(arguments: list[str]) -> int:
-    """A run whose sixth update sees NaN on its last process."""
-    import train_cfg
+def killed_before_drawing(draw: Callable[..., Any], self: Any, progress: Any, log_path: Path, *, step: int) -> None:
+    """The process is killed when it is about to draw the samples of a step."""
+    if progress.step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    draw(self, progress, log_path)
 
+
+def nan_at_step_six(update: Callable[..., Any], self: TrainState, step: int, learning_rate: float) -> Any:
+    """The sixth update sees NaN on the last process."""
     last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    update, make_batch = TrainState.update, TrainState.batch
+    make_batch = TrainState.batch
 
-    def spoiled(self: TrainState, step: int, learning_rate: float) -> dict[str, torch.Tensor]:
-        def batch(*parts: Any) -> Batch:
-            made = make_batch(*parts)
-            return dataclasses.replace(made, images=made.images * (math.nan if step == 5 and last else 1.0))
+    def batch(*parts: Any) -> Batch:
+        made = make_batch(*parts)
+        return dataclasses.replace(made, images=made.images * (math.nan if step == 5 and last else 1.0))
 
-        with mock.patch.object(TrainState, "batch", batch):
-            return update(self, step, learning_rate)
-
-    mock.patch.object(TrainState, "update", spoiled).start()
-    return train_cfg.main(arguments)
+    with mock.patch.object(TrainState, "batch", batch):
+        return update(self, step, learning_rate)

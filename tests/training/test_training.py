@@ -162,14 +162,9 @@ def test_hints(
     assert "blue: 5, green: 5, red: 5" in plain
     assert "\nhint" not in plain
     assert "--config icons is for colour pictures" in said("default")
-    assert "\nhint" not in said("default", channels=1)
     add_reds(image_folder, 40)
     assert "--data.balance draws every class equally often" in said()
-    assert "\nhint" not in said(balance=True)
     assert "horizontal_flip mirrors images" in said(source="digits", augment=AugmentConfig(horizontal_flip=True))
-    for name in ("green", "blue"):
-        shutil.rmtree(image_folder / name)
-    assert "only one class: guidance has no effect" in said()
 
 
 @pytest.mark.parametrize(
@@ -237,14 +232,7 @@ def test_wandb_needs_a_key_or_offline_mode(tmp_path: Path, monkeypatch: pytest.M
     run(config, tmp_path / "second")
     [recorded] = (tmp_path / "dir" / "wandb").glob("offline-run-*-abc/run-abc.wandb")
     assert b"mine" in recorded.read_bytes()
-    for name, value in {"MODE": "sideways", "RUN_ID": "a/b"}.items():
-        wandb.teardown()
-        monkeypatch.setenv(f"WANDB_{name}", value)
-        with pytest.raises(UserError, match=r"train\.trackers.* could not be started"):
-            run(config, tmp_path / "third")
-        monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
-    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize("times", [1, 2])
