@@ -1,7 +1,5 @@
 """Small real components that the tests share."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """The configuration: precedence, errors that name option and value, and the way through YAML and back."""
 
-from __future__ import annotations
-
 import io
 import math
 from pathlib import Path

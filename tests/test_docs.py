@@ -1,7 +1,5 @@
 """The documents: each block runs as written with short settings, each link leads somewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Files: everything is read and written through one module, within limits, whole or not at all."""
 
-from __future__ import annotations
-
 import ast
 import errno
 import os
@@ -151,18 +149,6 @@ class TestCommands:
 
         assert reporting_errors(work) == 130
         assert capsys.readouterr().err == "interrupted\n"
-
-    def test_a_file_where_a_folder_is_to_be_is_no_traceback(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        (tmp_path / "x").touch()
-
-        def work() -> int:
-            (tmp_path / "x").mkdir(exist_ok=True)
-            return 0
-
-        assert reporting_errors(work) == 2
-        assert str(tmp_path / "x") in capsys.readouterr().err
 
     def test_a_closed_pipe_is_no_traceback(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reading, writing = os.pipe()

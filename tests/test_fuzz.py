@@ -1,7 +1,5 @@
 """Mutated inputs end in the package's own errors, soon and without much memory."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Push and pull over real HTTP: the real client against a Hub on the loopback device."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A Hub that refuses, breaks off or is out of reach, and a push that is killed anywhere."""
 
-from __future__ import annotations
-
 import os
 import signal
 from functools import partial

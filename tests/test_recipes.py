@@ -1,7 +1,5 @@
 """Every recipe that ships: a few real steps, a save, a load, and an image."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Order and seeds as functions of (seed, purpose, place)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from mnist_diffusion.seeds import PURPOSES, Balance, indices_of_step, mixed_seed

@@ -1,7 +1,5 @@
 """The site: it builds without a warning, has a page for each module, and fetches nothing; and the notebook."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Splits, pixels, batches, images that are decoded when needed, the Hub out of reach, and the survey."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """What people's folders, files, tables and archives are read as: the right pixels by the right labels, or why not."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import os

@@ -1,7 +1,5 @@
 """The page's server, as its command starts it."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

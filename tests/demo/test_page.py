@@ -1,7 +1,5 @@
 """The page in a real browser: every tab and control, several visitors, a narrow and dark screen, the keyboard alone."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

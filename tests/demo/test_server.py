@@ -1,7 +1,5 @@
 """What the server refuses: routes, bodies, and settings that are out of bounds; and Spaces."""
 
-from __future__ import annotations
-
 import base64
 import http.client
 import json

@@ -1,7 +1,5 @@
 """The page in a real browser: it draws what the pipeline draws, each control works, and nothing leaves the machine."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """An evaluator of the embedded digits, trained in seconds, and one pipeline drawn to be measured."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

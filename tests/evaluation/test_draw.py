@@ -1,7 +1,5 @@
 """Images to evaluate: drawn in parts that are used again, or read from what any program wrote."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics against closed forms, sums over pairs, and sets small enough to count by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

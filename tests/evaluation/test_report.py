@@ -1,7 +1,5 @@
 """`mnist-diffusion evaluate`: what it leaves, and that it says what is wrong before any work."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

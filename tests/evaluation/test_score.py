@@ -1,7 +1,5 @@
 """The evaluator network, and the protocol on real digits: floors, order, what each figure reacts to."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The examples run as they stand, and what they leave can be used."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The real commands in processes of their own, as a user would start them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

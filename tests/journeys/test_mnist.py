@@ -1,7 +1,5 @@
 """The whole way on the real MNIST with the default network: train, sample, measure, invert. Minutes, so marked slow."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The token is in nothing that is written, said or sent, but in the header that it belongs in."""
 
-from __future__ import annotations
-
 import traceback
 from pathlib import Path
 

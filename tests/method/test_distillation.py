@@ -1,7 +1,5 @@
 """From teacher to student: the loss against its definition, and whole runs of the command."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Flow matching: straight paths from images to noise, and the samplers that go back along them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Guidance rules: functions of one's own, a weaker model, and diffusers' guiders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The network: patches, and beginning with the weights of a pipeline."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

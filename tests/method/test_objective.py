@@ -1,7 +1,5 @@
 """The objective against independent float64 formulas and diffusers' own helpers."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The models that come with the package, what commands take when no pipeline is named, and exported networks."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The pipeline: inputs, guidance, seeds, callbacks, streams that are steered, and schedulers."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

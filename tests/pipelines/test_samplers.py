@@ -1,7 +1,5 @@
 """Samplers against independent float64 implementations over whole trajectories; inversion; interpolation."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Plots and sheets: what is in them."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 from typing import Any

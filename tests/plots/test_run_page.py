@@ -1,7 +1,5 @@
 """A run on one page: all of it is there, nothing is fetched, and no word of the run is taken for HTML."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -1,7 +1,5 @@
 """Chromium, and a visit to a page in it, which notes what the page says and where it sends requests."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 import subprocess

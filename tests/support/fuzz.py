@@ -5,8 +5,6 @@
 Inputs are a function of the seed and their number: `--first N --inputs 1` does one again.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

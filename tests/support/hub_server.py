@@ -4,8 +4,6 @@ Repositories have commits, branches, pull requests, private and gated ones; weig
 through the commit, as on the Hub. Faults can be set for any request.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -15,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKENS = {f"hf_{name}0123456789": name for name in ("owner", "guest", "user")}
@@ -99,7 +97,7 @@ class HubServer:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
-    def __enter__(self) -> HubServer:
+    def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 

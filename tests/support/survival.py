@@ -7,8 +7,6 @@ Runs are forked from one process that has imported everything, so that a launch 
 hundreds of kills minutes. It has run no torch operation before, whose threads would not survive a fork.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

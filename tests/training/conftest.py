@@ -1,7 +1,5 @@
 """Short runs on real digits with a tiny network, and what they leave."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

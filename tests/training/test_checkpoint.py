@@ -1,7 +1,5 @@
 """Checkpoints: whole or nothing, verified, rotated; what comes back to the bit, the tests of resumed runs compare."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

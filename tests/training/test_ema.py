@@ -1,7 +1,5 @@
 """Averages by power functions: tracked, kept, resumed, and reconstruct_ema at another length."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What only a GPU shows: bf16 with compiled passes, resumed to the bit, and digits drawn there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

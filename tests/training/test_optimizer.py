@@ -1,7 +1,5 @@
 """Muon beside torch's own, and AdamW for what is no matrix."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

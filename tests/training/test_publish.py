@@ -1,7 +1,5 @@
 """A run that is pushed at its end."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,20 +1,15 @@
 """What cannot work is refused before the first step, and leaves nothing behind."""
 
-from __future__ import annotations
-
-import dataclasses
 import errno
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from joblib import cpu_count
 
 from mnist_diffusion.cli import main
-from mnist_diffusion.config import DataConfig
 from mnist_diffusion.environment import set_num_threads
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.pipelines import drawing
@@ -164,16 +159,3 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path, m
     with pytest.raises(MemoryError):
         run(tiny_config(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_more_names_than_a_pipeline_folder_may_hold_are_refused_before_the_first_step(tmp_path: Path) -> None:
-    """60,000 classes, one image each: their index would be larger than its reader takes."""
-    count = 60_000
-    images = np.zeros((count, 8, 8), np.uint8)
-    images[:, 1] = 255
-    images[:, 0, :3] = np.arange(count)[:, None] // np.array([1, 256, 65536]) % 256
-    np.savez(tmp_path / "x.npz", x_train=images, y_train=np.arange(count), x_test=images[:20], y_test=np.arange(20))
-    config = dataclasses.replace(tiny_config(), data=DataConfig(source=str(tmp_path / "x.npz"), batch_size=8))
-    with pytest.raises(UserError, match=r"model_index\.json is larger than the limit of 1,048,576 bytes"):
-        run(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

@@ -1,7 +1,5 @@
 """Resumed runs go on as if they had never ended, and refuse what is not theirs."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """How long a run is and how its learning rate changes, on a clock that the updates move."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One update, and the state it changes."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from math import nan

@@ -1,7 +1,5 @@
 """Training that survives: kills, signals, full disks, other numbers of processes. Each run here is a real one."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

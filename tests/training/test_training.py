@@ -1,7 +1,5 @@
 """The loop on real digits with a tiny network: run folder, logs, evaluations, trackers, several runs."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json
