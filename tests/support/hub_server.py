@@ -235,8 +235,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self) -> Any:
         asked = json.loads(self.body)
-        owner = asked.get("organization") or self.whoami()["name"]
-        if owner != self.user:
+        user = self.whoami()["name"]
+        if (owner := asked.get("organization") or user) != user:
             raise _RefusedError(403, "You may not create a repository here")
         name = f"{owner}/{asked['name']}"
         url = {"url": f"{self.hub.url}/{name}", "name": name}
