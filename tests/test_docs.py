@@ -73,7 +73,7 @@ NOT_RUN = {
     "mnist-diffusion app": "serves until it is interrupted, tried in tests/demo",
     "mnist-diffusion studio runs": "tried in tests/demo",
     "mnist-diffusion space runs/mnist user/digits --student": "tried in tests/demo",
-    "mnist-diffusion space runs/letters": "tried in tests/demo",
+    "mnist-diffusion space runs/emoji": "tried in tests/demo",
     "mnist-diffusion evaluate runs/mnist --processes": "several processes, tried in tests/evaluation",
     "mnist-diffusion sample runs/mnist --as_dataset": "several processes, tried in tests/plots",
     "accelerate launch --multi_gpu": "needs GPUs",
@@ -126,6 +126,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         letters = root / "path" / "to" / "letters" / "abcdefghij"[label]
         letters.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[number]).save(letters / f"{number}.png")
+    (root / "emoji").symlink_to(root / "path" / "to" / "letters")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for name, seed in (("mnist", "0"), ("other", "1")):
