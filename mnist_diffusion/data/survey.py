@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mnist_diffusion.data.raw import RawSplit
 from mnist_diffusion.data.sanity_checks import dataset_warnings
 from mnist_diffusion.data.sources import read_source
 from mnist_diffusion.data.transforms import filled_rows, fit_to_size, to_channels
+from mnist_diffusion.option_types import Ground
 
 PREVIEW_PER_CLASS = 10
 MAX_SHOWN_SIDE = 64
@@ -52,6 +54,7 @@ class Survey:
         in_two_classes: those of them that are of different classes.
         in_both_splits: those of them that are in the training and in the held-out split.
         notes: how files were interpreted, which were skipped, and warnings.
+        background: colour behind transparent pixels and padding.
     """
 
     description: str
@@ -61,6 +64,7 @@ class Survey:
     in_two_classes: list[list[str]]
     in_both_splits: list[list[str]]
     notes: list[str]
+    background: Ground
 
     def contact_sheet(self) -> tuple[Tensor, list[str], int]:
         """Images of the training split, one row for each of the first classes.
@@ -74,8 +78,9 @@ class Survey:
         side = min(MAX_SHOWN_SIDE, max(max(image.shape[-2:]) for image in images))
         channels = max(image.shape[0] for image in images)
         columns = max(len(shown[name]) for name in names)
-        rows = [[fit_to_size(to_channels(image, channels), side, "contain") for image in shown[name]] for name in names]
-        return filled_rows([torch.stack(row) / 255 for row in rows], columns), names, columns
+        fit = partial(fit_to_size, size=side, fit="contain", background=self.background)
+        rows = [torch.stack([fit(to_channels(image, channels)) for image in shown[name]]) / 255 for name in names]
+        return filled_rows(rows, columns), names, columns
 
 
 _Places = dict[bytes, list[tuple[str, str, str]]]
@@ -104,7 +109,8 @@ def survey(config: ImagesConfig) -> Survey:
     shown = [(image, label) for label, name in enumerate(names) for image in splits["train"].shown.get(name, ())]
     images, labels = zip(*shown, strict=True)
     notes = [*source.notes, *dataset_warnings(images, labels, names)]
-    return Survey(source.description, names, splits, duplicates, in_two_classes, in_both_splits, notes)
+    found = (duplicates, in_two_classes, in_both_splits)
+    return Survey(source.description, names, splits, *found, notes, source.background)
 
 
 def _survey_split(split: RawSplit, name: str, of_label: dict[Any, str], places: _Places) -> SplitSurvey:

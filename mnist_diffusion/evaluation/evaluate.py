@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -121,7 +122,8 @@ def _draws(options: EvaluationOptions, data: ImageData) -> list[Draw]:
     draws: list[Draw] = []
     for name, source in zip(names, options.sources, strict=True):
         pipeline = load_pipeline(source, device=options.device, dtype=options.dtype)
-        count, folder = options.num_images or NUM_IMAGES, options.out / "images"
+        classes, folder = pipeline.num_classes or 1, options.out / "images"
+        count = options.num_images or math.ceil(NUM_IMAGES / classes) * classes
         numbers: dict[str, Any] = {"num_images": count, "seed": options.seed, "batch_size": options.batch_size}
         generator = ImageGenerator(pipeline, data, **numbers, folder=folder)
         for settings in [resolved(pipeline, each) for each in options.settings()]:

@@ -158,8 +158,8 @@ def closing_words(
         parts.append(f"NOTICE: {data.notice}")
     train = config.train
     if train.lr_decay and progress.step < MIN_WARMUPS * train.warmup_steps and not signal_number:
-        few = f"Only {progress.step} steps fit in the time limit; samples will be illegible."
-        advice = "Close other programs, or train longer: --train.max_minutes 20"
+        few = f"Only {progress.step} steps fit in the time limit; samples will be poor."
+        advice = f"Close other programs, or train longer: --train.max_minutes {math.ceil(progress.seconds / 30)}"
         parts.append(f"{'!' * 100}\nTOO FEW STEPS. {few} {advice}\n{'!' * 100}")
     shown = " and ".join(str(folder / name) for name in ("samples", "pictures") if (folder / name).is_dir())
     pictures = f"Pictures are in {shown}. " if shown else ""
