@@ -64,9 +64,10 @@ def measured(row: Row, data: str, seeds: range, num_images: int, runs: Path) -> 
     """The result of each seed."""
     folders = [runs / f"{row.recipe}-{seed}" for seed in seeds]
     for seed, folder in zip(seeds, folders, strict=True):
-        if not (folder / "pipeline").is_dir():
+        summary = folder / "summary.json"
+        if not (summary.is_file() and json.loads(summary.read_text(encoding="utf-8"))["finished"]):
             flags = ["--config", row.recipe, "--train.seed", str(seed), "--data.source", data]
-            run(["train", *flags, "--output_dir", str(folder)])
+            run(["train", *flags, *(["--train.resume"] if folder.is_dir() else []), "--output_dir", str(folder)])
     report = runs / f"{row.recipe}-measured"
     names = ["--names", *(f"seed-{seed}" for seed in seeds)] if len(seeds) > 1 else []
     size = ["--num_images", str(num_images), "--out", str(report)]

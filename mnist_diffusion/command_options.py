@@ -113,7 +113,7 @@ class EvaluationOptions(DrawOptions):
     imagenet_fid: bool = False
     """Also compute FID with ImageNet's Inception network, for comparison with other work."""
     out: FilePath = Path("evaluation")
-    """Output folder; images found there are used again."""
+    """Output folder; images found there are reused."""
     write_card: bool = False
     """Write the results into the pipeline folder's card."""
 

@@ -86,7 +86,7 @@ class ImagesConfig:
     class_names: Annotated[tuple[Text, ...], AfterValidator(distinct)] | None = None
     """Class names in label order; null takes the source's own names, or the labels."""
     skip_unreadable: bool = False
-    """Skip images that cannot be decoded and report how many; otherwise one is an error."""
+    """Skip images that cannot be decoded and report how many; otherwise the first one stops the run."""
 
 
 IMAGE_FIELDS = tuple(field.name for field in dataclasses.fields(ImagesConfig))
@@ -111,7 +111,7 @@ class ModelConfig:
     block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1, max_length=10)] = (64, 128, 128)
     """Channels at each resolution level, finest first."""
     patch_size: Count = 1
-    """Side of the pixel patches that become input channels; 2 is about 4x cheaper than 1."""
+    """Side of the pixel patches that become input channels; 2 costs about a quarter of 1."""
     layers_per_block: Count = 2
     """Residual blocks per level."""
     attention_levels: Annotated[tuple[int, ...], AfterValidator(distinct)] = ()
@@ -157,13 +157,15 @@ class DiffusionConfig:
     """Quantity the squared error is measured on: the network's prediction, or the noise, velocity, image or flow
     derived from it."""
     loss_weighting: Literal["uniform", "sigmoid", "min_snr"] = "uniform"
-    """Weight of each timestep in the loss: uniform, sigmoid(2 - log SNR), or min-SNR with gamma 5."""
+    """Weight of each timestep in the loss: uniform; sigmoid(2 - log SNR) times the error in `loss_space`; or min-SNR
+    with gamma 5."""
     timesteps: Literal["uniform", "stratified", "lognormal"] = "uniform"
     """Distribution of training timesteps: uniform; uniform with one draw per equal part; or log-normal noise levels."""
     lognormal: tuple[float, Positive] = (0.5, 1.0)
     """Mean and standard deviation of the log noise-to-signal ratio for `timesteps: lognormal`."""
     label_dropout: Probability = 0.1
-    """Probability of replacing a label by the null class, from which classifier-free guidance learns."""
+    """Probability of replacing a label by the null class, so that the network also learns the
+    unconditional prediction that guidance needs."""
 
     def __post_init__(self) -> None:
         if self.prediction_type == "epsilon" and self.loss_space not in ("prediction", "epsilon"):
@@ -225,7 +227,7 @@ class DistillationConfig:
     num_teacher_steps: Count = 8
     """Steps of a teacher trajectory; the student samples in this many steps, or in a divisor of it."""
     points_per_trajectory: Count = 2
-    """Points of each trajectory the student learns from: the noise, and others in turn."""
+    """Points of a trajectory that each update learns from: the noise, and evenly spread later ones."""
     split_seed: Seed = 0
     """`train.seed` of the teacher's run, which chose its held-out images; read from the teacher's run folder."""
 
@@ -280,11 +282,13 @@ class TrainConfig:
     num_threads: Count | None = None
     """CPU threads per process. Null shares the cores among the processes; a run limited by minutes tries one, too."""
     ema_decay: Probability = 0.9999
-    """Largest decay of the exponential moving average of the weights, which is what is sampled and exported."""
+    """Upper limit of the decay of the average of the weights that is sampled and exported; after `n` updates the decay
+    is at most (1 + n) / (10 + n)."""
     averages_every: Interval | None = None
     """Save two power-function averages of the weights this often; `mnist-diffusion average` builds others from them."""
     num_eval_images: Annotated[int, Field(ge=0)] = 2000
-    """Held-out images the loss is measured on, always with the same noise; 0 disables it."""
+    """Held-out images the run's own loss is measured on, at uniform timesteps with the seed's noise; 0 disables it.
+    Comparable over time, and between runs of one seed and one loss."""
     log_every_steps: Count = 50
     """Steps between writes to `metrics.jsonl` and the trackers."""
     checkpoint_every: Interval | None = "500 steps"

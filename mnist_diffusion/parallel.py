@@ -47,7 +47,9 @@ def build_parts(paths: Sequence[Path], build: Callable[[Path], object]) -> None:
                 build(path)
         state.wait_for_everyone()
     except (dist.DistBackendError, dist.DistNetworkError) as error:
-        raise UserError(f"another process has ended; start again, finished parts are kept ({error!r:.100})") from error
+        raise UserError(
+            f"another process ended early; run the command again (finished parts are kept) ({error!r:.100})"
+        ) from error
 
 
 def in_processes(count: int, command: Sequence[str], work: Callable[[], int]) -> int:

@@ -64,6 +64,6 @@ def find_column(option: str, asked: str | None, names: Sequence[str], where: str
 
 
 def usual(names: Sequence[str], expected: Sequence[str]) -> list[str]:
-    """The likeliest of the columns that are called as expected, in any case."""
+    """The first expected name that is a column, ignoring upper and lower case."""
     lower = {name.lower(): name for name in reversed(names)}
     return [lower[name] for name in expected if name in lower][:1]

@@ -45,7 +45,7 @@ def fit_to_size(images: Tensor, size: int, fit: Fit, background: Ground = "black
 
     if fit == "resize":
         if size * max(height, width) // min(height, width) > MOST_ALONG:
-            raise DataError(f"an image of {width} x {height} pixels is too long and thin for data.fit='resize'")
+            raise DataError(f"an image of {width} x {height} pixels is too long for data.fit='resize'; use contain")
         return transforms.center_crop(transforms.resize(images, [size], antialias=True), [size])
     longer = max(height, width)
     if fit == "contain":

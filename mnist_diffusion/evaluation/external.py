@@ -41,10 +41,12 @@ def read_sample(path: Path, data: ImageData) -> Sample:
     stacked = torch.stack(images)
     if data.channels == 1 and stacked.shape[1] == 3:  # grey pictures that were saved as RGB
         if not (stacked == stacked[:, :1]).all():
-            raise DataError(f"{path}: the images have colours, but the real ones are grey")
+            raise DataError(f"{path}: the images are RGB, but the reference images are grey")
         stacked = stacked[:, :1]
     if tuple(stacked.shape[1:]) != (expected := tuple(data.train.images.shape[1:])):
-        raise DataError(f"{path}: images are {tuple(stacked.shape[1:])} (C, H, W), but the real ones {expected}")
+        raise DataError(
+            f"{path}: images have shape {tuple(stacked.shape[1:])} (C, H, W), but the reference images {expected}"
+        )
     labels = None
     known = {name: index for index, name in enumerate(data.class_names)}
     known |= {name: index for index, name in enumerate(file_names(data.class_names))} if _is_flat(path) else {}
@@ -58,7 +60,7 @@ def read_sample(path: Path, data: ImageData) -> Sample:
         if missing := [name for index, name in enumerate(data.class_names) if index not in labels]:
             raise DataError(f"{path}: no images of the classes {missing[:20]}")
     if len(stacked) < MIN_IMAGES:
-        raise DataError(f"{path}: {len(stacked)} images are too few to measure; there must be at least {MIN_IMAGES}")
+        raise DataError(f"{path}: found {len(stacked)} images; at least {MIN_IMAGES} are needed")
     return Sample(stacked, labels)
 
 

@@ -45,8 +45,8 @@ def kernel_distance(
 ) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x·y / D + 1)³, in float64.
 
-    Binkowski et al. (2018), https://arxiv.org/abs/1801.01401, section 4: the mean over random subsets. Near 0, and as
-    often below it as above, where the two distributions are the same.
+    Binkowski et al. (2018), https://arxiv.org/abs/1801.01401, section 4: the mean over random subsets. Near 0 where
+    the two distributions are the same; for sets matched by class it tends to lie below.
 
     Args:
         real: `[N, D]`.

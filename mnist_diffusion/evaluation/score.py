@@ -1,7 +1,7 @@
 """Score a set of images against real ones.
 
 The reference is the training split. The floor is what as many held-out real images score, measured by the same
-function: no model can be expected to do better.
+function.
 """
 
 from __future__ import annotations
@@ -180,10 +180,15 @@ class Reference:
         return {kind for kind, count in kinds.items() if count >= RARE_SHAPE * sizes[kind[0]]}
 
     def _fid_standard_error(self, real: EvaluatedImages, evaluated: EvaluatedImages) -> float:
-        """Standard deviation of the Fréchet distance when the images are drawn again with replacement."""
-        generator = numpy_generator(self.seed, "eval", 1)
-        draws = [torch.from_numpy(generator.integers(len(evaluated), size=len(evaluated))) for _ in range(BOOTSTRAPS)]
-        distances = [metrics.frechet_distance(real.features, evaluated.features[draw]) for draw in draws]
+        """Standard deviation of the Fréchet distance when the images of each class are drawn again with replacement."""
+        generator, labels = numpy_generator(self.seed, "eval", 1), evaluated.labels
+        classes = [torch.arange(len(evaluated))]
+        if labels is not None:
+            classes = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+        distances = []
+        for _ in range(BOOTSTRAPS):
+            drawn = [places[torch.from_numpy(generator.integers(len(places), size=len(places)))] for places in classes]
+            distances.append(metrics.frechet_distance(real.features, evaluated.features[torch.cat(drawn)]))
         return float(np.std(distances, ddof=1))
 
     def matched(self, evaluated: EvaluatedImages) -> EvaluatedImages:

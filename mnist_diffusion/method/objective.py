@@ -99,7 +99,7 @@ def null_class(unet: UNet2DModel) -> int | None:
 
 
 def error_scale(alphas_cumprod: Tensor, kind: str) -> Tensor:
-    """Squared error in the noise, velocity, flow or image at each timestep, `[T]`, per squared error in the image.
+    """Squared error in `kind` divided by squared error in the image, at each timestep, `[T]`.
 
     Salimans and Ho (2022), https://arxiv.org/abs/2202.00512, section 4: SNR for `epsilon`, SNR + 1 for `v_prediction`.
     For the flow it is `1 / sigma^2`, where the ratio of signal to noise is `(1 - sigma) / sigma`.

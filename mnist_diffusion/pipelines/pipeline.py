@@ -191,7 +191,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         return shipped.Conditions(rows, labels, weights[rows, labels]), len(weights)
 
     def _rule(self, guidance: Any, class_labels: Any, interval: Any, scale: Any) -> Any:
-        """Also for a guider of diffusers, which has a scale of its own."""
+        """As in the base class, but also accepts a guider of diffusers, which has its own scale."""
         if isinstance(guidance, BaseGuidance):
             if scale is not None:
                 kind = type(guidance).__name__

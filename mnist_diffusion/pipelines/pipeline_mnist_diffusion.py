@@ -145,7 +145,7 @@ class Conditions:
 
     rows: torch.Tensor  # int64 [P]
     labels: torch.Tensor  # int64 [P]
-    shares: torch.Tensor  # of the class in the image's conditional prediction, float32 [P]
+    shares: torch.Tensor  # of the class in the image's conditional prediction, float32 [P]; 1 but for mixed classes
 
 
 class MNISTDiffusionPipeline(DiffusionPipeline):
@@ -489,6 +489,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
                     raise TypeError(f"guidance must predict {tuple(latents.shape)}, got {model_output!r:.100}")
                 _set_ddim_stride(scheduler, step)
                 if self.scheduler.config.get("algorithm_type") == SDE:
+                    # Multistep DPM-Solver reads it in every step: switching it turns the noise on or off.
                     adds_noise = self._is_inside("noise_interval", timestep, intervals[1])
                     scheduler.register_to_config(algorithm_type=SDE if adds_noise else "dpmsolver++")
                 latents = scheduler.step(model_output, timestep, latents, **options, return_dict=False)[0]
@@ -584,7 +585,7 @@ def _alpha_cumprod(scheduler: Any, step: int) -> float:
 
 def _set_ddim_stride(scheduler: Any, step: int) -> None:
     """Make DDIM step to the next timestep in its list, which its own stride misses if the division has a remainder."""
-    if type(scheduler) is DDIMScheduler:
+    if type(scheduler) is DDIMScheduler:  # which goes to t - num_train_timesteps // num_inference_steps
         timesteps = [*scheduler.timesteps.tolist(), -1]
         scheduler.num_inference_steps = 1
         scheduler.register_to_config(num_train_timesteps=timesteps[step] - timesteps[step + 1])

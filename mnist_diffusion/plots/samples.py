@@ -151,7 +151,7 @@ class Samples:
             replace_text(folder / "README.md", f"---\n{card}\n---\n\n{about}\n")
 
     def _claim_folder(self, folder: Path) -> None:
-        """Note in a folder what is sampled into it, or check the note that is there."""
+        """Record what is being sampled into a folder, or check the existing record."""
         settings = repr(drawing.resolved(self.pipeline, self.options.settings))
         about = [*drawing.fingerprints(self.pipeline, self.call), settings, self.labels, self.names]
         note = json.dumps([*about, self.options.seed, self.options.num_images])

@@ -64,7 +64,7 @@ class Progress:
 
 @contextlib.contextmanager
 def warn_on_failure(work: str) -> Iterator[None]:
-    """Let a run continue when work fails that it does not depend on."""
+    """Warn instead of failing if optional work raises."""
     try:
         yield
     except Exception as error:
@@ -135,7 +135,7 @@ class Artifacts:
             self.measure = monitor(self.averaged, self.data, num_images=count, seed=self.config.train.seed)
 
     def _rehearse(self, config_text: str) -> None:
-        """Sample one step, and write in the run folder all that a run writes there, so that what fails does so now."""
+        """Rehearse sampling and every write, so that a failure shows up now rather than at the end."""
         pipeline, seed = self.pipeline(), self.config.train.seed
         labels, seeds, rows = sheets.sheet_rows(pipeline, self.data.class_names, 1, seed)
         try:

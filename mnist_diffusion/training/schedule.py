@@ -79,7 +79,7 @@ class Clock:
         self.elapsed, self.step_seconds, self.last = elapsed, 0.0, time.perf_counter()
 
     def skip(self) -> float:
-        """Seconds since the last call, which are not counted."""
+        """Restart the timer without counting the time; return the skipped seconds."""
         before, self.last = self.last, time.perf_counter()
         return self.last - before
 

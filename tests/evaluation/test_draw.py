@@ -114,11 +114,14 @@ READ: dict[str, tuple[Files, bool, bool]] = {
 }
 """Files, whether they have classes, and whether it is said that their folders are none."""
 REFUSED: list[tuple[Files, str]] = [
-    ({name: FOLDERS[name] for name in list(FOLDERS)[:40]}, "40 images are too few to measure; .* at least 50"),
+    ({name: FOLDERS[name] for name in list(FOLDERS)[:40]}, "found 40 images; at least 50 are needed"),
     ({f"{LETTERS[i % 8]}/{i}.png": IMAGES[i] for i in range(60)}, r"no images of the classes \['i', 'j'\]"),
     (FOLDERS | {"x/0.png": IMAGES[0]}, r"classes \['x'\] are not among the real ones"),
     ({name: np.tile(image, (2, 2)) for name, image in FOLDERS.items()}, r"images are \(1, 16, 16\) .* \(1, 8, 8\)"),
-    (COLOURED | {"a/0.png": np.full((8, 8, 3), (255, 0, 0), np.uint8)}, "have colours, but the real ones are grey"),
+    (
+        COLOURED | {"a/0.png": np.full((8, 8, 3), (255, 0, 0), np.uint8)},
+        "the images are RGB, but the reference images are grey",
+    ),
     (FOLDERS | {"c/broken.png": encoded(IMAGES[0])[:40]}, r"broken\.png: the picture could not be decoded"),
     (NAMED | {"stray.png": IMAGES[0]}, r"'stray.png' names no class, but other files do"),
     ({"pipeline/x": ""}, "looks like a run folder or an incomplete pipeline folder"),

@@ -101,6 +101,6 @@ def _runtime_files(folder: Path | None) -> dict[str, bytes]:
         found = list(Path(temporary).glob("*.tgz"))
         if done.returncode or len(found) != 1:
             reason = " ".join(done.stderr.split())[-300:]
-            raise UserError(f"npm could not fetch {RUNTIME}: {reason}; or name its `dist` folder with --runtime")
+            raise UserError(f"npm could not fetch {RUNTIME}: {reason}; or pass its `dist` folder as --runtime")
         with tarfile.open(fileobj=io.BytesIO(read_bytes(found[0], MAX_PACKAGE_BYTES))) as package:
             return {name: package.extractfile(f"package/dist/{name}").read() for name in RUNTIME_FILES}  # type: ignore[union-attr]
