@@ -48,7 +48,7 @@ def build_parts(paths: Sequence[Path], build: Callable[[Path], object]) -> None:
         state.wait_for_everyone()
     except (dist.DistBackendError, dist.DistNetworkError) as error:
         raise UserError(
-            f"another process ended early; run the command again (finished parts are kept) ({error!r:.100})"
+            f"another process ended early ({error!r:.100}); run the command again, finished parts are kept"
         ) from error
 
 
