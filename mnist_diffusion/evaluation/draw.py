@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from mnist_diffusion.errors import UserError
 from mnist_diffusion.files import open_file, replace_file
 from mnist_diffusion.parallel import build_parts
 from mnist_diffusion.pipelines import drawing
-from mnist_diffusion.pipelines.pipeline import DenoisingStep, MNISTDiffusionPipeline
+from mnist_diffusion.pipelines.pipeline import CODE_FILE, DenoisingStep, MNISTDiffusionPipeline
 from mnist_diffusion.seeds import mixed_seed
 
 IMAGES_PER_PART = 250
@@ -110,11 +111,12 @@ class ImageGenerator:
 
         Args:
             settings: how they are sampled.
-            changes: further arguments of each call, such as a guidance rule; not part of the names of the parts.
+            changes: further arguments of each call, such as a guidance rule; not with a folder, whose names lack them.
 
         Raises:
             UserError: the settings cannot work, or the network returns values that are not finite.
         """
+        assert not (changes and self.folder)
         starts = range(0, self.num_images, IMAGES_PER_PART)
         parts = [range(self.num_images)[start : start + IMAGES_PER_PART] for start in starts]
         with self._sampling(settings, **changes) as stream:
@@ -146,11 +148,12 @@ class ImageGenerator:
         return {"images": torch.cat(images).numpy(), "nfe": nfe, "seconds": time.perf_counter() - started}
 
     def _name(self, settings: SamplingSettings) -> str:
-        """A folder name that identifies the images: weights, sampler, steps, guidance and seed."""
+        """A folder name that identifies the images: code, weights, sampler, steps, guidance and seed."""
         pipeline = drawing.with_sampler(self.pipeline, settings.scheduler)
         network = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
         networks = drawing.fingerprints(pipeline, drawing.call_arguments(self.pipeline, settings))
-        identity = [*networks, type(pipeline.scheduler).__name__, repr(settings), self.seed, network]
+        code = [CODE_FILE, diffusers.__version__]
+        identity = [*code, *networks, type(pipeline.scheduler).__name__, repr(settings), self.seed, network]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         guided = "" if settings.guidance_scale is None else f"-{settings.guidance_scale:g}"
         return f"{settings.scheduler}-{settings.num_inference_steps}{guided}-{digest[:12]}"
