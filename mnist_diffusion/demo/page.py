@@ -26,7 +26,7 @@ RECIPES = {
     "tiny": "tiny: blobs that begin to look like digits, in one.",
 }
 MAX_MINUTES, MAX_STEERED = 30, 50
-STEPS, SCALES = (1, 2, 4, 5, 10, 20, 50), (0.0, 1.0, 1.4, 1.9, 2.8, 5.0, 8.0)
+STEPS, SCALES = (1, 2, 4, 5, 10, 20, 50), (0.0, 1.0, 1.25, 1.4, 2.0, 2.8, 5.0)
 SECONDS_BETWEEN_STEPS, SECONDS_BETWEEN_LOOKS = 0.6, 3.0
 STATE_SECONDS = 900
 
