@@ -229,23 +229,6 @@ class Artifacts:
         frames = sheets.predicted_frames(self.averaged, labels, seeds, columns, row_labels=names)
         save_animation(frames, self.folder / "pictures" / "denoising.gif")
 
-    def copies_warning(self) -> str:
-        """A warning if the last sample sheet seems to show copies of training images; empty otherwise."""
-        from mnist_diffusion.evaluation import metrics, score  # takes a second to import
-
-        if len(self.sheet_images) == 0:
-            return ""
-        count = min(MAX_COMPARED, max(100, MAX_COMPARED_VALUES // self.sheet_images[0].numel()))
-        training, held_out = self.data.train.spread(count)[0], self.data.test.spread(count // 10)[0]
-        sampled, real = (metrics.nearest_images(each, training) for each in (self.sheet_images, held_out))
-        share, low, _ = score.copied_share(sampled, real)
-        if low <= score.SUSPICIOUS_SHARE:
-            return ""
-        return (
-            f"WARNING: {share:.0%} of the last {len(self.sheet_images)} samples are nearly copies of training "
-            "images: more images, augmentation or fewer steps may help; `mnist-diffusion evaluate` shows them"
-        )
-
     def _sheet_path(self, step: int) -> Path:
         return self.folder / "samples" / f"step-{step:06d}.png"
 
@@ -256,6 +239,24 @@ class Artifacts:
         replace_picture(picture, path)
         with warn_on_failure("send a picture to the trackers"):
             logging.track_picture(self.context.accelerator, name, picture, step)
+
+
+def copies_warning(artifacts: Artifacts) -> str:
+    """A warning if the last sample sheet seems to show copies of training images; empty otherwise."""
+    from mnist_diffusion.evaluation import metrics, score  # takes a second to import
+
+    if len(sheet := artifacts.sheet_images) == 0:
+        return ""
+    count = min(MAX_COMPARED, max(100, MAX_COMPARED_VALUES // sheet[0].numel()))
+    training, held_out = artifacts.data.train.spread(count)[0], artifacts.data.test.spread(count // 10)[0]
+    sampled, real = (metrics.nearest_images(each, training) for each in (sheet, held_out))
+    share, low, _ = score.copied_share(sampled, real)
+    if low <= score.SUSPICIOUS_SHARE:
+        return ""
+    return (
+        f"WARNING: {share:.0%} of the last {len(sheet)} samples are nearly copies of training "
+        "images: more images, augmentation or fewer steps may help; `mnist-diffusion evaluate` shows them"
+    )
 
 
 def example_call(pipeline: MNISTDiffusionPipeline) -> str:

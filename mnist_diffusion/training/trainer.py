@@ -22,7 +22,7 @@ from mnist_diffusion.errors import FileError
 from mnist_diffusion.files import read_json, replace_text
 from mnist_diffusion.pipelines.pipeline import is_loadable
 from mnist_diffusion.training import logging, schedule
-from mnist_diffusion.training.artifacts import Artifacts, Progress, usage, warn_on_failure
+from mnist_diffusion.training.artifacts import Artifacts, Progress, copies_warning, usage, warn_on_failure
 from mnist_diffusion.training.checkpoint import (
     WRONG_CONTENT,
     Checkpoint,
@@ -248,7 +248,7 @@ class Trainer:
             with warn_on_failure("draw the last pictures"):
                 self.artifacts.draw_last(self.progress)
             with warn_on_failure("look for copies of training images"):
-                copies = self.artifacts.copies_warning()
+                copies = copies_warning(self.artifacts)
         # All processes wait for the trackers: a launcher ends the others once one has ended with a signal's code.
         for tracker in self.accelerator.trackers:
             with warn_on_failure("close a tracker"):
