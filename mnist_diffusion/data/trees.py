@@ -88,7 +88,8 @@ def tree_of_file(path: Path) -> Tree:
         return Tree(str(path.parent), [path.name], lambda name: read_file(path), [], [])
     with wrap_errors(f"{path}: the archive could not be read"), open_file(path):  # a regular file
         archive = zipfile.ZipFile(path)
-    parts = {each.filename: PurePosixPath(each.filename).parts for each in archive.infolist() if not each.is_dir()}
+    files = [name for name in archive.namelist() if not name.endswith("/")]  # a name may be empty
+    parts = {name: PurePosixPath(name).parts for name in files}
 
     def read(name: str) -> bytes:
         with wrap_errors(f"{path}: {name} could not be read"), archive.open(name) as file:

@@ -183,7 +183,9 @@ def zipped(files: Files) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in files.items():
-            archive.writestr(name, encoded(content))
+            entry = zipfile.ZipInfo("x")
+            entry.filename = name  # also one that zipfile itself would not write
+            archive.writestr(entry, encoded(content))
     return file.getvalue()
 
 
@@ -246,7 +248,7 @@ FORMATS: dict[str, Case] = {
     "KMNIST .npz": case(KMNIST, "", (12, 3)),
     ".npy": case(NUMPY),
     "flat lists in parquet": case({"train.parquet": table(cell=lambda a: a.flatten().tolist())}),
-    "zip": case({"x.zip": zipped(classes(place="x/") | {"__MACOSX/x/0/._0.png": BAR})}, source="x.zip"),
+    "zip": case({"x.zip": zipped(classes(place="x/") | {"__MACOSX/x/0/._0.png": BAR, "": BAR})}, source="x.zip"),
     "IDX by other names": case(OTHER_IDX, "", (12, 3)),
     "IDX": case(idx() | {"._train-images-idx3-ubyte": "", "train-images-idx3-ubyte.gz.md5": ""}, "", (12, 3)),
     "zipped IDX where torchvision has it": case(idx("MNIST/raw/", True), "", (12, 3)),
