@@ -73,7 +73,7 @@ def main(
             best = min(settings, key=lambda each: _distance(generator(seed=CHOICE_SEED), reference, each))
             drawn = [generator(seed=seed).draw(best) for seed in range(seeds)]
             scores = [reference.measure(embed(reference.evaluator, each.images, each.labels)).values for each in drawn]
-            cells = [_mean_and_deviation([each[figure] for each in scores], FIGURES[figure]) for figure in FIGURES]
+            cells = [mean_and_deviation([each[figure] for each in scores], FIGURES[figure]) for figure in FIGURES]
             rows.append([name, str(count), f"{best.guidance_scale:g}", f"{drawn[0].nfe_per_image:g}", *cells])
     print(markdown(HEADINGS, rows))
 
@@ -93,7 +93,8 @@ def _distance(generator: ImageGenerator, reference: Reference, settings: Samplin
     return frechet_distance(reference.matched(evaluated).features, evaluated.features)
 
 
-def _mean_and_deviation(values: list[float], pattern: str) -> str:
+def mean_and_deviation(values: list[float], pattern: str) -> str:
+    """Of some figures, in a pattern such as `{:.2f}`."""
     mean = pattern.format(statistics.mean(values))
     return mean if len(values) < 2 else f"{mean} ± {pattern.format(statistics.stdev(values))}"
 
