@@ -1,6 +1,6 @@
 """The table of results: for each recipe the mean and standard deviation over training seeds.
 
-    python benchmarks/results.py path/to/mnist            # three seeds: two hours and a half on two cores
+    python benchmarks/results.py path/to/mnist            # three seeds: two hours and three quarters on two cores
     python benchmarks/results.py path/to/mnist --seeds 1 --only default
 
 Runs are kept in `runs/results`, and only those that are missing are trained.
@@ -19,6 +19,8 @@ from typing import Any
 from jsonargparse import auto_cli
 
 COLUMNS = {
+    "updates": ("updates", 1, 0),
+    "nfe_per_image": ("NFE", 1, 0),
     "accuracy": ("class accuracy, %", 100, 2),
     "fid": ("FID", 1, 3),
     "fid_ratio": ("FID / floor", 1, 1),
@@ -36,7 +38,7 @@ class Row:
     time: str
 
 
-ROWS = (Row("default", "5 minutes"), Row("quality", "30 minutes"))
+ROWS = (Row("default", "5 minutes"), Row("flow_matching", "5 minutes"), Row("quality", "30 minutes"))
 
 
 def main(
@@ -52,12 +54,12 @@ def main(
         runs: the folder of the runs.
     """
     found = {row: measured(row, data, range(seeds), num_images, runs) for row in ROWS if only in row.recipe}
-    headings = ["", "evaluations per digit", *(heading for heading, _, _ in COLUMNS.values())]
+    headings = ["", *(heading for heading, _, _ in COLUMNS.values())]
     print(f"| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
-    print(f"| real digits | | {' | '.join(real(next(iter(found.values()))[0], name) for name in COLUMNS)} |")
+    print(f"| real digits | {' | '.join(real(next(iter(found.values()))[0], name) for name in COLUMNS)} |")
     for row, results in found.items():
         metrics = " | ".join(spread([result[name] for result in results], name) for name in COLUMNS)
-        print(f"| `{row.recipe}`, {row.time} | {results[0]['nfe_per_image']:g} | {metrics} |")
+        print(f"| `{row.recipe}`, {row.time} | {metrics} |")
 
 
 def measured(row: Row, data: str, seeds: range, num_images: int, runs: Path) -> list[dict[str, Any]]:
@@ -72,22 +74,23 @@ def measured(row: Row, data: str, seeds: range, num_images: int, runs: Path) -> 
     names = ["--names", *(f"seed-{seed}" for seed in seeds)] if len(seeds) > 1 else []
     size = ["--num_images", str(num_images), "--out", str(report)]
     run(["evaluate", *map(str, folders), *names, "--data.source", data, *size])
-    results: list[dict[str, Any]] = json.loads((report / "report.json").read_text(encoding="utf-8"))["results"]
-    return results
+    results = json.loads((report / "report.json").read_text(encoding="utf-8"))["results"]
+    summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
+    return [{**result, "updates": each["step"]} for result, each in zip(results, summaries, strict=True)]
 
 
 def spread(values: list[float], name: str) -> str:
     """Mean and standard deviation."""
     _, factor, digits = COLUMNS[name]
     mean = f"{factor * statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {factor * statistics.stdev(values):.{digits}f}"
+    return mean if len(set(values)) < 2 else f"{mean} ± {factor * statistics.stdev(values):.{digits}f}"
 
 
 def real(result: dict[str, Any], name: str) -> str:
     """The score of the held-out images."""
     _, factor, digits = COLUMNS[name]
-    value = 1.0 if name == "fid_ratio" else result[f"{name}_floor"]
-    return f"{factor * value:.{digits}f}"
+    value = 1.0 if name == "fid_ratio" else result.get(f"{name}_floor")
+    return "" if value is None else f"{factor * value:.{digits}f}"
 
 
 def run(arguments: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Make one of the models that come with the package out of a run: its pipeline in float16, with its card.
 
-python benchmarks/ship.py runs/quality mnist
+python benchmarks/ship.py runs/mnist mnist
 mnist-diffusion evaluate mnist_diffusion/models/mnist --data.source path/to/mnist --write_card
 """
 

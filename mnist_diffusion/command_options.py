@@ -95,7 +95,7 @@ class EvaluationOptions(DrawOptions):
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
     """The real images to compare with; those of the first source's run if omitted, or else MNIST."""
     num_images: Count | None = None
-    """Images to sample, equally many of each class; if omitted 10,000, or the next multiple of the classes."""
+    """Images to sample, equally many of each class; if omitted, 10,000 rounded up to a multiple of the classes."""
     scheduler: tuple[Sampler, ...] = ()
     """Samplers; the pipeline's own if omitted."""
     num_inference_steps: tuple[Count, ...] = ()
@@ -149,6 +149,6 @@ class AppOptions:
     only_draw: bool = False
     """Disable training in the app."""
     host: Text = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 admits other machines."""
+    """Address to listen on; 0.0.0.0 admits other machines."""
     port: Annotated[int, Field(ge=1, lt=2**16)] = 7860
-    """Port to listen at."""
+    """Port to listen on."""

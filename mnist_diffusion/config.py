@@ -79,8 +79,8 @@ class ImagesConfig:
     fit: Fit = "resize"
     """How images reach `image_size`: `contain` scales to fit and pads, `resize` scales and crops, `pad` only pads."""
     background: Background = "auto"
-    """Colour behind transparent pixels and padding: `auto` is black, or white if fewer transparent pictures then nearly
-    vanish."""
+    """Colour behind transparent pixels and padding: `auto` is black, or white if fewer transparent pictures nearly
+    vanish on white."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for RGB; null keeps the source's channels."""
     class_names: Annotated[tuple[Text, ...], AfterValidator(distinct)] | None = None
@@ -259,7 +259,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    """Learning rate after the warm-up. A run limited by minutes keeps it, then decays linearly, unless `constant`."""
+    """Learning rate after the warm-up. A run limited by minutes holds it, then decays it linearly unless `constant`."""
     lr_decay: tuple[Annotated[int, Field(ge=0)], Count] | None = None
     """First step and length in steps of a linear decay, in place of `lr_schedule`. A run limited by minutes alone
     records its own decay here."""
@@ -282,8 +282,8 @@ class TrainConfig:
     num_threads: Count | None = None
     """CPU threads per process. Null shares the cores among the processes; a run limited by minutes tries one, too."""
     ema_decay: Probability = 0.9999
-    """Upper limit of the decay of the average of the weights that is sampled and exported; after `n` updates the decay
-    is at most (1 + n) / (10 + n)."""
+    """Largest decay of the exponential moving average of the weights, which is sampled and exported; after `n` updates
+    the decay is at most (1 + n) / (10 + n)."""
     averages_every: Interval | None = None
     """Save two power-function averages of the weights this often; `mnist-diffusion average` builds others from them."""
     num_eval_images: Annotated[int, Field(ge=0)] = 2000
@@ -300,7 +300,8 @@ class TrainConfig:
     samples_per_class: Count = 8
     """Columns of the sample sheet, which has one row per class."""
     evaluate_every: Interval | None = None
-    """Sample and score 1,000 images this often, and at the end; the pipeline with the best FID is `pipeline_best/`."""
+    """Sample and score 1,000 images this often, and at the end; keep the pipeline with the best FID in
+    `pipeline_best/`."""
     pictures: bool = True
     """Draw training curves, the noise schedule, denoising strips and histograms into `pictures/`."""
     snapshot_every: Interval | None = None
@@ -342,7 +343,7 @@ SECTIONS = ("distillation", "data", "model", "diffusion", "sampling", "train", "
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
-    """What training and distillation runs share."""
+    """Options common to training and distillation runs."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The images."""
@@ -433,4 +434,6 @@ class DistillConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train.init_from is not None:
-            raise ConfigError(f"train.init_from={self.train.init_from!r} must be null: a student starts as its teacher")
+            raise ConfigError(
+                f"train.init_from={self.train.init_from!r} must be null: a student starts from its teacher's weights"
+            )

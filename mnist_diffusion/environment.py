@@ -20,13 +20,15 @@ SWITCHES = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),
     "ACCELERATE_DYNAMO_BACKEND": ("no",),
 }
-"""Variables of `accelerate launch`, and their values that ask for nothing that is not supported here."""
+"""Variables of `accelerate launch`, and the values of each that are supported here."""
+TOGETHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+"""Variables that launchers set together."""
 PACKAGES = ("torch", "diffusers", "accelerate", "mnist-diffusion")
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What `accelerate launch` or `torchrun` has set in the environment."""
+    """The settings that `accelerate launch` or `torchrun` passes in environment variables."""
 
     rank: int
     num_processes: int
@@ -51,12 +53,15 @@ def launcher() -> Launcher:
     for name, number, limit in (("RANK", rank, size), ("LOCAL_RANK", local_rank, max(size, local_size))):
         if number >= limit:
             raise UserError(f"{name}={number} in the environment must be less than WORLD_SIZE={limit}; unset it")
+    if (size > 1 or "LOCAL_RANK" in os.environ) and (missing := [each for each in TOGETHER if each not in os.environ]):
+        asked = "LOCAL_RANK" if "LOCAL_RANK" in os.environ else f"WORLD_SIZE={size}"
+        raise UserError(f"{asked} is in the environment without {', '.join(missing)}; unset it, or use a launcher")
     return Launcher(rank, size, local_size, precision)
 
 
 def _count(name: str, least: int) -> int:
-    """A variable that is a whole number, at least `least`, which it also is if unset."""
-    text = os.environ.get(name) or str(least)
+    """The whole number in a variable, at least `least`; `least` if it is unset."""
+    text = os.environ.get(name, str(least))
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"{name}={text!r} in the environment must be a whole number, at least {least}")
     return int(text)
@@ -70,6 +75,8 @@ def set_num_threads(threads: int | None = None) -> None:
     """
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of a list for nested regions
     given = int(first) if first.isdecimal() else 0
+    if "OMP_NUM_THREADS" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(given)  # accelerate takes a number alone
     by_launcher = given == 1 and any(name in os.environ for name in LAUNCHERS)
     if threads is None and (given == 0 or by_launcher):
         from joblib import cpu_count  # a dependency of scikit-learn

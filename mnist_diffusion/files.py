@@ -1,6 +1,6 @@
 """All file I/O: size-limited reads, atomic writes.
 
-Nothing else in the package opens files, except libraries that are given one that was checked here.
+No other module of the package opens files. Libraries may open a file that was checked here first.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ def read_yaml(path: Path) -> Any:
     """The content of a configuration file: small and flat YAML, without anchors, which can expand without bound.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not valid YAML, is nested too deep, or has anchors.
         FileError: it could not be read.
     """
     content, depth = read_bytes(path, MAX_YAML_BYTES), 0
     try:
         for event in yaml.parse(content, Loader=yaml.SafeLoader):
             if getattr(event, "anchor", None) is not None:  # an alias has one too
-                raise ConfigError(f"{path} has YAML anchors and aliases, which are not read")
+                raise ConfigError(f"{path} has YAML anchors and aliases; write the values out instead")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH:
                 raise ConfigError(f"{path} is nested deeper than {MAX_YAML_DEPTH} levels")
@@ -209,8 +209,8 @@ def file_within(folder: Path, name: str) -> Path:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError):  # not there, or links that go round in a circle
         pickles = [each.name for each in sorted(path.parent.glob("*")) if each.suffix in PICKLES]
-        only = "can run code when it is read; only JSON and whole safetensors files are read"
-        there = f" but {pickles[0]}, which is a pickle and {only}" if pickles else ""
+        only = "can run code when it is read; only JSON and safetensors files are read"
+        there = f", only {pickles[0]}, which is a pickle and {only}" if pickles else ""
         raise FileError(f"there is no {path}{there}") from None
     if not any(real.is_relative_to(home) for home in homes):
         raise FileError(f"{path} is a link that leads out of its folder, to {real}")
@@ -256,7 +256,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, IsADirectoryError):
-            raise FileError(f"{path} is a folder, where a file is to be written") from error
+            raise FileError(f"{path} is a folder, but a file of this name must be written; move it away") from error
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as of a full disk
             error.filename = str(path)
         raise
@@ -309,7 +309,7 @@ def append_text(path: Path, text: str) -> None:
     """Append to a file durably, never through a link.
 
     Raises:
-        FileError: it is a link, or something else than a regular file.
+        FileError: it is a link, or not a regular file.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

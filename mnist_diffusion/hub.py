@@ -48,10 +48,11 @@ STALE = (*RUN_FILES, PICTURE, EVAL_RESULTS, "unet/*", "scheduler/*", f"{reading.
 
 
 def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, license: str | None) -> None:
-    """Copy what is pushed of a pipeline folder that loads, and of the run that exported it, without local paths.
+    """Copy the files to push from a pipeline folder and from its run, without local paths.
 
     Raises:
-        UserError: it does not load, a link leads out of it, a file could not be read, or there is no checkpoint.
+        UserError: the folder does not load, a link leads out of it, a file could not be read, or there is no
+            checkpoint.
     """
     pipeline, run = MNISTDiffusionPipeline.from_pretrained(folder), _run_of(folder.resolve())
     files = {name: file_within(folder, name) for name in PIPELINE_FILES}

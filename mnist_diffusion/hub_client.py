@@ -126,8 +126,7 @@ def upload(
 
     Raises:
         FileError: a file holds the Hub token.
-        OSError: the Hub refused, could not be reached, or somebody else pushed meanwhile; nothing of this has changed
-            there.
+        OSError: the Hub refused, could not be reached, or somebody else pushed meanwhile; nothing was uploaded.
     """
     api = api or HfApi()
     # Named, so that a push by somebody else in the meantime is an error, and not a mixture of two models.

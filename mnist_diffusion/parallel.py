@@ -53,7 +53,7 @@ def build_parts(paths: Sequence[Path], build: Callable[[Path], object]) -> None:
 
 
 def in_processes(count: int, command: Sequence[str], work: Callable[[], int]) -> int:
-    """Run `work` in this process, and the command of which it is part in `count - 1` others; the exit code.
+    """Run `work` in this process and the same command in `count - 1` others; return the exit code.
 
     Args:
         count: number of processes.

@@ -86,6 +86,8 @@ def test_flags_win_wherever_config_stands_and_a_later_config_wins(tmp_path: Path
         ("train:\n  max_stepz: 5\n", "train.max_stepz is not a known name, got 5"),
         ("train: fast", "train must be a section of options, got 'fast'"),
         ("train:\nmax_steps: 5", "mine.yaml: the section train is empty"),
+        *((text, "mine.yaml has no options") for text in ("", "# nothing\n")),
+        ("t\0r\0", "mine.yaml is not YAML"),
         ("train:\n  checkpoint_every: 500", "train.checkpoint_every must be a number of steps or epochs, such as"),
         ("data:\n  class_names: [1, 2]", "data.class_names.0 must be a word, in quotes if it looks like a number"),
     ],
@@ -164,7 +166,8 @@ def test_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "mine.yaml").write_text("output_dir: ~/run")
     config = parse_train(["--config", "~/mine.yaml", "--data.source", "~/pictures"]).config
     assert (config.output_dir, config.data.source) == (f"{tmp_path}/run", f"{tmp_path}/pictures")
-    assert SampleOptions(pipeline="~/run", out=Path("~/out")).out == tmp_path / "out"
+    options = SampleOptions(pipeline="~/run", out=Path("~/out"))
+    assert (options.pipeline, options.out) == (f"{tmp_path}/run", tmp_path / "out")
 
 
 def test_an_output_that_cannot_show_every_letter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
 from huggingface_hub import hf_api
+from nbclient import NotebookClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -67,7 +69,7 @@ SHORT = {
 """Flags that are added to a command, where they win."""
 NOT_RUN = {
     "python3 -m venv": "installs",
-    "pip install": "installs",
+    "pip": "installs",
     "uv": "installs",
     "jupyter lab": "serves until it is interrupted",
     "mnist-diffusion app": "serves until it is interrupted, tried in tests/demo",
@@ -82,7 +84,7 @@ NOT_RUN = {
     "python examples/": "tried in tests/examples",
     **dict.fromkeys(("ruff", "lint-imports", "mypy", "codespell", "pytest"), "runs beside these tests"),
 }
-PROGRAMS = {command.split()[0] for command in NOT_RUN}
+PROGRAMS = {"hf", *(command.split()[0] for command in NOT_RUN)}
 ASK = f"""#!{sys.executable} -IS
 import json, os, socket, sys
 asked = socket.create_connection(("127.0.0.1", int(os.environ["DOCUMENT_PORT"])))
@@ -156,6 +158,11 @@ def blocks(document: Path, *languages: str) -> list[str]:
     return [body for language, body in BLOCK.findall(document.read_text(encoding="utf-8")) if language in languages]
 
 
+def in_general(text: str) -> set[str]:
+    """The lines of what was printed, with `0` for every number."""
+    return {re.sub(r"\d[\d,.]*", "0", line.strip()) for line in text.splitlines() if line.strip()}
+
+
 def shortened(text: str) -> str:
     for long, short in SHORTENED.items():
         text = text.replace(long, short)
@@ -167,6 +174,8 @@ def run_command(words: list[str], number: int) -> int:
     line = " ".join(words)
     if any(line.startswith(start) for start in NOT_RUN):
         return 0
+    if words[0] == "hf":
+        return subprocess.call([Path(sys.executable).with_name("hf"), *words[1:4], "--dry-run", *words[4:]])
     words = shlex.split(shortened(shlex.join(words)))
     words = words[2:] if words[0] == "accelerate" else words
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -189,8 +198,10 @@ def run_command(words: list[str], number: int) -> int:
         if blocks(each, "bash")
     ],
 )
-def test_commands_paste_into_a_shell(document: Path, in_workspace: None, tmp_path: Path) -> None:
-    """All of a document's commands in one shell, as they stand there."""
+def test_commands_paste_into_a_shell(
+    document: Path, in_workspace: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All of a document's commands in one shell, as they stand there; they print what its `text` blocks say."""
     script = "\n".join(blocks(document, "bash"))
     if document.name == "README.md":  # which trains the run that it uses, and that the others begin with
         Path("runs").rename(tmp_path / "runs")
@@ -219,6 +230,8 @@ def test_commands_paste_into_a_shell(document: Path, in_workspace: None, tmp_pat
     assert {line: code for line, code in codes.items() if code} == dict.fromkeys(refused, 2)
     assert shell.returncode == 0
     assert codes
+    if document.name != "tutorial.md":  # whose blocks are printed by its Python
+        assert in_general("\n".join(blocks(document, "text"))) <= in_general(capfd.readouterr().out)
 
 
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if blocks(each, "python")], ids=lambda path: path.name)
@@ -236,7 +249,20 @@ def test_python_runs_as_written(document: Path, in_workspace: None, hub: HubServ
 
 def test_no_block_is_passed_over() -> None:
     found = {language for each in DOCUMENTS for language, _ in BLOCK.findall(each.read_text())}
-    assert found == {"bash", "bibtex", "python"}
+    assert found == {"bash", "bibtex", "python", "text"}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """In a kernel of its own, as Jupyter, Colab and `nbconvert --execute` do; it prints what the tutorial says."""
+    notebook = nbformat.read(REPOSITORY / "docs" / "tutorial.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = shortened(cell.source)
+    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    printed = "\n".join(output["data"]["text/plain"].strip("'") for output in outputs if "data" in output)
+    assert in_general("\n".join(blocks(REPOSITORY / "docs" / "tutorial.md", "text"))) <= in_general(printed)
+    assert len([*(tmp_path / "tutorial").glob("*.png")]) == 5
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -3,8 +3,9 @@
 import ast
 import errno
 import os
+import shutil
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -42,23 +43,18 @@ def test_nothing_else_in_the_package_opens_a_file_by_its_name() -> None:
 
 
 class TestReading:
-    @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "device", "circle", "long name", "large"])
-    def test_only_regular_files_of_a_size_are_opened_and_nothing_waits(self, tmp_path: Path, kind: str) -> None:
-        path = tmp_path / "x"
-        if kind == "folder":
-            path.mkdir()
-        elif kind == "pipe":
-            os.mkfifo(path)
-        elif kind == "device":
-            path.symlink_to("/dev/zero")
-        elif kind == "circle":
-            path.symlink_to(path)
-        elif kind == "large":
-            with path.open("wb") as file:
-                file.truncate(2**40)
-        elif kind == "long name":
-            path = tmp_path / ("x" * 300)
-        with pytest.raises(FileError, match="x") as error:
+    @pytest.mark.parametrize(
+        ("name", "make"),
+        [
+            *(("missing", str), ("x" * 300, str), ("folder", Path.mkdir), ("pipe", os.mkfifo)),
+            ("device", lambda path: path.symlink_to("/dev/zero")),
+            ("circle", lambda path: path.symlink_to(path)),
+            ("large", lambda path: os.truncate(shutil.copy(__file__, path), 2**40)),
+        ],
+    )
+    def test_only_regular_files_of_a_size_are_read_and_at_once(self, tmp_path: Path, name: str, make: Any) -> None:
+        make(path := tmp_path / name)
+        with pytest.raises(FileError, match=name) as error:
             files.read_bytes(path, 1000)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)

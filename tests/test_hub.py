@@ -14,7 +14,7 @@ from mnist_diffusion import cli
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.hub import pull, push
 from mnist_diffusion.hub_client import HubError
-from mnist_diffusion.pipelines.card import EVAL_RESULTS, write_results_to_card
+from mnist_diffusion.pipelines.card import EVAL_RESULTS, SECTION_START, write_results_to_card
 from mnist_diffusion.pipelines.drawing import load_pipeline
 from mnist_diffusion.pipelines.pipeline import CODE_FILE, MNISTDiffusionPipeline
 from mnist_diffusion.training.checkpoint import load_checkpoint
@@ -128,6 +128,10 @@ class TestPush:
         write_results_to_card(made_run / "pipeline", report, f"of images of {place} that are not on the Hub")
         push(made_run, NAME)
         assert EVAL_RESULTS not in hub.repositories[NAME].files()
+        hostile = made_run / "pipeline_best" / "README.md"
+        hostile.parent.mkdir()
+        hostile.write_text("---\n---\n" + SECTION_START * 300_000)  # which took time in its square
+        write_results_to_card(hostile.parent, report, "Measured.")
         MNISTDiffusionPipeline.from_pretrained(made_run).push_to_hub("owner/copy")
         files = hub.repositories["owner/copy"].files()
         assert b"of images of pictures that" in files["README.md"]
@@ -206,7 +210,7 @@ class TestPush:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("README.md", b"---\na: [b\n---\n# x\n", r"the metadata at the top of README.md could not be read"),
+            *(("README.md", b"---\na: %b\n---\n# x\n" % a, "the metadata at the top of") for a in (b"[b", b"[" * 5000)),
             (WEIGHTS, b"broken", r"safetensors is not a safetensors file"),
             ("model_index.json", None, "neither a pipeline folder nor a run folder"),
         ],

@@ -1,38 +1,30 @@
 """Order and seeds as functions of (seed, purpose, place)."""
 
+import itertools
+
 import numpy as np
 
 from mnist_diffusion.seeds import PURPOSES, Balance, indices_of_step, mixed_seed
 
 
-def test_each_epoch_sees_each_image_once_though_batches_span_epochs() -> None:
-    size, batch_size = 10, 4
-    steps = [indices_of_step(7, step, batch_size, size) for step in range(15)]
-    indices = np.concatenate([step[0] for step in steps])
-    epochs = np.concatenate([step[1] for step in steps])
+def test_each_epoch_sees_each_image_once_in_an_order_of_the_seed_whatever_the_batch_size() -> None:
+    """Also where batches span epochs."""
+
+    def order(seed: int, batch_size: int) -> np.ndarray:
+        """Images and epochs of the first six epochs of ten images."""
+        return np.hstack([np.stack(indices_of_step(seed, step, batch_size, 10)) for step in range(60 // batch_size)])
+
+    indices, epochs = order(7, 4)
     for epoch in range(6):
-        assert sorted(indices[epochs == epoch]) == list(range(size))
+        assert sorted(indices[epochs == epoch]) == list(range(10))
     assert len({tuple(indices[epochs == epoch]) for epoch in range(6)}) == 6
-    assert set(steps[2][1]) == {0, 1}
-
-
-def test_order_does_not_depend_on_the_batch_size() -> None:
-    small = np.concatenate([indices_of_step(1, step, 3, 10)[0] for step in range(8)])
-    large = np.concatenate([indices_of_step(1, step, 8, 10)[0] for step in range(3)])
-    np.testing.assert_array_equal(small, large)
-
-
-def test_order_depends_on_the_seed() -> None:
-    assert list(indices_of_step(0, 0, 20, 100)[0]) != list(indices_of_step(1, 0, 20, 100)[0])
+    np.testing.assert_array_equal(epochs, np.arange(60) // 10)
+    np.testing.assert_array_equal(order(7, 15), order(7, 4))
+    assert (order(8, 4)[0] != indices).any()
 
 
 def test_every_purpose_and_place_has_its_own_seed() -> None:
-    seeds = {
-        mixed_seed(seed, purpose, place) % 2**32
-        for seed in (0, 1, 2**32)
-        for purpose in PURPOSES
-        for place in range(50)
-    }
+    seeds = {mixed_seed(*each) % 2**32 for each in itertools.product((0, 1, 2**32), PURPOSES, range(50))}
     assert len(seeds) == 3 * len(PURPOSES) * 50
 
 

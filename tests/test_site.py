@@ -14,13 +14,8 @@ from tests.conftest import REPOSITORY
 
 @pytest.mark.slow
 def test_the_site(tmp_path: Path) -> None:
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-3000:]
     entries = json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"]
     found = "\n".join(entry["title"] + entry["text"] for entry in entries)

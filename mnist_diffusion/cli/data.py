@@ -17,7 +17,7 @@ from mnist_diffusion.option_types import STRICT, FilePath
 
 SHOWN, MAX_SURVEY_BYTES = 10, 2**30
 BEGINNING = b'{\n "description"'
-"""How a file of this command begins."""
+"""The first bytes of every `survey.json` that this command writes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

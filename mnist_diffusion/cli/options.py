@@ -11,6 +11,7 @@ import io
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -189,6 +190,7 @@ def _plain(given: Any) -> Any:
 
 def reporting_errors(command: Callable[[], int]) -> int:
     """Run a command; an error that the user can fix becomes one line and exit code 2, without a traceback."""
+    warnings.filterwarnings("ignore", "__array_", DeprecationWarning)  # diffusers gives tensors to NumPy 2
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that it cannot encode is no reason to fail
         sys.stdout.reconfigure(errors="replace")
     try:

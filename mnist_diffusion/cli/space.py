@@ -23,7 +23,7 @@ class Options:
     pipeline: Place
     """Pipeline folder, run folder, or Hub id such as user/name."""
     repo_id: Text
-    """Space, user/name."""
+    """Repository of the Space, user/name."""
     kind: Literal["static", "gradio"] = "static"
     """The studio, which runs in browsers (static), or the app, which runs on the Hub (gradio)."""
     student: Place | None = None
@@ -33,7 +33,7 @@ class Options:
     runtime: FilePath | None = None
     """For static: the `dist` folder of onnxruntime-web; downloaded with npm if omitted."""
     push: bool = False
-    """Push it to the Hub."""
+    """Push the Space to the Hub."""
     private: bool = False
     """Create a private Space."""
 

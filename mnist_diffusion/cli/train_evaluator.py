@@ -31,7 +31,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     """Train the classifier, and save it."""
     options: Options = Parser(Options, prog=prog).read(argv)
     if options.out.exists():
-        raise UserError(f"out={str(options.out)!r} exists already")
+        raise UserError(f"out={str(options.out)!r} exists already; name a new folder")
     from mnist_diffusion.data.dataset import load_images
     from mnist_diffusion.environment import set_num_threads
     from mnist_diffusion.evaluation import evaluator

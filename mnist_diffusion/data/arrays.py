@@ -25,11 +25,11 @@ LABEL_WORDS = {"label", "labels", "target", "targets", "y"}
 def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
     """The splits that `.npz` and `.npy` files hold, as Keras, MedMNIST and KMNIST lay them out.
 
-    Arrays with three axes or more, or with two of which the second is long, are images; others are labels. Which
-    belong together is said by the names of files and keys: `x_train`, `test_images`, `kmnist-val-labels.npz`.
+    Arrays with three axes or more, or with two of which the second is long, are images; others are labels. The names
+    of files and keys say which belong together: `x_train`, `test_images`, `kmnist-val-labels.npz`.
 
     Raises:
-        DataError: a file holds something else, or it cannot be told what belongs together.
+        DataError: a file holds something else, or it is unclear which arrays belong together.
     """
     found: dict[str, list[tuple[str, np.ndarray]]] = {}
     for file, content in contents.items():

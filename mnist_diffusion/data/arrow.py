@@ -23,7 +23,7 @@ COLUMNS = {
     "image_column": ("Image", ("image", "img", "pixels"), re.compile("^(List|LargeList|Sequence|Array)|binary")),
     "label_column": ("ClassLabel", ("label",), re.compile("int|string|float|bool")),
 }
-"""For each option: the type of its column, the names that are tried if not one has this type, and what it could be."""
+"""For each option: the type of its column, the usual names to try otherwise, and other types that are possible."""
 
 
 def read_datasets(
@@ -35,8 +35,8 @@ def read_datasets(
         description: the source, for messages.
         tables: a `datasets.Dataset` for each split.
         config: names splits and columns.
-        layout: what was found out about their files.
-        folder: that the tables lie in; files that they name are read only from there.
+        layout: how their files were interpreted.
+        folder: the folder of the tables; files that they name are read only from there.
 
     Raises:
         DataError: a named split or column is missing, or there are several columns to choose from.

@@ -15,7 +15,7 @@ FILE_COLUMNS = (
     *("image", "img", "image_id", "id", "name"),
 )
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category", "digit", "y")
-"""What such columns are usually called, the likeliest first."""
+"""Usual names of such columns, the likeliest first."""
 INDEX_COLUMN = re.compile(r"(__index_level_\d+__|Unnamed: \d+)?")
 """The columns in which pandas writes its index."""
 NUMBERS = re.compile(r'[ "]*[-+.\d][-+.,;"\deE\s]*')
@@ -31,7 +31,7 @@ def text_table(content: bytes, where: str, *, as_words: bool = False) -> Any:
         as_words: keep numbers as they are written, such as 0012.
 
     Raises:
-        DataError: it is none.
+        DataError: the file is not a table.
     """
     import pyarrow
     from pyarrow import csv, json
@@ -51,13 +51,13 @@ def text_table(content: bytes, where: str, *, as_words: bool = False) -> Any:
 
 
 def find_column(option: str, asked: str | None, names: Sequence[str], where: str, *found: Sequence[str]) -> str | None:
-    """The column that is asked for, or else the first of those found that has no rival; None if there is none.
+    """The requested column, or else the first that is alone in its list of `found`; None if there is none.
 
     Raises:
-        DataError: there is no column of the name asked for, or two have the same name.
+        DataError: there is no column of the requested name, or two have the same name.
     """
     if len(set(names)) < len(names):
-        raise DataError(f"{where} has several columns of one name: {listed(names)}")
+        raise DataError(f"{where} has several columns of the same name; rename them: {listed(names)}")
     if asked is not None and asked not in names:
         raise DataError(f"data.{option}={asked!r} is not a column of {where}, which has {listed(sorted(names))}")
     return asked or next((each[0] for each in found if len(each) == 1), None)

@@ -189,7 +189,7 @@ def _opened(encoded: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.I
 
 
 def _identify_non_image(content: bytes) -> str | None:
-    """What a file is that is not an image, if it is one of the usual things."""
+    """Why a file is not an image, if the reason is a common one; else None."""
     start = content[:200].lstrip().lower()
     if not content:
         return "the file is empty"
@@ -199,10 +199,10 @@ def _identify_non_image(content: bytes) -> str | None:
 
 
 def pixel_factor(largest: float, where: str) -> int:
-    """What pixel values of an array or a table are to be multiplied with: 255 if none is above 1.
+    """The factor that scales pixel values to [0, 255]: 255 if the largest is at most 1, else 1.
 
     Raises:
-        DataError: none is above 31, so that all pictures would be black.
+        DataError: the largest is above 1 and below 32, so that all pictures would be black.
     """
     if 1 < largest < 32:
         raise DataError(f"{where}: the largest pixel value is {largest:g}; they must go from 0 to 255, or from 0 to 1")
@@ -215,10 +215,10 @@ def to_images(values: np.ndarray, where: str, *, factor: int | None = None) -> T
     Args:
         values: whole numbers from 0 to 255, or numbers that the factor brings there.
         where: for messages.
-        factor: what they are multiplied with; None takes 255 if none is above 1, else 1.
+        factor: multiplies the values; None takes 255 if none is above 1, else 1.
 
     Raises:
-        DataError: their shape or their values are others, or an image is too large.
+        DataError: the shape or the values are not as above, or an image is too large.
     """
     if values.ndim == 2 and (side := math.isqrt(values.shape[1])) ** 2 == values.shape[1]:
         values = values.reshape(len(values), side, side)

@@ -99,7 +99,7 @@ def _read_pair(pair: dict[str, Path], turned: bool) -> RawSplit:
     """The images and labels of a split; EMNIST has rows and columns exchanged."""
     if len(pair) < 2:
         [(role, path)] = pair.items()
-        raise DataError(f"{path} has no partner with the {'labels' if role == 'images' else 'images'}")
+        raise DataError(f"{path} has no file of {'labels' if role == 'images' else 'images'} beside it")
     images, labels = read_idx(pair["images"], dimensions=3), read_idx(pair["labels"], dimensions=1)
     if len(images) != len(labels):
         raise DataError(f"{pair['images']} holds {len(images)} images but {pair['labels']} {len(labels)} labels")

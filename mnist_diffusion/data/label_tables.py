@@ -1,4 +1,4 @@
-"""Tables beside pictures: which of them say what the pictures show, and which are something else."""
+"""Tables beside pictures: recognise and read those that give the pictures' classes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Pictures:
         """The picture that a cell names: beside the table, or anywhere in the source if only one is called so.
 
         Raises:
-            DataError: none or several are.
+            DataError: no picture, or more than one, has that name.
         """
         asked = PurePosixPath(str(cell).replace("\\", "/"))
         if (beside := str(PurePosixPath(table).parent / asked)) in self.names:
@@ -91,7 +91,7 @@ def read_label_table(content: bytes, name: str, where: str, pictures: Pictures, 
 
     Raises:
         UnknownLabelsError: it lists pictures, but which column holds their classes is not clear.
-        DataError: it is another table, or none.
+        DataError: it is another kind of table, or not a table.
     """
     table = text_table(content, where, as_words=True)
     names: list[str] = table.column_names
@@ -133,7 +133,9 @@ def _require_labels(name: str, label: str, listing: set[str], pictures: Pictures
     if listing <= tested < pictures.names and "test" not in map(kind_in, PurePosixPath(name).parts):
         raise DataError("it lists pictures of a test folder alone")
     if pictures.classes and label.lower() not in LABEL_COLUMNS:
-        raise DataError(f"its column {label!r} is not called a label, and the folders name classes")
+        raise DataError(
+            f"its column {label!r} is not called a label, and the folders name classes; set data.label_column to use it"
+        )
 
 
 def alike(tables: Mapping[str, LabelTable], pictures: Pictures) -> dict[str, str | None]:

@@ -67,7 +67,7 @@ Files = list[tuple[tuple[str, ...], str]]
 
 
 def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tuple[str, str | None, list[str]]:
-    """The names of the split to train on and of the one to hold out, if there is one, and what to say of them.
+    """The names of the split to train on and of the one to hold out, if there is one, and notes on both.
 
     A name that the configuration gives may be written otherwise: `test` finds `Testing`.
 

@@ -35,7 +35,7 @@ class LazyImages:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """As of the tensor it stands for."""
+        """The shape of the tensor it stands for."""
         return (len(self), *self.image_shape)
 
     def __getitem__(self, wanted: Tensor | slice) -> Tensor:

@@ -51,7 +51,7 @@ class RawSource:
         splits = {"training": self.train} | ({} if self.test is None else {"held-out": self.test})
         for name, split in splits.items():
             if len(split.labels) == 0:
-                raise DataError(f"{self.description}: a split holds no images: the {name} one")
+                raise DataError(f"{self.description}: the {name} split holds no images")
             if missing := sum(label is None for label in split.labels):
                 wrong = f"{missing} of {len(split.labels)} {name} images have none, or NaN, or a negative one"
                 raise DataError(f"{self.description}: some images have no label: {wrong}")

@@ -44,8 +44,8 @@ def dataset_warnings(images: Iterable[Tensor], labels: Iterable[int], names: Seq
 def choose_background(split: RawSplit, background: Background) -> tuple[Ground, list[str]]:
     """The colour to put behind transparent pixels, and a note if there are any.
 
-    `auto` is black, or white if more pictures nearly vanish on black: those of whose opaque pixels most hardly differ
-    from it.
+    `auto` is black, or white if more pictures nearly vanish on black than on white. A picture nearly vanishes if most
+    of its opaque pixels hardly differ from the background.
     """
     lost: dict[Ground, int] = {"black": 0, "white": 0}
     transparent = 0

@@ -49,7 +49,7 @@ def read_source(config: ImagesConfig) -> RawSource:
     """
     source = _read(config)
     if config.subset is not None and not source.has_subsets:
-        raise DataError(f"data.subset={config.subset!r}: {source.description} has no parts")
+        raise DataError(f"data.subset={config.subset!r}: {source.description} has no parts; leave the option out")
 
     background, notes = choose_background(source.train, config.background)
 
@@ -188,10 +188,10 @@ def _read_arrow(names: list[str]) -> Any:
 
 
 def _require_rows(path: Path) -> None:
-    """Make sure that a table is a regular file, which does not claim more rows than can be meant.
+    """Check that a table is a regular file, and does not claim more rows than the limit.
 
     Raises:
-        DataError: it is not.
+        DataError: it is not a regular file, could not be read, or claims more.
     """
     from pyarrow import parquet
 

@@ -50,9 +50,9 @@ class Survey:
         description: the source.
         class_names: all classes, in the order of their labels.
         splits: by name, `train` and, if the source has it, `test`.
-        duplicates: groups of places with the same pixels.
-        in_two_classes: those of them that are of different classes.
-        in_both_splits: those of them that are in the training and in the held-out split.
+        duplicates: groups of images with the same pixels, by name.
+        in_two_classes: the groups with images of different classes.
+        in_both_splits: the groups with images of both the training and the held-out split.
         notes: how files were interpreted, which were skipped, and warnings.
         background: colour behind transparent pixels and padding.
     """

@@ -32,8 +32,8 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 def fit_to_size(images: Tensor, size: int, fit: Fit, background: Ground = "black") -> Tensor:
     """Bring uint8 `[..., C, H, W]` to `size` x `size`.
 
-    `contain` brings the longer side to `size` (antialiased) and fills up with the background; `resize` brings the
-    shorter side to `size` and crops the middle; `pad` fills up alone.
+    `contain` scales the longer side to `size` (antialiased) and pads with the background; `resize` scales the shorter
+    side to `size` and crops the middle; `pad` only pads.
 
     Raises:
         DataError: one is too large for `pad`, or too thin for `resize`.

@@ -184,7 +184,7 @@ def _class_folders(tree: Tree, names: list[str], config: ImagesConfig) -> dict[s
 
 
 def _arrays(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource:
-    """NumPy's files, whose names and keys say what is what."""
+    """NumPy files, sorted into splits, images and labels by their names and keys."""
     splits = array_splits({name: tree.read(name) for name in names}, tree.where)
     return source_of(f"{config.source} (arrays)", splits, config, Layout())
 

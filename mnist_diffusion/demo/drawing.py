@@ -1,4 +1,4 @@
-"""What the app draws: visitors' settings are checked, and pictures come out while they form."""
+"""Sample for the app: check the visitors' settings, and yield pictures while they form."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ class Request:
 
 
 def request_of(*, classes: Any, count: Any, seed: Any, sampler: Any, steps: Any, scale: Any) -> Request:
-    """What a visitor has asked for with the app's controls.
+    """Check the values of the app's controls, and build a visitor's request from them.
 
     Raises:
-        UserError: it is out of bounds.
+        UserError: a value is out of bounds.
     """
     each = check_int("images per class", count, 1, MAX_IMAGES)
     check_int("images in all", max(1, len(classes)) * each, 1, MAX_IMAGES)
@@ -166,10 +166,10 @@ class Drawing:
         """What the app's player shows; pictures are `data:` addresses."""
 
     def advance(self, changes: dict[str, Any] | None = None, note: str = "") -> dict[str, Any]:
-        """Do the next step, with changes to what is sampled from there on; the value of the player.
+        """Do the next step, changing arguments from there on; return the value of the player.
 
         Raises:
-            UserError, ValueError: the pipeline cannot; the drawing is then over.
+            UserError, ValueError: the changes cannot work with this pipeline; the drawing is then over.
         """
         self.over = True
         done = self.stream.send(changes)
@@ -298,7 +298,7 @@ def decode_sketch(address: Any, shape: tuple[int, int, int]) -> Tensor:
 def reconstruct(
     pipeline: MNISTDiffusionPipeline, image: Tensor, *, source_class: str, target_class: str, scale: float
 ) -> Markup:
-    """Find the noise of a picture, and sample from it: the picture again, and what it is under another class.
+    """Find the noise of a picture, and sample from it under its own class and under another.
 
     Raises:
         UserError, ValueError, TypeError: it cannot work with this pipeline.

@@ -135,12 +135,12 @@ def _status(job: Job) -> str:
         return f"Running for {minutes:.1f} minutes, in {job.folder}. {job.last_line()}"
     if job.process.returncode in STOPPED:
         return f"Stopped; the results so far are in {job.folder}."
-    return f"Finished; it is in {job.folder}." if job.process.returncode == 0 else f"It failed: {job.last_line()}"
+    return f"Finished; the run is in {job.folder}." if job.process.returncode == 0 else f"It failed: {job.last_line()}"
 
 
 def run_figures(folder: Path) -> list[Markup]:
     """Sample sheet and curves of a run that may not have ended."""
     run = read_run(folder)
-    sheets = [figure(f"Samples, step {sheet.step}", sheet.picture) for sheet in run.sheets[-1:]]
+    sheets = [figure(f"Samples, step {run.sheet.step}", run.sheet.picture)] if run.sheet else []
     facts = "step {step}, epoch {epoch:.2f}, loss {loss:.4f}".format(**run.lines[-1])
     return [*sheets, figure("Curves", to_picture(training_curves(run.lines)), facts)]

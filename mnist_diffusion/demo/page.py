@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import LRUCache
 
 from mnist_diffusion.demo import drawing
 from mnist_diffusion.demo.drawing import PIPELINE_DEFAULT, SAMPLER_CHOICES, check_choice, check_int, check_range
@@ -18,7 +20,7 @@ from mnist_diffusion.files import read_text
 from mnist_diffusion.pipelines.drawing import class_names
 
 HERE = Path(__file__).parent
-MAX_WAITING, MAX_SESSIONS = 64, 100
+MAX_WAITING, MAX_SESSIONS, MAX_UNFETCHED = 64, 100, 200
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 RECIPES = {
@@ -29,6 +31,23 @@ MAX_MINUTES, MAX_STEERED = 30, 50
 STEPS, SCALES = (1, 2, 4, 5, 10, 20, 50), (0.0, 1.0, 1.25, 1.4, 2.0, 2.8, 5.0)
 SECONDS_BETWEEN_STEPS, SECONDS_BETWEEN_LOOKS = 0.6, 3.0
 STATE_SECONDS = 900
+
+
+class FewMessages(asyncio.Queue[Any]):
+    """Messages to a session; the oldest are dropped while too many are unfetched."""
+
+    def put_nowait(self, item: Any) -> None:
+        """Put a message, in place of the oldest if there are too many."""
+        if self.qsize() >= MAX_UNFETCHED:
+            self.get_nowait()
+        super().put_nowait(item)
+
+
+class Unfetched(LRUCache[str, Any]):
+    """Gradio's messages that visitors have not fetched yet, by session: of few sessions, and few of each."""
+
+    def __setitem__(self, session: str, messages: Any) -> None:
+        super().__setitem__(session, FewMessages())
 
 
 @contextlib.contextmanager
@@ -123,7 +142,7 @@ def build_page(models: Models, jobs: JobRunner | None, data: Sequence[str]) -> g
         controls.pipeline.change(follow, controls.pipeline, followers, **AT_ONCE)
     page.queue(max_size=MAX_WAITING, api_open=False)
     page.state_session_capacity = MAX_SESSIONS
-    page._queue.pending_messages_per_session.max_size = MAX_SESSIONS  # drawings that nobody has fetched yet
+    page._queue.pending_messages_per_session = Unfetched(MAX_SESSIONS)
     return page
 
 
@@ -191,7 +210,7 @@ def _steer(models: Models, controls: Controls) -> None:
 
 
 def _compare(models: Models, controls: Controls) -> None:
-    gr.Markdown("One image of each class from the same seeds, in each combination of what is chosen.")
+    gr.Markdown("One image of each class from the same seeds, in each combination of the chosen settings.")
     with gr.Row():
         with gr.Column():
             others = controls.add(

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 from collections.abc import Mapping
+from ipaddress import ip_address
 from socket import AF_INET, AF_INET6, create_server
 from typing import Any
 
@@ -114,7 +115,10 @@ def _has_no_objects(body: bytes) -> bool:
 
 def guard(app: FastAPI, host: str) -> None:
     """Allow only the routes of the app, and on loopback only requests that name a loopback host, from no frame."""
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        loopback, host = ip_address(host).is_loopback, str(ip_address(host))
+    except ValueError:  # a name
+        loopback = host == "localhost" or host.startswith("127.")
     framed = {CSP: f"{HEADERS[CSP]}; frame-ancestors 'none'"} if loopback else {}
     app.add_middleware(RouteAllowlist, headers={**HEADERS, **framed})
     if loopback:  # DNS rebinding; `[` is how an IPv6 address begins, and no name does

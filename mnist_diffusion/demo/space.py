@@ -75,7 +75,7 @@ def write_gradio_space(pipelines: Mapping[str, MNISTDiffusionPipeline], folder: 
 
 
 def pinned() -> dict[str, str]:
-    """All that this package and its app require, and what that requires, in the versions installed here."""
+    """The direct and indirect requirements of this package and its app, in the versions installed here."""
     found: dict[str, str] = {}
     waiting = [("mnist-diffusion", "app")]
     for package, extra in waiting:  # which grows

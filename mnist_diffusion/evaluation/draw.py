@@ -90,7 +90,7 @@ class ImageGenerator:
 
     @contextmanager
     def _sampling(self, settings: SamplingSettings, **changes: Any) -> Iterator[Stream]:
-        """What samples some of the images in one batch, by their indices; its errors name the settings."""
+        """Yield a function that samples images by their indices, in one batch; errors name the settings."""
 
         def stream(indices: range) -> Iterator[DenoisingStep]:
             seeds = [mixed_seed(self.seed, "eval", index) for index in indices]

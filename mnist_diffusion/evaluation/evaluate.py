@@ -40,7 +40,7 @@ Draw = tuple[dict[str, Any], Callable[[], Sample]]
 
 
 def evaluate(options: EvaluationOptions) -> dict[str, Any]:
-    """Score images and write the report; of several processes the first does, and the others only sample.
+    """Score images and write the report; in processes besides the main one, only sample.
 
     Returns:
         The content of `report.json`; empty in the other processes.
@@ -137,7 +137,7 @@ def _draws(options: EvaluationOptions, data: ImageData) -> list[Draw]:
 def monitor(
     pipeline: MNISTDiffusionPipeline, data: ImageData, *, num_images: int, seed: int
 ) -> Callable[..., dict[str, float]]:
-    """Make a function that scores a pipeline as it then is, with its weights and scheduler, from the same seeds.
+    """Make a function that scores a pipeline with its current weights and scheduler, from the same seeds.
 
     Args:
         pipeline: around the weights in training.

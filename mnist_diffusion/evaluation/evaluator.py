@@ -92,7 +92,7 @@ class ImageEvaluator(PreTrainedModel):
 
 
 def evaluator_steps(data: ImageData) -> int:
-    """Updates that an evaluator takes for a data set: for a small one as many as see each image 40 times."""
+    """Training steps of an evaluator for a data set; a small one is seen 40 times."""
     return min(STEPS, max(MIN_STEPS, math.ceil(EPOCHS * len(data.train) / BATCH_SIZE)))
 
 
@@ -199,7 +199,7 @@ def load_evaluator(folder: Path, data: ImageData, *, origin: str | None = None) 
     if reads != wanted:
         raise UserError(
             f"evaluator {str(folder)!r} is for (channels, size, classes) {reads!s:.200}, "
-            f"but the images have {wanted!s:.200}"
+            f"but the images have {wanted!s:.200}; train another with `mnist-diffusion train_evaluator`"
         )
     require_weights([weights], model)
     model.load_state_dict(load_file(weights), assign=True)

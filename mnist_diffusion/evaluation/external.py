@@ -51,7 +51,7 @@ def read_sample(path: Path, data: ImageData) -> Sample:
     known = {name: index for index, name in enumerate(data.class_names)}
     known |= {name: index for index, name in enumerate(file_names(data.class_names))} if _is_flat(path) else {}
     if names is not None and not _is_flat(path) and not set(names) & set(known):
-        print(f"note: {path} names none of the classes, so its images are measured without: {sorted(set(names))[:5]}")
+        print(f"note: {path} names none of the classes, so it is scored without labels; got {sorted(set(names))[:5]}")
         names = None
     if names is not None:
         if unknown := sorted(set(names) - set(known)):

@@ -46,6 +46,6 @@ class ImageNetDistance:
         return value
 
     def update(self, images: Tensor, *, real: bool) -> None:
-        """Take uint8 images `[N, C, H, W]`, of the real side or to be measured."""
+        """Add uint8 images `[N, C, H, W]` to the reference if `real`, else to those to be measured."""
         for part in tqdm(images.split(BATCH_SIZE), desc="Inception", unit="batch", leave=False):
             self.metric.update(part.expand(-1, 3, -1, -1).to(self.device), real=real)

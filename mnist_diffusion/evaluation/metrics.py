@@ -129,7 +129,7 @@ class NearestImages:
     distances: np.ndarray
     """Root-mean-square pixel difference to the nearest, on a scale from 0 to 1, `[N]`."""
     relative: np.ndarray
-    """That over the mean to the nearest ten: near 1 for a new image, near 0 for a copy, `[N]`."""
+    """Ratio to the mean of the nearest ten: near 1 for a new image, near 0 for a copy, `[N]`."""
     indices: np.ndarray
     """Which training image is nearest, `[N]`."""
 

@@ -161,7 +161,7 @@ PLOTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "quality_against_nfe": ("nfe_per_image", {"scheduler": "{}", "guidance_scale": "guidance {:g}"}),
     "guidance": ("guidance_scale", {"scheduler": "{}", "num_inference_steps": "{} steps"}),
 }
-"""For each plot, the figure along its axis, and the settings that make a line of their own, as the legend has them."""
+"""For each plot, the metric on its x axis, and the settings that distinguish its lines, with formats for the legend."""
 
 
 VARIED = {"pipeline": "{}", "guidance": "{}", "guidance_interval": "{0[0]:g} to {0[1]:g}"}
@@ -169,11 +169,11 @@ VARIED = {"pipeline": "{}", "guidance": "{}", "guidance_interval": "{0[0]:g} to 
 
 
 def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Mapping[str, str]) -> Figure | None:
-    """Fréchet distance and class accuracy, a line for each pipeline and each combination of settings.
+    """FID, class accuracy, and one against the other; a line for each pipeline and each combination of settings.
 
     Args:
         results: of a report.
-        across: the figure along the axis; without two different values there is no plot.
+        across: the metric on the x axis; without two different values there is no plot.
         settings: by name, with their formats for the legend.
     """
     results = [result for result in results if result.get(across) is not None]
@@ -186,21 +186,28 @@ def plot_results(results: Sequence[Mapping[str, Any]], across: str, settings: Ma
         texts = [_format(pattern, result.get(name)) for name, pattern in spelled.items()]
         lines.setdefault(", ".join(filter(None, texts)), []).append(result)
     label = across.replace("_", " ").replace("nfe", "NFE")
-    figure, (left, right) = figure_of_panels(1, 2, title=f"Quality by {label}", height=3.6)
+    figure, (left, right, both) = figure_of_panels(1, 3, title=f"Quality by {label}", height=3.6)
     for name, chosen in lines.items():
         chosen.sort(key=lambda result: float(result[across]))
         xs, fid, errors = ([result[each] for result in chosen] for each in (across, "fid", "fid_standard_error"))
         left.errorbar(xs, fid, yerr=errors, marker="o", label=name)
         if all(result["accuracy"] is not None for result in chosen):
-            right.plot(xs, [100 * result["accuracy"] for result in chosen], marker="o", label=name)
+            shares = [100 * result["accuracy"] for result in chosen]
+            right.plot(xs, shares, marker="o")
+            both.plot(shares, fid, marker="o")
+            for place in zip(xs, shares, fid, strict=True):
+                both.annotate(f"{place[0]:g}", place[1:], xytext=(3, 3), textcoords="offset points", fontsize="x-small")
     left.axhline(results[0]["fid_floor"], color="grey", linestyle=":", label="real images")
-    left.set(xlabel=label, ylabel="FID (evaluator's features)")
-    right.set(xlabel=label, ylabel="class accuracy, %")
+    left.set(xlabel=label, ylabel="FID (lower is better)")
+    right.set(xlabel=label, ylabel="class accuracy, % (higher is better)")
+    both.set(xlabel="class accuracy, %", ylabel=f"FID; beside each point its {label}")
     log_scale(left)
     if across == "nfe_per_image":
         log_scale(left, "x")
         log_scale(right, "x")
     if results[0]["accuracy"] is not None:
         right.axhline(100 * results[0]["accuracy_floor"], color="grey", linestyle=":")
+        both.plot(100 * results[0]["accuracy_floor"], results[0]["fid_floor"], "*", color="grey", label="real images")
+    log_scale(both)
     left.legend(fontsize="small")
     return figure

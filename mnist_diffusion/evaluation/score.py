@@ -1,6 +1,6 @@
 """Score a set of images against real ones.
 
-The reference is the training split. The floor is what as many held-out real images score, measured by the same
+The reference is the training split. The floor is the score of as many held-out real images, measured by the same
 function.
 """
 
@@ -109,7 +109,7 @@ class Reference:
         self.floor = cache(self._floor)
 
     def _floor(self, num_images: int, labelled: bool) -> Scores:
-        """What `num_images` held-out images score (all of them if there are fewer), with their labels or without."""
+        """The scores of `num_images` held-out images (all of them if there are fewer), with or without labels."""
         count = min(num_images, len(self.held_out))
         if not labelled:
             return self.measure(replace(self._some(self.held_out, count), labels=None))

@@ -55,7 +55,7 @@ def parse_card(text: str) -> ModelCard:
     """
     try:
         return ModelCard(text)
-    except (YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FileError(f"the metadata at the top of {CARD} could not be read: {reason}") from error
 
@@ -97,7 +97,9 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
         for metric, name in CARD_METRICS.items()
         if result.get(metric) is not None
     ]
-    vars(card.data).update(model_name=folder.resolve().parent.name, eval_results=measured)
+    place = folder.resolve()
+    name = place.parent.name if place.name in ("pipeline", "pipeline_best") else place.name
+    vars(card.data).update(model_name=name, eval_results=measured)
     replace_text(path, str(parse_card(str(card))))  # parsed again with a safe loader
     results = folder / EVAL_RESULTS
     if results.parent.is_symlink():
@@ -134,7 +136,7 @@ def local_paths_in(config: Any) -> list[str]:
 
 
 def local_paths(values: Iterable[Any]) -> list[str]:
-    """Those of some values that are paths, in every spelling, the longest first."""
+    """The paths among some values, in every spelling, the longest first."""
     paths: set[str] = set()
     for each in values:
         value = each if isinstance(each, str) else ""

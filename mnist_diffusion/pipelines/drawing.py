@@ -212,7 +212,7 @@ def generate(
 
 
 def default_sources() -> tuple[str, ...]:
-    """What commands take if no pipeline is named: the newest run here, else the models that come with the package."""
+    """The pipelines of a command that names none: the newest run here, else the models that come with the package."""
     if (pipeline_folder(Path(LATEST)) / "model_index.json").is_file():
         sources: tuple[str, ...] = (LATEST,)
         about = f"{LATEST}, the newest run"

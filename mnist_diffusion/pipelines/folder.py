@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin, UNet2DModel
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from PIL import Image
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -39,7 +39,7 @@ MAX_HEADER_BYTES, MAX_CARD_BYTES = 2**22, 2**23
 MAX_LEVELS, MAX_NUMBER = 10, 100_000
 RANGES = {"sample_size": (1, 4096), "layers_per_block": (1, 16)}
 RANGES |= dict.fromkeys(("solver_order", "predictor_order", "corrector_order"), (1, 4))
-"""Of whole numbers in a configuration on which memory and time depend most; the others are within `MAX_NUMBER`."""
+"""Ranges of the whole numbers that decide most about memory and time; all others are within `MAX_NUMBER`."""
 FLOATS = ("BF16", "F16", "F32", "F64")
 PIPELINE_CLASS, CODE_STEM = "MNISTDiffusionPipeline", "pipeline_mnist_diffusion"
 CODE_FILE = re.compile(rf"{CODE_STEM}(_[0-9a-f]{{12}})?\.py")
@@ -89,19 +89,26 @@ def read_unet(folder: Path, *, variant: str | None = None, dtype: torch.dtype = 
     return unet.eval()
 
 
-def _weights_name(variant: str | None) -> str:
-    return UNET_WEIGHTS.replace(".safetensors", f".{variant}.safetensors") if variant else UNET_WEIGHTS
+def _weights_names(variant: str | None) -> tuple[str, str]:
+    """The file of the weights, and the index of its shards if it was saved in several."""
+    whole = UNET_WEIGHTS.replace(".safetensors", f".{variant}.safetensors") if variant else UNET_WEIGHTS
+    return whole, f"{UNET_WEIGHTS}.index{f'.{variant}' if variant else ''}.json"
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The file of the weights, or its shards, as diffusers writes with `max_shard_size`."""
-    whole, index = _weights_name(variant), f"{UNET_WEIGHTS}.index{f'.{variant}' if variant else ''}.json"
+    whole, index = _weights_names(variant)
     if (folder / whole).exists() or not (folder / index).exists():
         return [file_within(folder, whole)]
+    return [file_within(folder, shard) for shard in _shards(folder, index)]
+
+
+def _shards(folder: Path, index: str) -> list[str]:
+    """The shards that the index of some weights names."""
     shards = read_json(file_within(folder, index)).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(SHARD.fullmatch(str(shard)) for shard in shards.values()):
         raise FileError(f"{folder / index} must name the shards of the weights in its weight_map")
-    return [file_within(folder, f"unet/{shard}") for shard in sorted(set(shards.values()))]
+    return [f"unet/{shard}" for shard in sorted(set(shards.values()))]
 
 
 def _empty_unet(folder: Path) -> UNet2DModel:
@@ -133,7 +140,7 @@ def require_weights(paths: Sequence[Path], model: torch.nn.Module) -> None:
     for path in paths:
         for name, (shape, dtype) in (found := _tensors_in(path)).items():
             if name not in expected or name in there:
-                raise FileError(f"{path} has a tensor {name[:200]!r}")
+                raise FileError(f"{path} has a tensor {name[:200]!r} that is not expected, or is in another file, too")
             if shape != tuple(expected[name].shape):
                 needed = tuple(expected[name].shape)
                 raise FileError(f"{path}: {name} has shape {shape}, but config.json needs {needed}")
@@ -257,7 +264,17 @@ def fetch_pipeline(repo_id: str, variant: str | None = None, **hub: Any) -> Path
     for name in PIPELINE_FILES[1:3]:
         fetch_file(repo_id, name, MAX_JSON_BYTES, **hub)
     size = 8 * sum(tensor.numel() for tensor in _empty_unet(folder).state_dict().values())
-    fetch_file(repo_id, _weights_name(variant), MAX_HEADER_BYTES + size, **hub)
+    whole, index = _weights_names(variant)
+    try:
+        fetch_file(repo_id, whole, MAX_HEADER_BYTES + size, **hub)
+    except (FileError, LocalEntryNotFoundError) as missing:
+        try:
+            fetch_file(repo_id, index, MAX_JSON_BYTES, **hub)
+        except (FileError, LocalEntryNotFoundError):
+            raise missing from None
+        left = MAX_HEADER_BYTES + size
+        for shard in _shards(folder, index):
+            left -= fetch_file(repo_id, shard, left, **hub).stat().st_size
     return folder
 
 

@@ -39,6 +39,8 @@ CODE_FILE, CODE = f"{shipped.MODULE}.py", shipped.SOURCE
 CODE_INDEX = [shipped.MODULE, reading.PIPELINE_CLASS]
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+INVERSION_ITERATIONS = 5
+"""Network evaluations of each step of an inversion; twice as many if it is guided."""
 IGNORED = ("trust_remote_code", "low_cpu_mem_usage")  # no code is run, and memory is allocated once, either way
 
 
@@ -172,7 +174,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         return pipeline
 
     def _conditions(self, class_labels: Any, num_images_per_label: int) -> tuple[shipped.Conditions, int]:
-        """Also for float weights `[images, num_classes]`, the share of each class in an image's prediction."""
+        """As in the base class, but also accepts float weights `[images, num_classes]` of the classes' predictions."""
         mixed = getattr(class_labels, "ndim", 0) == 2 and torch.as_tensor(class_labels).is_floating_point()
         if self.num_classes is None or not mixed:
             return super()._conditions(class_labels, num_images_per_label)
@@ -207,7 +209,6 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         *,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
-        num_iterations: int = 5,
     ) -> torch.Tensor:
         """Find the noise from which DDIM (eta 0) samples given images.
 
@@ -220,7 +221,6 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             class_labels: one label per image, or None.
             num_inference_steps: number of steps; sample with as many.
             guidance_scale: the scale to sample with.
-            num_iterations: fixed-point iterations per step, each one network evaluation per image (two if guided).
 
         Returns:
             float32 latents `[B, C, H, W]` for a call with a `DDIMScheduler` made from this scheduler's configuration.
@@ -239,7 +239,6 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             raise ValueError(f"images must be from 0 to 1, got {float(images.min())} to {float(images.max())}")
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"class_labels must be one for each of the {len(images)} images, got {len(labels)}")
-        shipped._check_count("num_iterations", num_iterations)
         scales = self._guidance_scales(0.0 if labels is None else guidance_scale, len(images))
         self._check_scheduler()
         self._check_steps(num_inference_steps, None, None)
@@ -254,7 +253,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             target, sample = sample, sample / angle.cos()
             acts = self._is_inside("guidance_interval", timestep, None)
             now = acts, scales if acts else scales.clamp(max=1)
-            for _ in range(int(num_iterations)):
+            for _ in range(INVERSION_ITERATIONS):
                 step = shipped.GuidanceStep(self, 0, 1, timestep, sample, conditions, *now)
                 output = shipped.classifier_free_guidance(step)
                 clean = shipped.predicted_original_sample(output, sample, alpha, scheduler.config.prediction_type)
@@ -353,6 +352,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
         kind = type(self.scheduler)
         if getattr(diffusers, kind.__name__, None) is not kind:
             raise ValueError(f"scheduler must be one of diffusers' own to be saved and loaded again, got {kind}")
+        self._check_scheduler()
+        self._check_steps(self.config.num_inference_steps, None, None)
         super().save_pretrained(save_directory, variant=variant)
         for path in Path(save_directory, "unet").glob("*.safetensors"):
             copy_permissions(path.with_name("config.json"), path)
@@ -385,7 +386,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             The address of the commit.
 
         Raises:
-            ValueError: what is to be pushed holds the token.
+            ValueError: a file or the commit message holds the token.
             OSError: the Hub refused or could not be reached; the files are unchanged.
         """
 

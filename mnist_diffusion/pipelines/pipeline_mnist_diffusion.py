@@ -391,8 +391,7 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
             guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: scales above 1 act inside only.
                 Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
             num_inference_steps: number of denoising steps.
-            timesteps: falling timesteps, if the scheduler takes them.
-            sigmas: falling noise levels, if the scheduler takes them.
+            timesteps, sigmas: falling timesteps or noise levels in their place, if the scheduler takes them.
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
             noise_interval: `(low, high)`, as above: SDE-DPM-Solver++ adds noise inside, and is DPM-Solver++ outside.
             generator: one for the batch, or one per image, which makes an image independent of the batch.

@@ -62,7 +62,7 @@ def log_scale(panel: Axes, axis: str = "y") -> None:
 
 
 def _series(lines: Lines, name: str, across: str = "step") -> tuple[list[float], list[float]]:
-    """Where a value was measured, and the value."""
+    """The steps (or epochs) at which a value was measured, and its values there."""
     found = [(line[across], line[name]) for line in lines if line.get(name) is not None]
     return [place for place, _ in found], [value for _, value in found]
 
@@ -141,7 +141,7 @@ def noise_schedule(process: NoisingProcess) -> Figure:
     betas.set(xlabel="timestep", ylabel="beta (variance added)")
     log_scale(betas)
     shares.plot(alpha_bar)
-    shares.set(xlabel="timestep", ylabel="alpha bar (image's share of the variance)")
+    shares.set(xlabel="timestep", ylabel="alpha bar (share of the image)")
     with np.errstate(divide="ignore"):
         ratios.plot(10 * np.log10(alpha_bar / (1 - alpha_bar)))
     ratios.set(xlabel="timestep", ylabel="signal-to-noise ratio, dB")

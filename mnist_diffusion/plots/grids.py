@@ -151,6 +151,6 @@ def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: i
 
 
 def animation(frames: Sequence[Image.Image], *, milliseconds: int = 150) -> dict[str, Any]:
-    """Arguments with which the first of the frames is saved as a looping GIF that rests on its last frame."""
+    """Arguments for saving the first frame as a looping GIF of all of them, which rests on the last."""
     durations = [milliseconds] * (len(frames) - 1) + [8 * milliseconds]
     return {"save_all": True, "append_images": list(frames[1:]), "duration": durations, "loop": 0}

@@ -54,7 +54,7 @@ def run_page(run: RunRecord) -> str:
     return _render(
         name=run.name,
         state=f"A run of mnist-diffusion, {'finished' if run.summary.get('finished') else 'not finished'}.",
-        samples=embedded(run.sheets[-1].picture) if run.sheets else None,
+        samples=embedded(run.sheet.picture) if run.sheet else None,
         usage=_usage(run) if exported else None,
         tables=[("Evaluation", ("images", "metric", "value"), scores), ("Training", (), facts)],
         curves=embedded(curves.to_picture(curves.training_curves(run.lines, title="Training"))),
@@ -67,7 +67,7 @@ def comparison_page(runs: Mapping[str, RunRecord]) -> str:
     """Several runs compared as HTML: results, settings that differ, curves, last sample sheets."""
     groups = by_objective(runs)
     apart = " Losses of different objectives cannot be compared; plotted apart." if len(groups) > 1 else ""
-    sheets = [(name, run.sheets[-1].picture) for name, run in runs.items() if run.sheets]
+    sheets = [(name, run.sheet.picture) for name, run in runs.items() if run.sheet]
     figure = curves.compared_curves([{name: run.lines for name, run in group.items()} for group in groups])
     return _render(
         name="Runs compared",
@@ -82,7 +82,7 @@ def comparison_page(runs: Mapping[str, RunRecord]) -> str:
 
 
 def _render(**values: Any) -> str:
-    """The page; what is not given is left out."""
+    """Render the page, without the sections for which no value is given."""
     return Environment(autoescape=True).from_string(read_text(TEMPLATE)).render(values)
 
 

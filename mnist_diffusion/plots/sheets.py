@@ -1,4 +1,4 @@
-"""Sheets of what a pipeline samples: classes by row, how images form, what the noising process does."""
+"""Sheets of a pipeline's samples by class, of the steps of denoising, and of the noising process."""
 
 from __future__ import annotations
 

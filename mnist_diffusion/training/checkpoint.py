@@ -28,7 +28,7 @@ NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"
 INVALID = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 """Exceptions from reading a damaged checkpoint."""
-WRONG_CONTENT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+WRONG_CONTENT = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 """Exceptions from using a checkpoint that holds something else than a run's state."""
 
 
@@ -179,7 +179,7 @@ def verify(path: Path, step: int, run_id: str | None = None) -> None:
         if file.parent != path or not file.is_file() or file.is_symlink():
             raise CheckpointError(f"{name} is missing")
         if file.stat().st_size != written["size"] or _sha256(file) != written["sha256"]:
-            raise CheckpointError(f"{name} is not the file that was written")
+            raise CheckpointError(f"{name} does not have the size and SHA-256 in {MANIFEST}")
 
 
 def _set_aside(path: Path) -> Path:

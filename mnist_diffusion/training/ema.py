@@ -131,7 +131,11 @@ def reconstruct_ema(run: Path, std: float) -> tuple[dict[str, Tensor], float]:
         try:
             open_file(path).close()  # a regular file
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
+                keys = set(file.keys())
+                names = total.keys() | {key.partition("/")[2] for key in keys}
+                if keys != {f"{each}/{name}" for each in TRACKED for name in names}:
+                    raise ValueError("it lacks weights, or has others than the averages before it")
+                for key in keys:
                     each, _, name = key.partition("/")
                     part = file.get_tensor(key).double() * row[TRACKED.index(float(each))]
                     if not torch.isfinite(part).all():

@@ -49,7 +49,9 @@ class RunContext:
             UserError: they have not, as when one machine of several has no data and fell back.
         """
         if len(different := {each[:16] for each in utils.gather_object([fingerprint])}) > 1:
-            raise UserError(f"the processes read different {what}: fingerprints {sorted(different)}")
+            raise UserError(
+                f"the processes read different {what}: fingerprints {sorted(different)}; give all the same files"
+            )
 
     def load_images(self, config: ImagesConfig, *, seed: int) -> ImageData:
         """Load labelled images, the same on every process; `seed` chooses the held-out ones if the source has none."""
@@ -81,7 +83,9 @@ def start_run(config: Config, recipe: str) -> tuple[RunContext, Config]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what is wrong is said when it is loaded
             newest = newest_intact(folder / "checkpoints")
             then = {} if newest is None else read_json(newest / "state.json")["config"]["train"]
-            chosen = {name: then[name] for name in PROBED if name in then and getattr(config.train, name) is None}
+            found = {name: then[name] for name in PROBED if name in then and getattr(config.train, name) is None}
+            replace(config.train, **found)
+            chosen = found
     resumes, chosen = utils.broadcast_object_list([resumes, chosen])
     if launcher().mixed_precision != "no":
         chosen.pop("mixed_precision", None)
@@ -98,6 +102,7 @@ def start_processes(config: RunConfig) -> PartialState:
     """
     given = launcher()
     announced = max(given.num_processes, given.local_processes)
+    set_num_threads(config.train.num_threads)
     state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
     if announced > 1 and state.num_processes == 1:
         raise UserError(

@@ -72,7 +72,7 @@ class MetricsLog:
                 processes.on_main(lambda: append_metrics(self.path, self.lines))
                 cause = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
                 raise UserError(
-                    f"step {bad_step} was not finite ({cause}); the run stopped before saving anything of it. Resume "
+                    f"step {bad_step} was not finite ({cause}); the run stopped without saving this step. Resume "
                     f"from an earlier checkpoint in {folder / 'checkpoints'} with a lower train.learning_rate or "
                     "train.max_grad_norm, or with train.on_non_finite=skip"
                 )

@@ -52,7 +52,7 @@ def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS) -> f
 def fastest(
     context: RunContext, config: Config, build: Callable[[RunContext, Config], TrainState]
 ) -> tuple[RunContext, Config]:
-    """Choose the precision, memory format and threads of a run on a CPU that are faster now; what is given stays.
+    """Choose the fastest precision, memory format and threads for a run on a CPU; options that are set stay.
 
     Args:
         context: the run.
@@ -60,7 +60,7 @@ def fastest(
         build: builds the state to try, around a copy of the network.
 
     Returns:
-        Both as chosen.
+        The context and the configuration with these choices.
     """
     train = config.train
     if context.accelerator.device.type != "cpu" or train.compile:

@@ -71,7 +71,10 @@ def allowed_changes(checkpoint: Checkpoint, config: RunConfig, data_fingerprint:
         fixed.append(f"the objective was {learned}, now {objective}")
     if fixed:
         wrong = ", ".join(fixed) + (f"; these may change: {', '.join(free)}" if free else "")
-        raise CheckpointError(f"cannot resume from {checkpoint.path} with another configuration: {wrong}")
+        raise CheckpointError(
+            f"cannot resume from {checkpoint.path} with another configuration; undo the changes, or name another "
+            f"output_dir: {wrong}"
+        )
     return ", ".join(free)
 
 

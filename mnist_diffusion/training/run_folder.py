@@ -7,7 +7,7 @@ import errno
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -43,6 +43,8 @@ OBJECTIVE = "# objective: "
 IN_LOSS = ("diffusion.", "distillation.")
 NOT_IN_LOSS = ("diffusion.label_dropout", "distillation.teacher", "distillation.split_seed")
 MAX_LOG_BYTES = 2**31
+MAX_NUMBER = 10**18
+"""Largest absolute value of a number in a summary."""
 NOISE_LEVELS = 10
 """Tenths of the timesteps, for each of which `loss_by_noise` has a mean."""
 SHEET_NAME = re.compile(r"step-(\d+)\.png")
@@ -136,7 +138,7 @@ class RunFolder:
         """Check that a run may start at step 0 here: the folder was empty, or a run started in it and left no result.
 
         Raises:
-            UserError: it may not.
+            UserError: the folder holds results of a run, or files of something else.
         """
         lost = [name for name in RESULTS if (self.path / name).exists()]
         lost += [f"checkpoints/{path.name}" for path in (self.path / "checkpoints").glob("*.broken*")]
@@ -240,7 +242,7 @@ class RunRecord:
         objective_name: the name of its objective; empty if unknown.
         lines: the lines of its `metrics.jsonl`.
         summary: its `summary.json`; empty until the run ends.
-        sheets: its sample sheets, oldest first.
+        sheet: its last sample sheet, if there is one.
     """
 
     folder: Path
@@ -248,7 +250,7 @@ class RunRecord:
     objective_name: str
     lines: list[dict[str, Any]]
     summary: Mapping[str, Any]
-    sheets: Sequence[Sheet]
+    sheet: Sheet | None
 
     @property
     def loss_settings(self) -> dict[str, Any]:
@@ -283,8 +285,13 @@ def read_run(folder: Path) -> RunRecord:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(folder)!r}: the run folder could not be read: {error}") from error
     name = first.removeprefix(OBJECTIVE) if first.startswith(OBJECTIVE) else ""
-    plain = {key: value for key, value in summary.items() if isinstance(value, int | float | str)}
-    return RunRecord(folder, values, name, lines, plain, sample_sheets(folder, epochs_per_step=epochs_per_step))
+    plain = {
+        key: value
+        for key, value in summary.items()
+        if isinstance(value, str) or (isinstance(value, int | float) and abs(value) < MAX_NUMBER)
+    }
+    last = sample_sheets(folder, epochs_per_step=epochs_per_step, only_last=True)
+    return RunRecord(folder, values, name, lines, plain, last[0] if last else None)
 
 
 def with_training_images(pipeline: str, given: Images) -> tuple[Images, int | None]:
@@ -317,14 +324,16 @@ def with_training_images(pipeline: str, given: Images) -> tuple[Images, int | No
         raise UserError(f"{beside} {problem}") from error
 
 
-def sample_sheets(folder: Path, *, epochs_per_step: float) -> list[Sheet]:
-    """The sample sheets of a run folder, oldest first."""
+def sample_sheets(folder: Path, *, epochs_per_step: float, only_last: bool = False) -> list[Sheet]:
+    """The sample sheets of a run folder, oldest first, or the last readable one alone."""
     paths = (folder / "samples").glob("step-*.png")
     by_step = {int(match[1]): path for path in paths if (match := SHEET_NAME.fullmatch(path.name))}
     sheets = []
-    for step, path in sorted(by_step.items()):
+    for step, path in sorted(by_step.items(), reverse=only_last):
         try:
             sheets.append(Sheet(f"epoch {step * epochs_per_step:.2f}", read_picture(path), step))
         except FileError as error:
             print(f"warning: skipping a sample sheet: {error}")
+        if only_last and sheets:
+            break
     return sheets

@@ -191,7 +191,7 @@ class TrainState:
         self.unet.load_state_dict(tensors["unet"])
         averaged = [tensors["ema"][name] for name, _ in self.unet.named_parameters()]
         torch._foreach_copy_(self.ema.shadow_params, averaged)
-        self.ema.optimization_step = state["ema_step"]
+        self.ema.optimization_step = int(state["ema_step"])
         restore_optimizer(self.optimizer.optimizer, tensors["optimizer"])
         if self.accelerator.scaler is not None and state["grad_scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])

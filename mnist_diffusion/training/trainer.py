@@ -186,7 +186,7 @@ class Trainer:
         return dataclasses.replace(self.config, train=train, data=data)
 
     def _begin(self) -> None:
-        """Write the configuration, drop what later steps left, and draw what does not change."""
+        """Write the configuration, drop results of later steps, and draw the pictures due now."""
         replace_text(self.folder / "config.yaml", config_text(self.config, self.state.objective))
         cut_metrics(self.log.path, self.progress.step)
         prune_after_step(self.folder, self.progress.step)
@@ -228,16 +228,16 @@ class Trainer:
             self.state.restore(checkpoint)
             values = {field.name: checkpoint.state[field.name] for field in dataclasses.fields(Progress)}
             self.progress = TypeAdapter(Progress).validate_python(values)
-            then = checkpoint.state["config"]["train"]
+            if schedule.is_timed(train := self.config.train):  # no other length is given: as before
+                then = checkpoint.state["config"]["train"]
+                kept = {name: then[name] for name in ("max_steps", "max_epochs")}
+                kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "lr_decay")}
+                self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **kept))
         except (torch.OutOfMemoryError, CheckpointError):
             raise
         except WRONG_CONTENT as error:
             raise CheckpointError(f"{checkpoint.path} is not a checkpoint of such a run: {error!r:.300}") from error
         self.clock = schedule.Clock(self.progress.seconds)
-        if schedule.is_timed(train := self.config.train):  # no other length is given: as before
-            kept = {name: then[name] for name in ("max_steps", "max_epochs")}
-            kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "lr_decay")}
-            self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **kept))
         self.accelerator.print(f"Resuming from {checkpoint.path}" + (f"\nChanges: {changes}" if changes else ""))
 
     def _finish(self, signal_number: int) -> None:

@@ -229,6 +229,8 @@ CAPTIONS = "file_name,caption\n0.png,a bar on the left\n1.png,a bar in the middl
 NO_LABELS = [
     ("sample_submission.csv", f"id,label\n{SUBMITTED}", "a submission holds no labels"),
     ("answers.csv", f"id,label\n{SUBMITTED}", "it lists pictures of a test folder alone"),
+    ("sizes.csv", "width,height\n640,480\n640,320\n", "none of its columns 'width', 'height' names pictures"),
+    ("answers.csv", f"id,label\n{rows(12, '{}.png,0')}", "its labels are all alike: '0'"),
     ("metadata.csv", CAPTIONS, "its column 'caption' is not called a label, and the folders name classes"),
 ]
 CONTRADICTION = "file,label\n" + "".join(f"{name}/{index}.png,no {name}\n" for name in DIGITS for index in range(4))

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import torch
 from PIL import Image
 
 from mnist_diffusion.plots.grids import image_grid
-from tests.support.browser import Visit
+from tests.support.browser import NARROW, Visit
 
 pytestmark = pytest.mark.slow
 SECONDS = 30_000
 """How long, in milliseconds, the page may take on a busy machine."""
 
 
-class AppVisit(Visit):
+class ReadyVisit(Visit):
     """A visit that begins when the controls have been set for the pipeline."""
 
     def __init__(self, browser: Any, address: str, **options: Any):
@@ -39,14 +38,7 @@ class AppVisit(Visit):
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
 
 
-@pytest.fixture
-def visit(browser: Any, address: str) -> Iterator[AppVisit]:
-    visit = AppVisit(browser, address)
-    yield visit
-    visit.close()
-
-
-def test_generate(visit: AppVisit) -> None:
+def test_generate(visit: ReadyVisit) -> None:
     page = visit.open("Generate")
     page.get_by_label("f", exact=True).first.check()
     page.get_by_label("Sampler").click()
@@ -79,7 +71,7 @@ def test_generate(visit: AppVisit) -> None:
             assert picture.format == suffix
 
 
-def test_a_student_says_what_it_has_learned_and_errors_are_kind(visit: AppVisit) -> None:
+def test_a_student_says_what_it_has_learned_and_errors_are_kind(visit: ReadyVisit) -> None:
     page, draw = visit.page, visit.page.get_by_role("button", name="Sample", exact=True)
     page.get_by_label("d", exact=True).first.uncheck()
     draw.click()
@@ -95,7 +87,7 @@ def test_a_student_says_what_it_has_learned_and_errors_are_kind(visit: AppVisit)
     page.get_by_text("guidance_scale must be one of [1.9, 1.0, 2.8]").wait_for()
 
 
-def test_steer(visit: AppVisit) -> None:
+def test_steer(visit: ReadyVisit) -> None:
     page = visit.open("Steer")
     drawn = []
     for change in (False, True):
@@ -117,7 +109,7 @@ def test_steer(visit: AppVisit) -> None:
     page.get_by_role("button", name="Pause").click()
 
 
-def test_compare(visit: AppVisit) -> None:
+def test_compare(visit: ReadyVisit) -> None:
     page = visit.open("Compare")
     page.get_by_role("button", name="Compare", exact=True).click()
     page.locator("#compared figure").nth(3).wait_for()
@@ -126,7 +118,7 @@ def test_compare(visit: AppVisit) -> None:
     assert all("network evaluations and" in title for title in titles)
 
 
-def test_explore(visit: AppVisit, tmp_path: Path) -> None:
+def test_explore(visit: ReadyVisit, tmp_path: Path) -> None:
     page = visit.open("Explore")
     page.get_by_role("button", name="Walk").click()
     page.locator("#between figure img").wait_for()
@@ -159,12 +151,12 @@ def test_explore(visit: AppVisit, tmp_path: Path) -> None:
     )
 
 
-def test_train_and_stop(visit: AppVisit, browser: Any, address: str) -> None:
+def test_train_and_stop(visit: ReadyVisit, browser: Any, address: str) -> None:
     page = visit.open("Train")
     page.locator('input[type="radio"][value="tiny"]').check()
     page.get_by_role("button", name="Train", exact=True).click()
     page.locator("#train-job figure").first.wait_for(timeout=2 * SECONDS)
-    other = AppVisit(browser, address)  # a second visitor, while the machine is busy, sees how it is going
+    other = ReadyVisit(browser, address)  # a second visitor, while the machine is busy, sees how it is going
     other.open("Train").locator("#train-job figure").first.wait_for()
     other.page.get_by_role("button", name="Train", exact=True).click()
     other.page.get_by_text("the machine is busy with another training run").wait_for()
@@ -177,8 +169,7 @@ def test_train_and_stop(visit: AppVisit, browser: Any, address: str) -> None:
 
 
 def test_narrow_dark_and_closed_in_mid_run(browser: Any, address: str) -> None:
-    options = {"color_scheme": "dark", "reduced_motion": "reduce", "viewport": {"width": 360, "height": 800}}
-    visit = AppVisit(browser, address, **options)
+    visit = ReadyVisit(browser, address, **NARROW)
     page = visit.page
     for tab in ("Steer", "Compare", "Explore", "Train", "Generate"):
         shown = page.get_by_role("tab", name=tab)
@@ -193,7 +184,7 @@ def test_narrow_dark_and_closed_in_mid_run(browser: Any, address: str) -> None:
     page.get_by_role("button", name="Sample", exact=True).click()
     page.get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
     visit.close()
-    after = AppVisit(browser, address)  # the next visitor is not kept waiting
+    after = ReadyVisit(browser, address)  # the next visitor is not kept waiting
     after.page.get_by_role("button", name="Sample", exact=True).click()
     after.page.locator("#generated .gif").wait_for()
     after.close()

@@ -1,5 +1,6 @@
 """What the server refuses: routes, bodies, and settings that are out of bounds; and Spaces."""
 
+import asyncio
 import base64
 import http.client
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,8 +24,10 @@ from starlette.testclient import TestClient
 from mnist_diffusion.cli import main
 from mnist_diffusion.command_options import AppOptions
 from mnist_diffusion.demo import drawing
+from mnist_diffusion.demo.jobs import JobRunner
 from mnist_diffusion.demo.models import Models
-from mnist_diffusion.demo.server import MAX_BODY_BYTES, guard
+from mnist_diffusion.demo.page import MAX_SESSIONS, MAX_UNFETCHED, Unfetched
+from mnist_diffusion.demo.server import MAX_BODY_BYTES, MAX_CONNECTIONS, guard, serve
 from mnist_diffusion.demo.space import write_gradio_space
 from mnist_diffusion.errors import UserError
 from tests.conftest import make_pipeline
@@ -104,6 +108,7 @@ def test_objects_that_gradio_takes_for_files_are_refused(address: str, path: str
         *(("127.0.0.1", each, status) for each, status in (("example.com", 400), ("127.0.0.1:7860", 200))),
         *(("127.0.0.2", each, status) for each, status in (("example.com", 400), ("127.0.0.2:7860", 200))),
         *(("::1", each, status) for each, status in (("example.com", 400), ("[::1]:7860", 200))),
+        ("0:0:0:0:0:0:0:1", "example.com", 400),
         ("0.0.0.0", "example.com", 200),
     ],
 )
@@ -168,17 +173,53 @@ def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "address",
+    ("address", "message"),
     [
-        *(None, {"path": "/etc/hostname"}, "https://example.com/a.png", "data:text/html;base64,PGI+"),
-        *(f"data:image/png;base64,{content}" for content in ("!!!", "AAAA", "A" * 2**22)),
-        *(png(Image.new("L", (28, 28))), png(Image.new("L", (28, 28), 200)).replace("png", "jpeg")),
-        *(png(noise(1025, 1025)), with_second_header(png(noise(8, 8)), 1025, 1025)),
+        *((each, "draw a picture first") for each in (None, {"path": "/etc/hostname"}, "https://example.com/a.png")),
+        *(("data:text/html;base64,PGI+", "draw a picture"), (f"data:image/png;base64,{'A' * 2**22}", "draw a picture")),
+        *((f"data:image/png;base64,{content}", "the drawing must be a PNG") for content in ("!!!", "AAAA")),
+        (png(Image.new("L", (28, 28), 200)).replace("png", "jpeg"), "draw a picture first"),
+        (png(Image.new("L", (28, 28))), "the drawing is blank"),
+        (png(noise(1025, 1025)), "1025 x 1025 pixels, more than the limit"),
+        (with_second_header(png(noise(8, 8)), 1025, 1025), "1025 x 1025 pixels, more than the limit"),
     ],
 )
-def test_what_is_no_drawing_is_refused(address: Any) -> None:
-    with pytest.raises(UserError, match=r"draw|more than the limit"):
+def test_what_is_no_drawing_is_refused(address: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         drawing.decode_sketch(address, (1, 8, 8))
+
+
+def test_nothing_is_left_open_or_said_of_each_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of a training that has ended is closed; connections over the limit are dropped quietly."""
+    jobs = JobRunner(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen", lambda *_, **__: SimpleNamespace(poll=lambda: 0))
+        jobs.start("a", [])
+        jobs.start("b", [])
+    assert [job.log_file.closed for job in jobs.jobs] == [True, False]
+    jobs.jobs[-1].log_file.close()
+    served: dict[str, Any] = {}
+
+    def run(self: Any, *, sockets: Any) -> None:
+        served.update(vars(self.config))
+        sockets[0].close()
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    monkeypatch.setattr("mnist_diffusion.demo.server.build_app", lambda options: (FastAPI(), None))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    serve(AppOptions(port=free_port()))
+    assert (served["log_level"], served["limit_concurrency"]) == ("error", MAX_CONNECTIONS)
+
+
+def test_drawings_that_nobody_fetches_are_few() -> None:
+    """Of each session, and sessions are few."""
+    kept = Unfetched(MAX_SESSIONS)
+    for number in range(2 * MAX_SESSIONS):
+        kept[str(number)] = asyncio.Queue[Any]()
+    for number in range(2 * MAX_UNFETCHED):
+        kept["150"].put_nowait(number)
+    assert (len(kept), kept["150"].qsize()) == (MAX_SESSIONS, MAX_UNFETCHED)
+    assert kept["150"].get_nowait() == MAX_UNFETCHED  # the oldest are dropped
 
 
 def test_a_picture_drawn_again_comes_back() -> None:

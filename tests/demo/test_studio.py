@@ -17,37 +17,10 @@ from mnist_diffusion.config import DiffusionConfig, SamplingSettings
 from mnist_diffusion.demo.studio.build import write_studio
 from mnist_diffusion.demo.studio.plans import sampler_plan
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.method.distillation import student_of
-from mnist_diffusion.pipelines.drawing import build_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.pipelines.samplers import build_sampler, student_scheduler
+from mnist_diffusion.pipelines.samplers import build_sampler
 from tests.conftest import make_pipeline
-from tests.support.browser import CHROMIUM, Visit
-
-SCALES = (1.9, 1.0, 2.8)
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
-
-
-def make_student(teacher: MNISTDiffusionPipeline) -> MNISTDiffusionPipeline:
-    sampling = SamplingSettings(scheduler="lcm", num_inference_steps=1, guidance_scale=SCALES[0])
-    unet, names = student_of(teacher, len(SCALES)).eval(), tuple("abcdefghij")
-    with torch.no_grad():  # so that the scales draw different images
-        unet.class_embedding.weight.add_(torch.randn_like(unet.class_embedding.weight))
-    student = build_pipeline(
-        student_scheduler(teacher.scheduler.config), sampling, names, unet, guidance_distilled=SCALES
-    )
-    student.set_progress_bar_config(disable=True)
-    return student
-
-
-@pytest.fixture(scope="module")
-def pipelines() -> dict[str, MNISTDiffusionPipeline]:
-    teacher = make_pipeline(guidance_interval=(0.2, 0.8))
-    return {"In few passes": make_student(teacher), "Step by step": teacher}
+from tests.support.browser import CHROMIUM, NARROW, Visit
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +31,14 @@ def address(pipelines: dict[str, MNISTDiffusionPipeline], tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("studio")
     write_studio(pipelines, folder, title="Ten <b>letters</b>")
     assert sum(path.stat().st_size for path in folder.iterdir()) < 16e6
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
 
-class StudioVisit(Visit):
+class ReadyVisit(Visit):
     """A visit that begins when the first picture is drawn."""
 
     def __init__(self, browser: Any, address: str, **options: Any):
@@ -83,13 +56,6 @@ class StudioVisit(Visit):
         return str(self.page.evaluate("document.getElementById('picture').toDataURL()"))
 
 
-@pytest.fixture
-def visit(browser: Any, address: str) -> Iterator[StudioVisit]:
-    visit = StudioVisit(browser, address)
-    yield visit
-    visit.close()
-
-
 DRAW = """async ([file, noise, label, scale, steps]) => {
   const { bytesOf, denoise, noiseOf, settings } = await import("/studio.js");
   const model = settings.models.find((each) => each.file === file);
@@ -101,24 +67,22 @@ DRAW = """async ([file, noise, label, scale, steps]) => {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "scale", "steps"), [("Step by step", 2.5, 8), ("Step by step", 0.0, 3),
-                                                      ("In few passes", 2.8, 1)])  # fmt: skip
+@pytest.mark.parametrize(("name", "scale", "steps"), [("teacher", 2.5, 8), ("teacher", 0.0, 3), ("student", 2.8, 1)])
 def test_the_same_noise_gives_the_pixels_of_the_pipeline(
-    visit: StudioVisit, pipelines: dict[str, MNISTDiffusionPipeline], name: str, scale: float, steps: int
+    visit: ReadyVisit, pipelines: dict[str, MNISTDiffusionPipeline], name: str, scale: float, steps: int
 ) -> None:
     file = f"{list(pipelines).index(name)}.onnx"
+    asked: dict[str, Any] = {"guidance_scale": scale, "num_inference_steps": steps, "output_type": "np"}
     for label in (3, 7):
         noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(label))
         drawn = visit.page.evaluate(DRAW, [file, noise.flatten().tolist(), label, scale, steps])
-        wanted = pipelines[name](
-            [label], latents=noise, guidance_scale=scale, num_inference_steps=steps, output_type="np"
-        ).images
+        wanted = pipelines[name]([label], latents=noise, **asked).images
         apart = np.abs(np.array(drawn) - np.round(255 * wanted.flatten()))
         assert (apart <= 1).mean() >= 0.999
 
 
 @pytest.mark.slow
-def test_every_control(visit: StudioVisit) -> None:
+def test_every_control(visit: ReadyVisit) -> None:
     page = visit.page
     assert page.title() == "Ten <b>letters</b>"
     first = visit.picture()
@@ -137,7 +101,7 @@ def test_every_control(visit: StudioVisit) -> None:
     changes(lambda: page.locator("#mix").fill("0.5"))
     changes(lambda: page.locator("#other").select_option("5"))
     changes(lambda: page.locator("#count").press("ArrowRight"))
-    changes(lambda: page.get_by_role("button", name="Step by step").click())
+    changes(lambda: page.get_by_role("button", name="teacher").click())
     assert page.locator("#steps canvas").count() == 10
     page.get_by_role("button", name="After step 3").click()
     assert visit.picture() != pictures[-1]
@@ -148,9 +112,9 @@ def test_every_control(visit: StudioVisit) -> None:
 
 
 @pytest.mark.slow
-def test_a_slow_drawing_is_steered(visit: StudioVisit) -> None:
+def test_a_slow_drawing_is_steered(visit: ReadyVisit) -> None:
     page = visit.page
-    alone = visit.after(lambda: page.get_by_role("button", name="Step by step").click())
+    alone = visit.after(lambda: page.get_by_role("button", name="teacher").click())
     page.locator("#slow").check()
     page.locator("#count").fill("2")  # four steps, half a second apart
     page.wait_for_timeout(600)
@@ -160,18 +124,16 @@ def test_a_slow_drawing_is_steered(visit: StudioVisit) -> None:
 
 
 @pytest.mark.slow
-def test_narrow_dark_and_without_motion(browser: Any, address: str) -> None:
-    options = {"color_scheme": "dark", "reduced_motion": "reduce", "viewport": {"width": 360, "height": 800}}
-    visit = StudioVisit(browser, address, **options)
+@pytest.mark.parametrize("visit", [NARROW], indirect=True)
+def test_narrow_dark_and_without_motion(visit: ReadyVisit) -> None:
     page = visit.page
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(255, 255, 255)"
-    before = visit.after(lambda: page.get_by_role("button", name="Step by step").click())
+    before = visit.after(lambda: page.get_by_role("button", name="teacher").click())
     page.locator("#slow").check()
     page.get_by_role("button", name="Draw again").click()
     page.wait_for_timeout(700)
     assert visit.picture() == before  # only the end is shown
-    visit.close()
 
 
 @pytest.mark.slow

@@ -109,6 +109,7 @@ READ: dict[str, tuple[Files, bool, bool]] = {
     "a table beside the pictures": (ALONE | TABLE, True, False),
     "parquet": ({"train.parquet": ROWS.to_parquet}, True, False),
     "pictures alone": (ALONE, False, False),
+    "webp": ({f"{n[:-4]}.webp": encoded(i, "WEBP", lossless=True) for n, i in ALONE.items()}, False, False),
     "numbered folders": ({f"{int(name[:2]) // 20:06}/{name}": image for name, image in ALONE.items()}, False, True),
     "an array": ({"samples.npz": {"arr_0": np.stack(IMAGES)[..., None]}}, False, True),
 }

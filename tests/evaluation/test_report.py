@@ -74,11 +74,9 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     assert len(report["evaluator"]["sha256"]) == 64
     assert report["data"]["fingerprint"]
     text = (out / "report.md").read_text()
-    linked = re.findall(r"\]\(([^)]+\.png)\)", text)
-    assert {"quality_against_nfe.png", "guidance.png", "samples-3.png", "misclassified-0.png", "nearest-0.png"} <= set(
-        linked
-    )
-    for name in linked:
+    found = set(re.findall(r"\]\(([^)]+\.png)\)", text))
+    assert {"quality_against_nfe.png", "guidance.png", "samples-3.png", "misclassified-0.png", "nearest-0.png"} <= found
+    for name in found:
         with Image.open(out / name) as picture:
             assert picture.getextrema() not in ((0, 0), (255, 255))
     shown = capsys.readouterr().out

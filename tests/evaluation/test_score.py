@@ -22,13 +22,6 @@ def part_of_mnist(mnist_data: ImageData) -> Reference:
     return Reference(dataclasses.replace(mnist_data, train=train), module.evaluator_for(mnist_data).model)
 
 
-def held_out(reference: Reference, count: int = 1000) -> Sample:
-    """Evenly over the split: MNIST's first test images are cleaner than its last."""
-    test = reference.data.test
-    chosen = torch.linspace(0, len(test) - 1, count).round().long()
-    return Sample(test.images[chosen], test.labels[chosen])
-
-
 def test_floor_is_held_out_images_of_the_same_number(digits_reference: Reference) -> None:
     floor = digits_reference.floor(100, True)
     assert floor.values["num_images"] == 100
@@ -37,7 +30,7 @@ def test_floor_is_held_out_images_of_the_same_number(digits_reference: Reference
 
 
 def test_held_out_images_score_as_their_floor(part_of_mnist: Reference) -> None:
-    values = part_of_mnist.score(held_out(part_of_mnist, 2000)).values
+    values = part_of_mnist.score(Sample(*part_of_mnist.data.test.spread(2000))).values
     assert 0.5 < values["fid_ratio"] < 2
     assert not values["copies_suspected"]
     assert abs(values["precision"] - values["precision_floor"]) < 0.03
@@ -89,11 +82,8 @@ def test_without_labels_images_and_floor_have_one_reference(digits_reference: Re
 def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) -> None:
     """The bootstrap's spread is of the size of the spread over disjoint sets of images."""
     train = digits_reference.data.train
-    parts = [slice(start, start + 200) for start in range(0, 1600, 200)]
-    values = [
-        digits_reference.measure(embed(digits_reference.evaluator, train.tensor[p], train.labels[p])).values
-        for p in parts
-    ]
+    parts = zip(train.tensor[:1600].split(200), train.labels[:1600].split(200), strict=True)
+    values = [digits_reference.measure(embed(digits_reference.evaluator, *part)).values for part in parts]
     spread = torch.tensor([value["fid"] for value in values]).std()
     mean = torch.tensor([value["fid_standard_error"] for value in values]).mean()
     assert 1 / 4 < mean / spread < 4

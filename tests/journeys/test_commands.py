@@ -92,6 +92,9 @@ def test_errors_are_messages(
     for verb in ("sample", "evaluate"):  # before anything is loaded or drawn
         assert main([verb, "no/where", "--out", "file"]) == 2
         assert "file cannot be written to" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert main(["sample", "no/where", "--out", "new"]) == 2
+    assert "is read-only" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -38,12 +38,6 @@ def reference(mnist_folder: Path) -> Reference:
     return Reference(data, evaluator_for(data).model)
 
 
-def load(folder: Path) -> MNISTDiffusionPipeline:
-    pipeline = MNISTDiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def test_evaluate_finds_high_class_accuracy(run: Path, mnist_folder: Path, tmp_path: Path) -> None:
     data = ["--data.source", str(mnist_folder.resolve())]
     flags = ["--num_images", "200", "--scheduler", "ddim", "--num_inference_steps", "10"]
@@ -62,13 +56,11 @@ def test_order_of_every_metric_that_claims_one(run: Path, reference: Reference) 
     """Real, then trained, then half-trained, then blurred, then noise."""
 
     def drawn(folder: Path) -> Sample:
-        pipeline = load(folder)
+        pipeline = MNISTDiffusionPipeline.from_pretrained(folder)
         generator = ImageGenerator(pipeline, reference.data, num_images=250, seed=0, batch_size=125)
         return generator.draw(resolved(pipeline, SamplingSettings(guidance_scale=1.0)))
 
-    test = reference.data.test
-    chosen = torch.linspace(0, len(test) - 1, 250).round().long()
-    real, labels = test.images[chosen], test.labels[chosen]
+    real, labels = reference.data.test.spread(250)
     noise = torch.randint(0, 256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
     levels = {
         "real": Sample(real, labels),

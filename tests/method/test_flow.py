@@ -1,6 +1,5 @@
 """Flow matching: straight paths from images to noise, and the samplers that go back along them."""
 
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,8 +12,9 @@ from mnist_diffusion.errors import ConfigError
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
 from mnist_diffusion.method.objective import Batch, diffusion_objective
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.pipelines.samplers import FLOW_SAMPLERS, build_sampler, sampler_name
+from mnist_diffusion.pipelines.samplers import FLOW_SAMPLERS, build_sampler
 from tests.conftest import make_pipeline
+from tests.method.test_objective import Recorder
 
 CONFIG = DiffusionConfig(prediction_type="flow_prediction")
 SHAPE = (6, 1, 8, 8)
@@ -50,17 +50,11 @@ def test_the_loss_is_the_square_of_the_flow_on_diffusers_paths() -> None:
     objective = diffusion_objective(CONFIG, NoisingProcess.of(scheduler), 10)
     images, noise, timesteps = normal(0), normal(1), torch.tensor([0, 1, 499, 500, 998, 999])
     batch = Batch(images, torch.arange(6), noise, timesteps, torch.zeros(6, dtype=torch.bool))
-    seen: dict[str, Tensor] = {}
-
-    def model(sample: Tensor, times: Tensor, **_: object) -> tuple[Tensor]:
-        seen.update(sample=sample, times=times)
-        return (torch.zeros_like(sample),)
-
-    loss = objective.loss(model, batch)  # type: ignore[arg-type]
+    loss = objective.loss(model := Recorder(), batch)
     torch.testing.assert_close(loss, (noise - images).square().mean(dim=(1, 2, 3)))
-    assert seen["times"].tolist() == [1, 2, 500, 501, 999, 1000]
-    torch.testing.assert_close(seen["sample"], scheduler.scale_noise(images, seen["times"].float(), noise))
-    assert torch.equal(seen["sample"][-1], noise[-1])
+    assert model.timestep.tolist() == [1, 2, 500, 501, 999, 1000]
+    torch.testing.assert_close(model.sample, scheduler.scale_noise(images, model.timestep.float(), noise))
+    assert torch.equal(model.sample[-1], noise[-1])
 
 
 @pytest.mark.parametrize("name", FLOW_SAMPLERS)
@@ -69,43 +63,22 @@ class TestSamplers:
         pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
         image = normal(3, (1, 1, 8, 8)).clamp(-1, 1)
         solve_exactly(pipeline, image, 0.0)
-        steps = list(pipeline.stream([1, 2], num_inference_steps=4, generator=torch.Generator().manual_seed(0)))
-        for done in steps:
+        for done in pipeline.stream([1, 2], num_inference_steps=4, generator=torch.Generator().manual_seed(0)):
             torch.testing.assert_close(done.pred_original_sample, image.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
-        torch.testing.assert_close(steps[-1].latents, image.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
+        torch.testing.assert_close(done.latents, image.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
 
     def test_images_of_a_normal_distribution(self, pipeline: MNISTDiffusionPipeline, name: str) -> None:
         """From many noises, images of its spread; and from each noise, where nothing is drawn on the way, its own."""
         pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
         mean, std = torch.full((1, 1, 8, 8), 0.3), 0.5
         solve_exactly(pipeline, mean, std)
-        noise = normal(4, (64, 1, 8, 8))
-        asked: dict[str, Any] = {
-            "class_labels": [1] * 64,
-            "latents": noise,
-            "generator": torch.Generator().manual_seed(0),
-        }
-        drawn = pipeline(**asked, num_inference_steps=50, output_type="latent").images
+        noise, generator = normal(4, (64, 1, 8, 8)), torch.Generator().manual_seed(0)
+        asked: dict[str, Any] = {"latents": noise, "num_inference_steps": 50, "output_type": "latent"}
+        drawn = pipeline([1] * 64, generator=generator, **asked).images
         if name not in ("lcm", "dpmpp-sde"):
             torch.testing.assert_close(drawn, mean + std * noise, atol=0.08, rtol=0)
         if name != "lcm":
             assert float(drawn.std()) == pytest.approx(std, abs=0.02)
-
-    def test_a_stream_a_call_and_plain_diffusers_agree(
-        self, pipeline: MNISTDiffusionPipeline, name: str, tmp_path: Path
-    ) -> None:
-        pipeline.scheduler = build_sampler(name, pipeline.scheduler.config)
-        assert sampler_name(pipeline.scheduler) == name
-        pipeline.save_pretrained(tmp_path)
-        plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
-        asked: dict[str, Any] = {"class_labels": [3, 7], "guidance_scale": 2.5, "num_inference_steps": 3}
-        called, loaded = (
-            each(**asked, generator=torch.Generator().manual_seed(0), output_type="pt").images
-            for each in (pipeline, plain)
-        )
-        *_, last = pipeline.stream(**asked, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(called, loaded)
-        assert torch.equal(called, last.images("pt"))
 
 
 def test_steps_are_spaced_evenly_and_shifted(pipeline: MNISTDiffusionPipeline) -> None:

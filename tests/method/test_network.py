@@ -38,34 +38,20 @@ def test_patches_in_training_and_in_the_pipeline(channels: int) -> None:
     expected = unet(patches, 999, class_labels=labels).sample.view(2, channels, 2, 2, 4, 4).permute(0, 1, 4, 2, 5, 3)
     expected = expected.reshape(2, channels, 8, 8)
     assert torch.equal(PatchedUNet(unet, 2)(noise, 999, class_labels=labels)[0], expected)
-    seen: dict[str, torch.Tensor] = {}
     pipeline = build_pipeline(build_noise_scheduler(DiffusionConfig()), SamplingSettings(), NAMES, unet, patch_size=2)
     assert pipeline.image_shape == (channels, 8, 8)
-    images = pipeline(
-        labels,
-        guidance_scale=1,
-        num_inference_steps=1,
-        latents=noise,
-        output_type="pt",
-        callback_on_step_end=lambda p, step, timestep, tensors: seen.update(tensors) or {},
-        callback_on_step_end_tensor_inputs=["model_output"],
-    ).images
-    torch.testing.assert_close(seen["model_output"], expected.detach())
-    assert images.shape == noise.shape
+    [done] = pipeline.stream(labels, guidance_scale=1, num_inference_steps=1, latents=noise)
+    torch.testing.assert_close(done.model_output, expected.detach())
+    assert done.images("pt").shape == noise.shape
 
 
 class TestWarmStart:
     """A run that begins with the weights of a pipeline."""
 
-    @pytest.fixture
-    def folder(self, tmp_path: Path) -> str:
-        make_pipeline(seed=5).save_pretrained(tmp_path / "pipeline")
-        return str(tmp_path / "pipeline")
-
-    def load(self, source: str, names: tuple[str, ...] = NAMES, **changes: Any) -> tuple[str, UNet2DModel, Any]:
+    def load(self, folder: Path, names: tuple[str, ...] = NAMES, **changes: Any) -> tuple[str, UNet2DModel, Any]:
         """What is said, the network, and its weights before."""
         model = dataclasses.replace(TINY, **changes)
-        config = changed(DEFAULT, train={"init_from": source})
+        config = changed(DEFAULT, train={"init_from": str(folder)})
         unet = build_unet(model, image_size=8, channels=1, num_classes=len(names))
         before = {name: value.clone() for name, value in unet.state_dict().items()}
         return warm_start(config, unet, names), unet, before
@@ -75,30 +61,28 @@ class TestWarmStart:
         [(NAMES, True), (("x", "y", "z"), False), (tuple("klmnopqrst"), False)],
         ids=["same", "fewer", "as many others"],
     )
-    def test_class_embeddings_of_other_classes_start_anew(
-        self, names: tuple[str, ...], copied: bool, folder: str
-    ) -> None:
-        message, unet, before = self.load(folder, names)
-        expected = make_pipeline(seed=5).unet.state_dict()
+    def test_class_embeddings_of_other_classes_start_anew(self, names: Any, copied: bool, tmp_path: Path) -> None:
+        theirs = make_pipeline(seed=5)
+        theirs.save_pretrained(tmp_path)
+        message, unet, before = self.load(tmp_path, names)
         assert ("class embeddings start anew" in message) != copied
         for name, value in unet.state_dict().items():
             own = name == "class_embedding.weight" and not copied
-            assert torch.equal(value, before[name] if own else expected[name])
+            assert torch.equal(value, before[name] if own else theirs.unet.state_dict()[name])
 
     @pytest.mark.parametrize(
-        ("changes", "message"),
+        ("theirs", "changes", "message"),
         [
-            ({"block_out_channels": (8, 8)}, r"block_out_channels is \[8, 16\], not \[8, 8\]"),
-            ({"layers_per_block": 2}, "layers_per_block is 1, not 2"),
-            ({"norm_num_groups": 8}, "norm_num_groups is 4, not 8"),
+            ({}, {"block_out_channels": (8, 8)}, r"block_out_channels is \[8, 16\], not \[8, 8\]"),
+            ({}, {"layers_per_block": 2}, "layers_per_block is 1, not 2"),
+            ({}, {"norm_num_groups": 8}, "norm_num_groups is 4, not 8"),
+            ({"diffusion": DiffusionConfig()}, {}, "predicts 'epsilon', but diffusion.prediction_type is 'v_pred"),
         ],
     )
-    def test_another_network_is_refused(self, changes: dict[str, Any], message: str, folder: str) -> None:
+    def test_another_network_or_prediction_is_refused(
+        self, theirs: Any, changes: Any, message: str, tmp_path: Path
+    ) -> None:
         """Also where the weights would fit."""
+        make_pipeline(**theirs).save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match=message):
-            self.load(folder, **changes)
-
-    def test_another_prediction_is_refused(self, tmp_path: Path) -> None:
-        make_pipeline(diffusion=DiffusionConfig()).save_pretrained(tmp_path)
-        with pytest.raises(ConfigError, match=r"predicts 'epsilon', but diffusion.prediction_type is 'v_prediction'"):
-            self.load(str(tmp_path))
+            self.load(tmp_path, **changes)

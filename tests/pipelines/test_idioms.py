@@ -133,6 +133,9 @@ def test_a_scheduler_that_could_not_be_loaded_again_is_not_saved(
     assert len(pipeline(["a"], num_inference_steps=2).images) == 1
     with pytest.raises(ValueError, match=r"scheduler must be one of diffusers' own .* got .*MyScheduler"):
         pipeline.save_pretrained(tmp_path / "saved")
+    pipeline.scheduler = DDIMScheduler(num_train_timesteps=5)
+    with pytest.raises(ValueError, match="num_inference_steps must be from 1 to 5"):
+        pipeline.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
@@ -243,13 +246,16 @@ def test_loading_saving_and_from_pipe_warn_of_nothing(
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_shards_of_plain_diffusers_and_variants(tmp_path: Path, variant: str | None) -> None:
+def test_shards_of_plain_diffusers_and_variants(tmp_path: Path, hub: HubServer, variant: str | None) -> None:
     pipeline = make_pipeline()
     DiffusionPipeline.save_pretrained(pipeline, tmp_path, variant=variant, max_shard_size="20KB")
     assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
-    loaded = load(tmp_path, variant=variant)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(loaded, 3), draw(pipeline, 3))
+    files = [path for path in tmp_path.rglob("*.*") if path.is_file()]
+    hub.add("user/name", {str(path.relative_to(tmp_path)): path.read_bytes() for path in files})
+    for place in (tmp_path, "user/name"):
+        loaded = load(place, variant=variant)
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(draw(loaded, 3), draw(pipeline, 3))
     next(iter((tmp_path / "unet").glob("*00001-of*.safetensors"))).unlink()
     with pytest.raises(FileError, match=r"there is no .*00001-of"):
         load(tmp_path, variant=variant)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, EDMEulerScheduler, LCMScheduler
+from diffusers.guiders import AutoGuidance, ClassifierFreeGuidance
 from PIL import Image
 
 from mnist_diffusion.config import SamplingSettings
@@ -52,7 +53,7 @@ def test_spellings_of_the_same_call_give_the_same_bits(pipeline: MNISTDiffusionP
     np.testing.assert_array_equal(pipeline(labels, generator=tuple(generators(1, 2)), **asked).images, expected)
 
 
-NAN = math.nan
+NAN, AUTO = math.nan, AutoGuidance(auto_guidance_layers=[0], dropout=0.1)
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"class_labels": True}, TypeError, "class_labels"),
     ({"class_labels": 10}, ValueError, "class_labels must be from 0 to 9, got 10"),
@@ -78,6 +79,17 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"latents": torch.full((2, 1, 8, 8), NAN)}, ValueError, "latents must be finite"),
     ({"output_type": "jpeg"}, ValueError, "output_type must be one of"),
     ({"callback_on_step_end_tensor_inputs": ["prompt"]}, ValueError, "callback_on_step_end_tensor_inputs"),
+    ({"guidance": "cfg"}, TypeError, "guidance must be a function of a GuidanceStep, got 'cfg'"),
+    ({"guidance": lambda step: None}, TypeError, r"guidance must predict \(2, 1, 8, 8\), got None"),
+    ({"guidance": ClassifierFreeGuidance()}, ValueError, "guidance_scale=2.0 has no effect"),
+    ({"guidance": AUTO, "guidance_scale": None}, ValueError, "AutoGuidance needs other"),
+    ({"of": "interpolate", "class_labels": [1, 2, 3]}, ValueError, "class_labels must be one label or two"),
+    ({"of": "interpolate", "num_frames": 1}, ValueError, "num_frames must be at least 2, got 1"),
+    ({"of": "interpolate", "latents": torch.zeros(3, 1, 8, 8)}, ValueError, "must be a tensor of one noise"),
+    ({"of": "invert", "images": torch.zeros(2, 1, 8, 9)}, ValueError, "images must have the shape"),
+    ({"of": "invert", "images": torch.zeros(2, 1, 8, 8) - 1}, ValueError, "images must be from 0 to 1"),
+    ({"of": "invert", "images": torch.zeros(2, 1, 8, 8), "class_labels": [1]}, ValueError, "one for each of the 2 im"),
+    ({"of": "stream", "num_inference_steps": 0}, ValueError, "num_inference_steps must be from 1 to 1000, got 0"),
 ]
 
 
@@ -86,8 +98,9 @@ def test_bad_calls_are_refused_before_any_network_evaluation(
     pipeline: MNISTDiffusionPipeline, change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     counter = CountingUNet(pipeline)
+    asked: dict[str, Any] = {"class_labels": [3, 7], "guidance_scale": 2.0, "num_inference_steps": 2, **change}
     with pytest.raises(kind, match=message):
-        pipeline(**{"class_labels": [3, 7], "guidance_scale": 2.0, "num_inference_steps": 2, **change})
+        getattr(pipeline, asked.pop("of", "__call__"))(**asked)
     assert counter.nfe == 0
 
 
@@ -193,14 +206,15 @@ class TestOutputs:
 
 class TestCallback:
     def test_sees_every_step_and_may_change_the_latents(self, pipeline: MNISTDiffusionPipeline) -> None:
-        steps: list[int] = []
+        steps: list[tuple[Any, ...]] = []
 
         def zero(p: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            steps.append(step)
+            steps.append((step, *tensors))
             return {"latents": torch.zeros_like(tensors["latents"])}
 
-        images = draw(pipeline, 1, callback_on_step_end=zero)
-        assert steps == [0, 1, 2]
+        names = ("latents", "model_output")
+        images = draw(pipeline, 1, callback_on_step_end=zero, callback_on_step_end_tensor_inputs=names)
+        assert steps == [(step, *names) for step in range(3)]
         assert images.eq(0.5).all()
 
     def test_interrupt(self, pipeline: MNISTDiffusionPipeline) -> None:
@@ -247,8 +261,6 @@ class TestStream:
         ],
     )
     def test_what_cannot_change(self, pipeline: MNISTDiffusionPipeline, changes: Any, message: str) -> None:
-        with pytest.raises(ValueError, match="num_inference_steps must be"):
-            pipeline.stream([3], num_inference_steps=0)  # before the first step
         stream = pipeline.stream([3], num_inference_steps=3)
         next(stream)
         with pytest.raises(ValueError, match=message):

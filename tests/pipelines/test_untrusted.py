@@ -65,7 +65,7 @@ def edited(name: str, **values: Any) -> Callable[[Path, Path], None]:
     def change(folder: Path, canary: Path) -> None:
         before = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**before, **values}))
-        for place in (folder, folder / "unet", folder / "scheduler", folder.parent):
+        for place in (folder.parent, folder, *filter(Path.is_dir, folder.iterdir())):
             (place / "evil.py").write_text(code(canary))
 
     return change
@@ -79,16 +79,11 @@ def written(name: str, content: bytes | str) -> Callable[[Path, Path], None]:
 
 
 def linked(name: str, target: str) -> Callable[[Path, Path], None]:
-    """A file, or a folder, that is a link to somewhere else; `OUTSIDE` is the whole one beside it."""
+    """A file, or a folder, that is a link to somewhere else; `../outside` is the one that was there."""
 
     def change(folder: Path, canary: Path) -> None:
-        outside = folder.parent / "outside"
-        shutil.copytree(folder, outside)
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink()
-        (folder / name).symlink_to(target.replace("OUTSIDE", str(outside)))
+        (folder / name).rename(folder.parent / "outside")
+        (folder / name).symlink_to(target)
 
     return change
 
@@ -155,7 +150,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "endless noise schedule": (edited(SCHEDULER, num_train_timesteps=10**12), "num_train_timesteps must be from"),
     "schedule of code": (edited(SCHEDULER, beta_schedule="__import__('os')"), "describes no DPMSolverMultistep"),
     # Links and things that are no files.
-    "folder elsewhere": (linked("unet", "OUTSIDE/unet"), "is a link that leads out of its folder"),
+    "folder elsewhere": (linked("unet", "../outside"), "is a link that leads out of its folder"),
     "secrets": (linked(UNET, "/etc/passwd"), "is a link that leads out of its folder"),
     "endless device": (linked(WEIGHTS, "/dev/zero"), "is a link that leads out of its folder"),
     "circle": (linked(INDEX, INDEX), "there is no"),
@@ -220,8 +215,6 @@ def test_an_evaluators_folder(
 ) -> None:
     folder, canary = tmp_path / "evaluator", tmp_path / "canary"
     shutil.copytree(SHIPPED, folder)
-    for below in ("unet", "scheduler"):
-        (folder / below).mkdir()
     change(folder, canary)
     with pytest.raises(UserError, match=message):
         load_evaluator(folder, digits)

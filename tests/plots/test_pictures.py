@@ -10,7 +10,7 @@ import torch
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
-from mnist_diffusion.plots.curves import compared_curves, noise_schedule, pixel_histograms, training_curves
+from mnist_diffusion.plots.curves import compared_curves, noise_schedule, pixel_histograms, to_picture, training_curves
 from mnist_diffusion.plots.grids import image_grid
 from mnist_diffusion.plots.sheets import denoised, noised
 
@@ -73,9 +73,10 @@ class TestFigures:
         assert all(panel.get_xlabel() and panel.get_ylabel() for panel in panels[:4])
 
     def test_losses_of_different_objectives_are_compared_apart(self) -> None:
-        figure = compared_curves([{"a": LINES, "b": LINES[:10]}, {"of another objective": LINES}])
+        figure = compared_curves([{"a": LINES, "b": LINES[:10]}, {"$\\frac$": LINES}])
+        to_picture(figure)  # a name is no formula
         assert [line.get_label() for line in figure.axes[0].lines] == ["a", "b"]
-        assert [line.get_label() for line in figure.axes[2].lines] == ["of another objective"]
+        assert [line.get_label() for line in figure.axes[2].lines] == ["$\\frac$"]
         assert len(figure.axes) == 4
 
     def test_noise_schedule_against_its_definition(self) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mnist_diffusion.cli import main
 from tests.conftest import run_folder
+from tests.data.test_formats import png_header
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -21,11 +22,13 @@ def page_of(out: Path, *folders: Path) -> tuple[str, str]:
     return text, html.unescape(re.sub(r"<[^>]*>", "", text))
 
 
-def test_one_page_shows_a_run(tmp_path: Path) -> None:
+def test_one_page_shows_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_folder(tmp_path / SCRIPT.replace("/", "|"))
     (folder / "samples").mkdir()
     (folder / "pictures").mkdir()
+    (folder / "samples" / "step-000001.png").write_bytes(png_header(8200))  # not the last, and not decoded
     Image.new("L", (20, 20), 90).save(folder / "samples" / "step-000002.png")
+    (folder / "pictures" / "large.png").write_bytes(png_header(8200))
     Image.new("L", (20, 20), 90).save(folder / "pictures" / "noise_schedule.png")
     frames = [Image.new("L", (20, 20), shade) for shade in (0, 90)]
     frames[0].save(folder / "pictures" / "epochs.gif", save_all=True, append_images=frames[1:])
@@ -42,6 +45,8 @@ def test_one_page_shows_a_run(tmp_path: Path) -> None:
 
     page, words = page_of(tmp_path / "report.html", folder)
 
+    said = "".join(capsys.readouterr())
+    assert re.findall(r"(\S+) could not be read as a picture: 8200 x 8200", said) == [f"{folder}/pictures/large.png"]
     assert "<script" not in page
     for part in (f"Distance {SCRIPT}", f"# {SCRIPT}", folder.name, "num images 50", "0.25", "block_out_channels"):
         assert part in words
@@ -55,7 +60,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     runs = [run_folder(tmp_path / name) for name in ("first", "second")]
     config = (runs[1] / "config.yaml").read_text()
     (runs[1] / "config.yaml").write_text(config.replace("v_prediction", "epsilon").replace("seed: 0", "seed: 5"))
-    (runs[1] / "summary.json").write_text(json.dumps({"step": 2, "train_seconds": "long", "loss": [1]}))
+    (runs[1] / "summary.json").write_text(json.dumps({"step": 2, "train_seconds": 10**400, "loss": [1]}))
     (runs[0] / "samples").mkdir()
     Image.new("L", (20, 20), 90).save(runs[0] / "samples" / "step-000002.png")
     page, words = page_of(tmp_path / "report.html", *runs)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def test_everything_on_request(folder: str, tmp_path: Path) -> None:
 
 
 def test_seed_fixes_the_images_whatever_the_batch(folder: str, tmp_path: Path) -> None:
+    warnings.simplefilter("error")  # as of `python -W error`
     one = sample(folder, tmp_path / "one", "--files", "--num_images", 4, "--batch_size", 1)
     four = sample(folder, tmp_path / "four", "--files", "--num_images", 4, "--batch_size", 4)
     other = sample(folder, tmp_path / "other", "--files", "--num_images", 4, "--seed", 1)
@@ -101,6 +103,8 @@ def test_a_data_set_in_shards(
         (["--device", "cuda:7"], "could not be loaded"),
         (["--class_labels", "3", "--interpolation", "4"], "--interpolation needs two class labels"),
         (["--dtype", "int4"], "dtype"),
+        (["--num_images", "100000000000"], "num_images must be less than or equal to 10000000"),
+        (["--num_images", "20000"], "num_images=20000 must be at most 10000 without as_dataset"),
     ],
 )
 def test_errors_are_messages(

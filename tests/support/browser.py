@@ -14,6 +14,8 @@ import pytest
 
 CHROMIUM = shutil.which("chromium")
 LAUNCH = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
+NARROW = {"color_scheme": "dark", "reduced_motion": "reduce", "viewport": {"width": 360, "height": 800}}
+"""Options of a visit with a small, dark screen."""
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Averages by power functions: tracked, kept, resumed, and reconstruct_ema at another length."""
 
+import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mnist_diffusion.cli import main
@@ -82,9 +84,20 @@ def test_pipelines_are_made_of_what_a_run_kept(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main(["average", str(kept), "--std", "0.3"])
     assert "std.0 must be less than or equal to 0.25, got '0.3'" in capsys.readouterr().err
-    (kept / "averages" / "step-9.safetensors").write_bytes(b"no tensors")
-    assert main(["average", str(kept), "--std", "0.1"]) == 2
-    assert "step-9.safetensors could not be read" in capsys.readouterr().err
+    (kept / "averages" / "step-0.safetensors").touch()  # no run writes it
+    changed = kept / "averages" / "step-9.safetensors"
+    *others, (name, last) = load_file(changed).items()
+    for content, message in (
+        (b"no tensors", "could not be read"),
+        (save(dict(others)), "it lacks weights, or has others"),
+        (save(dict(others) | {name: last * torch.nan}), "values that are not finite"),
+        (save(dict(others) | {name.replace("0.1/", "0.2/"): last}), "could not be read"),
+        (None, "is not a regular file"),
+    ):
+        changed.unlink()
+        os.mkfifo(changed) if content is None else changed.write_bytes(content)
+        assert main(["average", str(kept), "--std", "0.1"]) == 2
+        assert re.search(rf"step-9.safetensors.*{message}", capsys.readouterr().err)
 
 
 def test_turned_on_too_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,6 @@ from mnist_diffusion.method.network import build_unet
 from mnist_diffusion.training.optimizer import build_optimizer
 
 
-def gradients(network: nn.Module, step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for parameter in network.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-
-
 def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw() -> None:
     model = ModelConfig(block_out_channels=(8, 16), norm_num_groups=4)
     networks = [build_unet(model, image_size=8, channels=1, num_classes=3) for _ in range(2)]
@@ -25,10 +19,12 @@ def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw() -> None
     adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1)
     muon = torch.optim.Muon(flat.values(), lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(3):
-        for network in networks:
-            gradients(network, step)
-        for name, parameter in flat.items():
-            parameter.grad = theirs[name].grad.flatten(1)
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in ours.items():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad, theirs[name].grad = gradient, gradient.clone()
+            if name in matrices:
+                flat[name].grad = gradient.flatten(1).clone()
         for each in (optimizer, adamw, muon):
             each.step()
     for name, parameter in ours.items():

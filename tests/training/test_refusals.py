@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,12 @@ REFUSED: list[tuple[dict[str, str], dict[str, Any], str]] = [
         {"train": {"mixed_precision": "no"}},
         r"train.mixed_precision='no', but the launcher asks for 'bf16'",
     ),
+    *(({"ACCELERATE_MIXED_PRECISION": each}, {}, f"PRECISION='{each}' in the .* must be no") for each in ("BF16", "")),
     ({"RANK": "1"}, {}, "RANK=1 in the environment must be less than WORLD_SIZE=1"),
+    ({"LOCAL_RANK": "2"}, {}, "LOCAL_RANK=2 in the environment must be less than WORLD_SIZE=1"),
+    ({"LOCAL_RANK": ""}, {}, "LOCAL_RANK='' in the environment must be a whole number"),
+    ({"LOCAL_RANK": "0"}, {}, "LOCAL_RANK is in the environment without RANK, WORLD_SIZE, MASTER_ADDR"),
+    ({"WORLD_SIZE": "2"}, {}, "WORLD_SIZE=2 is in the environment without RANK, MASTER_ADDR"),
     ({"RANK": "first"}, {}, "RANK='first' in the environment must be a whole number"),
     ({"WORLD_SIZE": "0"}, {}, "WORLD_SIZE='0' in the environment must be a whole number, at least 1"),
 ]
@@ -69,20 +75,20 @@ def test_folders_that_cannot_be(tmp_path: Path, folder: str, message: str) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+@pytest.mark.parametrize(("verb", "variable"), [("sample", "RANK"), ("evaluate", "LOCAL_RANK")])
 def test_an_environment_of_no_launcher_is_said_by_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, variable: str
 ) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv(variable, "1")
     assert main([verb, "nowhere", "--out", str(tmp_path / "out")]) == 2
-    assert "LOCAL_RANK=2 in the environment must be less than WORLD_SIZE=1" in capsys.readouterr().err
+    assert f"{variable}=1 in the environment must be less than WORLD_SIZE=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({"OMP_NUM_THREADS": "4,1"}, None),
-        ({"OMP_NUM_THREADS": "auto"}, 1),
+        *(({"OMP_NUM_THREADS": each}, 1) for each in ("auto", "1.0")),
         ({"OMP_NUM_THREADS": "1"}, None),
         ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1),
         ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}, 2),
@@ -98,15 +104,17 @@ def test_threads(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], e
     set_num_threads()
     found = torch.get_num_threads()
     torch.set_num_threads(before)
+    assert os.environ["OMP_NUM_THREADS"].isdecimal()  # accelerate takes nothing else
     assert found == (7 if expected is None else max(1, cpu_count(only_physical_cores=True) // expected))
 
 
 class TestFileSystems:
+    @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK])
     def test_one_that_cannot_lock_flush_or_set_permissions_will_do(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
     ) -> None:
         def refuse(*_: object, **__: object) -> None:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            raise OSError(number, os.strerror(number))
 
         for place in ("fcntl.flock", "os.fsync", "pathlib.Path.chmod"):
             monkeypatch.setattr(place, refuse)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mnist_diffusion.errors import UserError
+from mnist_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from mnist_diffusion.training.launch import PROBED
 from tests.conftest import changed, tiny_config
 from tests.training.conftest import losses, run, weights
@@ -64,11 +65,12 @@ def test_damaged_logs_and_pictures_do_not_stop_it(tmp_path: Path, capsys: pytest
     log = short / "metrics.jsonl"
     before = log.read_text()
     log.write_bytes(log.read_bytes() + b'\xff{"step": \n[1]\n' + b'{"step": 9, "epoch": %s}\n' % (b"9" * 400))
+    log.write_bytes(log.read_bytes() + b"[" * 100_000 + b"\n")
     (short / "summary.json").write_text("{")
     for picture in (short / "samples").glob("*.png"):
         picture.write_bytes(picture.read_bytes()[:60])
     run(tiny_config(max_steps=4, sample_every="2 steps"), short, resume=True)
-    assert "3 lines of" in capsys.readouterr().out
+    assert "4 lines of" in capsys.readouterr().out
     assert losses(short) == losses(whole)
     assert log.read_text().startswith(before)
 
@@ -118,6 +120,17 @@ def test_begins_only_where_nothing_is_lost(lost: list[str], folder: Path, tmp_pa
         ):
             run(tiny_config(max_steps=2), copy, resume=True)
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+@pytest.mark.parametrize("keys", [["seconds"], ["ema_step"], ["config", "train", "max_steps"]], ids=str)
+def test_a_whole_checkpoint_of_something_else(keys: list[str], folder: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(folder, tmp_path / "run") / "checkpoints"
+    found, about = load_checkpoint(root, 5), {"run_id": (folder / "run_id").read_text()}
+    functools.reduce(dict.__getitem__, keys[:-1], found.state)[keys[-1]] = "many"
+    shutil.rmtree(root)
+    save_checkpoint(root, 5, found.tensors, found.state, keep=1, about=about)
+    with pytest.raises(UserError, match="step-5 is not a checkpoint of such a run"):
+        run(tiny_config(), root.parent, resume=True, max_steps=None, max_minutes=1.0)
 
 
 def test_other_model_or_data_is_refused(folder: Path) -> None:

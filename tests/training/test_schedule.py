@@ -55,6 +55,7 @@ LOADS: dict[str, Callable[[int, float], float]] = {
     "ten times as slow": lambda step, now: 0.5 if now < 85 else 5.0,
     "slow at first": lambda step, now: 10.0 if now < 20 else 1.0,
     "suspended for an hour": lambda step, now: 3600.0 if step == 35 else 1.0,
+    "suspended for 25 seconds": lambda step, now: 25.0 if step == 35 else 1.0,
 }
 
 

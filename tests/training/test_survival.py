@@ -119,6 +119,7 @@ class TestSignals:
         with stop_signals() as request:
             os.kill(os.getpid(), number)
             assert request.number == number
+        assert {signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU} < {*STOPPING}  # which batch systems send
 
 
 class TestElastic:

@@ -225,12 +225,21 @@ def test_wandb_needs_a_key_or_offline_mode(tmp_path: Path, monkeypatch: pytest.M
         run(config, tmp_path / "run")
     assert not list(tmp_path.glob("*run*"))
     (tmp_path / "dir").mkdir()
-    for name, value in {"MODE": "offline", "PROJECT": "mine", "RUN_ID": "abc", "DIR": str(tmp_path / "dir")}.items():
+    place = str(tmp_path / "dir")
+    own = {"MODE": "offline", "PROJECT": "mine", "NAME": "called so", "RUN_ID": "abc", "DIR": place}
+    for name, value in own.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     run(config, tmp_path / "second")
     [recorded] = (tmp_path / "dir" / "wandb").glob("offline-run-*-abc/run-abc.wandb")
     assert b"mine" in recorded.read_bytes()
+    assert b"called so" in recorded.read_bytes()
+    monkeypatch.setenv("WANDB_MODE", "sideways")
     wandb.teardown()
+    with pytest.raises(UserError, match="wandb could not be started"):
+        run(config, tmp_path / "third")
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda *_: 1 / 0)  # as without a network
+    with pytest.raises(UserError, match="trackers could not be started: ZeroDivisionError"):
+        run(tiny_config(trackers=("tensorboard",)), tmp_path / "fourth")
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -40,13 +40,13 @@ def write_studio(
         runtime: the `dist` folder of the npm package `onnxruntime-web`; fetched with npm if omitted.
 
     Raises:
-        UserError: a pipeline is unconditional, they do not draw the same classes, or the runtime cannot be had.
+        UserError: a pipeline is unconditional, they do not sample the same classes, or the runtime cannot be fetched.
         UserError: a network or a sampler could not be exported.
     """
     first = next(iter(pipelines.values()))
     for name, pipeline in pipelines.items():
         if pipeline.num_classes is None:
-            raise UserError(f"{name} is unconditional, and the page chooses classes")
+            raise UserError(f"{name} is unconditional, but the page lets visitors choose a class")
         if (pipeline.image_shape, class_names(pipeline)) != (first.image_shape, class_names(first)):
             raise UserError(f"{name} draws other images or classes than {next(iter(pipelines))}")
     models = [_model(pipeline, name, f"{index}.onnx") for index, (name, pipeline) in enumerate(pipelines.items())]
@@ -71,7 +71,7 @@ def write_studio(
 
 
 def _model(pipeline: MNISTDiffusionPipeline, name: str, file: str) -> dict[str, Any]:
-    """What the page has to know of a network."""
+    """The settings of a network that the page needs."""
     config, scales = pipeline.config, list(pipeline.config.guidance_distilled or ())
     own, available = config.num_inference_steps, pipeline.scheduler.config.num_train_timesteps
     counts = sorted({own, *(count for count in (STUDENT_STEPS if scales else TEACHER_STEPS) if count <= available)})
@@ -94,7 +94,7 @@ def _runtime_files(folder: Path | None) -> dict[str, bytes]:
             raise UserError(f"runtime={str(folder)!r} has no {', '.join(missing)}; name the package's `dist` folder")
         return {name: read_bytes(folder / name, MAX_RUNTIME_BYTES) for name in RUNTIME_FILES}
     if (npm := shutil.which("npm")) is None:
-        raise UserError(f"{RUNTIME} needs npm, which is not installed; or set --runtime to its `dist`")
+        raise UserError(f"npm is needed to fetch {RUNTIME}; install it, or set --runtime to the package's `dist`")
     with tempfile.TemporaryDirectory() as temporary:
         command = [npm, "pack", RUNTIME, "--silent", "--pack-destination", temporary]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=temporary)

@@ -1,4 +1,4 @@
-"""What a sampler does at each step, as a few numbers that are read off the pipeline while it draws."""
+"""Sampler plans: a few numbers for each step of a sampler, measured while the pipeline samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGES, SEED, TOLERANCE = 4, 0, 1e-3
 
 
 def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> list[dict[str, Any]]:
-    """The steps of the pipeline's sampler, as sums of what is known at each.
+    """The steps of the pipeline's sampler, as sums of samples, predictions and noise.
 
     With a sample `x`, a prediction `v`, standard normal noise `e`, and `D'` for the `D` of the step before:
 
@@ -23,7 +23,7 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         x = a x + b D + c D' + d e
 
     Args:
-        pipeline: class-conditional; draws a few images, of whose steps the numbers are the least-squares fit.
+        pipeline: class-conditional; samples a few images, to whose steps the numbers are fitted by least squares.
         num_inference_steps: steps.
 
     Returns:
@@ -53,7 +53,7 @@ def sampler_plan(pipeline: MNISTDiffusionPipeline, num_inference_steps: int) -> 
         (a, b, c, d), wrong = _fit(done.latents, [before, clean, last, noise])
         if max(error, wrong) > TOLERANCE:
             raise UserError(
-                f"{name} in {num_inference_steps} steps does not combine the last two predictions; use dpmpp"
+                f"{name} in {num_inference_steps} steps does not combine the last two predictions linearly; use dpmpp"
             )
         if abs(d) < TOLERANCE:
             d = 0.0
@@ -69,7 +69,7 @@ def _next_noise(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Ten
 
 
 def _fit(values: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:
-    """The numbers by which `parts` sum up to `values`, and by how much they fail at most."""
+    """The least-squares coefficients of `parts` in `values`, and the largest error."""
     columns = np.stack([part.double().flatten().numpy() for part in parts], axis=1)
     wanted = values.double().flatten().numpy()
     numbers, *_ = np.linalg.lstsq(columns, wanted, rcond=None)
