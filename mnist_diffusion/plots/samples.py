@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -23,7 +24,7 @@ from mnist_diffusion.files import read_text, replace_file, replace_picture, repl
 from mnist_diffusion.parallel import build_parts, is_main
 from mnist_diffusion.pipelines import drawing
 from mnist_diffusion.plots.grids import drawable, file_names, image_grid, save_animation, to_pictures
-from mnist_diffusion.plots.sheets import predicted_frames
+from mnist_diffusion.plots.sheets import denoising_frames
 from mnist_diffusion.seeds import mixed_seed
 
 MAX_ANIMATED = 64
@@ -84,9 +85,10 @@ class Samples:
             written[stem] += 1
 
     def animation(self, path: Path) -> None:
-        """Write a GIF of the predicted clean images, step by step."""
+        """Write a GIF of the samples on their way from noise, in rows of equal length."""
         labels, seeds = self.image_labels and self.image_labels[:MAX_ANIMATED], self.seeds[:MAX_ANIMATED]
-        frames = predicted_frames(self.pipeline, labels, seeds, round(len(seeds) ** 0.5), **self.call)
+        columns = next(each for each in range(math.isqrt(len(seeds)), len(seeds) + 1) if len(seeds) % each == 0)
+        frames = denoising_frames(self.pipeline, labels, seeds, max(columns, len(seeds) // columns), **self.call)
         save_animation(frames, path)
 
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:

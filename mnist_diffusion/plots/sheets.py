@@ -48,7 +48,7 @@ def sample_sheet(
     return image_grid(images, columns, row_labels=names), images
 
 
-def predicted_frames(
+def denoising_frames(
     pipeline: MNISTDiffusionPipeline,
     labels: Sequence[int] | None,
     seeds: Sequence[int],
@@ -57,9 +57,9 @@ def predicted_frames(
     row_labels: Sequence[str] | None = None,
     **call: Any,
 ) -> list[Image.Image]:
-    """For each denoising step, a grid of the clean images that the network predicts there."""
+    """A grid of the samples after each denoising step, from noise to images."""
     trajectory = pipeline.sample_trajectory(**seeded_call(labels, seeds), output_type="pt", **call)
-    return [image_grid(step / 2 + 0.5, columns, row_labels=row_labels) for step in trajectory.pred_original_samples]
+    return [image_grid(to_unit(step), columns, row_labels=row_labels) for step in trajectory.latents]
 
 
 def noised(data: ImageData, process: NoisingProcess, *, seed: int) -> Image.Image:

@@ -226,7 +226,7 @@ class Artifacts:
             save_animation(frames, self.folder / "pictures" / "epochs.gif", milliseconds=400)
         columns, seed = min(ANIMATED_PER_CLASS, self.config.train.samples_per_class), self.config.train.seed
         labels, seeds, names = sheets.sheet_rows(self.pipeline(), self.data.class_names, columns, seed)
-        frames = sheets.predicted_frames(self.averaged, labels, seeds, columns, row_labels=names)
+        frames = sheets.denoising_frames(self.averaged, labels, seeds, columns, row_labels=names)
         save_animation(frames, self.folder / "pictures" / "denoising.gif")
 
     def _sheet_path(self, step: int) -> Path:
