@@ -386,12 +386,12 @@ class MNISTDiffusionPipeline(DiffusionPipeline):
         Args:
             class_labels: an int, a class name, or a list, array or tensor of them. None samples unconditionally.
             num_images_per_label: images for each label, next to each other in the result.
-            guidance_scale: one number or one per image. 0 is unconditional and 1 conditional, with one network
-                evaluation per step; others take two. See [`guided_prediction`] for other papers' `w`.
+            guidance_scale: a number, or one per image: 0 is unconditional, 1 conditional; others take two evaluations.
             guidance_interval: `(low, high)` in t / num_train_timesteps, 0 being clean: scales above 1 act inside only.
                 Kynkäänniemi et al. (2024), https://arxiv.org/abs/2404.07724.
             num_inference_steps: number of denoising steps.
-            timesteps, sigmas: falling timesteps or noise levels in their place, if the scheduler takes them.
+            timesteps: falling timesteps, if the scheduler takes them.
+            sigmas: falling noise levels, if the scheduler takes them.
             eta: noise of DDIM and TCD, from 0 (deterministic) to 1.
             noise_interval: `(low, high)`, as above: SDE-DPM-Solver++ adds noise inside, and is DPM-Solver++ outside.
             generator: one for the batch, or one per image, which makes an image independent of the batch.
