@@ -3,7 +3,7 @@
     pip install smalldiffusion denoising-diffusion-pytorch
     python benchmarks/peers.py path/to/mnist
 
-Each is its project's own network, loss, optimizer and sampler; what differs from its example is said at each. The
+Each is its project's own network, loss and sampler; what differs from its example is said at each. The
 guidance scale with the smallest Fréchet distance is chosen on half as many digits of another seed, by the first run of
 each.
 """
@@ -47,7 +47,7 @@ class Peer:
     Args:
         network: what is trained.
         loss: of images `[B, 1, 28, 28]` in [0, 1] and labels `[B]`.
-        learning_rate: of the example's optimizer, which is Adam with its other defaults.
+        learning_rate: of Adam with its other defaults.
         ema_decay: of its average of the weights.
         sample: digits `[B, 1, 28, 28]` in [0, 1] of labels `[B]`, by the averaged network, at a guidance scale as
             diffusers counts it: 1 is conditional.
@@ -65,7 +65,7 @@ class Peer:
 
 
 def smalldiffusion() -> Peer:
-    """Its examples/fashion_mnist_dit_cond.py, without mirrored digits, and with batches of 64 in place of 1,024."""
+    """Its examples/fashion_mnist_dit_cond.py, without mirrored digits, by Adam in place of AdamW, and in batches of 64."""
     from smalldiffusion import CondEmbedderLabel, DiT, ScheduleDDPM, samples
     from smalldiffusion.diffusion import generate_train_sample
 
@@ -86,7 +86,10 @@ def smalldiffusion() -> Peer:
 
 
 def denoising_diffusion_pytorch() -> Peer:
-    """The example at the end of its classifier_free_guidance.py, for digits padded to 32 pixels: a quarter as wide."""
+    """The example at the end of its classifier_free_guidance.py, for digits padded to 32 pixels: a quarter as wide.
+
+    It names no optimizer; rate and average are those of the project's README and `Trainer`. DDIM takes 20 steps.
+    """
     from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
 
     network = Unet(dim=16, dim_mults=(1, 2, 4, 8), num_classes=10, cond_drop_prob=0.5, channels=1)

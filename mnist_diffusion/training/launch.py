@@ -102,7 +102,7 @@ def start_processes(config: RunConfig) -> PartialState:
     """
     given = launcher()
     announced = max(given.num_processes, given.local_processes)
-    set_num_threads(config.train.num_threads)
+    set_num_threads(config.train.num_threads)  # before accelerate reads OMP_NUM_THREADS, and again after it
     state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
     if announced > 1 and state.num_processes == 1:
         raise UserError(
