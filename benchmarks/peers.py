@@ -65,7 +65,7 @@ class Peer:
 
 
 def smalldiffusion() -> Peer:
-    """Its examples/fashion_mnist_dit_cond.py, without mirrored digits, by Adam in place of AdamW, and in batches of 64."""
+    """Its examples/fashion_mnist_dit_cond.py, without mirrored digits, by Adam, not AdamW, and in batches of 64."""
     from smalldiffusion import CondEmbedderLabel, DiT, ScheduleDDPM, samples
     from smalldiffusion.diffusion import generate_train_sample
 
