@@ -174,7 +174,7 @@ def train(peer: Peer, real: ImageData, minutes: float) -> tuple[nn.Module, int]:
     peer.network.train()
     while time.monotonic() < end:
         chosen = torch.randint(len(real.train), (BATCH,))
-        loss = peer.loss(real.train.tensor[chosen] / 255, real.train.labels[chosen])
+        loss = peer.loss(real.train.images[chosen] / 255, real.train.labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -137,17 +137,11 @@ class EvaluationOptions(DrawOptions):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AppOptions:
-    """Serve a web app on this machine that samples, steers, compares and trains (extra `app`)."""
+    """Serve a web app on this machine that samples, steers and compares (extra `app`)."""
 
     pipelines: tuple[Place, ...] = ()
     """Pipeline folders or Hub ids; the first is selected at the start; runs/latest if omitted, or else the shipped
     models."""
-    data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
-    """The images to train on."""
-    runs: FilePath = Path("runs")
-    """Folder for training runs."""
-    only_draw: bool = False
-    """Disable training in the app."""
     host: Text = "127.0.0.1"
     """Address to listen on; 0.0.0.0 admits other machines."""
     port: Annotated[int, Field(ge=1, lt=2**16)] = 7860

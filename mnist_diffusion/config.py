@@ -303,7 +303,7 @@ class TrainConfig:
     """Sample and score 1,000 images this often, and at the end; keep the pipeline with the best FID in
     `pipeline_best/`."""
     pictures: bool = True
-    """Draw training curves, the noise schedule, denoising strips and histograms into `pictures/`."""
+    """Draw training curves, the noise schedule and denoising strips into `pictures/`."""
     snapshot_every: Interval | None = None
     """Export a pipeline folder of the averaged weights this often."""
     trackers: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], AfterValidator(distinct)] = ()

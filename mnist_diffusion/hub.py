@@ -24,16 +24,7 @@ from mnist_diffusion.files import (
 )
 from mnist_diffusion.hub_client import hub_errors, open_repository, upload
 from mnist_diffusion.pipelines import folder as reading
-from mnist_diffusion.pipelines.card import (
-    CARD,
-    EVAL_RESULTS,
-    PICTURE,
-    card_for,
-    local_paths_in,
-    parse_card,
-    redact_paths,
-    short_card,
-)
+from mnist_diffusion.pipelines.card import CARD, PICTURE, card_for, local_paths_in, parse_card, redact_paths, short_card
 from mnist_diffusion.pipelines.folder import MAX_CARD_BYTES, PIPELINE_FILES, fetch_pipeline
 from mnist_diffusion.pipelines.pipeline import CODE, CODE_FILE, CODE_INDEX, MNISTDiffusionPipeline
 from mnist_diffusion.training.checkpoint import newest_intact
@@ -43,7 +34,7 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT_FILE = re.compile(rf"{CHECKPOINTS}/step-\d+/[\w-][\w.-]*")
 RUN_FILES, LOG = ("config.yaml", "summary.json"), "metrics.jsonl"
 EXPORTS = ("pipeline", "pipeline_best")
-STALE = (*RUN_FILES, PICTURE, EVAL_RESULTS, "unet/*", "scheduler/*", f"{reading.CODE_STEM}*.py")
+STALE = (*RUN_FILES, PICTURE, "unet/*", "scheduler/*", f"{reading.CODE_STEM}*.py")
 """Files that a push removes from the repository unless it replaces them."""
 
 
@@ -56,9 +47,7 @@ def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, l
     """
     pipeline, run = MNISTDiffusionPipeline.from_pretrained(folder), _run_of(folder.resolve())
     files = {name: file_within(folder, name) for name in PIPELINE_FILES}
-    files |= {
-        name: file_within(folder, name) for name in (PICTURE, EVAL_RESULTS, *RUN_FILES) if (folder / name).is_file()
-    }
+    files |= {name: file_within(folder, name) for name in (PICTURE, *RUN_FILES) if (folder / name).is_file()}
     if run is not None:
         names = (*RUN_FILES, LOG) if with_checkpoints else RUN_FILES
         files |= {name: file_within(run, name) for name in names if (run / name).is_file()}
@@ -171,7 +160,7 @@ def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoin
         checkpoint = [name for name in sizes if CHECKPOINT_FILE.fullmatch(name)] if with_checkpoints else []
         if with_checkpoints and not checkpoint:
             raise UserError(f"{repo_id} has no checkpoint to resume from; pull without --with_checkpoints")
-        known = (CARD, PICTURE, EVAL_RESULTS, *RUN_FILES)
+        known = (CARD, PICTURE, *RUN_FILES)
         others = [name for name in sizes if name in known or reading.CODE_FILE.fullmatch(name)]
         for name in others:
             if sizes[name] > MAX_CARD_BYTES:

@@ -1,4 +1,4 @@
-"""`mnist-diffusion app`: serve the web app, which samples, steers, compares and trains."""
+"""`mnist-diffusion app`: serve the web app, which samples, steers and compares."""
 
 from __future__ import annotations
 

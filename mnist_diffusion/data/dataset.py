@@ -1,10 +1,10 @@
-"""Load labelled images for training and held-out ones: uint8, in memory or decoded when they are needed."""
+"""Load labelled images, decoded to one shape as uint8: those to train on, and held-out ones."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,9 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mnist_diffusion.config import DataConfig, ImagesConfig
-from mnist_diffusion.data.decoding import DataError
+from mnist_diffusion.data.decoding import DataError, EncodedImages
 from mnist_diffusion.data.layout import evenly
-from mnist_diffusion.data.lazy import MANY, LazyImages
 from mnist_diffusion.data.raw import RawSource, RawSplit
 from mnist_diffusion.data.sanity_checks import cropped_fraction, dataset_warnings
 from mnist_diffusion.data.sources import read_source
@@ -24,9 +23,9 @@ from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_chan
 from mnist_diffusion.option_types import Ground
 from mnist_diffusion.seeds import Balance, indices_of_step
 
-MEMORY_LIMIT_BYTES = 2 * 10**9
-MAX_REPRESENTATIVE_IMAGES = 100_000
-"""How many images at most represent a split that does not fit into memory."""
+MEMORY_LIMIT_BYTES = 8 * 10**9
+CHUNK, MANY = 8, 20_000
+"""Images decoded at once at their original size, which may be large; how many have a progress bar."""
 HELD_OUT_SHARE = 0.1
 NUM_CHECKED_IMAGES = 2000
 """Training images, evenly spread, that are checked for problems."""
@@ -37,17 +36,11 @@ ADVICE = "set data.image_size, and data.fit=contain to keep the whole of each"
 class ImageSplit:
     """Images, uint8 `[N, C, H, W]`, and their class labels, int64 `[N]`."""
 
-    images: Tensor | LazyImages
+    images: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def tensor(self) -> Tensor:
-        """The images as a tensor, if they are in memory; `in_memory` brings them there."""
-        assert isinstance(self.images, Tensor), "these images are decoded when they are needed"
-        return self.images
 
     @cached_property
     def balance(self) -> Balance:
@@ -56,34 +49,12 @@ class ImageSplit:
 
     def select(self, wanted: Tensor) -> ImageSplit:
         """Some of the images, by index."""
-        images = self.images.select(wanted) if isinstance(self.images, LazyImages) else self.images[wanted]
-        return ImageSplit(images, self.labels[wanted])
-
-    def chunks(self) -> Iterator[Tensor]:
-        """All images: at once if they are in memory, else a few at a time."""
-        return self.images.chunks() if isinstance(self.images, LazyImages) else iter([self.images])
+        return ImageSplit(self.images[wanted], self.labels[wanted])
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """At most `count` images and their labels, spread evenly over all, which may be sorted by class."""
         chosen = torch.tensor(evenly(len(self), count))
         return self.images[chosen], self.labels[chosen]
-
-    def in_memory(self) -> ImageSplit:
-        """The images decoded: all if they are in memory already, else as many as the limit allows.
-
-        Classes keep their shares, with at least two images each if they have them.
-        """
-        if isinstance(self.images, Tensor):
-            return self
-        count = min(MAX_REPRESENTATIVE_IMAGES, MEMORY_LIMIT_BYTES // math.prod(self.images.shape[1:]))
-        share = min(1.0, count / len(self))
-        chosen = []
-        for label in self.labels.unique():
-            places = torch.nonzero(self.labels == label).flatten()
-            wanted = max(min(2, len(places)), math.floor(share * len(places)))
-            chosen.append(places[evenly(len(places), wanted)])
-        places = torch.cat(chosen).sort().values
-        return ImageSplit(self.images.select(places).decoded(), self.labels[places])
 
 
 @dataclass(frozen=True)
@@ -121,15 +92,10 @@ class ImageData:
         digest = hashlib.sha256(repr(self.class_names).encode())
         for split in (self.train, self.test):
             digest.update(repr((tuple(split.images.shape), torch.uint8)).encode())
-            for images in split.chunks():
-                digest.update(images.contiguous().numpy().data)
+            digest.update(split.images.numpy().data)
             digest.update(repr((tuple(split.labels.shape), split.labels.dtype)).encode())
             digest.update(split.labels.numpy().data)
         return digest.hexdigest()
-
-    def in_memory(self) -> ImageData:
-        """These images decoded: all if they are in memory already, else as many as the limit allows."""
-        return replace(self, train=self.train.in_memory(), test=self.test.in_memory())
 
     @property
     def banner(self) -> str:
@@ -146,11 +112,10 @@ class ImageData:
         named = [f"{name}: {count}" for name, count in zip(self.class_names, self.counts, strict=True)]
         shown = ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else "")
         colour = "grey" if self.channels == 1 else "RGB"
-        lazily = ", decoded when needed" if isinstance(self.train.images, LazyImages) else ""
         return (
             f"source       {self.source}\n"
             f"images       {len(self.train)} to train on, {len(self.test)} held out, "
-            f"{self.image_size} x {self.image_size} {colour}{lazily}\n"
+            f"{self.image_size} x {self.image_size} {colour}\n"
             f"classes      {self.num_classes} ({shown})\n"
             f"fingerprint  {self.fingerprint[:16]}" + "".join(f"\nnote         {note}" for note in self.notes)
         )
@@ -174,7 +139,9 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
 
     shape = _common_shape(source, config)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
-    in_memory = total <= MEMORY_LIMIT_BYTES
+    if total > MEMORY_LIMIT_BYTES:
+        limit = f"more than the limit of {MEMORY_LIMIT_BYTES / 1e9:g} GB; set a smaller data.image_size"
+        raise DataError(f"{source.description}: the decoded images take {total / 1e9:.1f} GB, {limit}")
 
     def preprocess(images: Tensor) -> Tensor:
         return fit_to_size(to_channels(images, shape[0]), shape[1], config.fit, source.background)
@@ -183,8 +150,7 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
         labels = torch.tensor([position[label] for label in split.labels], dtype=torch.int64)
         if isinstance(split.images, Tensor):
             return ImageSplit(preprocess(split.images).contiguous(), labels)
-        lazy = LazyImages(split.images, preprocess, shape)
-        return ImageSplit(lazy.decoded() if in_memory else lazy, labels)
+        return ImageSplit(_decoded(split.images, preprocess, shape), labels)
 
     train = to_split(source.train)
     if source.test is not None:
@@ -197,6 +163,17 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     source_id = config.source or source.hub_id or "digits"
     plain = (source_id, source.description, source.notice, tuple(notes), source.hub_id, source.background)
     return ImageData(train, test, names, *plain)
+
+
+def _decoded(pictures: EncodedImages, preprocess: Callable[[Tensor], Tensor], shape: tuple[int, int, int]) -> Tensor:
+    """All pictures, each brought to the common shape."""
+    images = torch.empty(len(pictures), *shape, dtype=torch.uint8)
+    starts = range(0, len(pictures), CHUNK)
+    for start in tqdm(starts, desc="reading images", leave=False, disable=len(pictures) < MANY):
+        indices = range(len(pictures))[start : start + CHUNK]
+        for index, image in zip(indices, pictures.decode(indices, grey=shape[0] == 1), strict=True):
+            images[index] = preprocess(image)
+    return images
 
 
 def _readable(source: RawSource) -> RawSource:
@@ -272,8 +249,8 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
 def _numbered(images: ImageSplit) -> np.ndarray:
     """A number for each image, the same for identical ones."""
     seen: dict[bytes, int] = {}
-    each = (image.numpy().tobytes() for chunk in images.chunks() for image in chunk.contiguous())
-    return np.array([seen.setdefault(hashlib.sha256(content).digest(), len(seen)) for content in each])
+    digests = (hashlib.sha256(image.numpy().tobytes()).digest() for image in images.images)
+    return np.array([seen.setdefault(digest, len(seen)) for digest in digests])
 
 
 def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, part: slice) -> tuple[Tensor, Tensor]:

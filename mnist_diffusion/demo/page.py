@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ import gradio as gr
 from gradio.utils import LRUCache
 
 from mnist_diffusion.demo import drawing
-from mnist_diffusion.demo.drawing import PIPELINE_DEFAULT, SAMPLER_CHOICES, check_choice, check_int, check_range
-from mnist_diffusion.demo.jobs import JobRunner
+from mnist_diffusion.demo.drawing import PIPELINE_DEFAULT, SAMPLER_CHOICES, check_int
 from mnist_diffusion.demo.models import Models
 from mnist_diffusion.files import read_text
 from mnist_diffusion.pipelines.drawing import class_names
@@ -23,13 +22,9 @@ HERE = Path(__file__).parent
 MAX_WAITING, MAX_SESSIONS, MAX_UNFETCHED = 64, 100, 200
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-RECIPES = {
-    "default": "default: legible digits, in five minutes.",
-    "tiny": "tiny: blobs that begin to look like digits, in one.",
-}
-MAX_MINUTES, MAX_STEERED = 30, 50
+MAX_STEERED = 50
 STEPS, SCALES = (1, 2, 4, 5, 10, 20, 50), (0.0, 1.0, 1.25, 1.4, 2.0, 2.8, 5.0)
-SECONDS_BETWEEN_STEPS, SECONDS_BETWEEN_LOOKS = 0.6, 3.0
+SECONDS_BETWEEN_STEPS = 0.6
 STATE_SECONDS = 900
 
 
@@ -112,14 +107,8 @@ STEPS_HELP = "Denoising steps. More take longer."
 SEED = "The same seed gives the same images."
 
 
-def build_page(models: Models, jobs: JobRunner | None, data: Sequence[str]) -> gr.Blocks:
-    """The page.
-
-    Args:
-        models: what it draws with.
-        jobs: runs trainings; without it the app only samples.
-        data: flags of `mnist-diffusion train` that name the images.
-    """
+def build_page(models: Models) -> gr.Blocks:
+    """The page, which samples from these models."""
     with gr.Blocks(title="mnist-diffusion", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# mnist-diffusion\nWatch a diffusion model sample, and change how it does.")
         first = models.names[0]
@@ -130,9 +119,6 @@ def build_page(models: Models, jobs: JobRunner | None, data: Sequence[str]) -> g
                 name = build.__name__.removeprefix("_")
                 with gr.Tab(name.capitalize(), id=name):
                     build(models, controls)
-            if jobs is not None:
-                with gr.Tab("Train", id="train"):
-                    _train(page, models, jobs, data, controls.pipeline)
 
         def follow(name: str) -> list[Any]:
             with errors_as_toast():
@@ -276,41 +262,3 @@ def _explore(models: Models, controls: Controls) -> None:
     walk.click(interpolate, asked, between, api_name="interpolate", **ONE_AT_A_TIME)
     asked = [controls.pipeline, sketchpad, is_a, as_a, scale]
     invert.click(redraw, asked, inverted, api_name="invert", **ONE_AT_A_TIME)
-
-
-def _train(page: gr.Blocks, models: Models, jobs: JobRunner, data: Sequence[str], pipeline: gr.Dropdown) -> None:
-    gr.Markdown("Training continues if you close the page. Its pipeline can then be chosen at the top.")
-    with gr.Row():
-        with gr.Column():
-            recipe = gr.Radio(list(RECIPES), value="default", label="Recipe", info=" ".join(RECIPES.values()))
-            minutes = gr.Slider(1, MAX_MINUTES, 5, step=1, label="Minutes", info="Training time.")
-            seed = gr.Number(0, precision=0, label="Seed", info="Another seed trains another model.")
-            start, stop = gr.Button("Train", variant="primary"), gr.Button("Stop and keep")
-        with gr.Column():
-            status, clock = gr.HTML(elem_id="train-job"), gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
-    outputs = [status, clock, pipeline]
-
-    def refresh(chosen: str | None = None) -> list[Any]:
-        running = jobs.running
-        with errors_as_toast():
-            trained = [models.add(str(folder)) for folder in jobs.pipelines()]
-        if trained and not running:
-            chosen = chosen or trained[-1]
-        value: dict[str, Any] = {"value": chosen} if chosen else {}
-        return [jobs.status_html(), gr.Timer(active=running), gr.update(choices=models.names, **value)]
-
-    def begin(recipe: str, minutes: Any, seed: Any) -> list[Any]:
-        with errors_as_toast():
-            check_choice("recipe", recipe, list(RECIPES))
-            limit = check_range("minutes", minutes, 1, MAX_MINUTES)
-            length = ["--train.max_steps", "null", "--train.max_minutes", str(limit)]
-            number = str(check_int("seed", seed, 0, drawing.MAX_SEED))
-            options = ["--train.seed", number, "--train.sample_every", "100 steps"]
-            jobs.start(f"app-{recipe}", ["--config", recipe, *length, *options, *data])
-        return refresh()
-
-    clock.tick(refresh, None, outputs, **AT_ONCE)
-    start.click(begin, [recipe, minutes, seed], outputs, api_name="train", concurrency_limit=1)
-    stop.click(jobs.stop, None, None, **AT_ONCE)
-    # Somebody may have started a run and closed the page; the pipeline chosen there stays.
-    page.load(refresh, pipeline, outputs, **AT_ONCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import re
 import signal
@@ -23,8 +22,6 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnist_diffusion.command_options import AppOptions
-from mnist_diffusion.config import ImagesConfig
-from mnist_diffusion.demo.jobs import JobRunner
 from mnist_diffusion.demo.models import Models
 from mnist_diffusion.demo.page import HERE, build_page
 from mnist_diffusion.environment import set_num_threads
@@ -125,39 +122,29 @@ def guard(app: FastAPI, host: str) -> None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, host, f"[{host}]", "["])
 
 
-def build_app(options: AppOptions) -> tuple[FastAPI, JobRunner | None]:
-    """The server's application, and its runner of training jobs.
+def build_app(options: AppOptions) -> FastAPI:
+    """The server's application.
 
     Raises:
         UserError: a pipeline could not be loaded.
     """
     set_num_threads()
-    jobs = None if options.only_draw else JobRunner(options.runs)
-    page = build_page(Models(options.pipelines or default_sources()), jobs, _arguments(options.data))
+    page = build_page(Models(options.pipelines or default_sources()))
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     guard(app, options.host)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     look: dict[str, Any] = {"ssr_mode": False, "show_error": False, "run_history": False, "footer_links": []}
-    return gr.mount_gradio_app(app, page, "/", theme=theme, css=read_text(HERE / "app.css"), **look), jobs
-
-
-def _arguments(data: ImagesConfig) -> list[str]:
-    """The flags that name these images, without those at their defaults."""
-    default, flags = ImagesConfig(), []
-    for each in dataclasses.fields(ImagesConfig):
-        if (value := getattr(data, each.name)) != getattr(default, each.name):
-            flags += [f"--data.{each.name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return flags
+    return gr.mount_gradio_app(app, page, "/", theme=theme, css=read_text(HERE / "app.css"), **look)
 
 
 def serve(options: AppOptions) -> None:
-    """Serve the app until INT or TERM; a running training then stops with a pipeline.
+    """Serve the app until INT or TERM.
 
     Raises:
         UserError: a pipeline could not be loaded, or the port is not free.
     """
-    app, jobs = build_app(options)
+    app = build_app(options)
     host, family = (f"[{options.host}]", AF_INET6) if ":" in options.host else (options.host, AF_INET)
     try:
         listening = create_server((options.host, options.port), family=family)
@@ -167,9 +154,5 @@ def serve(options: AppOptions) -> None:
     limits: dict[str, Any] = {"timeout_graceful_shutdown": SECONDS_TO_CLOSE, "limit_concurrency": MAX_CONNECTIONS}
     config = uvicorn.Config(app, log_level="error", **limits)  # a warning for each refused connection fills a disk
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which uvicorn raises again when it has closed
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        if jobs is not None:
-            jobs.stop(wait=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])

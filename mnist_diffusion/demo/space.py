@@ -31,7 +31,7 @@ sdk: {sdk}
 
 {about} Made with `mnist-diffusion space`.
 """
-APP = '''"""The app of this Space, without training."""
+APP = '''"""The app of this Space."""
 
 import os
 
@@ -39,7 +39,7 @@ from mnist_diffusion.command_options import AppOptions
 from mnist_diffusion.demo.server import serve
 
 host = "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"  # for a try elsewhere
-serve(AppOptions(pipelines={pipelines!r}, only_draw=True, host=host))
+serve(AppOptions(pipelines={pipelines!r}, host=host))
 '''
 
 

@@ -56,7 +56,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     imagenet = ImageNetDistance(device) if options.imagenet_fid and is_main() else None
     split_seed = (seed or 0) if options.split_seed is None else options.split_seed
-    data = load_images(images, seed=split_seed).in_memory()
+    data = load_images(images, seed=split_seed)
     told = [data.banner, *(note for note in data.notes if note.startswith("WARNING"))] if is_main() else []
     print("".join(f"{line}\n" for line in told if line), end="")
     draws = _draws(options, data)
@@ -70,7 +70,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     if share < TRUSTED_ACCURACY:
         print(f"warning: the evaluator classifies only {share:.1%} of the held-out images correctly; scores say little")
     if imagenet is not None:
-        imagenet.update(data.train.tensor, real=True)
+        imagenet.update(data.train.images, real=True)
     report = {
         "source": ", ".join(options.names or options.sources),
         "data": {
@@ -93,7 +93,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         values = dict(scored.values)
         if imagenet is not None:
             values["imagenet_fid"] = imagenet(sample.images)
-            values["imagenet_fid_floor"] = imagenet(data.test.tensor[: len(sample.images)])
+            values["imagenet_fid_floor"] = imagenet(data.test.images[: len(sample.images)])
         cost = {"nfe_per_image": sample.nfe_per_image, "seconds": sample.seconds}
         results.append({**about, **cost, "metrics_seconds": time.perf_counter() - started, **values})
         pictures.append(result_pictures(sample, data, scored))
@@ -151,7 +151,6 @@ def monitor(
     Raises:
         UserError: the classes cannot have equally many of `num_images`.
     """
-    data = data.in_memory()
     generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed)
     reference = Reference(data, evaluator_for(data).model, seed=seed)
     reference.floor(num_images, pipeline.num_classes is not None)

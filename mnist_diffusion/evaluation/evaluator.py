@@ -159,7 +159,7 @@ def logits_and_features(model: Any, images: Tensor, *, batch_size: int = 500) ->
 
 def accuracy(model: Any, split: ImageSplit) -> float:
     """Share of a split's images that the evaluator classifies as labelled."""
-    logits, _ = logits_and_features(model, split.tensor)
+    logits, _ = logits_and_features(model, split.images)
     return float((logits.argmax(dim=1) == split.labels).float().mean())
 
 

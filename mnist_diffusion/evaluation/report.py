@@ -18,7 +18,7 @@ from mnist_diffusion.data.transforms import filled_rows
 from mnist_diffusion.evaluation.draw import Sample
 from mnist_diffusion.evaluation.score import Scores
 from mnist_diffusion.files import replace_picture, replace_text
-from mnist_diffusion.pipelines.card import as_markdown, eval_results
+from mnist_diffusion.pipelines.card import as_markdown
 from mnist_diffusion.plots.curves import figure_of_panels, log_scale, to_picture
 from mnist_diffusion.plots.grids import image_grid
 from mnist_diffusion.plots.tables import markdown, screen_table
@@ -89,8 +89,6 @@ def write_report(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Imag
         folder: where to; it must exist.
     """
     replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    if text := eval_results(report):
-        replace_text(folder / "eval_results.yaml", text)
     lines = [f"# {as_markdown(report['source'])}", "", card_text(report)]
     for plot, (name, settings) in PLOTS.items():
         if (figure := plot_results(report["results"], name, settings)) is not None:
@@ -151,7 +149,7 @@ def result_pictures(sample: Sample, data: ImageData, scored: Scores) -> dict[str
         if len(wrong):
             pictures["misclassified"] = image_grid(images[wrong], IMAGES_PER_ROW)
     first = np.argsort(scored.nearest.relative)[:IMAGES_PER_ROW]
-    nearest = data.train.tensor[torch.from_numpy(scored.nearest.indices[first])].float() / 255
+    nearest = data.train.images[torch.from_numpy(scored.nearest.indices[first])].float() / 255
     pairs = torch.cat([images[scored.checked[first]], nearest])
     pictures["nearest"] = image_grid(pairs, len(first), row_labels=["generated", "nearest"])
     return pictures

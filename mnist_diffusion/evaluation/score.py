@@ -104,8 +104,8 @@ class Reference:
                 f"data.source has {len(data.test)} held-out images, too few for a floor; there must be at least "
                 f"{MIN_HELD_OUT}"
             )
-        self.train = embed(evaluator, data.train.tensor, data.train.labels)
-        self.held_out = embed(evaluator, data.test.tensor, data.test.labels)
+        self.train = embed(evaluator, data.train.images, data.train.labels)
+        self.held_out = embed(evaluator, data.test.images, data.test.labels)
         self.floor = cache(self._floor)
 
     def _floor(self, num_images: int, labelled: bool) -> Scores:
@@ -132,7 +132,7 @@ class Reference:
         """The metrics of one set of images against the training split, without a floor."""
         real = self.matched(evaluated)
         checked = self._permutation(len(evaluated))[:MAX_COPY_CHECK]
-        nearest = metrics.nearest_images(evaluated.images[checked], self.data.train.tensor)
+        nearest = metrics.nearest_images(evaluated.images[checked], self.data.train.images)
         size = min(len(evaluated), len(real), MAX_NEIGHBOURHOOD)
         values: dict[str, Any] = {
             "num_images": len(evaluated),
@@ -175,7 +175,7 @@ class Reference:
     def _usual_shapes(self) -> set[tuple[int, tuple[int, ...]]]:
         """Class, and pieces and holes, of all but the rarest training images."""
         labels = self.data.train.labels.tolist()
-        kinds = Counter(zip(labels, map(tuple, metrics.stroke_shapes(self.data.train.tensor)), strict=True))
+        kinds = Counter(zip(labels, map(tuple, metrics.stroke_shapes(self.data.train.images)), strict=True))
         sizes = Counter(labels)
         return {kind for kind, count in kinds.items() if count >= RARE_SHAPE * sizes[kind[0]]}
 

@@ -7,16 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from mnist_diffusion.errors import FileError
-from mnist_diffusion.files import file_within, read_text, replace_text, yaml_text
+from mnist_diffusion.files import file_within, read_text, replace_text
 from mnist_diffusion.option_types import AUTOGUIDANCE
 
 CARD, PICTURE, REPO_PLACEHOLDER = "README.md", "samples.png", "this-folder-or-repository"
-EVAL_RESULTS = ".eval_results/evaluation.yaml"
-"""Where the Hub looks for the results on a model's page."""
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 SHORT_CARD = Path(__file__).parents[1] / "short_card.md"
 SECTION_START, SECTION_END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -101,31 +99,6 @@ def write_results_to_card(folder: Path, report: Mapping[str, Any], text: str) ->
     name = place.parent.name if place.name in ("pipeline", "pipeline_best") else place.name
     vars(card.data).update(model_name=name, eval_results=measured)
     replace_text(path, str(parse_card(str(card))))  # parsed again with a safe loader
-    results = folder / EVAL_RESULTS
-    if results.parent.is_symlink():
-        raise FileError(f"{results.parent} is a link")
-    results.unlink(missing_ok=True)
-    if text := eval_results(report):
-        results.parent.mkdir(exist_ok=True)
-        replace_text(results, redact_paths(text, paths))
-
-
-def eval_results(report: Mapping[str, Any]) -> str:
-    """The results in the format of the Hub's `.eval_results`; empty unless the data set is on the Hub."""
-    if (hub_id := report["data"]["hub_id"]) is None:
-        return ""
-    entries = [
-        EvalResultEntry(
-            dataset_id=hub_id,
-            task_id=metric,
-            value=round(result[metric], 5),
-            notes=", ".join(f"{key}={result[key]}" for key in SETTINGS if result.get(key) is not None),
-        )
-        for result in report["results"]
-        for metric in CARD_METRICS
-        if result.get(metric) is not None
-    ]
-    return yaml_text(eval_result_entries_to_yaml(entries))
 
 
 def local_paths_in(config: Any) -> list[str]:

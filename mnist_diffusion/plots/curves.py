@@ -16,7 +16,6 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 from scipy.ndimage import uniform_filter1d
-from torch import Tensor
 
 if TYPE_CHECKING:
     from mnist_diffusion.method.noise import NoisingProcess
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 # Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, black first.
 PALETTE = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 LINE_STYLES = ("-", "--", ":", "-.")
-HISTOGRAM_BINS = 32
 DPI, MANY_TICKS = 100, 500
 
 Lines = Sequence[Mapping[str, Any]]
@@ -146,26 +144,4 @@ def noise_schedule(process: NoisingProcess) -> Figure:
         ratios.plot(10 * np.log10(alpha_bar / (1 - alpha_bar)))
     ratios.set(xlabel="timestep", ylabel="signal-to-noise ratio, dB")
     ratios.axhline(0, color="0.6", linewidth=0.8)
-    return figure
-
-
-def pixel_histograms(real: Tensor, generated: Tensor, *, title: str = "Pixel values") -> Figure:
-    """How often each pixel value occurs in real and in generated images, and how bright whole images are.
-
-    Args:
-        real: uint8 `[N, C, H, W]`.
-        generated: uint8 `[M, C, H, W]`.
-        title: of the figure.
-    """
-    figure, (pixels, means) = figure_of_panels(1, 2, title=title, height=3.2)
-    edges = np.linspace(0, 256, HISTOGRAM_BINS + 1)
-    for images, name, colour in ((real, "real", PALETTE[0]), (generated, "generated", PALETTE[4])):
-        label = f"{len(images)} {name} images"
-        for panel, values in ((pixels, images.flatten()), (means, images.float().mean(dim=(1, 2, 3)))):
-            shares, _ = np.histogram(values.numpy(), edges)
-            panel.stairs(100 * shares / len(values), edges, color=colour, linewidth=1.5, label=label)
-    pixels.set(xlabel="value of a pixel (0 black, 255 white)", ylabel="share of the pixels, %")
-    log_scale(pixels)
-    means.set(xlabel="mean value of an image", ylabel="share of the images, %")
-    pixels.legend(fontsize="small")
     return figure

@@ -193,7 +193,7 @@ class Artifacts:
                 self._show("forward_noising", sheets.noised(self.data, process, seed=self.config.train.seed), 0)
 
     def draw(self, progress: Progress, log_path: Path) -> None:
-        """Draw the sample sheet of this step, how images form, pixel values, and the training curves."""
+        """Draw the sample sheet of this step, how images form, and the training curves."""
         with warn_on_failure("draw samples"):
             self._draw_samples(progress)
             if self.config.train.pictures:
@@ -209,9 +209,6 @@ class Artifacts:
         self._show("samples", sheet, progress.step, self._sheet_path(progress.step))
         if train.pictures:
             self._show("denoising", sheets.denoised(pipeline, names, seed=train.seed), progress.step)
-            real = self.data.train.spread(len(images))[0]
-            histograms = curves.pixel_histograms(real, self.sheet_images)
-            self._show("pixel_histograms", curves.to_picture(histograms), progress.step)
         self.drawn_step = progress.step
 
     def draw_last(self, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Splits, pixels, batches, images that are decoded when needed, the Hub out of reach, and the survey."""
+"""Splits, pixels, batches, the Hub out of reach, and the survey."""
 
 import json
 import shutil
@@ -15,15 +15,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mnist_diffusion.cli import main
-from mnist_diffusion.config import AugmentConfig, DataConfig
+from mnist_diffusion.config import AugmentConfig
 from mnist_diffusion.data import sources
-from mnist_diffusion.data.dataset import ImageData, draw_batch
+from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.decoding import DataError, decode_picture
-from mnist_diffusion.data.lazy import LazyImages
 from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_model_range, to_uint8
 from tests.conftest import make_image_folder
 from tests.data import test_formats as make
-from tests.data.test_formats import THREE, classes, digit, encoded, load, load_lazily, write
+from tests.data.test_formats import THREE, classes, digit, encoded, load, write
 
 
 class TestSplits:
@@ -37,7 +36,7 @@ class TestSplits:
         images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
         arrays = {"images": np.concatenate([images, images[:40]]), "labels": np.arange(100) % 2}
         data = load(write(tmp_path, {"x.npz": arrays}))
-        train, test = ({image.numpy().tobytes() for image in split.tensor} for split in (data.train, data.test))
+        train, test = ({image.numpy().tobytes() for image in split.images} for split in (data.train, data.test))
         assert not train & test
         assert len(data.train) + len(data.test) == 100
         assert 6 <= len(data.test) <= 20
@@ -47,28 +46,14 @@ class TestSplits:
         names = tuple(map(str, range(12)))
         data = load(write(tmp_path, classes(names, 3)))
         assert data.class_names == names
-        assert [make.place_of_bar(image) for image in data.train.tensor] == data.train.labels.tolist()
+        assert [make.place_of_bar(image) for image in data.train.images] == data.train.labels.tolist()
         assert "note" not in data.describe()
 
 
-class TestLazily:
-    def test_same_images_and_order(self, image_folder: Path) -> None:
-        eager, lazy = load(image_folder), load_lazily(image_folder)
-        assert isinstance(lazy.train.images, LazyImages)
-        assert lazy.train.images.shape == eager.train.images.shape == (15, 3, 16, 16)
-        for step in (0, 3):
-            config = DataConfig(batch_size=4)
-            one, other = (draw_batch(data.train, config, seed=1, step=step, part=slice(0, 4)) for data in (eager, lazy))
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-    def test_images_that_represent_a_large_split_keep_small_classes(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        write(tmp_path, classes(THREE, 6) | {f"c/more {index}.png": digit(2, index) for index in range(10, 50)})
-        monkeypatch.setattr("mnist_diffusion.data.dataset.MAX_REPRESENTATIVE_IMAGES", 10)
-        representative = load_lazily(tmp_path).in_memory()
-        assert representative.counts[:2] == [2, 2]
-        assert 7 <= representative.counts[2] <= 9
+def test_images_that_do_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch, image_folder: Path) -> None:
+    monkeypatch.setattr("mnist_diffusion.data.dataset.MEMORY_LIMIT_BYTES", 11_000)
+    with pytest.raises(DataError, match=r"the decoded images take 0\.0 GB, more than the limit of 1\.1e-05 GB"):
+        load(image_folder)
 
 
 class TestPixels:
@@ -99,16 +84,16 @@ class TestPixels:
         found, asked = load(tmp_path), load(tmp_path, background="black")
         counted = "of 9 pictures, 9 nearly vanish on black and 0 on white"
         assert f"WARNING: transparent pixels are filled with white: {counted}" in found.describe()
-        assert (int(found.train.tensor[0, 0, 0, 0]), int(found.train.tensor[0, 0, 5].min())) == (255, 0)
+        assert (int(found.train.images[0, 0, 0, 0]), int(found.train.images[0, 0, 5].min())) == (255, 0)
         assert f"note         transparent pixels are filled with black: {counted}" in asked.describe()
-        assert int(asked.train.tensor.max()) == 0
+        assert int(asked.train.images.max()) == 0
 
     def test_white_ink_on_transparency(self, tmp_path: Path) -> None:
         layers = [np.dstack([np.full((12, 12, 3), 255, np.uint8), digit(label)]) for label in range(3)]
         write(tmp_path, {f"{THREE[n % 3]}/{n}.png": layers[n % 3] for n in range(9)})
         found = load(tmp_path)
         assert "filled with black: of 9 pictures, 0 nearly vanish on black and 9 on white" in found.describe()
-        assert int(found.train.tensor[0, 0, 0, 0]) == 0
+        assert int(found.train.images[0, 0, 0, 0]) == 0
 
     def test_nearly_black(self, tmp_path: Path) -> None:
         write(tmp_path, {f"{THREE[n % 3]}/{n}.png": digit(n) // 16 for n in range(6)})
@@ -123,14 +108,14 @@ class TestPixels:
         assert "data.fit=resize crops content from 100% of the images" in load(tmp_path, image_size=16).describe()
         whole = load(tmp_path, image_size=20, fit="contain", background="white")
         assert "crops" not in whole.describe()
-        image = whole.train.tensor[0, 0]
+        image = whole.train.images[0, 0]
         assert max(image[0, 10], image[-1, 10]) < 100
         assert int(image[10, 0]) == 255
-        assert load(tmp_path, image_size=20, fit="contain").train.tensor[0, 0, 10, 0] == 0
+        assert load(tmp_path, image_size=20, fit="contain").train.images[0, 0, 10, 0] == 0
 
     def test_pad_and_resize(self, digits: ImageData) -> None:
-        padded = load("digits", image_size=32, channels=3, fit="pad").train.tensor
-        assert torch.equal(padded, F.pad(digits.train.tensor, (2, 2, 2, 2)).expand(-1, 3, -1, -1))
+        padded = load("digits", image_size=32, channels=3, fit="pad").train.images
+        assert torch.equal(padded, F.pad(digits.train.images, (2, 2, 2, 2)).expand(-1, 3, -1, -1))
         middle = torch.zeros(1, 8, 16, dtype=torch.uint8)
         middle[:, :, 4:12] = 200
         assert fit_to_size(middle, 8, "resize").eq(200).all()
@@ -142,7 +127,7 @@ class TestPixels:
 
     def test_augmentation_depends_on_seed_epoch_and_image_alone(self, digits: ImageData) -> None:
         config = AugmentConfig(shift=0.1, rotate=10, scale=0.1, horizontal_flip=True)
-        images = digits.train.tensor[:4]
+        images = digits.train.images[:4]
         epochs, indices = np.array([0, 0, 1, 1]), np.array([0, 1, 2, 3])
         whole = augment_images(images, config, 0, epochs, indices)
         assert torch.equal(whole[2], augment_images(images[2:3], config, 0, epochs[2:3], indices[2:3])[0])

@@ -39,8 +39,7 @@ def address(pipelines: dict[str, MNISTDiffusionPipeline], tmp_path_factory: pyte
     for name, pipeline in pipelines.items():
         pipeline.save_pretrained(folder / name / "pipeline")
     named = [str(folder / name / "pipeline") for name in ("teacher", "student")]
-    flags = ["--runs", str(folder / "runs"), "--data.source", "digits", "--port", str(port)]
-    command = [sys.executable, "-m", "mnist_diffusion", "app", *named, *flags]
+    command = [sys.executable, "-m", "mnist_diffusion", "app", *named, "--port", str(port)]
     with subprocess.Popen(command, cwd=REPOSITORY) as process:
         try:
             answer(f"http://127.0.0.1:{port}/config", process)

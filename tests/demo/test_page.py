@@ -151,27 +151,10 @@ def test_explore(visit: ReadyVisit, tmp_path: Path) -> None:
     )
 
 
-def test_train_and_stop(visit: ReadyVisit, browser: Any, address: str) -> None:
-    page = visit.open("Train")
-    page.locator('input[type="radio"][value="tiny"]').check()
-    page.get_by_role("button", name="Train", exact=True).click()
-    page.locator("#train-job figure").first.wait_for(timeout=2 * SECONDS)
-    other = ReadyVisit(browser, address)  # a second visitor, while the machine is busy, sees how it is going
-    other.open("Train").locator("#train-job figure").first.wait_for()
-    other.page.get_by_role("button", name="Train", exact=True).click()
-    other.page.get_by_text("the machine is busy with another training run").wait_for()
-    other.open("Generate").get_by_role("button", name="Sample", exact=True).click()
-    other.page.locator("#generated .gif").wait_for()
-    other.close()
-    page.get_by_role("button", name="Stop and keep").click()
-    page.get_by_text("Stopped; the results so far are in").wait_for()
-    page.wait_for_function("document.querySelector('input[aria-label=\"Pipeline\"]').value.startsWith('app-tiny-')")
-
-
 def test_narrow_dark_and_closed_in_mid_run(browser: Any, address: str) -> None:
     visit = ReadyVisit(browser, address, **NARROW)
     page = visit.page
-    for tab in ("Steer", "Compare", "Explore", "Train", "Generate"):
+    for tab in ("Steer", "Compare", "Explore", "Generate"):
         shown = page.get_by_role("tab", name=tab)
         if not shown.is_visible():  # in the menu of those that do not fit
             page.locator(".overflow-menu > button").click()

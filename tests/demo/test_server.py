@@ -11,7 +11,6 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +23,6 @@ from starlette.testclient import TestClient
 from mnist_diffusion.cli import main
 from mnist_diffusion.command_options import AppOptions
 from mnist_diffusion.demo import drawing
-from mnist_diffusion.demo.jobs import JobRunner
 from mnist_diffusion.demo.models import Models
 from mnist_diffusion.demo.page import MAX_SESSIONS, MAX_UNFETCHED, Unfetched
 from mnist_diffusion.demo.server import MAX_BODY_BYTES, MAX_CONNECTIONS, guard, serve
@@ -189,15 +187,7 @@ def test_what_is_no_drawing_is_refused(address: Any, message: str) -> None:
         drawing.decode_sketch(address, (1, 8, 8))
 
 
-def test_nothing_is_left_open_or_said_of_each_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log of a training that has ended is closed; connections over the limit are dropped quietly."""
-    jobs = JobRunner(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr("subprocess.Popen", lambda *_, **__: SimpleNamespace(poll=lambda: 0))
-        jobs.start("a", [])
-        jobs.start("b", [])
-    assert [job.log_file.closed for job in jobs.jobs] == [True, False]
-    jobs.jobs[-1].log_file.close()
+def test_connections_over_the_limit_are_dropped_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
     served: dict[str, Any] = {}
 
     def run(self: Any, *, sockets: Any) -> None:
@@ -205,7 +195,7 @@ def test_nothing_is_left_open_or_said_of_each_connection(tmp_path: Path, monkeyp
         sockets[0].close()
 
     monkeypatch.setattr("uvicorn.Server.run", run)
-    monkeypatch.setattr("mnist_diffusion.demo.server.build_app", lambda options: (FastAPI(), None))
+    monkeypatch.setattr("mnist_diffusion.demo.server.build_app", lambda options: FastAPI())
     monkeypatch.setattr("signal.signal", lambda *_: None)
     serve(AppOptions(port=free_port()))
     assert (served["log_level"], served["limit_concurrency"]) == ("error", MAX_CONNECTIONS)

@@ -18,7 +18,7 @@ from mnist_diffusion.evaluation.score import Reference, embed
 @pytest.fixture(scope="module")
 def part_of_mnist(mnist_data: ImageData) -> Reference:
     """A tenth of the training images, which the evaluator classifies in a tenth of the time."""
-    train = ImageSplit(mnist_data.train.tensor[:6000], mnist_data.train.labels[:6000])
+    train = ImageSplit(mnist_data.train.images[:6000], mnist_data.train.labels[:6000])
     return Reference(dataclasses.replace(mnist_data, train=train), module.evaluator_for(mnist_data).model)
 
 
@@ -42,7 +42,7 @@ def test_held_out_images_score_as_their_floor(part_of_mnist: Reference) -> None:
 def test_class_swap_drops_accuracy_and_leaves_the_distance(digits_reference: Reference) -> None:
     train = digits_reference.data.train
     chosen = torch.cat([torch.nonzero(train.labels == label).flatten()[:20] for label in range(10)])
-    images, labels = train.tensor[chosen], train.labels[chosen]
+    images, labels = train.images[chosen], train.labels[chosen]
     right = digits_reference.score(Sample(images, labels)).values
     swapped = digits_reference.score(Sample(images, (labels + 1) % 10)).values
     assert right["accuracy"] > 0.95
@@ -55,10 +55,10 @@ def test_copies_of_training_images_are_flagged(digits_reference: Reference) -> N
     """Those of the last class alone, a little brighter, in images sorted by class, as folders give them."""
     data = digits_reference.data
     order = data.test.labels.argsort()
-    images, labels = data.test.tensor[order].repeat(20, 1, 1, 1), data.test.labels[order].repeat(20)
+    images, labels = data.test.images[order].repeat(20, 1, 1, 1), data.test.labels[order].repeat(20)
     order = labels.argsort()
     images, labels = images[order], labels[order]
-    nines = (data.train.tensor[data.train.labels == 9].int() + 1).clamp(max=255).byte()
+    nines = (data.train.images[data.train.labels == 9].int() + 1).clamp(max=255).byte()
     images[labels == 9] = nines.repeat(10, 1, 1, 1)[: int((labels == 9).sum())]
     values = digits_reference.score(Sample(images, labels)).values
     assert values["copied_share"] > 0.08
@@ -74,7 +74,7 @@ def test_too_few_held_out_images(digits: ImageData, digits_reference: Reference)
 
 def test_without_labels_images_and_floor_have_one_reference(digits_reference: Reference) -> None:
     """So that the images of the floor themselves have a ratio of 1."""
-    values = digits_reference.score(Sample(digits_reference.data.test.tensor, None)).values
+    values = digits_reference.score(Sample(digits_reference.data.test.images, None)).values
     assert (values["accuracy"], values["fid_ratio"]) == (None, 1.0)
     assert "class_fid" not in values
 
@@ -82,7 +82,7 @@ def test_without_labels_images_and_floor_have_one_reference(digits_reference: Re
 def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) -> None:
     """The bootstrap's spread is of the size of the spread over disjoint sets of images."""
     train = digits_reference.data.train
-    parts = zip(train.tensor[:1600].split(200), train.labels[:1600].split(200), strict=True)
+    parts = zip(train.images[:1600].split(200), train.labels[:1600].split(200), strict=True)
     values = [digits_reference.measure(embed(digits_reference.evaluator, *part)).values for part in parts]
     spread = torch.tensor([value["fid"] for value in values]).std()
     mean = torch.tensor([value["fid_standard_error"] for value in values]).mean()
@@ -92,7 +92,7 @@ def test_standard_error_is_that_of_fresh_samples(digits_reference: Reference) ->
 def test_reference_takes_the_class_proportions_of_the_sample(digits: ImageData, digits_reference: Reference) -> None:
     zeros, ones = (torch.nonzero(digits.train.labels == label).flatten() for label in (0, 1))
     part = digits.train.select(torch.cat([zeros[:30], ones[:10]]))
-    matched = digits_reference.matched(embed(digits_reference.evaluator, part.tensor, part.labels))
+    matched = digits_reference.matched(embed(digits_reference.evaluator, part.images, part.labels))
     assert matched.labels is not None
     counts = torch.bincount(matched.labels, minlength=10).tolist()
     assert (sum(counts[2:]), counts[0]) == (0, len(zeros))

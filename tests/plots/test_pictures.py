@@ -10,7 +10,7 @@ import torch
 from mnist_diffusion.config import DiffusionConfig
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.method.noise import NoisingProcess, build_noise_scheduler
-from mnist_diffusion.plots.curves import compared_curves, noise_schedule, pixel_histograms, to_picture, training_curves
+from mnist_diffusion.plots.curves import compared_curves, noise_schedule, to_picture, training_curves
 from mnist_diffusion.plots.grids import image_grid
 from mnist_diffusion.plots.sheets import denoised, noised
 
@@ -88,12 +88,3 @@ class TestFigures:
         alpha_bar = np.cumprod(1 - expected)
         np.testing.assert_allclose(drawn(left, 0)[1], alpha_bar, rtol=1e-5)
         np.testing.assert_allclose(drawn(ratio, 0)[1], 10 * np.log10(alpha_bar / (1 - alpha_bar)), rtol=1e-3)
-
-    def test_pixel_histograms_are_shares(self) -> None:
-        real = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-        generated = torch.full((2, 1, 8, 8), 255, dtype=torch.uint8)
-        panels: list[Any] = pixel_histograms(real, generated).axes
-        of_real, of_drawn = (patch.get_data().values for patch in panels[0].patches)
-        assert of_real[0] == 100
-        assert of_drawn[-1] == 100
-        assert of_real.sum() == of_drawn.sum() == 100

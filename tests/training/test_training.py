@@ -201,7 +201,7 @@ def test_trackers_get_numbers_and_pictures(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     asked = {"trackers": ("tensorboard", "trackio"), "pictures": True, "sample_every": "2 steps"}
     folder = run(tiny_config(**asked), tmp_path / "run")
-    pictures = {"samples", "noise_schedule", "forward_noising", "denoising", "pixel_histograms", "training_curves"}
+    pictures = {"samples", "noise_schedule", "forward_noising", "denoising", "training_curves"}
     [events] = list((folder / "logs" / "mnist-diffusion").glob("events*"))
     recorded = EventAccumulator(str(events)).Reload()
     assert {"loss", "loss_by_noise/5"} <= set(recorded.Tags()["scalars"])
