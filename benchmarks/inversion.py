@@ -1,6 +1,6 @@
 """How close held-out images come back from DDIM inversion and sampling at guidance 1.
 
-python benchmarks/inversion.py runs/<run>/pipeline path/to/mnist
+python benchmarks/inversion.py runs/mnist path/to/mnist
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Samplers and steps, each at its own best guidance.
 
-    python benchmarks/samplers.py runs/<run>/pipeline path/to/mnist
-    python benchmarks/samplers.py runs/<student>/pipeline path/to/mnist --samplers '[lcm,ddim]' --steps '[1,2]' \
+    python benchmarks/samplers.py runs/mnist path/to/mnist
+    python benchmarks/samplers.py runs/student path/to/mnist --samplers '[lcm,ddim]' --steps '[1,2]' \
         --scales '[1.15]'
 
 Every row draws the same classes. The guidance scale with the smallest Fréchet distance is chosen on the same number of

@@ -1,7 +1,7 @@
 """How fast digits are drawn: this pipeline, its student, its student in ONNX Runtime, and a plain loop of diffusers
 with DDIM in 50 guided steps.
 
-    python benchmarks/sampling.py runs/<run>/pipeline --student runs/<student>/pipeline --data path/to/mnist
+    python benchmarks/sampling.py runs/mnist --student runs/student --data path/to/mnist
 
 All are timed in turns, so that the ratios say something on any machine. With `--data`, the images of each are measured.
 """

@@ -1,4 +1,4 @@
-"""Take the pictures of the web UI for the documents, in Chromium.
+"""Take the pictures of the web app for the documents, in Chromium.
 
 python benchmarks/screenshots.py
 """

@@ -55,6 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
     def kept(match: re.Match[str]) -> str:
         picture, words, target = match.groups()
         target = target.replace("../CONTRIBUTING.md", "contributing.md").replace("../SECURITY.md", "security.md")
+        target = target.replace("../CHANGELOG.md", "changelog.md")
         path = target.partition("#")[0]
         inside = "://" in target or not path or files.get_file_from_path(path) is not None
         return f"{picture}[{words}]({target})" if inside else words

@@ -58,7 +58,7 @@ class SampleOptions(SamplingSettings, DrawOptions):
     class_labels: tuple[Text, ...] = ()
     """Classes by number or name; all if omitted."""
     num_images: Annotated[int, Field(ge=1, le=10_000_000)] = 16
-    """Images in total; the classes take turns."""
+    """Total number of images, cycling through the classes."""
     out: FilePath = Path("samples")
     """Output folder."""
     files: bool = False
@@ -66,9 +66,9 @@ class SampleOptions(SamplingSettings, DrawOptions):
     gif: bool = False
     """Also write an animation of the denoising."""
     guidance_sweep: tuple[GuidanceScale, ...] = ()
-    """Also draw a sheet at each of these guidance scales."""
+    """Also write a sheet with a row for each of these guidance scales."""
     interpolation: Annotated[int, Field(ge=0)] = 0
-    """Number of interpolation frames between consecutive classes; 0 draws none."""
+    """Frames per interpolation from each class to the next, including both ends (at least 2); 0 writes no sheet."""
     as_dataset: bool = False
     """Write a labelled data set (parquet) instead of a sheet."""
 
@@ -107,7 +107,8 @@ class EvaluationOptions(DrawOptions):
     guidance: tuple[GuidanceRule, ...] = ()
     """Guidance rules: `cfg`, `autoguidance:PIPELINE`, or diffusers guiders; `cfg` if omitted."""
     split_seed: Seed | None = None
-    """train.seed of the run, if data.source has no test split; null takes that of the first source's run, or 0."""
+    """The `train.seed` that chose the held-out images, used if data.source has no test split. Null reads it from the
+    first source's run, or takes 0."""
     evaluator: FilePath | None = None
     """Folder of another evaluator, written by `mnist-diffusion train_evaluator`."""
     imagenet_fid: bool = False
@@ -124,15 +125,15 @@ class EvaluationOptions(DrawOptions):
     def settings(self) -> list[SamplingSettings]:
         """Every combination of the settings asked for."""
         levels = self.guidance_interval
-        asked: dict[str, tuple[Any, ...]] = {
+        choices: dict[str, tuple[Any, ...]] = {
             "scheduler": self.scheduler,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "guidance_interval": tuple(zip(levels[::2], levels[1::2], strict=True)),
             "guidance": self.guidance or (CFG,),
         }
-        combinations = itertools.product(*(values or (None,) for values in asked.values()))
-        return [SamplingSettings(**dict(zip(asked, each, strict=True))) for each in combinations]
+        combinations = itertools.product(*(values or (None,) for values in choices.values()))
+        return [SamplingSettings(**dict(zip(choices, each, strict=True))) for each in combinations]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -143,6 +144,6 @@ class AppOptions:
     """Pipeline folders or Hub ids; the first is selected at the start; runs/latest if omitted, or else the shipped
     models."""
     host: Text = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 admits other machines."""
+    """Address to listen on; 0.0.0.0 accepts connections from other machines."""
     port: Annotated[int, Field(ge=1, lt=2**16)] = 7860
     """Port to listen on."""

@@ -79,8 +79,8 @@ class ImagesConfig:
     fit: Fit = "resize"
     """How images reach `image_size`: `contain` scales to fit and pads, `resize` scales and crops, `pad` only pads."""
     background: Background = "auto"
-    """Colour behind transparent pixels and padding: `auto` is black, or white if fewer transparent pictures nearly
-    vanish on white."""
+    """Colour behind transparent pixels and padding. `auto` takes white if more of the transparent images would nearly
+    vanish on black than on white, else black."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for RGB; null keeps the source's channels."""
     class_names: Annotated[tuple[Text, ...], AfterValidator(distinct)] | None = None
@@ -259,7 +259,8 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     lr_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    """Learning rate after the warm-up. A run limited by minutes holds it, then decays it linearly unless `constant`."""
+    """Learning rate after the warm-up. A run limited only by minutes holds it, then decays it linearly (unless
+    `constant`)."""
     lr_decay: tuple[Annotated[int, Field(ge=0)], Count] | None = None
     """First step and length in steps of a linear decay, in place of `lr_schedule`. A run limited by minutes alone
     records its own decay here."""
@@ -274,21 +275,24 @@ class TrainConfig:
     gradient_accumulation_steps: Count = 1
     """Micro-batches per step and process."""
     mixed_precision: MixedPrecision | None = None
-    """Precision of the forward pass. Null takes the launcher's; a run limited by minutes on a CPU tries bf16, too."""
+    """Precision of the forward pass; null uses the launcher's. A run limited only by minutes, on a CPU with bf16
+    hardware, also tries bf16 and keeps it if it is faster."""
     channels_last: bool | None = None
-    """Use channels-last memory format. Null does not; a run limited by minutes on a CPU tries it."""
+    """Use the channels-last memory format. If null, a run limited only by minutes on a CPU uses it if it is faster,
+    and other runs do not use it."""
     compile: bool = False
     """Compile the network with torch.compile; the first step then takes about a minute."""
     num_threads: Count | None = None
-    """CPU threads per process. Null shares the cores among the processes; a run limited by minutes tries one, too."""
+    """CPU threads per process. Null uses OMP_NUM_THREADS, or divides the cores among the processes; a run limited only
+    by minutes on a CPU also tries a single thread."""
     ema_decay: Probability = 0.9999
     """Largest decay of the exponential moving average of the weights, which is sampled and exported; after `n` updates
     the decay is at most (1 + n) / (10 + n)."""
     averages_every: Interval | None = None
     """Save two power-function averages of the weights this often; `mnist-diffusion average` builds others from them."""
     num_eval_images: Annotated[int, Field(ge=0)] = 2000
-    """Held-out images the run's own loss is measured on, at uniform timesteps with the seed's noise; 0 disables it.
-    Comparable over time, and between runs of one seed and one loss."""
+    """Number of held-out images for the held-out loss; 0 disables it. Timesteps are uniform and the noise is fixed by
+    `seed`, so values are comparable over time, and between runs with the same seed and the same loss."""
     log_every_steps: Count = 50
     """Steps between writes to `metrics.jsonl` and the trackers."""
     checkpoint_every: Interval | None = "500 steps"
@@ -296,7 +300,7 @@ class TrainConfig:
     keep_checkpoints: Count = 2
     """Checkpoints to keep."""
     sample_every: Interval | None = "500 steps"
-    """Draw the sample sheet and measure the held-out loss this often, and at the end."""
+    """Sample the sheet and measure the held-out loss this often, and at the end."""
     samples_per_class: Count = 8
     """Columns of the sample sheet, which has one row per class."""
     evaluate_every: Interval | None = None
@@ -320,7 +324,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class HubConfig:
-    """Publishing on the Hub, with the token of `hf auth login` or HF_TOKEN. A saved configuration leaves it out."""
+    """Publishing on the Hub, with the token of `hf auth login` or HF_TOKEN.
+
+    A run's `config.yaml` resets this section to its defaults, so that repeating the run publishes nothing.
+    """
 
     push: bool = False
     """Push the pipeline, its card, its code and the configuration when the run has finished."""

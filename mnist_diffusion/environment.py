@@ -54,8 +54,8 @@ def launcher() -> Launcher:
         if number >= limit:
             raise UserError(f"{name}={number} in the environment must be less than WORLD_SIZE={limit}; unset it")
     if (size > 1 or "LOCAL_RANK" in os.environ) and (missing := [each for each in TOGETHER if each not in os.environ]):
-        asked = "LOCAL_RANK" if "LOCAL_RANK" in os.environ else f"WORLD_SIZE={size}"
-        raise UserError(f"{asked} is in the environment without {', '.join(missing)}; unset it, or use a launcher")
+        variable = "LOCAL_RANK" if "LOCAL_RANK" in os.environ else f"WORLD_SIZE={size}"
+        raise UserError(f"{variable} is in the environment without {', '.join(missing)}; unset it, or use a launcher")
     return Launcher(rank, size, local_size, precision)
 
 
@@ -74,11 +74,11 @@ def set_num_threads(threads: int | None = None) -> None:
     physical cores are divided among the processes.
     """
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of a list for nested regions
-    given = int(first) if first.isdecimal() else 0
+    number = int(first) if first.isdecimal() else 0
     if "OMP_NUM_THREADS" in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(given)  # accelerate takes a number alone
-    by_launcher = given == 1 and any(name in os.environ for name in LAUNCHERS)
-    if threads is None and (given == 0 or by_launcher):
+        os.environ["OMP_NUM_THREADS"] = str(number)  # accelerate takes a number alone
+    by_launcher = number == 1 and any(name in os.environ for name in LAUNCHERS)
+    if threads is None and (number == 0 or by_launcher):
         from joblib import cpu_count  # a dependency of scikit-learn
 
         threads = max(1, cpu_count(only_physical_cores=True) // launcher().local_processes)

@@ -189,9 +189,11 @@ def require_writable(folder: Path) -> None:
     Raises:
         FileError: it cannot.
     """
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise FileError(f"{folder} cannot be written to: {there} is {'read-only' if there.is_dir() else 'a file'}")
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise FileError(
+            f"{folder} cannot be written to: {existing} is {'read-only' if existing.is_dir() else 'a file'}"
+        )
 
 
 def file_within(folder: Path, name: str) -> Path:
@@ -210,8 +212,8 @@ def file_within(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError):  # not there, or links that go round in a circle
         pickles = [each.name for each in sorted(path.parent.glob("*")) if each.suffix in PICKLES]
         only = "can run code when it is read; only JSON and safetensors files are read"
-        there = f", only {pickles[0]}, which is a pickle and {only}" if pickles else ""
-        raise FileError(f"there is no {path}{there}") from None
+        hint = f", only {pickles[0]}, which is a pickle and {only}" if pickles else ""
+        raise FileError(f"there is no {path}{hint}") from None
     if not any(real.is_relative_to(home) for home in homes):
         raise FileError(f"{path} is a link that leads out of its folder, to {real}")
     if not real.is_file():
@@ -257,7 +259,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
         temporary.unlink(missing_ok=True)
         if isinstance(error, IsADirectoryError):
             raise FileError(f"{path} is a folder, but a file of this name must be written; move it away") from error
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as of a full disk
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # such as a full disk
             error.filename = str(path)
         raise
     if durable:
@@ -296,10 +298,10 @@ def _remove(path: Path) -> None:
 
 def remove_left_behind(folder: Path) -> None:
     """Remove the partial files of a killed process, and restore the folders it was about to replace."""
-    for path, found in [(each, STALE_TEMP.fullmatch(each.name)) for each in folder.glob(".*")]:
-        if found is None:
+    for path, match in [(each, STALE_TEMP.fullmatch(each.name)) for each in folder.glob(".*")]:
+        if match is None:
             continue
-        if found["name"] and not (target := path.with_name(found["name"])).exists():
+        if match["name"] and not (target := path.with_name(match["name"])).exists():
             path.rename(target)
         else:
             _remove(path)

@@ -34,8 +34,8 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT_FILE = re.compile(rf"{CHECKPOINTS}/step-\d+/[\w-][\w.-]*")
 RUN_FILES, LOG = ("config.yaml", "summary.json"), "metrics.jsonl"
 EXPORTS = ("pipeline", "pipeline_best")
-STALE = (*RUN_FILES, PICTURE, "unet/*", "scheduler/*", f"{reading.CODE_STEM}*.py")
-"""Files that a push removes from the repository unless it replaces them."""
+STALE = (*RUN_FILES, PICTURE, ".eval_results/*", "unet/*", "scheduler/*", f"{reading.CODE_STEM}*.py")
+"""Files that a push removes from the repository unless it replaces them; version 0.2.0 pushed `.eval_results`."""
 
 
 def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, license: str | None) -> None:
@@ -109,7 +109,7 @@ def push(
 
     Raises:
         UserError: there is nothing to push, or it holds the token.
-        HubError: the Hub refused or could not be reached. At most an empty repository has been created.
+        HubError: the Hub rejected the request or could not be reached. At most an empty repository has been created.
     """
     stale = (*STALE, f"{CHECKPOINTS}/*") if with_checkpoints else STALE
     if not ((folder := pipeline_folder(source)) / "model_index.json").is_file():
@@ -149,7 +149,7 @@ def pull(repo_id: str, out: Path, *, revision: str | None = None, with_checkpoin
 
     Raises:
         UserError: `out` is not empty, or the repository has no valid pipeline or checkpoint.
-        HubError: the Hub refused or could not be reached.
+        HubError: the Hub rejected the request or could not be reached.
     """
     out = out.resolve()
     if out == Path.cwd() or out.is_file() or not is_empty(out):

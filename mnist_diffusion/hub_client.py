@@ -83,16 +83,16 @@ def _explain_answer(error: errors.HfHubHTTPError) -> str:
     if status >= SERVER_ERROR:
         return f"the Hub has a problem (status {status}); try again later"
     reason = f" ({error.server_message})" if error.server_message else ""
-    return BY_STATUS.get(status, f"the Hub refused with status {status}") + reason
+    return BY_STATUS.get(status, f"the Hub rejected the request with status {status}") + reason
 
 
 def open_repository(
     repo_id: str, *, private: bool, revision: str | None = None, create_pr: bool = False, space_sdk: str | None = None
 ) -> str:
-    """Create a model repository if it is missing, or a Space with `space_sdk`, and return its full name.
+    """Create a repository if it is missing (a Space if `space_sdk` is set), and return its full name.
 
     Raises:
-        HubError: nobody is logged in, the Hub refused, or it is public although `private` is set.
+        HubError: not logged in, the Hub rejected the request, or the repository is public but `private` is set.
     """
     api, kind = HfApi(), "model" if space_sdk is None else "space"
     if get_token() is None:
@@ -126,7 +126,8 @@ def upload(
 
     Raises:
         FileError: a file holds the Hub token.
-        OSError: the Hub refused, could not be reached, or somebody else pushed meanwhile; nothing was uploaded.
+        OSError: the Hub rejected the request or could not be reached, or somebody else pushed meanwhile; nothing was
+            uploaded.
     """
     api = api or HfApi()
     # Named, so that a push by somebody else in the meantime is an error, and not a mixture of two models.
@@ -136,7 +137,7 @@ def upload(
         if path.is_file() and token in read_bytes(path, path.stat().st_size):
             raise FileError(f"{path.relative_to(folder)} holds the Hub token; remove it before pushing")
     if token and token in message.encode():
-        raise FileError("the message holds the Hub token; remove it before pushing")
+        raise FileError("the commit message holds the Hub token; remove it before pushing")
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

@@ -1,4 +1,4 @@
-"""Types of options with their ranges, and the errors of values outside of them."""
+"""Option types with their ranges, and readable errors for values out of range."""
 
 from __future__ import annotations
 

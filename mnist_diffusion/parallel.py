@@ -1,6 +1,6 @@
-"""Processes that share the sampling of one command: each builds its share of files in a folder that all of them see.
+"""Share the sampling of one command among processes: each writes some of the files in a folder visible to all.
 
-Parts that an interrupted command has left are found again by the next one.
+Files that an interrupted command has finished are reused by the next one.
 """
 
 from __future__ import annotations

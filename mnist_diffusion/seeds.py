@@ -1,8 +1,9 @@
 """Make randomness a function of (seed, purpose, place), so that resuming needs only the step.
 
-Nothing here keeps state: the images of step `n` follow from the seed and `n`, whatever the number of processes and
-wherever the run was interrupted. Each purpose draws from a stream of its own, mixed by NumPy's
-`SeedSequence` (O'Neill's hash), because torch's CPU generator keeps only 32 bits of its seed.
+The place is one or more integers, such as a step or an image's index. Nothing here keeps state: the images of step `n`
+follow from the seed and `n`, whatever the number of processes and wherever the run was interrupted. Each purpose draws
+from a stream of its own, mixed by NumPy's `SeedSequence` (O'Neill's hash), because torch's CPU generator keeps only 32
+bits of its seed.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ class Balance:
         epoch; what the division leaves over goes to the classes in turn.
         """
         classes = len(self.places)
-        share, left = divmod(self.size, classes)
+        share, rest = divmod(self.size, classes)
         images, passes = [], []
         for index, places in enumerate(self.places):
             first, last = (
-                each * share + each * left // classes + (index < each * left % classes) for each in (epoch, epoch + 1)
+                each * share + each * rest // classes + (index < each * rest % classes) for each in (epoch, epoch + 1)
             )
             positions = np.arange(first, last)
             rounds, within = positions // len(places), positions % len(places)
@@ -94,7 +95,7 @@ def indices_of_step(
     epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), size)
     indices, passes = np.empty_like(epochs), np.empty_like(epochs)
     for epoch in np.unique(epochs):
-        chosen = epochs == epoch
+        in_epoch = epochs == epoch
         images, times = _epoch(seed, int(epoch), size, balance)
-        indices[chosen], passes[chosen] = images[places[chosen]], times[places[chosen]]
+        indices[in_epoch], passes[in_epoch] = images[places[in_epoch]], times[places[in_epoch]]
     return indices, passes

@@ -217,7 +217,7 @@ class TestPush:
             push(made_run, NAME)
         assert not hub.requests
 
-    @pytest.mark.parametrize("place", ["config.yaml", "README.md", WEIGHTS, "the message"])
+    @pytest.mark.parametrize("place", ["config.yaml", "README.md", WEIGHTS, "the commit message"])
     def test_a_token_in_what_would_be_pushed(self, hub: HubServer, made_run: Path, place: str) -> None:
         card, weights = made_run / "pipeline" / "README.md", made_run / "pipeline" / WEIGHTS
         if place == "config.yaml":
@@ -227,7 +227,7 @@ class TestPush:
         elif place == WEIGHTS:  # in their header
             save_file(load_file(weights), weights, metadata={"format": "pt", "note": TOKEN})
         with pytest.raises(UserError, match=f"{place} holds the Hub token") as caught:
-            push(made_run, NAME, message=f"with {TOKEN}" if place == "the message" else "Upload")
+            push(made_run, NAME, message=f"with {TOKEN}" if place == "the commit message" else "Upload")
         assert TOKEN not in str(caught.value)
         assert set(hub.repositories[NAME].files()) == {".gitattributes"}
 

@@ -1,4 +1,4 @@
-"""Command lines: a flag for every field of a dataclass of options, recipes beneath them, and errors in one line."""
+"""Parse command lines: one flag per dataclass field, on top of recipes, with one-line errors."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class Parser(argparse.ArgumentParser):
                 if required:
                     continue
             default = info.get_default(call_default_factory=False)
-            shown = "" if info.is_required() or default in (None, ()) else f" (default: {default})"
+            default_text = "" if info.is_required() or default in (None, ()) else f" (default: {default})"
             nargs = "+" if _is_list(info.annotation) else "?" if bool in _kinds(info.annotation) else None
             look = {"nargs": nargs, "const": "true" if nargs == "?" else None, "metavar": _placeholder(info.annotation)}
-            self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text + shown, **look)
+            self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text + default_text, **look)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and two lines."""
@@ -74,20 +74,20 @@ class Parser(argparse.ArgumentParser):
         """The words behind each flag; exits with status 2 if a flag is unknown."""
         if any(word.startswith("-") and word.partition("=")[0].endswith("token") for word in argv):
             self.error("a token is never an argument, as others can see it; use `hf auth login` or HF_TOKEN")
-        found, unknown = self.parse_known_intermixed_args(list(argv))
+        namespace, unknown = self.parse_known_intermixed_args(list(argv))
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], list(self._option_string_actions), 1)
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
-        return found
+        return namespace
 
-    def build(self, found: argparse.Namespace, base: dict[str, Any] | None = None) -> Any:
+    def build(self, namespace: argparse.Namespace, base: dict[str, Any] | None = None) -> Any:
         """The dataclass that parsed words stand for, over the values of `base`; exits with status 2 if one is wrong."""
         values = base or {}
         try:
-            for name, given in vars(found).items():
+            for name, value in vars(namespace).items():
                 if name in self.kinds:
                     *sections, field = name.split(".")
-                    option = {field: _plain(given)}
+                    option = {field: _plain(value)}
                     for section in reversed(sections):
                         option = {section: option}
                     values = _merged(values, option)
@@ -115,20 +115,21 @@ def parse_run(schema: type[Run], argv: Sequence[str] | None, *positional: str, p
     costs = "\n".join(f"  {file.stem:24} {_cost(file)}" for file in sorted(recipes.glob("*.yaml")))
     epilog = f"recipes for --config, and what they cost:\n{costs}"
     parser = Parser(schema, *positional, prog=prog, epilog=epilog)
-    parser.add_argument("--config", action="append", default=[], help="YAML file or recipe name; `default` if omitted")
+    config_help = "YAML file or recipe name; may be repeated, later ones override; `default` if omitted"
+    parser.add_argument("--config", action="append", default=[], help=config_help)
     parser.add_argument("--out", dest="output_dir", default=argparse.SUPPRESS, metavar="VALUE", help="as --output_dir")
     parser.add_argument("--dry_run", action="store_true", help="print what would be done, and stop")
-    found = parser.words(sys.argv[1:] if argv is None else argv)
+    namespace = parser.words(sys.argv[1:] if argv is None else argv)
     base: dict[str, Any] = {}
     try:
-        files = [find_recipe(name, recipes) for name in found.config or ["default"]]
+        files = [find_recipe(name, recipes) for name in namespace.config or ["default"]]
         for file in files:
             base = _merged(base, read_mapping(file))
     except UserError as error:
         parser.error(str(error))
     name = files[-1].stem  # a run's own config.yaml is named after its folder
     recipe = files[-1].resolve().parent.name if name == "config" else name
-    return RunArguments(parser.build(found, base), recipe, found.dry_run)
+    return RunArguments(parser.build(namespace, base), recipe, namespace.dry_run)
 
 
 def _merged(base: Any, over: Any, section: str = "") -> Any:
@@ -176,16 +177,16 @@ def _placeholder(annotation: Any) -> str:
     return f"{{{','.join(choices)}}}" if choices else "N" if {int, float} & {*kinds} else "VALUE"
 
 
-def _plain(given: Any) -> Any:
+def _plain(words: Any) -> Any:
     """The value that the words behind a flag stand for; a list may also be written `[8, 16]`."""
-    if given in ("null", ["null"]):
+    if words in ("null", ["null"]):
         return None
-    if isinstance(given, list) and len(given) == 1 and given[0].startswith("["):
+    if isinstance(words, list) and len(words) == 1 and words[0].startswith("["):
         try:
-            return parse_yaml(given[0])
+            return parse_yaml(words[0])
         except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"{given[0]!r:.100} is not a list such as [8, 16]") from error
-    return given
+            raise ConfigError(f"{words[0]!r:.100} is not a list such as [8, 16]") from error
+    return words
 
 
 def reporting_errors(command: Callable[[], int]) -> int:

@@ -1,6 +1,6 @@
-"""Labelled images on their way to the network.
+"""Labelled images: read, decode, split, batch, transform.
 
-A source (`sources`, `idx`, `trees`) gives uint8 images or encoded ones, with labels; `dataset` decodes them, brings
-them to one shape, holds a part out and draws batches; `transforms` augments them and maps them to [-1, 1]; `survey`
-looks at a source before training.
+A source (`sources`, `idx`, `trees`) returns labelled images, uint8 or still encoded. `dataset` decodes them to one
+shape, splits off held-out images and draws batches; `transforms` augments batches and scales them to [-1, 1]; `survey`
+inspects a source before training.
 """

@@ -31,12 +31,12 @@ def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
     Raises:
         DataError: a file holds something else, or it is unclear which arrays belong together.
     """
-    found: dict[str, list[tuple[str, np.ndarray]]] = {}
+    by_split: dict[str, list[tuple[str, np.ndarray]]] = {}
     for file, content in contents.items():
         for key, array in _arrays(file, content, f"{where}/{file}"):
-            found.setdefault(kind_in(f"{file} {key}") or "train", []).append((key or file, array))
+            by_split.setdefault(kind_in(f"{file} {key}") or "train", []).append((key or file, array))
     splits = {}
-    for split, arrays in found.items():
+    for split, arrays in by_split.items():
         images = [array for name, array in arrays if _are_images(name, array)]
         labels = [array for name, array in arrays if array.ndim > 0 and not _are_images(name, array)]
         if len(images) == 1 and not labels:
@@ -51,8 +51,8 @@ def array_splits(contents: dict[str, bytes], where: str) -> dict[str, RawSplit]:
         if several and (labels[0].dtype.kind not in "buif" or ((labels[0] != 0).sum(axis=1) != 1).any()):
             raise DataError(f"{where}: labels of the shape {labels[0].shape} are not one class per image")
         rows = labels[0].argmax(axis=1) if several else labels[0]
-        named = [plain_label(cell, f"{where}: labels") for cell in rows.reshape(len(rows), -1)[:, 0].tolist()]
-        splits[split] = RawSplit(to_images(images[0], where), named)
+        classes = [plain_label(cell, f"{where}: labels") for cell in rows.reshape(len(rows), -1)[:, 0].tolist()]
+        splits[split] = RawSplit(to_images(images[0], where), classes)
     return splits
 
 

@@ -1,6 +1,6 @@
-"""Read the rows of tables of `datasets`: which column holds the pictures, which the labels, and what a cell is.
+"""Read images and labels from `datasets` tables: find the columns, and decode cells by their content.
 
-Nothing is decoded by the types that a table declares.
+The feature types that a table declares serve to find the columns, never to decode a cell.
 """
 
 from __future__ import annotations
@@ -63,21 +63,21 @@ def read_datasets(
             test = _read_rows(tables[test_split], image_column, label_column, f"{description} {test_split}", folder)
     if test_split is not None and (test is None or all(label is None for label in test.labels)):
         test, notes = None, [*notes, f"split {test_split!r} left out: it has no labels"]
-    told = (*layout.notes, *notes)
-    return RawSource(description, train, test, names, notes=told, has_subsets=layout.has_subsets)
+    all_notes = (*layout.notes, *notes)
+    return RawSource(description, train, test, names, notes=all_notes, has_subsets=layout.has_subsets)
 
 
-def _find_column(option: str, asked: str | None, features: Mapping[str, Any], description: str) -> str:
+def _find_column(option: str, requested: str | None, features: Mapping[str, Any], description: str) -> str:
     """The column asked for, or the only one of its type, or one by its usual name, or the only possible one."""
     kind, usual, possible = COLUMNS[option]
     kinds = {name: f"{type(feature).__name__} {getattr(feature, 'dtype', '')}" for name, feature in features.items()}
     typed = [name for name in features if kinds[name].partition(" ")[0] == kind]
-    named = [name for name in usual if name in features][:1]
+    usually_named = [name for name in usual if name in features][:1]
     others = [name for name in features if possible.search(kinds[name])]
-    if (found := find_column(option, asked, [*features], description, typed, named, others)) is None:
+    if (column := find_column(option, requested, [*features], description, typed, usually_named, others)) is None:
         columns = listed(sorted(features))
         raise DataError(f"{description}: cannot tell which of the columns {columns} to use; set data.{option}")
-    return found
+    return column
 
 
 def _names(feature: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Columns of tables: which holds the images, which the labels; and tables of text."""
+"""Find the image and label columns of a table; read CSV, TSV and JSON-lines files."""
 
 from __future__ import annotations
 
@@ -50,17 +50,19 @@ def text_table(content: bytes, where: str, *, as_words: bool = False) -> Any:
         return table
 
 
-def find_column(option: str, asked: str | None, names: Sequence[str], where: str, *found: Sequence[str]) -> str | None:
-    """The requested column, or else the first that is alone in its list of `found`; None if there is none.
+def find_column(
+    option: str, requested: str | None, names: Sequence[str], where: str, *candidates: Sequence[str]
+) -> str | None:
+    """The requested column, or else the first that is alone in its list of `candidates`; None if there is none.
 
     Raises:
         DataError: there is no column of the requested name, or two have the same name.
     """
     if len(set(names)) < len(names):
         raise DataError(f"{where} has several columns of the same name; rename them: {listed(names)}")
-    if asked is not None and asked not in names:
-        raise DataError(f"data.{option}={asked!r} is not a column of {where}, which has {listed(sorted(names))}")
-    return asked or next((each[0] for each in found if len(each) == 1), None)
+    if requested is not None and requested not in names:
+        raise DataError(f"data.{option}={requested!r} is not a column of {where}, which has {listed(sorted(names))}")
+    return requested or next((each[0] for each in candidates if len(each) == 1), None)
 
 
 def usual(names: Sequence[str], expected: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Load labelled images, decoded to one shape as uint8: those to train on, and held-out ones."""
+"""Load labelled images as uint8 tensors of one shape, split into training and held-out images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mnist_diffusion.data.transforms import augment_images, fit_to_size, to_chan
 from mnist_diffusion.option_types import Ground
 from mnist_diffusion.seeds import Balance, indices_of_step
 
-MEMORY_LIMIT_BYTES = 8 * 10**9
+MEMORY_LIMIT_BYTES = 4 * 10**9
 CHUNK, MANY = 8, 20_000
 """Images decoded at once at their original size, which may be large; how many have a progress bar."""
 HELD_OUT_SHARE = 0.1
@@ -47,14 +47,14 @@ class ImageSplit:
         """For drawing each class equally often."""
         return Balance(self.labels.numpy())
 
-    def select(self, wanted: Tensor) -> ImageSplit:
+    def select(self, indices: Tensor) -> ImageSplit:
         """Some of the images, by index."""
-        return ImageSplit(self.images[wanted], self.labels[wanted])
+        return ImageSplit(self.images[indices], self.labels[indices])
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """At most `count` images and their labels, spread evenly over all, which may be sorted by class."""
-        chosen = torch.tensor(evenly(len(self), count))
-        return self.images[chosen], self.labels[chosen]
+        indices = torch.tensor(evenly(len(self), count))
+        return self.images[indices], self.labels[indices]
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ class ImageData:
 
     def describe(self) -> str:
         """Counts, shape and classes, one line each."""
-        named = [f"{name}: {count}" for name, count in zip(self.class_names, self.counts, strict=True)]
-        shown = ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else "")
+        per_class = [f"{name}: {count}" for name, count in zip(self.class_names, self.counts, strict=True)]
+        class_list = ", ".join(per_class[:12]) + (f", and {len(per_class) - 12} more" if len(per_class) > 12 else "")
         colour = "grey" if self.channels == 1 else "RGB"
         return (
             f"source       {self.source}\n"
             f"images       {len(self.train)} to train on, {len(self.test)} held out, "
             f"{self.image_size} x {self.image_size} {colour}\n"
-            f"classes      {self.num_classes} ({shown})\n"
+            f"classes      {self.num_classes} ({class_list})\n"
             f"fingerprint  {self.fingerprint[:16]}" + "".join(f"\nnote         {note}" for note in self.notes)
         )
 
@@ -125,8 +125,8 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     """Read, decode, resize and split the images that `config` names.
 
     Args:
-        config: the source and the shape wanted.
-        seed: chooses the held-out tenth if the source has no split for it.
+        config: the source, and the size and channels to convert the images to.
+        seed: chooses the held-out tenth if the source has no test split.
 
     Raises:
         DataError: the source could not be read, or its images do not fit together.
@@ -134,8 +134,8 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     source = read_source(config)
     if config.skip_unreadable:
         source = _readable(source)
-    named = source.names(config.class_names)
-    position, names = {label: index for index, label in enumerate(named)}, tuple(named.values())
+    name_of = source.names(config.class_names)
+    position, names = {label: index for index, label in enumerate(name_of)}, tuple(name_of.values())
 
     shape = _common_shape(source, config)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
@@ -183,16 +183,16 @@ def _readable(source: RawSource) -> RawSource:
     def readable(split: RawSplit) -> RawSplit:
         if isinstance(split.images, Tensor):
             return split
-        kept, count = [], len(split.labels)
+        indices, count = [], len(split.labels)
         for index in tqdm(range(count), desc="trying images", leave=False, disable=count < MANY):
             try:
                 split.images.decode([index])
-                kept.append(index)
+                indices.append(index)
             except DataError as error:
                 problems.append(str(error))
-        if not kept and count:
+        if not indices and count:
             raise DataError(f"{source.description}: no picture of a split could be read: {problems[-1]}")
-        return RawSplit(split.images.select(kept), [split.labels[index] for index in kept])
+        return RawSplit(split.images.select(indices), [split.labels[index] for index in indices])
 
     train, test = readable(source.train), source.test and readable(source.test)
     note = f"{len(problems)} unreadable pictures skipped; the first: {problems[0]}" if problems else ""
@@ -216,8 +216,8 @@ def _common_shape(source: RawSource, config: ImagesConfig) -> tuple[int, int, in
         return channels, size, size
     sizes = {shape[1:] for shape in shapes | (_shapes(source.test) if source.test is not None else set())}
     if len(sizes) > 1:
-        shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
-        raise DataError(f"{source.description}: images of different sizes ({shown}, ...); {ADVICE}")
+        examples = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:3])
+        raise DataError(f"{source.description}: images of different sizes ({examples}, ...); {ADVICE}")
     [(height, width)] = sizes
     if height != width:
         raise DataError(f"{source.description}: images of {width} x {height} are not square; {ADVICE}")
@@ -238,11 +238,13 @@ def _hold_out(images: ImageSplit, names: Sequence[str], seed: int, description: 
     numbers = np.where(few[labels], len(images) + np.arange(len(images)), numbers)
     distinct = np.sort(np.unique(numbers, return_index=True)[1])
     held_out = max(len(names), math.ceil(HELD_OUT_SHARE * len(distinct)))
-    kept, taken = train_test_split(distinct, test_size=held_out, stratify=labels[distinct], random_state=seed % 2**32)
-    for label in {*range(len(names))} - {*labels[taken].tolist()}:  # a class too small for its share
-        one = kept[labels[kept] == label][:1]
-        kept, taken = np.setdiff1d(kept, one), np.append(taken, one)
-    is_taken = torch.from_numpy(np.isin(numbers, numbers[taken]))
+    train_indices, test_indices = train_test_split(
+        distinct, test_size=held_out, stratify=labels[distinct], random_state=seed % 2**32
+    )
+    for label in {*range(len(names))} - {*labels[test_indices].tolist()}:  # a class too small for its share
+        one = train_indices[labels[train_indices] == label][:1]
+        train_indices, test_indices = np.setdiff1d(train_indices, one), np.append(test_indices, one)
+    is_taken = torch.from_numpy(np.isin(numbers, numbers[test_indices]))
     return images.select((~is_taken).nonzero().flatten()), images.select(is_taken.nonzero().flatten())
 
 
@@ -269,5 +271,5 @@ def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, pa
     balance = data.balance if config.balance else None
     indices, epochs = indices_of_step(seed, step, config.batch_size, len(data), balance=balance)
     indices, epochs = indices[part], epochs[part]
-    chosen = torch.from_numpy(indices)
-    return augment_images(data.images[chosen], config.augment, seed, epochs, indices), data.labels[chosen]
+    index = torch.from_numpy(indices)
+    return augment_images(data.images[index], config.augment, seed, epochs, indices), data.labels[index]

@@ -1,4 +1,4 @@
-"""Encoded images: their shapes from the header, their pixels when they are needed."""
+"""Encoded images: their shapes from the header, their pixels one image at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Encoded = bytes | np.ndarray
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Encoded images of any sizes, read and decoded when needed.
+    """Encoded images of any sizes, read and decoded one at a time.
 
     Args:
         count: how many there are.
@@ -71,16 +71,16 @@ class EncodedImages:
         Raises:
             DataError: one could not be decoded; the message names it.
         """
-        found = zip(indices, self.read(indices), strict=True)
-        return [decode_picture(each, self.where(index), grey=grey, background=self.background) for index, each in found]
+        pairs = zip(indices, self.read(indices), strict=True)
+        return [decode_picture(each, self.where(index), grey=grey, background=self.background) for index, each in pairs]
 
-    def select(self, chosen: Sequence[int]) -> EncodedImages:
+    def select(self, selection: Sequence[int]) -> EncodedImages:
         """Some of the pictures, by index."""
         return replace(
             self,
-            count=len(chosen),
-            read=lambda indices: self.read([chosen[index] for index in indices]),
-            where=lambda index: self.where(chosen[index]),
+            count=len(selection),
+            read=lambda indices: self.read([selection[index] for index in indices]),
+            where=lambda index: self.where(selection[index]),
         )
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
@@ -97,14 +97,14 @@ class EncodedImages:
 
 def encoded_files(names: Sequence[str], read: Callable[[str], bytes], where: str) -> EncodedImages:
     """Picture files, by their names in a folder or an archive."""
-    return EncodedImages(len(names), lambda chosen: [read(names[i]) for i in chosen], lambda i: f"{where}/{names[i]}")
+    return EncodedImages(len(names), lambda indices: [read(names[i]) for i in indices], lambda i: f"{where}/{names[i]}")
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a picture file, or of another one that is read whole.
+    """Read a whole file into memory.
 
     Raises:
-        DataError: it could not be read, is no regular file, or is too large.
+        DataError: it could not be read, is not a regular file, or is too large.
     """
     try:
         return read_bytes(path, MAX_BYTES)

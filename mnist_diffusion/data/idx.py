@@ -43,47 +43,47 @@ def read_idx_folder(folder: Path, config: ImagesConfig) -> RawSource | None:
         DataError: there are several data sets, the subset is not there or is needed, or a file is broken.
     """
     for places in ([folder], [folder / "raw"], sorted(folder.glob("*/raw"))):
-        found = {place: files for place in places if (files := _idx_files(place))}
-        if len(found) > 1:
-            names = ", ".join(str(place.parent) for place in found)
+        by_folder = {place: files for place in places if (files := _idx_files(place))}
+        if len(by_folder) > 1:
+            names = ", ".join(str(place.parent) for place in by_folder)
             raise DataError(f"{folder} holds several data sets; name one of {names}")
-        for place, files in found.items():
+        for place, files in by_folder.items():
             return _read_files(place, files, config)
     return None
 
 
 def _idx_files(folder: Path) -> list[Path]:
     """The IDX files of a folder, by name or first bytes; a .gz is skipped if its unpacked copy is there."""
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.suffix != ".gz") if folder.is_dir() else ():
         name = path.name.lower()
         if JUNK.fullmatch(name) or not re.search("image|label", name) or not path.is_file():
             continue
         if re.search(r"ubyte(\.gz)?$", name) or _magic(path) in (IMAGES, LABELS):
-            found[name.removesuffix(".gz").replace(".idx", "-idx")] = path
-    return sorted(found.values())
+            by_name[name.removesuffix(".gz").replace(".idx", "-idx")] = path
+    return sorted(by_name.values())
 
 
 def _read_files(folder: Path, files: list[Path], config: ImagesConfig) -> RawSource:
     part_of = {path: match[1] if (match := EMNIST.match(path.name)) else None for path in files}
     parts = sorted({part for part in part_of.values() if part is not None})
     if config.subset not in (None, *parts) or (config.subset is None and len(parts) > 1):
-        named = f"data.subset={config.subset!r} must name one of the parts of {folder}"
-        raise DataError(f"{named}: {', '.join(parts) or 'there are none'}")
-    chosen = config.subset or next(iter(parts), None)
-    found: dict[str, dict[str, Path]] = {}
-    for path in (path for path, part in part_of.items() if part == chosen):
+        problem = f"data.subset={config.subset!r} must name one of the subsets of {folder}"
+        raise DataError(f"{problem}: {', '.join(parts) or 'there are none'}")
+    subset = config.subset or next(iter(parts), None)
+    pairs: dict[str, dict[str, Path]] = {}
+    for path in (path for path, part in part_of.items() if part == subset):
         role = "images" if "image" in path.name.lower() else "labels"
-        pair = found.setdefault(kind_in(path.name) or "train", {})
+        pair = pairs.setdefault(kind_in(path.name) or "train", {})
         if role in pair:
             raise DataError(f"{path} and {pair[role].name} could both hold the {role} of one split; keep one")
         pair[role] = path
-    splits = {split: _read_pair(pair, chosen is not None) for split, pair in found.items()}
+    splits = {split: _read_pair(pair, subset is not None) for split, pair in pairs.items()}
     place = folder.resolve().parent if folder.resolve().name == "raw" else folder.resolve()
-    dataset = NAMED.get(re.sub("[-_]", "", place.name.lower())) if chosen is None else "EMNIST"
-    title = f", {dataset}{f' {chosen}' if chosen else ''}" if dataset else ""
+    dataset = NAMED.get(re.sub("[-_]", "", place.name.lower())) if subset is None else "EMNIST"
+    title = f", {dataset}{f' {subset}' if subset else ''}" if dataset else ""
     source = source_of(f"{folder} (IDX{title})", splits, config, Layout(has_subsets=True))
-    return replace(source, class_names=_class_names(dataset, chosen))
+    return replace(source, class_names=_class_names(dataset, subset))
 
 
 def _class_names(dataset: str | None, part: str | None) -> dict[int, str] | None:

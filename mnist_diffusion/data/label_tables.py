@@ -1,4 +1,4 @@
-"""Tables beside pictures: recognise and read those that give the pictures' classes."""
+"""Recognise and read tables that list image files with their classes."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Pictures:
         Raises:
             DataError: no picture, or more than one, has that name.
         """
-        asked = PurePosixPath(str(cell).replace("\\", "/"))
-        if (beside := str(PurePosixPath(table).parent / asked)) in self.names:
+        path = PurePosixPath(str(cell).replace("\\", "/"))
+        if (beside := str(PurePosixPath(table).parent / path)) in self.names:
             return beside
-        end = f"/{'/'.join(asked.parts[-2:])}"
-        alike = [name for name in self.called.get(asked.name, ()) if f"/{name}".endswith(end)]
-        found = self.called.get(str(asked)) or alike
-        if len(found) > 1:
-            found = [name for name in found if split in splits_above(name)]
-        if len(found) != 1:
-            raise DataError(f"{where} names {str(cell)!r}, but {len(found) or 'no'} pictures have that name")
-        return found[0]
+        end = f"/{'/'.join(path.parts[-2:])}"
+        alike = [name for name in self.called.get(path.name, ()) if f"/{name}".endswith(end)]
+        matches = self.called.get(str(path)) or alike
+        if len(matches) > 1:
+            matches = [name for name in matches if split in splits_above(name)]
+        if len(matches) != 1:
+            raise DataError(f"{where} names {str(cell)!r}, but {len(matches) or 'no'} pictures have that name")
+        return matches[0]
 
 
 def splits_above(name: str) -> set[str | None]:
@@ -99,15 +99,15 @@ def read_label_table(content: bytes, name: str, where: str, pictures: Pictures, 
     files = find_column("image_column", config.image_column, names, where, usual(names, FILE_COLUMNS))
     if files is None and len(table):  # called otherwise
         files = next((each for each in names if all(pictures.likely(table[each], name))), None)
-    found = [] if files is None else list(pictures.likely(table[files], name))
-    if not any(found):
+    matches = [] if files is None else list(pictures.likely(table[files], name))
+    if not any(matches):
         raise DataError(f"none of its columns {columns} names pictures; set data.image_column and data.label_column")
     rest = [each for each in names if each != files]
     label = config.label_column or find_column("label_column", None, rest, where, usual(rest, LABEL_COLUMNS), rest)
     if label not in rest:
         raise UnknownLabelsError(f"none of its columns {columns} is called a label; set data.label_column")
     labels = [_word(cell, label) for cell in table[label].to_pylist()]
-    rows = [(picture, word) for picture, word in zip(found, labels, strict=True) if picture is not None]
+    rows = [(picture, word) for picture, word in zip(matches, labels, strict=True) if picture is not None]
     if config.label_column is None:
         _require_labels(name, label, {picture for picture, _ in rows}, pictures)
     contradicts = all(pictures.classes.get(picture, word) != word for picture, word in rows)
@@ -115,7 +115,7 @@ def read_label_table(content: bytes, name: str, where: str, pictures: Pictures, 
 
 
 def _word(cell: Any, column: str) -> str | None:
-    """A cell as a word; a whole number without decimals."""
+    """Return a cell as text, with `3.0` written as `3`; None if it is empty."""
     if isinstance(cell, dict | list):
         raise DataError(f"its column {column!r} holds no words or numbers")
     return None if cell is None else re.sub(r"^(\d+)\.0+$", r"\1", str(cell).strip()) or None
@@ -131,7 +131,7 @@ def _require_labels(name: str, label: str, listing: set[str], pictures: Pictures
         raise DataError("a submission holds no labels")
     tested = {each for each in pictures.names if "test" in splits_above(each)}
     if listing <= tested < pictures.names and "test" not in map(kind_in, PurePosixPath(name).parts):
-        raise DataError("it lists pictures of a test folder alone")
+        raise DataError("it only lists pictures in a test folder")
     if pictures.classes and label.lower() not in LABEL_COLUMNS:
         raise DataError(
             f"its column {label!r} is not called a label, and the folders name classes; set data.label_column to use it"

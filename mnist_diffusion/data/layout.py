@@ -35,9 +35,9 @@ def kind_in(name: str) -> str | None:
 
 def listed(names: Iterable[object]) -> str:
     """A few names, and how many more there are."""
-    shown = [str(name) for name in names]
-    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return ", ".join(shown[:SHOWN]) + more
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more
 
 
 def evenly(count: int, limit: int) -> list[int]:
@@ -66,7 +66,7 @@ Files = list[tuple[tuple[str, ...], str]]
 """The folders that each file lies in, as far as they are not passed through, and its name."""
 
 
-def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tuple[str, str | None, list[str]]:
+def choose_splits(names: Sequence[str], config: ImagesConfig, where: str) -> tuple[str, str | None, list[str]]:
     """The names of the split to train on and of the one to hold out, if there is one, and notes on both.
 
     A name that the configuration gives may be written otherwise: `test` finds `Testing`.
@@ -77,13 +77,13 @@ def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tup
 
     def look_for(option: str, name: str) -> str:
         kind = kind_of(name)
-        alike = [each for each in found if each == name] or [each for each in found if kind_in(each) == kind]
+        alike = [each for each in names if each == name] or [each for each in names if kind_in(each) == kind]
         if len(alike) != 1 or (alike[0] != name and kind_of(name) is None):
-            raise DataError(f"data.{option}={name!r} is not a split of {where}, which has {listed(sorted(found))}")
+            raise DataError(f"data.{option}={name!r} is not a split of {where}, which has {listed(sorted(names))}")
         return alike[0]
 
     train = look_for("train_split", config.train_split)
-    others = [name for name in found if name != train]
+    others = [name for name in names if name != train]
     if config.test_split is not None:
         test: str | None = look_for("test_split", config.test_split)
     else:
@@ -98,20 +98,21 @@ def choose_splits(found: Sequence[str], config: ImagesConfig, where: str) -> tup
 
 
 def arrange(names: Sequence[str], config: ImagesConfig, where: str, *, tables: bool = False) -> Layout:
-    """Sort files into splits and classes by the folders that they lie in.
+    """Sort files into splits and classes by their folders.
 
-    A folder alone in its folder is passed through. Folders that all have the name of a split, of which one is to train
-    on, are the splits; those above such folders are classes, or configurations if there are folders below or the files
-    are tables, whose own names count as folders if a word in them stands for a split. Other folders are the classes.
+    A folder that is alone in its parent is skipped. If all folders of a level have the names of splits, one of them the
+    training split, they are the splits. Folders above splits are classes; they are subsets if the files are tables, or
+    if the splits contain folders of their own. Other folders are classes. A table whose file name contains the name of
+    a split counts as a file in a folder of that name.
 
     Args:
         names: of the files, relative to the source, with `/` between folders.
-        config: names splits and configuration.
+        config: names splits and subset.
         where: the source, for messages.
         tables: whether they are tables, which have no class.
 
     Raises:
-        DataError: there are several configurations, and `data.subset` names none of them.
+        DataError: there are several subsets, and `data.subset` names none of them.
     """
     files: Files = []
     for name in names:
@@ -119,16 +120,18 @@ def arrange(names: Sequence[str], config: ImagesConfig, where: str, *, tables: b
         own = kind_in(PurePosixPath(file).stem) if tables and not any(map(kind_of, folders)) else None
         files.append(((*folders, own) if own else tuple(folders), name))
     layout = Layout()
-    found = _splits(files, config, where, tables, layout)
+    splits = _splits(files, config, where, tables, layout)
     if not tables:
-        layout.classes = {name: label for part in found.values() for name, label in _classes(part)}
-    for split, part in found.items():
-        kept = [name for _, name in part if not layout.classes or name in layout.classes]
-        if len(kept) < len(part):
-            of_split = f" of the split {split!r}" if len(found) > 1 else ""
-            layout.notes.append(f"{len(part) - len(kept)} pictures{of_split} left out, which lie in no class folder")
-        if kept:
-            layout.splits[split] = kept
+        layout.classes = {name: label for part in splits.values() for name, label in _classes(part)}
+    for split, part in splits.items():
+        in_classes = [name for _, name in part if not layout.classes or name in layout.classes]
+        if len(in_classes) < len(part):
+            of_split = f" of the split {split!r}" if len(splits) > 1 else ""
+            layout.notes.append(
+                f"{len(part) - len(in_classes)} pictures{of_split} left out, which lie in no class folder"
+            )
+        if in_classes:
+            layout.splits[split] = in_classes
     return layout
 
 
@@ -154,8 +157,8 @@ def _splits(files: Files, config: ImagesConfig, where: str, tables: bool, layout
         seconds = list(dict.fromkeys(folders[0] for folders, _ in below if folders))
         nested = all(folders for folders, _ in below) and _are_splits(seconds, config)
         if len(heads) > 1 and (tables or (nested and any(len(folders) > 1 for folders, _ in below))):
-            asked = "" if config.subset is None else f", got {config.subset!r}"
-            raise DataError(f"{where} has several parts; set data.subset to one of {listed(heads)}{asked}")
+            got = "" if config.subset is None else f", got {config.subset!r}"
+            raise DataError(f"{where} has several subsets; set data.subset to one of {listed(heads)}{got}")
         if len(heads) > 1 and nested:  # a class above its splits
             return {split: [(folders[:1], name) for folders, name in deep if folders[1] == split] for split in seconds}
         if len(heads) > 1 or not (tables or seconds):
@@ -167,8 +170,8 @@ def _splits(files: Files, config: ImagesConfig, where: str, tables: bool, layout
 
 def _are_splits(heads: Sequence[str], config: ImagesConfig) -> bool:
     """Whether all folders are called as splits are, and one is the one to train on."""
-    named = {config.train_split, config.test_split}
-    kinds = [config.train_split if head in named else kind_in(head) for head in heads]
+    configured = {config.train_split, config.test_split}
+    kinds = [config.train_split if head in configured else kind_in(head) for head in heads]
     return None not in kinds and bool({config.train_split, kind_of(config.train_split)} & {*heads, *kinds})
 
 
@@ -181,7 +184,7 @@ def _classes(files: Files) -> list[tuple[str, str]]:
 
 def in_order(labels: Iterable[object]) -> list[object]:
     """Labels as they are numbered: as numbers if each is one, else as words."""
-    found = list(labels)
-    if all(re.fullmatch(r"\d{1,18}", str(label)) for label in found):
-        return sorted(found, key=lambda label: (int(str(label)), str(label)))
-    return sorted(found)  # type: ignore[type-var]
+    values = list(labels)
+    if all(re.fullmatch(r"\d{1,18}", str(label)) for label in values):
+        return sorted(values, key=lambda label: (int(str(label)), str(label)))
+    return sorted(values)  # type: ignore[type-var]

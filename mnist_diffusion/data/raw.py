@@ -41,7 +41,7 @@ class RawSource:
     has_subsets: bool = False
     """Whether `data.subset` applies."""
 
-    def names(self, given: tuple[str, ...] | None) -> dict[Any, str]:
+    def names(self, class_names: tuple[str, ...] | None) -> dict[Any, str]:
         """The name of each label in use, in their order: as given, or from the source, or the label itself.
 
         Raises:
@@ -59,11 +59,11 @@ class RawSource:
                 classes = sorted(unknown, key=str)[:20]
                 raise DataError(f"{self.description}: held-out classes without training images: {classes}")
         labels = in_order(set(self.train.labels))
-        if given is not None and len(given) != len(labels):
+        if class_names is not None and len(class_names) != len(labels):
             present = f"{self.description} has {len(labels)}: {labels[:20]}"
-            raise DataError(f"data.class_names names {len(given)} classes, but {present}")
+            raise DataError(f"data.class_names names {len(class_names)} classes, but {present}")
         names = {label: (self.class_names or {}).get(label, str(label)) for label in labels}
-        names = names if given is None else dict(zip(labels, given, strict=True))
+        names = names if class_names is None else dict(zip(labels, class_names, strict=True))
         for name in names.values():
             require_plain(name, self.description)
         return names
@@ -72,8 +72,8 @@ class RawSource:
 def source_of(description: str, splits: Mapping[str, RawSplit], config: ImagesConfig, layout: Layout) -> RawSource:
     """A source of these splits: the one to train on, and the one to hold out if there is one."""
     train, test, notes = choose_splits(list(splits), config, description)
-    held_out, told = None if test is None else splits[test], (*layout.notes, *notes)
-    return RawSource(description, splits[train], held_out, notes=told, has_subsets=layout.has_subsets)
+    held_out, all_notes = None if test is None else splits[test], (*layout.notes, *notes)
+    return RawSource(description, splits[train], held_out, notes=all_notes, has_subsets=layout.has_subsets)
 
 
 def require_plain(name: str, where: str) -> None:

@@ -58,12 +58,12 @@ def choose_background(split: RawSplit, background: Background) -> tuple[Ground, 
                 transparent += 1
                 lost["black"] += bool((pixels.amax(dim=1) < INK).float().mean() > 0.5)
                 lost["white"] += bool((pixels.amin(dim=1) > 255 - INK).float().mean() > 0.5)
-    chosen = background if background != "auto" else "white" if lost["black"] > lost["white"] else "black"
+    ground = background if background != "auto" else "white" if lost["black"] > lost["white"] else "black"
     if not transparent:
-        return chosen, []
+        return ground, []
     counted = f": of {transparent} pictures, {lost['black']} nearly vanish on black and {lost['white']} on white"
-    note = f"transparent pixels are filled with {chosen}{counted if any(lost.values()) else ''}"
-    return chosen, [f"WARNING: {note}" if (background, chosen) == ("auto", "white") else note]
+    note = f"transparent pixels are filled with {ground}{counted if any(lost.values()) else ''}"
+    return ground, [f"WARNING: {note}" if (background, ground) == ("auto", "white") else note]
 
 
 def cropped_fraction(split: RawSplit) -> float:

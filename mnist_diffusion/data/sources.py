@@ -1,7 +1,7 @@
-"""Read labelled images: one function for each kind of source, each giving raw splits.
+"""Read labelled images: one function per kind of source, each returning raw splits.
 
-A source that was named and could not be read is an error that says what was looked for and where. Only if no source was
-named, and MNIST could not be loaded, scikit-learn's embedded digits take its place, with a notice.
+If `data.source` is set but cannot be read, the error lists the places and formats that were tried. If it is not set and
+the Hub is unreachable without a cached copy of MNIST, scikit-learn's digits are used instead, with a notice.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_source(config: ImagesConfig) -> RawSource:
     """
     source = _read(config)
     if config.subset is not None and not source.has_subsets:
-        raise DataError(f"data.subset={config.subset!r}: {source.description} has no parts; leave the option out")
+        raise DataError(f"data.subset={config.subset!r}: {source.description} has no subsets; leave the option out")
 
     background, notes = choose_background(source.train, config.background)
 
@@ -76,9 +76,9 @@ def _read(config: ImagesConfig) -> RawSource:
             return read_embedded_digits(notice=notice)
     path = Path(config.source)
     if config.source == "digits":
-        found = read_embedded_digits()
+        digits = read_embedded_digits()
         other = f"these are the embedded digits; write ./digits for {path.absolute()}"
-        return dataclasses.replace(found, notes=(other,)) if path.exists() else found
+        return dataclasses.replace(digits, notes=(other,)) if path.exists() else digits
     if path.is_dir():
         return read_folder(path, config)
     if path.exists():
@@ -165,13 +165,13 @@ def read_tables(place: Path, names: list[str], config: ImagesConfig) -> RawSourc
         if kinds == {".arrow"}:
             tables = {split: _read_arrow(each) for split, each in files.items()}
         else:
-            given = {split: {"train": [glob.escape(name) for name in each]} for split, each in files.items()}
-            tables = {split: load_dataset("parquet", data_files=each)["train"] for split, each in given.items()}
+            data_files = {split: {"train": [glob.escape(name) for name in each]} for split, each in files.items()}
+            tables = {split: load_dataset("parquet", data_files=each)["train"] for split, each in data_files.items()}
     return read_datasets(f"{place} (tables)", tables, config, layout, folder)
 
 
 def _read_arrow(names: list[str]) -> Any:
-    """Arrow files, written as streams or not, as a `datasets.Dataset` that stays on the disk; each is checked first."""
+    """Memory-map Arrow files, in stream or file format, as one `datasets.Dataset`; each table is validated first."""
     import pyarrow
     from datasets import Dataset
 

@@ -33,13 +33,13 @@ class SplitSurvey:
         counts: readable images of each class.
         sizes: how many images have each width, height and colour, in words.
         unreadable: what is wrong with the others, one line each.
-        shown: the first images of each class.
+        previews: the first images of each class.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
-    shown: dict[str, list[Tensor]] = field(default_factory=dict)
+    previews: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,19 +67,19 @@ class Survey:
     background: Ground
 
     def contact_sheet(self) -> tuple[Tensor, list[str], int]:
-        """Images of the training split, one row for each of the first classes.
+        """The first images of each class of the training split, one row per class, for at most 100 classes.
 
         Returns:
             float `[N, C, H, W]` in [0, 1]; the class of each row; images per row.
         """
-        shown = self.splits["train"].shown
-        names = [name for name in self.class_names if shown.get(name)][:MAX_SHOWN_CLASSES]
-        images = [image for name in names for image in shown[name]]
+        previews = self.splits["train"].previews
+        names = [name for name in self.class_names if previews.get(name)][:MAX_SHOWN_CLASSES]
+        images = [image for name in names for image in previews[name]]
         side = min(MAX_SHOWN_SIDE, max(max(image.shape[-2:]) for image in images))
         channels = max(image.shape[0] for image in images)
-        columns = max(len(shown[name]) for name in names)
+        columns = max(len(previews[name]) for name in names)
         fit = partial(fit_to_size, size=side, fit="contain", background=self.background)
-        rows = [torch.stack([fit(to_channels(image, channels)) for image in shown[name]]) / 255 for name in names]
+        rows = [torch.stack([fit(to_channels(image, channels)) for image in previews[name]]) / 255 for name in names]
         return filled_rows(rows, columns), names, columns
 
 
@@ -106,30 +106,30 @@ def survey(config: ImagesConfig) -> Survey:
     in_two_classes = [list(where) for _, classes, where in groups if len(set(classes)) > 1]
     in_both_splits = [list(where) for in_splits, _, where in groups if len(set(in_splits)) > 1]
     names = tuple(of_label.values())
-    shown = [(image, label) for label, name in enumerate(names) for image in splits["train"].shown.get(name, ())]
-    images, labels = zip(*shown, strict=True)
+    previews = [(image, label) for label, name in enumerate(names) for image in splits["train"].previews.get(name, ())]
+    images, labels = zip(*previews, strict=True)
     notes = [*source.notes, *dataset_warnings(images, labels, names)]
-    found = (duplicates, in_two_classes, in_both_splits)
-    return Survey(source.description, names, splits, *found, notes, source.background)
+    groups_of_copies = (duplicates, in_two_classes, in_both_splits)
+    return Survey(source.description, names, splits, *groups_of_copies, notes, source.background)
 
 
 def _survey_split(split: RawSplit, name: str, of_label: dict[Any, str], places: _Places) -> SplitSurvey:
-    found, images = SplitSurvey(), split.images
+    result, images = SplitSurvey(), split.images
     for index, label in enumerate(tqdm(split.labels, desc=name, unit="image", leave=False)):
         where = f"{name} image {index}" if isinstance(images, Tensor) else images.where(index)
         try:
             image = images[index]
         except DataError as error:
-            found.unreadable.append(str(error))
+            result.unreadable.append(str(error))
             continue
         class_name = of_label[label]
-        found.counts[class_name] += 1
-        found.sizes[f"{image.shape[2]} x {image.shape[1]} {'grey' if len(image) == 1 else 'RGB'}"] += 1
-        shown = found.shown.setdefault(class_name, [])
-        if len(shown) < PREVIEW_PER_CLASS:
+        result.counts[class_name] += 1
+        result.sizes[f"{image.shape[2]} x {image.shape[1]} {'grey' if len(image) == 1 else 'RGB'}"] += 1
+        previews = result.previews.setdefault(class_name, [])
+        if len(previews) < PREVIEW_PER_CLASS:
             too_large = max(image.shape[-2:]) > MAX_SHOWN_SIDE
-            shown.append(fit_to_size(image, MAX_SHOWN_SIDE, "contain") if too_large else image)
+            previews.append(fit_to_size(image, MAX_SHOWN_SIDE, "contain") if too_large else image)
         content = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
         digest = hashlib.sha1(content, usedforsecurity=False).digest()
         places.setdefault(digest, []).append((name, class_name, where))
-    return found
+    return result

@@ -68,7 +68,7 @@ def edge_colour(images: Tensor) -> Tensor:
 
 
 def filled_rows(rows: Sequence[Tensor], columns: int) -> Tensor:
-    """Rows of images, each `[n, C, H, W]`, cut or filled with black to so many columns, one after the other."""
+    """Rows of images, each `[n, C, H, W]`, cut or filled with black to `columns` columns, one after the other."""
     return torch.cat([F.pad(row[:columns], (0, 0) * 3 + (0, max(0, columns - len(row)))) for row in rows])
 
 

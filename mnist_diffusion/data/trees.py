@@ -125,7 +125,7 @@ def read_tree(tree: Tree, config: ImagesConfig) -> RawSource | None:
 def _foldered_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawSource:
     """One folder per class, or one class for all."""
     if tree.empty:
-        raise DataError(f"{tree.where}: folders that hold nothing: {listed(tree.empty)}; remove them")
+        raise DataError(f"{tree.where}: empty folders: {listed(tree.empty)}; remove them")
     layout = arrange(names, config, tree.where)
     if not layout.classes:
         layout.notes.append("no folders name classes: all images are in one class")
@@ -160,15 +160,15 @@ def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawS
     layout.notes += [f"{name} contradicts the folder of every picture" for name in tables if tables[name].contradicts]
     splits, used = {}, set()
     for split, part in layout.splits.items():
-        chosen, labels = [], []
+        picture_names, labels = [], []
         for name in part:
             for row, cell in enumerate(tables[name].files):
-                chosen.append(pictures.named(cell, name, kind_of(split), f"{tree.where}/{name} row {row}"))
+                picture_names.append(pictures.named(cell, name, kind_of(split), f"{tree.where}/{name} row {row}"))
             labels += tables[name].labels
-        if twice := [name for name, times in Counter(chosen).items() if times > 1]:
+        if twice := [name for name, times in Counter(picture_names).items() if times > 1]:
             raise DataError(f"{tree.where}: {listed(part)} list pictures more than once: {listed(twice)}")
-        splits[split] = RawSplit(encoded_files(chosen, tree.read, tree.where), labels)
-        used |= set(chosen)
+        splits[split] = RawSplit(encoded_files(picture_names, tree.read, tree.where), labels)
+        used |= set(picture_names)
     layout.notes.append(f"labels from {', '.join(name for part in layout.splits.values() for name in part)}")
     if unlisted := len(pictures.names - used):
         layout.notes.append(f"{unlisted} pictures that no table lists left out")
@@ -178,8 +178,8 @@ def _listed_pictures(tree: Tree, names: list[str], config: ImagesConfig) -> RawS
 def _class_folders(tree: Tree, names: list[str], config: ImagesConfig) -> dict[str, str]:
     """The class folder of each picture; empty if folders do not name classes."""
     with contextlib.suppress(DataError):  # which is raised again when the folders are used
-        found = arrange(names, config, tree.where).classes
-        return found if len(set(found.values())) > 1 else {}
+        classes = arrange(names, config, tree.where).classes
+        return classes if len(set(classes.values())) > 1 else {}
     return {}
 
 
@@ -198,8 +198,8 @@ def _pixel_tables(tree: Tree, names: list[str], config: ImagesConfig) -> RawSour
             where = f"{tree.where}/{name}"
             table = text_table(tree.read(name), where)
             labelled = config.label_column in (None, *table.column_names)
-            if labelled and (found := pixel_split(table, config, where)) is not None:
-                usable[name] = found
+            if labelled and (pixels := pixel_split(table, config, where)) is not None:
+                usable[name] = pixels
         if left_out := [name for name in part if name not in usable]:
             layout.notes.append(f"no tables of labels and pixels, left out: {listed(left_out)}")
         if len(usable) > 1:

@@ -1,1 +1,1 @@
-"""The web app: sampling, steering, comparing, exploring and training in a browser, with Gradio."""
+"""The web app: sampling, steering, comparing and exploring in a browser, with Gradio."""

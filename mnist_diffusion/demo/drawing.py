@@ -106,9 +106,9 @@ class Request:
         if (scheduler := self.settings.scheduler) is not None:
             lines.insert(2, "from mnist_diffusion.pipelines.samplers import build_sampler")
             lines.append(f"pipeline.scheduler = build_sampler({scheduler!r}, pipeline.scheduler.config)")
-        given = ", ".join(f"{key}={value!r}" for key, value in call.items())
+        arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
         lines.append(f"generators = [torch.Generator().manual_seed(seed) for seed in {seeds}]")
-        return "\n".join([*lines, f"images = pipeline({given}, generator=generators).images"])
+        return "\n".join([*lines, f"images = pipeline({arguments}, generator=generators).images"])
 
 
 def request_of(*, classes: Any, count: Any, seed: Any, sampler: Any, steps: Any, scale: Any) -> Request:
@@ -166,10 +166,14 @@ class Drawing:
         """What the app's player shows; pictures are `data:` addresses."""
 
     def advance(self, changes: dict[str, Any] | None = None, note: str = "") -> dict[str, Any]:
-        """Do the next step, changing arguments from there on; return the value of the player.
+        """Take the next denoising step, and return the new value of the player.
+
+        Args:
+            changes: new call arguments for this and all later steps, such as `guidance_scale`.
+            note: text to append to the caption.
 
         Raises:
-            UserError, ValueError: the changes cannot work with this pipeline; the drawing is then over.
+            UserError, ValueError: the changes do not work with this pipeline; the drawing has then ended.
         """
         self.over = True
         done = self.stream.send(changes)
@@ -288,8 +292,8 @@ def decode_sketch(address: Any, shape: tuple[int, int, int]) -> Tensor:
     content = base64.b64decode(address.removeprefix(kind))
     if not content.startswith(PNG):
         raise UserError("the drawing must be a PNG")
-    drawn = decode_picture(content, "the drawing", grey=shape[0] == 1, max_pixels=MAX_PICTURE_SIDE**2)
-    image = fit_to_size(to_channels(drawn[None], shape[0]), shape[1], "contain").float() / 255
+    picture = decode_picture(content, "the drawing", grey=shape[0] == 1, max_pixels=MAX_PICTURE_SIDE**2)
+    image = fit_to_size(to_channels(picture[None], shape[0]), shape[1], "contain").float() / 255
     if image.max() == image.min():
         raise UserError("the drawing is blank; draw a picture first, or choose a file")
     return image

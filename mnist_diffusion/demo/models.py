@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 class Models:
     """Loaded pipelines and their sources.
 
+    A pipeline is called by the name of its run if it has one.
+
     Args:
         sources: pipeline folders or Hub ids.
 
@@ -23,29 +24,15 @@ class Models:
 
     def __init__(self, sources: Sequence[str] = ()):
         self._loaded: dict[str, tuple[str, MNISTDiffusionPipeline]] = {}
-        self._lock = threading.Lock()
-        for source in sources:
-            self.add(source)
-
-    def add(self, source: str) -> str:
-        """Load a pipeline unless it is loaded, and return its name, which is that of its run if it has one.
-
-        Raises:
-            UserError: it could not be loaded.
-        """
-        path = Path(source)
-        base = path.parent.name if path.name == "pipeline" and path.parent.name else source.rstrip("/")
-        with self._lock:
-            known = next((name for name, (where, _) in self._loaded.items() if where == source), None)
-            if known is None:
-                same = sum(name == base or name.startswith(f"{base} (") for name in self._loaded)
-                known = base if not same else f"{base} ({same + 1})"
-                self._loaded[known] = source, load_pipeline(source, device=None)
-        return known
+        for source in dict.fromkeys(sources):
+            path = Path(source)
+            base = path.parent.name if path.name == "pipeline" and path.parent.name else source.rstrip("/")
+            same = sum(name == base or name.startswith(f"{base} (") for name in self._loaded)
+            self._loaded[f"{base} ({same + 1})" if same else base] = source, load_pipeline(source, device=None)
 
     @property
     def names(self) -> list[str]:
-        """The names in the order they were added."""
+        """The names of the pipelines."""
         return list(self._loaded)
 
     def source(self, name: str) -> str:

@@ -55,7 +55,7 @@ def errors_as_toast() -> Iterator[None]:
 
 
 def _component(name: str, elem_id: str) -> gr.HTML:
-    """One of our own: its elements and its script, in files of this folder."""
+    """Build a custom component from `<name>.html` and `<name>.js` in this folder."""
     template, script = (read_text(HERE / f"{name}.{suffix}") for suffix in ("html", "js"))
     return gr.HTML(html_template=template, js_on_load=script, apply_default_css=False, elem_id=elem_id)
 
@@ -112,8 +112,8 @@ def build_page(models: Models) -> gr.Blocks:
     with gr.Blocks(title="mnist-diffusion", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown("# mnist-diffusion\nWatch a diffusion model sample, and change how it does.")
         first = models.names[0]
-        chosen = gr.Dropdown(models.names, value=first, label="Pipeline", info="The model to sample from.")
-        controls = Controls(chosen, models[first], [])
+        picker = gr.Dropdown(models.names, value=first, label="Pipeline", info="The model to sample from.")
+        controls = Controls(picker, models[first], [])
         with gr.Tabs():
             for build in (_generate, _steer, _compare, _explore):
                 name = build.__name__.removeprefix("_")
@@ -155,8 +155,8 @@ def _generate(models: Models, controls: Controls) -> None:
             for value in drawing.stream_frames(models[name], request):
                 yield value, python
 
-    asked = [controls.pipeline, classes, count, scale, steps, sampler, seed]
-    draw.click(generate, asked, [player, code], api_name="generate", **ONE_AT_A_TIME)
+    inputs = [controls.pipeline, classes, count, scale, steps, sampler, seed]
+    draw.click(generate, inputs, [player, code], api_name="generate", **ONE_AT_A_TIME)
 
 
 def _steer(models: Models, controls: Controls) -> None:
@@ -186,22 +186,20 @@ def _steer(models: Models, controls: Controls) -> None:
             value = drawing.steered(state[0], label, scale)
             return state, value, gr.Timer(active=False) if state[0].over else gr.skip()
 
-    asked, shown = [state, controls.pipeline, label, scale, steps, seed], [state, player, clock]
-    step_done = gr.on([step.click, clock.tick], advance, asked, shown, api_name="steer", **ONE_AT_A_TIME)
+    inputs, outputs = [state, controls.pipeline, label, scale, steps, seed], [state, player, clock]
+    step_done = gr.on([step.click, clock.tick], advance, inputs, outputs, api_name="steer", **ONE_AT_A_TIME)
     step_done.failure(lambda: gr.Timer(active=False), None, clock, **AT_ONCE)
     play.click(lambda: gr.Timer(active=True), None, clock, **AT_ONCE)
     pause.click(lambda: gr.Timer(active=False), None, clock, **AT_ONCE)
     begun_anew = [controls.pipeline.change, again.click]
-    gr.on(begun_anew, lambda: (None, None, gr.Timer(active=False)), None, shown, **AT_ONCE)
+    gr.on(begun_anew, lambda: (None, None, gr.Timer(active=False)), None, outputs, **AT_ONCE)
 
 
 def _compare(models: Models, controls: Controls) -> None:
     gr.Markdown("One image of each class from the same seeds, in each combination of the chosen settings.")
     with gr.Row():
         with gr.Column():
-            others = controls.add(
-                gr.CheckboxGroup, lambda pipeline: {"choices": models.names}, label="Also with", info="Other pipelines."
-            )
+            others = gr.CheckboxGroup(models.names, label="Also with", info="Other pipelines.")
             samplers = gr.CheckboxGroup(list(SAMPLER_CHOICES), value=[PIPELINE_DEFAULT, "ddim"], label="Samplers")
             steps = gr.CheckboxGroup(list(STEPS), value=[5, 10], label="Steps")
             scales = controls.add(gr.CheckboxGroup, _nearest_scale, choices=list(SCALES), label="Guidance scales")
@@ -211,12 +209,12 @@ def _compare(models: Models, controls: Controls) -> None:
 
     def compare(name, others, samplers, steps, scales, seed):
         with errors_as_toast():
-            chosen = {each: models[each] for each in dict.fromkeys([name, *(others or ())])}
+            pipelines = {each: models[each] for each in dict.fromkeys([name, *(others or ())])}
             ways = {"samplers": samplers or [], "steps": steps or [], "scales": scales or []}
-            yield from drawing.compared(chosen, **ways, seed=seed)
+            yield from drawing.compared(pipelines, **ways, seed=seed)
 
-    asked = [controls.pipeline, others, samplers, steps, scales, seed]
-    draw.click(compare, asked, rows, api_name="compare", **ONE_AT_A_TIME)
+    inputs = [controls.pipeline, others, samplers, steps, scales, seed]
+    draw.click(compare, inputs, rows, api_name="compare", **ONE_AT_A_TIME)
 
 
 def _nearest_scale(pipeline: Any) -> dict[str, Any]:
@@ -258,7 +256,7 @@ def _explore(models: Models, controls: Controls) -> None:
             image = drawing.decode_sketch(picture, models[name].image_shape)
             return drawing.reconstruct(models[name], image, source_class=is_a, target_class=as_a, scale=scale)
 
-    asked = [controls.pipeline, one, seed_one, two, seed_two, frames, between_scale]
-    walk.click(interpolate, asked, between, api_name="interpolate", **ONE_AT_A_TIME)
-    asked = [controls.pipeline, sketchpad, is_a, as_a, scale]
-    invert.click(redraw, asked, inverted, api_name="invert", **ONE_AT_A_TIME)
+    inputs = [controls.pipeline, one, seed_one, two, seed_two, frames, between_scale]
+    walk.click(interpolate, inputs, between, api_name="interpolate", **ONE_AT_A_TIME)
+    inputs = [controls.pipeline, sketchpad, is_a, as_a, scale]
+    invert.click(redraw, inputs, inverted, api_name="invert", **ONE_AT_A_TIME)

@@ -49,7 +49,7 @@ def write_static_space(
     """Write the studio with the card of a static Space, which costs nothing and never sleeps.
 
     Raises:
-        UserError: as of [`write_studio`].
+        UserError: see [`write_studio`].
     """
     write_studio(pipelines, folder, title=title, runtime=runtime)
     about = "A diffusion model that runs in your browser alone; nothing is sent anywhere."
@@ -76,23 +76,23 @@ def write_gradio_space(pipelines: Mapping[str, MNISTDiffusionPipeline], folder: 
 
 def pinned() -> dict[str, str]:
     """The direct and indirect requirements of this package and its app, in the versions installed here."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     waiting = [("mnist-diffusion", "app")]
     for package, extra in waiting:  # which grows
         with contextlib.suppress(metadata.PackageNotFoundError):  # of another platform
-            found[package] = metadata.version(package).partition("+")[0]
+            versions[package] = metadata.version(package).partition("+")[0]
             for each in map(Requirement, metadata.requires(package) or ()):
                 if each.marker is None or each.marker.evaluate({"extra": extra}):
                     new = {(canonicalize_name(each.name), more) for more in ("", *each.extras)}
                     waiting += sorted(new.difference(waiting))
-    return {name: version for name, version in found.items() if name != "mnist-diffusion"}
+    return {name: version for name, version in versions.items() if name != "mnist-diffusion"}
 
 
 def push_space(folder: Path, repo_id: str, *, kind: str, private: bool) -> str:
     """Push a Space's folder in one commit; its address.
 
     Raises:
-        HubError: the Hub refused or could not be reached.
+        HubError: the Hub rejected the request or could not be reached.
         FileError: a file holds the token.
     """
     stale = [f"{path.name}/*" for path in folder.iterdir() if path.is_dir()]

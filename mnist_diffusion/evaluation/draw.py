@@ -90,7 +90,10 @@ class ImageGenerator:
 
     @contextmanager
     def _sampling(self, settings: SamplingSettings, **changes: Any) -> Iterator[Stream]:
-        """Yield a function that samples images by their indices, in one batch; errors name the settings."""
+        """Yield a function that streams the denoising steps of one batch of images, given their indices.
+
+        Errors name the settings.
+        """
 
         def stream(indices: range) -> Iterator[DenoisingStep]:
             seeds = [mixed_seed(self.seed, "eval", index) for index in indices]
@@ -164,8 +167,8 @@ def _write_part(path: Path, part: dict[str, Any]) -> None:
 
 
 def _read_part(path: Path) -> dict[str, Any]:
-    with open_file(path, MAX_PART_BYTES) as file, np.load(file, allow_pickle=False) as kept:
-        return dict(kept)
+    with open_file(path, MAX_PART_BYTES) as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _discard_damaged(path: Path) -> None:

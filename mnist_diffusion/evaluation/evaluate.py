@@ -1,4 +1,4 @@
-"""Evaluate pipelines, or the images of any program: load, draw, embed, score, write."""
+"""Evaluate pipelines, or the images of any program: load, sample, embed, score, report."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     imagenet = ImageNetDistance(device) if options.imagenet_fid and is_main() else None
     split_seed = (seed or 0) if options.split_seed is None else options.split_seed
     data = load_images(images, seed=split_seed)
-    told = [data.banner, *(note for note in data.notes if note.startswith("WARNING"))] if is_main() else []
-    print("".join(f"{line}\n" for line in told if line), end="")
+    lines = [data.banner, *(note for note in data.notes if note.startswith("WARNING"))] if is_main() else []
+    print("".join(f"{line}\n" for line in lines if line), end="")
     draws = _draws(options, data)
     if not is_main():
         for _, draw in draws:

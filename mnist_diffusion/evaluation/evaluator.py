@@ -1,4 +1,4 @@
-"""The evaluator: a small image classifier whose predictions and features the figures are computed from.
+"""The evaluator: a small image classifier that provides the predictions and features for the metrics.
 
 It is a `transformers` model built from a configuration, without any download, because the stock stems shrink an
 image of 28 pixels too fast. It never sees a generated image.
@@ -92,7 +92,7 @@ class ImageEvaluator(PreTrainedModel):
 
 
 def evaluator_steps(data: ImageData) -> int:
-    """Training steps of an evaluator for a data set; a small one is seen 40 times."""
+    """Number of training steps: 40 epochs, but at least 300 and at most 4,000 steps."""
     return min(STEPS, max(MIN_STEPS, math.ceil(EPOCHS * len(data.train) / BATCH_SIZE)))
 
 
@@ -123,10 +123,10 @@ def train_evaluator(data: ImageData, *, steps: int | None = None, seed: int = 0,
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.2)
     model.train()
     for step in tqdm(range(steps), unit="step", disable=not progress, desc="evaluator"):
-        chosen = torch.from_numpy(indices_of_step(seed, step, BATCH_SIZE, len(data.train))[0])
+        indices = torch.from_numpy(indices_of_step(seed, step, BATCH_SIZE, len(data.train))[0])
         generator = torch_generator("cpu", seed, "augment", step)
-        images = _random_affine(to_model_range(data.train.images[chosen]), generator)
-        loss = model(pixel_values=images, labels=data.train.labels[chosen]).loss
+        images = _random_affine(to_model_range(data.train.images[indices]), generator)
+        loss = model(pixel_values=images, labels=data.train.labels[indices]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -195,11 +195,11 @@ def load_evaluator(folder: Path, data: ImageData, *, origin: str | None = None) 
             model = ImageEvaluator(config)
     except Exception as error:  # whatever a constructor makes of values that it does not expect
         raise FileError(f"{path} describes no evaluator: {type(error).__name__}: {str(error)[:200]}") from error
-    wanted = (data.channels, data.image_size, data.class_names)
-    if reads != wanted:
+    expected = (data.channels, data.image_size, data.class_names)
+    if reads != expected:
         raise UserError(
             f"evaluator {str(folder)!r} is for (channels, size, classes) {reads!s:.200}, "
-            f"but the images have {wanted!s:.200}; train another with `mnist-diffusion train_evaluator`"
+            f"but the images have {expected!s:.200}; train another with `mnist-diffusion train_evaluator`"
         )
     require_weights([weights], model)
     model.load_state_dict(load_file(weights), assign=True)

@@ -68,8 +68,8 @@ def _is_flat(path: Path) -> bool:
     """Whether pictures lie in a folder itself, with their classes in their names or no table beside them."""
     files = [*path.iterdir()] if path.is_dir() else []
     pictures = [file for file in files if PICTURE_SUFFIX.fullmatch(file.suffix.lower())]
-    named = sum(LABELLED_NAME.fullmatch(file.stem) is not None for file in pictures) * 2 > len(pictures)
-    return bool(pictures) and (named or not any(file.suffix.lower() in TEXT_SUFFIXES for file in files))
+    labelled = sum(LABELLED_NAME.fullmatch(file.stem) is not None for file in pictures) * 2 > len(pictures)
+    return bool(pictures) and (labelled or not any(file.suffix.lower() in TEXT_SUFFIXES for file in files))
 
 
 def _read_flat(folder: Path, background: Ground) -> tuple[list[Tensor], list[str] | None]:
@@ -77,11 +77,11 @@ def _read_flat(folder: Path, background: Ground) -> tuple[list[Tensor], list[str
     files = sorted(file for file in pictures if file.name not in SHEETS)
     encoded = encoded_files([file.name for file in files], lambda name: read_file(folder / name), str(folder))
     images = list(tqdm(replace(encoded, background=background), desc="reading", leave=False))
-    found = [LABELLED_NAME.fullmatch(file.stem) for file in files]
-    if any(found) and not all(found):
-        stray = next(file.name for file, match in zip(files, found, strict=True) if match is None)
+    matches = [LABELLED_NAME.fullmatch(file.stem) for file in files]
+    if any(matches) and not all(matches):
+        stray = next(file.name for file, match in zip(files, matches, strict=True) if match is None)
         raise DataError(f"{folder}: {stray!r} names no class, but other files do (digit_<class>_<number>.png)")
-    return images, [match["name"] for match in found if match] or None
+    return images, [match["name"] for match in matches if match] or None
 
 
 def _read_labelled(path: Path, background: Ground) -> tuple[list[Tensor], Sequence[str]]:

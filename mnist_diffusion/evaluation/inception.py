@@ -1,7 +1,7 @@
 """Fréchet distance in the features of ImageNet's Inception network, for those who must report it.
 
-It is not to be trusted here: the network was trained on colour photographs of 299 pixels, images of 28 grey pixels
-are enlarged tenfold for it, and what its features say of a digit was never tested. Barratt and Sharma (2018),
+It is unreliable here: the network was trained on colour photographs of 299 x 299 pixels, images of 28 x 28 are
+upscaled more than tenfold for it, and its features have not been validated on digits. Barratt and Sharma (2018),
 https://arxiv.org/abs/1801.01973, advise against it outside ImageNet.
 """
 

@@ -31,10 +31,10 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
         real: `[N, D]`.
         generated: `[M, D]`.
     """
-    given = nn.Identity()  # the features are extracted already
-    given.num_features = real.shape[1]  # type: ignore[assignment]
+    identity = nn.Identity()  # the features are extracted already
+    identity.num_features = real.shape[1]  # type: ignore[assignment]
     # Of several processes only the first scores images, and must not wait for the others.
-    metric = FrechetInceptionDistance(feature=given, sync_on_compute=False).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
@@ -59,8 +59,10 @@ def kernel_distance(
     real, generated = real.double(), generated.double()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        chosen = [(torch.randperm(len(real))[:size], torch.randperm(len(generated))[:size]) for _ in range(subsets)]
-    return float(torch.stack([poly_mmd(real[one], generated[other]) for one, other in chosen]).mean())
+        subset_pairs = [
+            (torch.randperm(len(real))[:size], torch.randperm(len(generated))[:size]) for _ in range(subsets)
+        ]
+    return float(torch.stack([poly_mmd(real[one], generated[other]) for one, other in subset_pairs]).mean())
 
 
 def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, float]:
@@ -89,7 +91,7 @@ def neighbourhoods(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, 
 
 
 def _neighbour_distances(points: np.ndarray, k: int) -> np.ndarray:
-    """Distance of each point to its k-th nearest other one, `[N]`."""
+    """Distance of each point to its k-th nearest neighbour other than itself, `[N]`."""
     distances, _ = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors()
     return distances[:, -1]
 

@@ -57,13 +57,16 @@ ON_SCREEN = (
 
 
 def cells(report: Mapping[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -> tuple[list[str], list[list[str]]]:
-    """Headings, and the text of a row for as many real images and of one for each result, without empty columns."""
+    """Return the headings and rows of the results table, without empty columns.
+
+    The first row is the floor: held-out real images, as many as the first result has. Then one row per result.
+    """
     first = report["results"][0]
     floor = {name: first.get(f"{name}_floor") for name in (*COLUMNS, "kernel_distance")}
     floor |= {"name": "held-out real images", "fid_ratio": 1.0}
-    shown = [row | {"thousand_kernel_distance": 1000 * row["kernel_distance"]} for row in (floor, *report["results"])]
-    used = {name: COLUMNS[name] for name in columns if any(row.get(name) is not None for row in shown)}
-    table = [[_format(pattern, row.get(name)) for name, (_, pattern) in used.items()] for row in shown]
+    rows = [row | {"thousand_kernel_distance": 1000 * row["kernel_distance"]} for row in (floor, *report["results"])]
+    used = {name: COLUMNS[name] for name in columns if any(row.get(name) is not None for row in rows)}
+    table = [[_format(pattern, row.get(name)) for name, (_, pattern) in used.items()] for row in rows]
     return [heading for heading, _ in used.values()], table
 
 

@@ -1,7 +1,7 @@
 """Score a set of images against real ones.
 
-The reference is the training split. The floor is the score of as many held-out real images, measured by the same
-function.
+The reference is the training split. The floor is the score of held-out real images, as many as there are images to
+score (or all, if there are fewer), measured by the same function.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def embed(evaluator: ImageEvaluator, images: Tensor, labels: Tensor | None) -> E
         DataError: every pixel of every image has the same value.
     """
     if images.min() == images.max():
-        raise DataError(f"all {len(images)} images are of one value, {int(images.min())} of 255: nothing to measure")
+        raise DataError(f"all {len(images)} images are blank: every pixel is {int(images.min())} of 255")
     return EvaluatedImages(images, labels, *logits_and_features(evaluator, images))
 
 
@@ -153,10 +153,10 @@ class Reference:
         correct = evaluated.logits.argmax(dim=1) == evaluated.labels
         whole, shares, distances = _share(correct), {}, {}
         for label, name in enumerate(self.data.class_names):
-            chosen = evaluated.labels == label
-            real, drawn = self.train.features[self.train.labels == label], evaluated.features[chosen]
-            shares[name] = _share(correct[chosen])
-            distances[name] = metrics.frechet_distance(real, drawn) if min(len(real), len(drawn)) > 1 else None
+            of_class = evaluated.labels == label
+            real, generated = self.train.features[self.train.labels == label], evaluated.features[of_class]
+            shares[name] = _share(correct[of_class])
+            distances[name] = metrics.frechet_distance(real, generated) if min(len(real), len(generated)) > 1 else None
         interval = {"accuracy_low": whole["low"], "accuracy_high": whole["high"]}
         return {"accuracy": whole["accuracy"], **interval, "class_accuracy": shares, "class_fid": distances}
 
@@ -187,8 +187,10 @@ class Reference:
             classes = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
         distances = []
         for _ in range(BOOTSTRAPS):
-            drawn = [places[torch.from_numpy(generator.integers(len(places), size=len(places)))] for places in classes]
-            distances.append(metrics.frechet_distance(real.features, evaluated.features[torch.cat(drawn)]))
+            resampled = [
+                places[torch.from_numpy(generator.integers(len(places), size=len(places)))] for places in classes
+            ]
+            distances.append(metrics.frechet_distance(real.features, evaluated.features[torch.cat(resampled)]))
         return float(np.std(distances, ddof=1))
 
     def matched(self, evaluated: EvaluatedImages) -> EvaluatedImages:
@@ -200,20 +202,20 @@ class Reference:
     def _choose(self, pool: EvaluatedImages, labels: Tensor, total: float = inf) -> Tensor:
         """Images of `pool` with classes in the proportions of `labels`: `total` of them, or as many as possible."""
         counts, available = (torch.bincount(each, minlength=self.data.num_classes) for each in (labels, pool.labels))
-        wanted = counts > 0
-        factor = min(float((available[wanted] / counts[wanted]).min()), total / len(labels))
+        present = counts > 0
+        factor = min(float((available[present] / counts[present]).min()), total / len(labels))
         exact = counts.double() * factor
         shares = exact.floor().long()
         # The largest remainders make up the sum.
-        left = round(float(exact.sum())) - int(shares.sum())
-        shares[(exact - shares).argsort(descending=True)[:left]] += 1
+        missing = round(float(exact.sum())) - int(shares.sum())
+        shares[(exact - shares).argsort(descending=True)[:missing]] += 1
         shares = torch.minimum(shares, available)
         generator = numpy_generator(self.seed, "eval", 2)
-        chosen = [
+        parts = [
             generator.permutation(np.flatnonzero(pool.labels.numpy() == label))[:share]
             for label, share in enumerate(shares.tolist())
         ]
-        return torch.from_numpy(np.sort(np.concatenate(chosen)))
+        return torch.from_numpy(np.sort(np.concatenate(parts)))
 
     def _some(self, evaluated: EvaluatedImages, size: int) -> EvaluatedImages:
         """`size` of the images, evenly chosen."""

@@ -92,7 +92,7 @@ class PatchedUNet(nn.Module):
 def load_pretrained_weights(unet: UNet2DModel, pretrained: UNet2DModel, *, same_classes: bool) -> bool:
     """Copy the weights of another network, in place.
 
-    Class embeddings keep their random values unless both networks have the same classes and as many embeddings.
+    Class embeddings keep their random values unless both networks have the same classes and number of embeddings.
 
     Args:
         unet: the network to change.
@@ -100,7 +100,7 @@ def load_pretrained_weights(unet: UNet2DModel, pretrained: UNet2DModel, *, same_
         same_classes: whether both are for the same classes, in the same order.
 
     Returns:
-        Whether the class embeddings were copied too.
+        False if the class embeddings kept their random values, else True.
 
     Raises:
         ConfigError: the networks have different shapes; the message names the settings.
@@ -112,12 +112,14 @@ def load_pretrained_weights(unet: UNet2DModel, pretrained: UNet2DModel, *, same_
         raise ConfigError(f"train.init_from is a network of another shape: {'; '.join(different)}")
     before, now = pretrained.state_dict(), unet.state_dict()
     fits = CLASS_EMBEDDING not in now or (same_classes and before[CLASS_EMBEDDING].shape == now[CLASS_EMBEDDING].shape)
-    kept = set() if fits else {CLASS_EMBEDDING}
-    unet.load_state_dict({name: now[name] if name in kept else before[name] for name in now})
+    unchanged = set() if fits else {CLASS_EMBEDDING}
+    unet.load_state_dict({name: now[name] if name in unchanged else before[name] for name in now})
     return fits
 
 
 def _shape_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a network that decide the shapes of its weights, with lists for tuples."""
-    kept = {name: value for name, value in config.items() if not name.startswith("_") and name not in NOT_IN_WEIGHTS}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+    settings = {
+        name: value for name, value in config.items() if not name.startswith("_") and name not in NOT_IN_WEIGHTS
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -51,7 +51,7 @@ def build_pipeline(
 
     Args:
         noise_scheduler: the training scheduler.
-        sampling: the pipeline's defaults; those that are None are its class's.
+        sampling: the pipeline's defaults; a value of None uses the default of the pipeline class.
         names: the class names.
         unet: the network.
         patch_size: side of the network's patches.

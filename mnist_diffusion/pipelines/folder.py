@@ -136,10 +136,10 @@ def require_weights(paths: Sequence[Path], model: torch.nn.Module) -> None:
         FileError: names, shapes or types differ, or a header is invalid.
     """
     expected = model.state_dict()
-    there: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     for path in paths:
-        for name, (shape, dtype) in (found := _tensors_in(path)).items():
-            if name not in expected or name in there:
+        for name, (shape, dtype) in (tensors := _tensors_in(path)).items():
+            if name not in expected or name in seen:
                 raise FileError(f"{path} has a tensor {name[:200]!r} that is not expected, or is in another file, too")
             if shape != tuple(expected[name].shape):
                 needed = tuple(expected[name].shape)
@@ -147,8 +147,8 @@ def require_weights(paths: Sequence[Path], model: torch.nn.Module) -> None:
             dtypes = FLOATS if expected[name].is_floating_point() else ("I64",)
             if dtype not in dtypes:
                 raise FileError(f"{path}: {name} has type {dtype}, not {' or '.join(dtypes)}")
-        there |= found
-    for name in sorted(expected.keys() - there.keys()):
+        seen |= tensors
+    for name in sorted(expected.keys() - seen.keys()):
         raise FileError(f"{paths[0]} lacks tensor {name[:200]!r}")
 
 
@@ -169,11 +169,11 @@ def _tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     """Read the scheduler of a folder, which must be diffusers' own class of that name."""
     path, values = _read_config(folder, SCHEDULER_CONFIG, class_name)
-    made: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
-    if SchedulerMixin not in getattr(made, "__mro__", ()):
+    scheduler_class: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if SchedulerMixin not in getattr(scheduler_class, "__mro__", ()):
         raise FileError(f"{path}: diffusers {diffusers.__version__} has no scheduler {class_name!r:.100}")
     try:
-        return made.from_config(values)
+        return scheduler_class.from_config(values)
     except Exception as error:  # constructors raise anything for values they do not expect
         raise FileError(f"{path} describes no {class_name}: {type(error).__name__}: {str(error)[:200]}") from error
 
@@ -185,14 +185,14 @@ def _read_config(folder: Path, name: str, class_name: str, *, longest: int = MAX
     for key, value in values.items():
         items = value if isinstance(value, list) else [value]
         if len(items) > longest or any(isinstance(item, list | dict) for item in items):
-            wanted = f"a plain value or a list of at most {longest:,}"
-            raise FileError(f"{path}: {key[:100]} must be {wanted}, got {str(value)[:100]}")
+            expected = f"a plain value or a list of at most {longest:,}"
+            raise FileError(f"{path}: {key[:100]} must be {expected}, got {str(value)[:100]}")
         low, high = RANGES.get(key, (-MAX_NUMBER, MAX_NUMBER))
         for item in items:
             if isinstance(item, int) and not low <= item <= high:
                 raise FileError(f"{path}: {key[:100]} must be from {low:,} to {high:,}, got {str(item)[:100]}")
-    if (named := values.get("_class_name")) != class_name:
-        raise FileError(f"{path}: _class_name must be {class_name!r:.100}, got {named!r:.100}")
+    if (found_name := values.get("_class_name")) != class_name:
+        raise FileError(f"{path}: _class_name must be {class_name!r:.100}, got {found_name!r:.100}")
     return path, values
 
 
@@ -201,10 +201,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = file_within(folder, "model_index.json")
     index = read_json(path)
     values = {key: value for key, value in index.items() if key not in PRIVATE}
-    named = index.get("_class_name")
-    pair = named if isinstance(named, list) and len(named) == 2 else [CODE_STEM, named]
+    class_name = index.get("_class_name")
+    pair = class_name if isinstance(class_name, list) and len(class_name) == 2 else [CODE_STEM, class_name]
     if pair[1] != PIPELINE_CLASS or not CODE_FILE.fullmatch(f"{pair[0]}.py"):
-        raise FileError(f"{path}: _class_name must be {PIPELINE_CLASS!r}, got {named!r:.100}")
+        raise FileError(f"{path}: _class_name must be {PIPELINE_CLASS!r}, got {class_name!r:.100}")
     unet, scheduler = values.pop("unet", None), values.pop("scheduler", None)
     if unet != ["diffusers", "UNet2DModel"]:
         raise FileError(f"{path}: unet must be ['diffusers', 'UNet2DModel'], got {unet!r:.100}")
@@ -272,9 +272,9 @@ def fetch_pipeline(repo_id: str, variant: str | None = None, **hub: Any) -> Path
             fetch_file(repo_id, index, MAX_JSON_BYTES, **hub)
         except (FileError, LocalEntryNotFoundError):
             raise missing from None
-        left = MAX_HEADER_BYTES + size
+        remaining = MAX_HEADER_BYTES + size
         for shard in _shards(folder, index):
-            left -= fetch_file(repo_id, shard, left, **hub).stat().st_size
+            remaining -= fetch_file(repo_id, shard, remaining, **hub).stat().st_size
     return folder
 
 
@@ -318,5 +318,5 @@ def export_pipeline(
 
     try:
         replace_folder(folder, write)
-    except SafetensorError as error:  # as of a full disk
+    except SafetensorError as error:  # such as a full disk
         raise FileError(f"{folder} could not be written: {error}") from error

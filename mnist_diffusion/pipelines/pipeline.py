@@ -279,8 +279,8 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
             timesteps.append(done.timestep)
             latents.append(done.latents)
             predicted.append(done.pred_original_sample)
-        kept = (torch.stack(each).cpu() for each in (latents, predicted, timesteps))
-        return TrajectoryOutput(done.images(output_type), *kept)
+        stacked = (torch.stack(each).cpu() for each in (latents, predicted, timesteps))
+        return TrajectoryOutput(done.images(output_type), *stacked)
 
     @torch.no_grad()
     def interpolate(
@@ -387,7 +387,7 @@ class MNISTDiffusionPipeline(shipped.MNISTDiffusionPipeline):
 
         Raises:
             ValueError: a file or the commit message holds the token.
-            OSError: the Hub refused or could not be reached; the files are unchanged.
+            OSError: the Hub rejected the request or could not be reached; the files are unchanged.
         """
 
         api = HfApi(token=token)

@@ -71,9 +71,9 @@ def build_sampler(name: str, config: Mapping[str, Any]) -> Any:
         raise ConfigError(f"scheduler={name!r} {reason}")
     consistency = "original_inference_steps" in known
     passed_on = () if flow or consistency else config.keys() - CONSISTENCY_ARGUMENTS
-    kept = {key: value for key, value in config.items() if key in known or key in passed_on}
+    settings = {key: value for key, value in config.items() if key in known or key in passed_on}
     try:
-        return kind.from_config(kept, **arguments)
+        return kind.from_config(settings, **arguments)
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(f"scheduler={name!r} does not work with this noising process: {error}") from error
 

@@ -1,1 +1,1 @@
-"""Pictures: grids of images, plots of numbers, and what pipelines draw."""
+"""Plots: image grids, curves, sample sheets, and the HTML page of a run."""

@@ -30,7 +30,7 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def figure_of_panels(rows: int, columns: int, *, title: str, height: float = 3.0) -> tuple[Figure, list[Axes]]:
-    """A figure with a title and so many empty panels, row by row, in the package's colours."""
+    """A figure with a title and a grid of empty panels, row by row, in the package's colours."""
     figure = Figure(figsize=(4.5 * columns, height * rows), layout="constrained")
     figure.suptitle(title)
     panels = list(np.asarray(figure.subplots(rows, columns)).flatten())
@@ -61,8 +61,8 @@ def log_scale(panel: Axes, axis: str = "y") -> None:
 
 def _series(lines: Lines, name: str, across: str = "step") -> tuple[list[float], list[float]]:
     """The steps (or epochs) at which a value was measured, and its values there."""
-    found = [(line[across], line[name]) for line in lines if line.get(name) is not None]
-    return [place for place, _ in found], [value for _, value in found]
+    points = [(line[across], line[name]) for line in lines if line.get(name) is not None]
+    return [place for place, _ in points], [value for _, value in points]
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
@@ -121,9 +121,9 @@ def compared_curves(groups: Sequence[Mapping[str, Lines]], *, title: str = "Runs
     for (group, name), panel in zip(itertools.product(groups, names), panels, strict=True):
         for index, (run, lines) in enumerate(group.items()):
             epochs, values = _series(lines, name, "epoch")
-            shown = _smoothed(values) if name == "loss" else values
+            series = _smoothed(values) if name == "loss" else values
             style = LINE_STYLES[index % len(LINE_STYLES)]
-            panel.plot(epochs, shown, style, marker=None if name == "loss" else ".", label=run)
+            panel.plot(epochs, series, style, marker=None if name == "loss" else ".", label=run)
         panel.set(xlabel="epoch", ylabel=labels[name])
         log_scale(panel)
         if name == names[0]:

@@ -54,8 +54,8 @@ class Samples:
 
     def _labels(self) -> list[int] | None:
         """The classes by number; all if none is named; None for an unconditional model."""
-        named = [_resolve_label(name, self.names) for name in self.options.class_labels]
-        return self.pipeline.label_ids(named or range(len(self.names)) or None)
+        requested = [_resolve_label(name, self.names) for name in self.options.class_labels]
+        return self.pipeline.label_ids(requested or range(len(self.names)) or None)
 
     def batches(self, part: slice = slice(None)) -> Iterator[Tensor]:
         """The images, or some of them, in batches, float `[b, C, H, W]` in [0, 1]."""
@@ -63,7 +63,7 @@ class Samples:
         return drawing.generate_batches(self.pipeline, labels, self.seeds[part], batch_size=size, **self.call)
 
     def grid(self) -> tuple[Image.Image, Tensor]:
-        """A grid with one row per class (or a square one), and its images in the order of their seeds."""
+        """Sample a grid, one row per class (square if unconditional); return it and its images in seed order."""
         parts = []
         with tqdm(total=self.options.num_images, unit="image") as bar:
             for part in self.batches():
@@ -92,11 +92,14 @@ class Samples:
         save_animation(frames, path)
 
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:
-        """The same noise and classes, at most one of each class or ten, at several guidance scales, one row each."""
+        """Sample the same images at each guidance scale, one row per scale.
+
+        There is one column per class, but at least ten; fewer only if fewer images are sampled.
+        """
         if self.image_labels is None:
             raise UserError("--guidance_sweep needs a class-conditional model")
-        shown = max(10, len(self.names))
-        labels, seeds, rows = self.image_labels[:shown], self.seeds[:shown], []
+        count = max(10, len(self.names))
+        labels, seeds, rows = self.image_labels[:count], self.seeds[:count], []
         for scale in scales:
             settings = dataclasses.replace(self.options.settings, guidance_scale=scale)
             call = drawing.call_arguments(self.pipeline, settings)
@@ -172,13 +175,14 @@ def _resolve_label(text: str, names: Sequence[str]) -> str | int:
     """
     if not text.lstrip("-").isdigit():
         return text
-    number, named = int(text), names.index(text) if text in names else None
-    if named is not None and named != number and 0 <= number < len(names):
+    number, class_of_name = int(text), names.index(text) if text in names else None
+    if class_of_name is not None and class_of_name != number and 0 <= number < len(names):
         raise UserError(
-            f"class_labels={text!r} is the name of class {named}, but {number} is {names[number]!r}: set "
-            f"data.class_names in training, or sample from Python: pipeline([{number}]) or pipeline([{text!r}])"
+            f"class_labels={text!r} is ambiguous: it is the name of class {class_of_name} and the number of class "
+            f"{names[number]!r}; train with other data.class_names, or sample from Python: pipeline([{number}]) for "
+            f"the number, pipeline([{text!r}]) for the name"
         )
-    return number if named is None else text
+    return number if class_of_name is None else text
 
 
 def _sheet(rows: Sequence[tuple[str, Tensor]], title: str, columns: Sequence[str]) -> Image.Image:

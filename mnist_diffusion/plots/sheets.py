@@ -82,11 +82,11 @@ def denoised(pipeline: MNISTDiffusionPipeline, class_names: Sequence[str], *, se
     noise = torch.stack([torch.randn(pipeline.image_shape, generator=each) for each in seeded["generator"]])
     trajectory = pipeline.sample_trajectory(**seeded, latents=noise.to(pipeline.device), output_type="pt", **call)
     latents, steps = torch.cat([noise[None], trajectory.latents]), len(trajectory.timesteps)
-    shown = evenly(len(latents), STRIP_COLUMNS)
-    columns = [f"t = {int(trajectory.timesteps[place])}" if place < steps else "image" for place in shown]
-    tiles = to_unit(latents[shown]).transpose(0, 1).flatten(0, 1)
+    indices = evenly(len(latents), STRIP_COLUMNS)
+    columns = [f"t = {int(trajectory.timesteps[place])}" if place < steps else "image" for place in indices]
+    tiles = to_unit(latents[indices]).transpose(0, 1).flatten(0, 1)
     title = f"Denoising in {steps} step{'s' if steps > 1 else ''}, by timestep"
-    return image_grid(tiles, len(shown), row_labels=names, column_labels=columns, title=title)
+    return image_grid(tiles, len(indices), row_labels=names, column_labels=columns, title=title)
 
 
 def sheet_of_epochs(sheets: Sequence[Sheet]) -> Image.Image:

@@ -16,18 +16,18 @@ WIDTH = 140
 
 def console() -> Console:
     """The screen."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDTH)
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=WIDTH)
 
 
 def screen_table(headings: Sequence[str], table: Sequence[Sequence[str]]) -> Table:
     """A table for the screen, all columns but the first aligned to the right."""
-    shown = Table()
+    rich_table = Table()
     for index, heading in enumerate(headings):
-        shown.add_column(escape(heading), justify="right" if index else "left")
+        rich_table.add_column(escape(heading), justify="right" if index else "left")
     for row in table:
-        shown.add_row(*(escape(cell) for cell in row))
-    return shown
+        rich_table.add_row(*(escape(cell) for cell in row))
+    return rich_table
 
 
 def markdown(headings: Sequence[str], table: Sequence[Sequence[str]]) -> str:

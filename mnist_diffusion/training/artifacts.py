@@ -1,4 +1,4 @@
-"""Outputs of the averaged weights of a run: sample sheets, plots, scores and pipeline folders."""
+"""Write the outputs of a run from its averaged weights: sample sheets, plots, scores and pipeline folders."""
 
 from __future__ import annotations
 

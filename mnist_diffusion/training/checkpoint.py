@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, verified before they are used, without pickle.
+"""Atomic checkpoints without pickle, verified by checksum before they are used.
 
-A checkpoint is a folder `step-N` of safetensors and JSON files. It is written beside its final place, with a manifest
-of every file's size and SHA-256; one rename makes it count.
+A checkpoint is a folder `step-N` of safetensors and JSON files, with a manifest of every file's size and SHA-256. It is
+written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def verify(path: Path, step: int, run_id: str | None = None) -> None:
         if file.parent != path or not file.is_file() or file.is_symlink():
             raise CheckpointError(f"{name} is missing")
         if file.stat().st_size != written["size"] or _sha256(file) != written["sha256"]:
-            raise CheckpointError(f"{name} does not have the size and SHA-256 in {MANIFEST}")
+            raise CheckpointError(f"the size or SHA-256 of {name} does not match {MANIFEST}")
 
 
 def _set_aside(path: Path) -> Path:

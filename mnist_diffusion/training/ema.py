@@ -71,18 +71,17 @@ class PowerAverages:
 
 
 def coefficients(steps: Sequence[int], std: float) -> tuple[np.ndarray, float]:
-    """The coefficients with which the averages saved after `steps` sum up to one of another length.
+    """Compute the coefficients that combine the saved averages into the average with this `std`.
 
-    They are the least-squares solution over cumulative weights, under the constraint that they sum to 1: a random walk
-    of the weights enters an average through its cumulative weights.
+    They sum to 1 and are a least-squares fit to the cumulative step weights of the target average. (If the network's
+    parameters follow a random walk, the error of the average depends on these cumulative step weights.)
 
     Args:
-        steps: rising; both averages were saved after each.
+        steps: increasing; both averages were saved after each.
         std: relative standard deviation of the target average.
 
     Returns:
-        One coefficient for each of `TRACKED` at each of `steps`, `[len(steps), 2]`; and the largest error in the
-        cumulative weights.
+        Coefficients `[len(steps), 2]`, one per saved average; and the largest error in the cumulative step weights.
     """
     last = steps[-1]
     # Up to a step, an average that ends at `end` has the share (step / end) ** (gamma + 1) of its weight.

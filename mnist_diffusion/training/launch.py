@@ -50,7 +50,8 @@ class RunContext:
         """
         if len(different := {each[:16] for each in utils.gather_object([fingerprint])}) > 1:
             raise UserError(
-                f"the processes read different {what}: fingerprints {sorted(different)}; give all the same files"
+                f"the processes read different {what} (fingerprints {sorted(different)}); make the same files "
+                "available to all of them"
             )
 
     def load_images(self, config: ImagesConfig, *, seed: int) -> ImageData:
@@ -83,9 +84,9 @@ def start_run(config: Config, recipe: str) -> tuple[RunContext, Config]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what is wrong is said when it is loaded
             newest = newest_intact(folder / "checkpoints")
             then = {} if newest is None else read_json(newest / "state.json")["config"]["train"]
-            found = {name: then[name] for name in PROBED if name in then and getattr(config.train, name) is None}
-            replace(config.train, **found)
-            chosen = found
+            probed = {name: then[name] for name in PROBED if name in then and getattr(config.train, name) is None}
+            replace(config.train, **probed)
+            chosen = probed
     resumes, chosen = utils.broadcast_object_list([resumes, chosen])
     if launcher().mixed_precision != "no":
         chosen.pop("mixed_precision", None)
@@ -100,8 +101,8 @@ def start_processes(config: RunConfig) -> PartialState:
     Raises:
         UserError: several processes that are not connected.
     """
-    given = launcher()
-    announced = max(given.num_processes, given.local_processes)
+    environment = launcher()
+    announced = max(environment.num_processes, environment.local_processes)
     set_num_threads(config.train.num_threads)  # before accelerate reads OMP_NUM_THREADS, and again after it
     state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
     if announced > 1 and state.num_processes == 1:
@@ -141,13 +142,13 @@ def build_accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
             processes and micro-batches, or a tracker is not installed.
     """
     state = PartialState()
-    wanted, launched = config.train.mixed_precision, launcher().mixed_precision
-    if wanted is not None and launched not in ("no", wanted):
-        both = f"train.mixed_precision={wanted!r}, but the launcher asks for {launched!r}"
-        raise UserError(f"{both}; use `accelerate launch --mixed_precision {wanted}`")
-    precision = wanted or launched
+    requested, launched = config.train.mixed_precision, launcher().mixed_precision
+    if requested is not None and launched not in ("no", requested):
+        both = f"train.mixed_precision={requested!r}, but the launcher asks for {launched!r}"
+        raise UserError(f"{both}; use `accelerate launch --mixed_precision {requested}`")
+    precision = requested or launched
     if precision == "fp16" and state.device.type == "cpu":
-        by = "train.mixed_precision='fp16'" if wanted else "the launcher's mixed precision, fp16,"
+        by = "train.mixed_precision='fp16'" if requested else "the launcher's mixed precision, fp16,"
         raise UserError(f"{by} needs a GPU; on a CPU use `accelerate launch --mixed_precision no`, or bf16")
     size, count, micro = config.data.batch_size, state.num_processes, config.train.gradient_accumulation_steps
     if size % (count * micro):

@@ -1,4 +1,4 @@
-"""What a run reports: its plan, `metrics.jsonl` and trackers, the summary and the closing words."""
+"""Logging: the run's plan, `metrics.jsonl` and trackers, the summary and the final message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mnist_diffusion.training.artifacts import Progress
 
 MIN_WARMUPS = 3
-"""A timed run with fewer steps than so many warm-ups prints a warning."""
+"""A timed run shorter than this many warm-ups prints a warning."""
 IMBALANCE = 3.0
 """Ratio of class sizes from which a hint is printed."""
 
@@ -72,9 +72,9 @@ class MetricsLog:
                 processes.on_main(lambda: append_metrics(self.path, self.lines))
                 cause = ", ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
                 raise UserError(
-                    f"step {bad_step} was not finite ({cause}); the run stopped without saving this step. Resume "
-                    f"from an earlier checkpoint in {folder / 'checkpoints'} with a lower train.learning_rate or "
-                    "train.max_grad_norm, or with train.on_non_finite=skip"
+                    f"non-finite loss or gradient at step {bad_step} ({cause}); the run stopped without saving this "
+                    f"step. Resume from an earlier checkpoint in {folder / 'checkpoints'} with a lower "
+                    "train.learning_rate or train.max_grad_norm, or with train.on_non_finite=skip"
                 )
             finite = {name: value if math.isfinite(value) else None for name, value in zip(names, row, strict=True)}
             self.lines.append({**about, **finite})
@@ -161,8 +161,8 @@ def closing_words(
         few = f"Only {progress.step} steps fit in the time limit; samples will be poor."
         advice = f"Close other programs, or train longer: --train.max_minutes {math.ceil(progress.seconds / 30)}"
         parts.append(f"{'!' * 100}\nTOO FEW STEPS. {few} {advice}\n{'!' * 100}")
-    shown = " and ".join(str(folder / name) for name in ("samples", "pictures") if (folder / name).is_dir())
-    pictures = f"Pictures are in {shown}. " if shown else ""
+    folders = " and ".join(str(folder / name) for name in ("samples", "pictures") if (folder / name).is_dir())
+    pictures = f"Pictures are in {folders}. " if folders else ""
     parts.append(f"{pictures}Load and use the result with:\n\n{indent(usage, '    ')}\n")
     if signal_number:
         flags = ["--config", str(folder / "config.yaml"), "--train.resume", "--output_dir", str(folder)]

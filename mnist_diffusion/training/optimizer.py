@@ -78,8 +78,8 @@ def orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
     for each in wide:
         grams[len(each)].append(each @ each.mT)
     factors = {side: iter(_newton_schulz(torch.stack(batch))) for side, batch in grams.items()}
-    found = [next(factors[len(each)]) @ each for each in wide]
-    return [each if each.shape == matrix.shape else each.mT for each, matrix in zip(found, matrices, strict=True)]
+    products = [next(factors[len(each)]) @ each for each in wide]
+    return [each if each.shape == matrix.shape else each.mT for each, matrix in zip(products, matrices, strict=True)]
 
 
 def _newton_schulz(gram: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def forward_backward(state: TrainState, count: int) -> None:
 
 
 def seconds_per_image(state: TrainState, *, seconds: float = PROBE_SECONDS) -> float:
-    """Time a forward and a backward pass per image, with growing batches for about so many seconds."""
+    """Seconds per image of a forward and a backward pass, timed with growing batches for about `seconds` seconds."""
     size, started, full = 1, time.perf_counter(), state.config.data.batch_size // state.accelerator.num_processes
     measured: dict[int, float] = {}
     while True:
@@ -75,20 +75,20 @@ def fastest(
         tries.append({"num_threads": 1})
     [tries] = broadcast_object_list([tries])  # machines may differ
 
-    def seconds(tried: dict[str, Any]) -> float:
-        torch.set_num_threads(tried.get("num_threads", threads))
-        changed = replace(config, train=replace(train, **tried))
-        found = seconds_per_image(build(context.with_precision_of(changed), changed))
-        return float(broadcast_object_list([found])[0])
+    def seconds(changes: dict[str, Any]) -> float:
+        torch.set_num_threads(changes.get("num_threads", threads))
+        changed = replace(config, train=replace(train, **changes))
+        measured = seconds_per_image(build(context.with_precision_of(changed), changed))
+        return float(broadcast_object_list([measured])[0])
 
-    chosen: dict[str, Any] = {}
-    best = seconds(chosen) if tries else 0.0
+    fastest_options: dict[str, Any] = {}
+    best = seconds(fastest_options) if tries else 0.0
     for change in tries:
-        if GAIN * (found := seconds({**chosen, **change})) < best:
-            chosen, best = {**chosen, **change}, found
-    torch.set_num_threads(chosen.get("num_threads", threads))
-    chosen = {"num_threads": threads, **chosen}
-    config = replace(config, train=replace(train, **chosen))
+        if GAIN * (duration := seconds({**fastest_options, **change})) < best:
+            fastest_options, best = {**fastest_options, **change}, duration
+    torch.set_num_threads(fastest_options.get("num_threads", threads))
+    fastest_options = {"num_threads": threads, **fastest_options}
+    config = replace(config, train=replace(train, **fastest_options))
     return context.with_precision_of(config), config
 
 

@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, and check that it is of this run, before anything changes."""
+"""Find the checkpoint to resume from, and check that it belongs to this run, before anything changes."""
 
 from __future__ import annotations
 

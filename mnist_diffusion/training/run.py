@@ -209,9 +209,9 @@ def warm_start(config: Config, unet: UNet2DModel, class_names: tuple[str, ...]) 
     source = str(config.train.init_from)
     pipeline = drawing.load_pipeline(source, device="cpu", dtype="float32")
     if (target := prediction_type_of(pipeline.scheduler)) != config.diffusion.prediction_type:
-        wanted = config.diffusion.prediction_type
+        expected = config.diffusion.prediction_type
         raise ConfigError(
-            f"train.init_from={source!r} predicts {target!r}, but diffusion.prediction_type is {wanted!r}"
+            f"train.init_from={source!r} predicts {target!r}, but diffusion.prediction_type is {expected!r}"
         )
     same = drawing.class_names(pipeline) == class_names
     fits = networks.load_pretrained_weights(unet, pipeline.unet, same_classes=same)

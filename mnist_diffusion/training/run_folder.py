@@ -1,4 +1,4 @@
-"""The folder of a run: who holds it, its `metrics.jsonl`, and reading it back."""
+"""The run folder: its lock and id, its `metrics.jsonl`, and reading it back."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RunFolder:
         """Create and lock the folder, and mark it with the run's id.
 
         Args:
-            resume: whether the run in it goes on; otherwise it must be empty.
+            resume: whether to resume the run in the folder; if not, the folder must be empty.
 
         Raises:
             UserError: another run holds it, it cannot be written to, or it is not empty.
@@ -150,12 +150,14 @@ class RunFolder:
 
     def release(self) -> None:
         """Unlock the folder, and leave it as it was if the run left nothing in it."""
-        left = (RUN_ID, "config.yaml", "metrics.jsonl")
+        leftovers = (RUN_ID, "config.yaml", "metrics.jsonl")
         try:
             with contextlib.suppress(OSError):
-                there = {file.name for file in self.path.iterdir() if file.name != left[-1] or file.stat().st_size}
-                if self.was_empty and self.lock.is_locked and there <= {LOCK, SOFT_LOCK, *left[:-1]}:
-                    for name in (*left, LOCK, SOFT_LOCK):
+                present = {
+                    file.name for file in self.path.iterdir() if file.name != leftovers[-1] or file.stat().st_size
+                }
+                if self.was_empty and self.lock.is_locked and present <= {LOCK, SOFT_LOCK, *leftovers[:-1]}:
+                    for name in (*leftovers, LOCK, SOFT_LOCK):
                         (self.path / name).unlink(missing_ok=True)
                     if self.created:
                         self.path.rmdir()
@@ -170,14 +172,14 @@ def config_text(config: RunConfig, objective: object) -> str:
 
 def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines of later steps, which will be trained again; replace a file that is not a log by an empty one."""
-    kept: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     try:
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        lines = [line for line in read_metrics(path) if line["step"] <= step]
     except FileError as error:
         if is_transient(error):
             raise
         print(f"warning: starting a new log: {error}")
-    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def append_metrics(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -277,7 +279,7 @@ def read_run(folder: Path) -> RunRecord:
     config, summary_file = folder / "config.yaml", folder / "summary.json"
     lines = read_metrics(folder / "metrics.jsonl")
     if not config.is_file() or not lines:
-        raise UserError(f"{str(folder)!r} is not a run folder: it needs config.yaml and metrics.jsonl with a line")
+        raise UserError(f"{str(folder)!r} is not a run folder: it needs config.yaml and a non-empty metrics.jsonl")
     try:
         summary = read_json(summary_file) if summary_file.is_file() else {}
         values, first = dict(read_yaml(config)), read_text(config).partition("\n")[0].strip()
@@ -294,15 +296,15 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(folder, values, name, lines, plain, last[0] if last else None)
 
 
-def with_training_images(pipeline: str, given: Images) -> tuple[Images, int | None]:
+def with_training_images(pipeline: str, options: Images) -> tuple[Images, int | None]:
     """The options with the images of the run that exported a pipeline folder, and their split seed.
 
     Args:
         pipeline: a pipeline folder, a run folder, or a Hub id.
-        given: the options; if these name images, they are meant instead.
+        options: the options; if these name images, they are meant instead.
 
     Returns:
-        `given` and None if it names images, or there is no run beside the pipeline.
+        `options` and None if it names images, or there is no run beside the pipeline.
 
     Raises:
         UserError: the configuration beside it does not name the images of a run.
@@ -310,14 +312,14 @@ def with_training_images(pipeline: str, given: Images) -> tuple[Images, int | No
     folder, default = pipeline_folder(Path(pipeline)), ImagesConfig()
     place = folder.resolve()
     beside = (place.parents[1] if place.parent.name == "snapshots" else place.parent) / "config.yaml"
-    named = any(getattr(given, name) != getattr(default, name) for name in IMAGE_FIELDS)
-    if named or not ((folder / "model_index.json").is_file() and beside.is_file()):
-        return given, None
+    names_images = any(getattr(options, name) != getattr(default, name) for name in IMAGE_FIELDS)
+    if names_images or not ((folder / "model_index.json").is_file() and beside.is_file()):
+        return options, None
     run = read_yaml(beside)
     try:
         images = ImagesConfig(**{name: run["data"][name] for name in IMAGE_FIELDS if name in run["data"]})
         seed = run.get("distillation", {}).get("split_seed", run["train"]["seed"])  # a student's is its teacher's
-        return replace(given, **asdict(images)), int(seed)
+        return replace(options, **asdict(images)), int(seed)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = explain(error) if isinstance(error, ValidationError) else repr(error)
         problem = f"does not name the images of the run ({reason:.200}); use --data.source"

@@ -48,7 +48,7 @@ def is_timed(config: TrainConfig) -> bool:
     return config.max_steps is None and config.max_epochs is None
 
 
-def decay_from_clock(config: TrainConfig, step: int, clock: Clock, left: float) -> tuple[int, int] | None:
+def decay_from_clock(config: TrainConfig, step: int, clock: Clock, seconds_left: float) -> tuple[int, int] | None:
     """Decide, after `step` updates of a timed run, whether its learning rate starts to decay now.
 
     Warm-up, stable, decay: Hu et al. (2024), https://arxiv.org/abs/2404.06395, section 4. The decay starts when
@@ -58,14 +58,18 @@ def decay_from_clock(config: TrainConfig, step: int, clock: Clock, left: float) 
         config: the run, without a decay so far.
         step: updates done.
         clock: the time so far, and the current speed.
-        left: seconds left for updates.
+        seconds_left: seconds left for updates.
 
     Returns:
         First step and length of the decay, as in `train.lr_decay`; None if it does not start yet.
     """
-    if config.lr_decay is not None or config.lr_schedule == "constant" or left > DECAY_SHARE * (clock.elapsed + left):
+    if (
+        config.lr_decay is not None
+        or config.lr_schedule == "constant"
+        or seconds_left > DECAY_SHARE * (clock.elapsed + seconds_left)
+    ):
         return None
-    return step, max(1, round(left / clock.step_seconds))
+    return step, max(1, round(seconds_left / clock.step_seconds))
 
 
 class Clock:
@@ -109,7 +113,7 @@ def describe_length(config: RunConfig, images: int) -> str:
 
 
 def steps_of_epochs(epochs: float, images: int, batch_size: int) -> int:
-    """The number of updates in so many epochs, rounded up."""
+    """The number of updates in `epochs` epochs, rounded up."""
     return max(1, math.ceil(epochs * images / batch_size))
 
 

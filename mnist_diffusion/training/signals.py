@@ -1,4 +1,4 @@
-"""Signals that end a run: the first is acted on after the current step, a second Ctrl-C as soon as Python can."""
+"""Stop signals: the first ends the run after the current step; Ctrl-C after that interrupts it at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StopRequest:
     since: float = 0.0
 
     def receive(self, number: int, frame: object) -> None:
-        """Note a signal; a second INT raises KeyboardInterrupt."""
+        """Note a signal; SIGINT after an earlier signal raises KeyboardInterrupt."""
         now = time.monotonic()
         if self.number == 0:
             self.number, self.since = number, now

@@ -148,9 +148,9 @@ class TrainState:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Loss of the averaged weights on held-out images, always the same with the same draws.
+        """Mean loss of the averaged weights on a fixed set of held-out images, with fixed noise and timesteps.
 
-        Its batch size does not depend on the run, so that runs can be compared.
+        The batch size is fixed too, so that the results of different runs are comparable.
         """
         self.update_averaged_unet()
         train, device, total = self.config.train, self.accelerator.device, 0.0

@@ -151,18 +151,18 @@ class Trainer:
         """The number of the signal that ends the run, 0 for none, and whether this was the last step."""
         train, clock, step = self.config.train, self.clock, self.progress.step
         limit, timed, decay = train.time_limit_minutes, schedule.is_timed(train), None
-        left = math.inf if limit is None else 60 * limit - clock.count()
+        seconds_left = math.inf if limit is None else 60 * limit - clock.count()
         if timed:
             per_image = clock.step_seconds / (EVALUATIONS_PER_UPDATE * self.config.data.batch_size)
-            left -= SECONDS_TO_WRITE + self.artifacts.num_final_evaluations() * per_image
-            left -= clock.step_seconds / 2  # err on the side of stopping half a step early
-            decay = schedule.decay_from_clock(train, step, clock, left)
+            seconds_left -= SECONDS_TO_WRITE + self.artifacts.num_final_evaluations() * per_image
+            seconds_left -= clock.step_seconds / 2  # err on the side of stopping half a step early
+            decay = schedule.decay_from_clock(train, step, clock, seconds_left)
         # The processes' clocks differ: the first to decide, or to be late, decides for all.
-        number, late, *agreed = self.processes.largest(stop.number, int(left <= 0), *(decay or (0, 0)))
+        number, late, *agreed = self.processes.largest(stop.number, int(seconds_left <= 0), *(decay or (0, 0)))
         if agreed[1]:
             self._decide(lr_decay=tuple(agreed))
         over = bool(late) or step == self._last_step
-        if over and timed and not number:  # from here on, a run of so many steps
+        if over and timed and not number:  # from here on, a run of this many steps
             self._decide(max_steps=step, max_minutes=None)
         return number, over or number > 0
 
@@ -198,7 +198,7 @@ class Trainer:
             self.artifacts.draw(self.progress, self.log.path)  # it may have been killed between checkpoint and pictures
 
     def _save_checkpoint(self) -> None:
-        """Save everything a resumed run needs: weights, averages, optimizer, progress, and what must not change."""
+        """Save everything a resumed run needs: weights, averages, optimizer, progress, configuration, fingerprints."""
         tensors, state = self.state.to_checkpoint()
         state |= {
             **dataclasses.asdict(self.progress),
@@ -230,13 +230,13 @@ class Trainer:
             self.progress = TypeAdapter(Progress).validate_python(values)
             if schedule.is_timed(train := self.config.train):  # no other length is given: as before
                 then = checkpoint.state["config"]["train"]
-                kept = {name: then[name] for name in ("max_steps", "max_epochs")}
-                kept |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "lr_decay")}
-                self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **kept))
+                length = {name: then[name] for name in ("max_steps", "max_epochs")}
+                length |= {name: getattr(train, name) or then[name] for name in ("max_minutes", "lr_decay")}
+                self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, **length))
         except (torch.OutOfMemoryError, CheckpointError):
             raise
         except WRONG_CONTENT as error:
-            raise CheckpointError(f"{checkpoint.path} is not a checkpoint of such a run: {error!r:.300}") from error
+            raise CheckpointError(f"{checkpoint.path} does not hold the state of this run: {error!r:.300}") from error
         self.clock = schedule.Clock(self.progress.seconds)
         self.accelerator.print(f"Resuming from {checkpoint.path}" + (f"\nChanges: {changes}" if changes else ""))
 

@@ -220,7 +220,7 @@ class TestSurvey:
 
     def test_what_others_wrote_is_kept(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         data, other = write(tmp_path / "data", classes()), write(tmp_path / "out", {"survey.json": '{"mine": 1}'})
-        for out, said in ((data, "lies in the source"), (other, "of other origin")):
+        for out, said in ((data, "is inside the source"), (other, "that this command did not write")):
             assert main(["data", str(data), "--out", str(out)]) == 2
             assert said in capsys.readouterr().err
         flags = ["--data.class_names", "x", "y z", "猫", "--out", str(tmp_path / "new")]

@@ -221,7 +221,7 @@ SUBMITTED = "".join(f"{index}.png,{index % 2}\n" for index in range(20, 25))
 CAPTIONS = "file_name,caption\n0.png,a bar on the left\n1.png,a bar in the middle\n"
 NO_LABELS = [
     ("sample_submission.csv", f"id,label\n{SUBMITTED}", "a submission holds no labels"),
-    ("answers.csv", f"id,label\n{SUBMITTED}", "it lists pictures of a test folder alone"),
+    ("answers.csv", f"id,label\n{SUBMITTED}", "it only lists pictures in a test folder"),
     ("sizes.csv", "width,height\n640,480\n640,320\n", "none of its columns 'width', 'height' names pictures"),
     ("answers.csv", f"id,label\n{rows(12, '{}.png,0')}", "its labels are all alike: '0'"),
     ("metadata.csv", CAPTIONS, "its column 'caption' is not called a label, and the folders name classes"),
@@ -360,9 +360,9 @@ REFUSED: list[Case] = [
     case(idx(t10k_labels=idx_bytes([7, 7, 7])), r"held-out classes without training images: \[7\]"),
     case(idx(), "data.train_split='letters' is not a split", train_split="letters"),
     case(idx("MNIST/raw/") | idx("FashionMNIST/raw/"), "several data sets; name one of .*FashionMNIST, .*MNIST"),
-    case(LETTERS_OR_NOT, "data.subset=None must name one of the parts of .*: balanced, letters"),
+    case(LETTERS_OR_NOT, "data.subset=None must name one of the subsets of .*: balanced, letters"),
     case(splits(train=4, test=1), "data.test_split='other' is not a split of .*test, train", test_split="other"),
-    case(PARTS, "several parts; set data.subset to one of digits, letters"),
+    case(PARTS, "several subsets; set data.subset to one of digits, letters"),
     case(TREES, "set data.subset to one of one, two"),
     case(classes(), "data.class_names names 2 classes, but .* has 3", class_names=("a", "b")),
     case(classes() | {"violet/0.png": BAR}, "class 'violet' has 1 image"),

@@ -1,4 +1,4 @@
-"""The page in a real browser: every tab and control, several visitors, a narrow and dark screen, the keyboard alone."""
+"""The page in a real browser: every tab and control, one visitor after another, a narrow dark screen, the keyboard."""
 
 import base64
 import io

@@ -65,7 +65,8 @@ def test_numbers_that_are_names_of_other_classes(tmp_path: Path, capsys: pytest.
     pipeline.register_to_config(id2label={str(label): str(label + 1) for label in range(10)})
     pipeline.save_pretrained(tmp_path / "pipeline")
     sample(str(tmp_path / "pipeline"), tmp_path, "--class_labels", "3", code=2)
-    assert "class_labels='3' is the name of class 2, but 3 is '4'" in capsys.readouterr().err
+    told = "class_labels='3' is ambiguous: it is the name of class 2 and the number of class '4'"
+    assert told in capsys.readouterr().err
     sample(str(tmp_path / "pipeline"), tmp_path, "--class_labels", "10", "0", "--num_images", 2, "--files")
     assert {path.name for path in tmp_path.glob("digit_*")} == {"digit_10_000.png", "digit_1_000.png"}
 

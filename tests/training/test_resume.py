@@ -129,7 +129,7 @@ def test_a_whole_checkpoint_of_something_else(keys: list[str], folder: Path, tmp
     functools.reduce(dict.__getitem__, keys[:-1], found.state)[keys[-1]] = "many"
     shutil.rmtree(root)
     save_checkpoint(root, 5, found.tensors, found.state, keep=1, about=about)
-    with pytest.raises(UserError, match="step-5 is not a checkpoint of such a run"):
+    with pytest.raises(UserError, match="step-5 does not hold the state of this run"):
         run(tiny_config(), root.parent, resume=True, max_steps=None, max_minutes=1.0)
 
 

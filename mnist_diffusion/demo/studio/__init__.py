@@ -1,1 +1,1 @@
-"""A static page that draws with pipelines in the visitor's browser, through ONNX Runtime's build for the web."""
+"""A static page that samples from pipelines in the visitor's browser, with ONNX Runtime Web."""

@@ -1,4 +1,4 @@
-"""Build the studio: the networks, the plans of their samplers, and ONNX Runtime for the web."""
+"""Build the studio: the networks, the plans of their samplers, and ONNX Runtime Web."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _model(pipeline: MNISTDiffusionPipeline, name: str, file: str) -> dict[str, 
 
 
 def _runtime_files(folder: Path | None) -> dict[str, bytes]:
-    """The files of ONNX Runtime for the web, by name."""
+    """The files of ONNX Runtime Web, by name."""
     if folder is not None:
         if missing := [name for name in RUNTIME_FILES if not (folder / name).is_file()]:
             raise UserError(f"runtime={str(folder)!r} has no {', '.join(missing)}; name the package's `dist` folder")
@@ -98,9 +98,9 @@ def _runtime_files(folder: Path | None) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as temporary:
         command = [npm, "pack", RUNTIME, "--silent", "--pack-destination", temporary]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=temporary)
-        found = list(Path(temporary).glob("*.tgz"))
-        if done.returncode or len(found) != 1:
+        archives = list(Path(temporary).glob("*.tgz"))
+        if done.returncode or len(archives) != 1:
             reason = " ".join(done.stderr.split())[-300:]
             raise UserError(f"npm could not fetch {RUNTIME}: {reason}; or pass its `dist` folder as --runtime")
-        with tarfile.open(fileobj=io.BytesIO(read_bytes(found[0], MAX_PACKAGE_BYTES))) as package:
+        with tarfile.open(fileobj=io.BytesIO(read_bytes(archives[0], MAX_PACKAGE_BYTES))) as package:
             return {name: package.extractfile(f"package/dist/{name}").read() for name in RUNTIME_FILES}  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Sampler plans: a few numbers for each step of a sampler, measured while the pipeline samples."""
+"""Sampler plans: each step of a sampler as a linear combination, with coefficients fitted while it samples."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ def _next_noise(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Ten
 def _fit(values: torch.Tensor, parts: list[torch.Tensor]) -> tuple[list[float], float]:
     """The least-squares coefficients of `parts` in `values`, and the largest error."""
     columns = np.stack([part.double().flatten().numpy() for part in parts], axis=1)
-    wanted = values.double().flatten().numpy()
-    numbers, *_ = np.linalg.lstsq(columns, wanted, rcond=None)
-    return numbers.tolist(), float(np.abs(columns @ numbers - wanted).max())
+    target = values.double().flatten().numpy()
+    numbers, *_ = np.linalg.lstsq(columns, target, rcond=None)
+    return numbers.tolist(), float(np.abs(columns @ numbers - target).max())
