@@ -29,7 +29,6 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from mnist_diffusion.command_options import EvaluationOptions
-from mnist_diffusion.config import ImagesConfig
 from mnist_diffusion.evaluation.evaluate import evaluate
 
 REPOSITORY = Path(__file__).parents[1]
@@ -80,20 +79,17 @@ def main(
     with _revisions(against, runs.resolve()) as revisions:
         compared = {name: (tree, "") for name, tree in revisions.items()} | {each: (REPOSITORY, each) for each in flags}
         for limit in minutes if updates is None else (updates,):
-            found: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
+            by_name: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
             for seed in range(seeds):
                 for name, (tree, more) in compared.items():
                     kind = f"{name}-{config}-{limit:g}{'-updates' if updates else ''}"
                     folder = runs.resolve() / f"{kind}-{seed}".replace("/", "_")
                     length = ["--train.max_minutes", *(["null", "--train.max_steps"] if updates else [])]
                     asked = ["--config", config, *length, str(limit), "--train.seed", str(seed), *more.split()]
-                    found[name].append(_run(tree, folder, data, asked, num_images, draws, scales))
-            for name, results in found.items():
-                median = {
-                    each: statistics.median(result[each] for result in results)
-                    for each in COLUMNS
-                    if each in results[0]
-                }
+                    by_name[name].append(_run(tree, folder, data, asked, num_images, draws, scales))
+            for name, results in by_name.items():
+                names = [each for each in COLUMNS if all(each in result for result in results)]
+                median = {each: statistics.median(result[each] for result in results) for each in names}
                 rows = [(str(seed), result) for seed, result in enumerate(results)]
                 for row, values in [*rows, ("median", median)]:
                     cells = [pattern.format(values.get(each, nan)) for each, (_, pattern) in COLUMNS.items()]
@@ -101,48 +97,52 @@ def main(
 
 
 def _run(
-    tree: Path, folder: Path, data: str, asked: list[str], num_images: int, draws: int, scales: tuple[float, ...]
+    tree: Path, folder: Path, data: str, flags: list[str], num_images: int, draws: int, scales: tuple[float, ...]
 ) -> dict[str, float]:
-    """Train, choose the guidance scale, measure, and keep what was found."""
-    kept = folder / "time_to_quality.json"
-    if kept.is_file() and "scale" in (known := json.loads(kept.read_text(encoding="utf-8"))):
-        return dict(known)
-    summary_file, result = folder / "summary.json", dict[str, float]()
-    if not summary_file.is_file():
-        flags = ["--data.source", str(Path(data).resolve()), "--output_dir", str(folder), *asked]
-        command = [str(Path(sys.executable).with_name("accelerate")), "launch", str(tree / "train_cfg.py"), *flags]
+    """Train unless the finished run is there, choose the guidance scale, and measure."""
+    summary, timing = folder / "summary.json", folder / "time_to_quality.json"
+    if not (summary.is_file() and _read(summary)["finished"]):
+        images = ["--data.source", str(Path(data).resolve()), "--output_dir", str(folder)]
+        accelerate = Path(sys.executable).with_name("accelerate")
         started = time.perf_counter()
-        environment = {**os.environ, "PYTHONPATH": str(tree)}
-        subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
-        result["seconds"] = time.perf_counter() - started
-    choice = _measure(folder, data, scales, range(CHOICE_SEED, CHOICE_SEED + draws), min(CHOICE_IMAGES, num_images))
+        subprocess.run(
+            [accelerate, "launch", tree / "train_cfg.py", *images, *flags],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree)},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        timing.write_text(json.dumps({"seconds": time.perf_counter() - started}), encoding="utf-8")
+    choice = _measure(folder, scales, range(CHOICE_SEED, CHOICE_SEED + draws), min(CHOICE_IMAGES, num_images))
     best = min(choice, key=lambda scale: choice[scale]["fid"])
-    summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    result |= {"train_seconds": summary["train_seconds"], "steps": summary["step"], "scale": best}
-    result |= _measure(folder, data, (best,), range(draws), num_images)[best]
-    kept.write_text(json.dumps({**result, "machine": summary["machine"]}), encoding="utf-8")
-    return result
+    run = _read(summary)
+    return {
+        **(_read(timing) if timing.is_file() else {}),
+        **{"train_seconds": run["train_seconds"], "steps": run["step"], "scale": best},
+        **_measure(folder, (best,), range(draws), num_images)[best],
+    }
 
 
-def _measure(
-    folder: Path, data: str, scales: tuple[float, ...], seeds: range, num_images: int
-) -> dict[float, dict[str, float]]:
-    """The metrics at each guidance scale, means over sampling seeds."""
-    found: dict[float, list[dict[str, Any]]] = {scale: [] for scale in scales}
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _measure(folder: Path, scales: tuple[float, ...], seeds: range, num_images: int) -> dict[float, dict[str, float]]:
+    """The metrics at each guidance scale, means over sampling seeds, against the images of the run."""
+    measured: dict[float, list[dict[str, Any]]] = {scale: [] for scale in scales}
     for seed in seeds:
         request = EvaluationOptions(
             sources=(str(folder / "pipeline"),),
-            data=ImagesConfig(source=data),
             num_images=num_images,
             seed=seed,
             guidance_scale=scales,
             out=folder / f"evaluation-{seed}",
         )
         for result in evaluate(request)["results"]:
-            found[result["guidance_scale"]].append(result)
+            measured[result["guidance_scale"]].append(result)
     return {
         scale: {name: statistics.mean(each[name] for each in results) for name in FIGURES if name in results[0]}
-        for scale, results in found.items()
+        for scale, results in measured.items()
     }
 
 

@@ -65,7 +65,8 @@ class ImagesConfig:
     """`digits`, a folder or zip of images, tables or arrays, such a file, or a Hub data set id. Null takes MNIST from
     the Hub, or the embedded digits if the Hub cannot be reached."""
     subset: Text | None = None
-    """The configuration of a Hub data set, or the part of a source that has several, such as `letters` of EMNIST."""
+    """Subset to read of a source that has several, such as `letters` of EMNIST; for the Hub, the data set's
+    configuration."""
     image_column: Text | None = None
     """Column with the images or their file names; null takes the only candidate."""
     label_column: Text | None = None
@@ -307,7 +308,7 @@ class TrainConfig:
     """Sample and score 1,000 images this often, and at the end; keep the pipeline with the best FID in
     `pipeline_best/`."""
     pictures: bool = True
-    """Draw training curves, the noise schedule and denoising strips into `pictures/`."""
+    """Draw curves, the noise schedule, noising and denoising strips, and animations into `pictures/`."""
     snapshot_every: Interval | None = None
     """Export a pipeline folder of the averaged weights this often."""
     trackers: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], AfterValidator(distinct)] = ()

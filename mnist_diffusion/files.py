@@ -259,7 +259,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object], *, durable: bo
         temporary.unlink(missing_ok=True)
         if isinstance(error, IsADirectoryError):
             raise FileError(f"{path} is a folder, but a file of this name must be written; move it away") from error
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # such as a full disk
+        if (
+            isinstance(error, OSError) and error.errno is not None and error.filename is None
+        ):  # for example, when the disk is full
             error.filename = str(path)
         raise
     if durable:

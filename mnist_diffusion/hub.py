@@ -34,8 +34,8 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT_FILE = re.compile(rf"{CHECKPOINTS}/step-\d+/[\w-][\w.-]*")
 RUN_FILES, LOG = ("config.yaml", "summary.json"), "metrics.jsonl"
 EXPORTS = ("pipeline", "pipeline_best")
-STALE = (*RUN_FILES, PICTURE, ".eval_results/*", "unet/*", "scheduler/*", f"{reading.CODE_STEM}*.py")
-"""Files that a push removes from the repository unless it replaces them; version 0.2.0 pushed `.eval_results`."""
+STALE = (*RUN_FILES, PICTURE, ".eval_results/evaluation.yaml", "unet/*", "scheduler/*", f"{reading.CODE_STEM}*.py")
+"""Files that a push removes from the repository unless it replaces them; version 0.2.0 pushed the YAML file."""
 
 
 def stage(folder: Path, staged: Path, repo_id: str, *, with_checkpoints: bool, license: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 
 from mnist_diffusion import cli
@@ -140,11 +140,17 @@ class TestPush:
             assert loaded.unet.dtype == dtype
 
     def test_over_another_models_push(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
-        """Figures, pictures and configuration of the one do not stay with the other."""
+        """Figures, pictures and configuration of the one do not stay with the other, but other people's files do."""
+        (made_run / "pipeline" / ".eval_results").mkdir()
+        others = [f".eval_results/{name}.yaml" for name in ("evaluation", "other")]
+        for name in others:  # the first of version 0.2.0
+            (made_run / "pipeline" / name).write_text("[]")
+            HfApi().upload_file(path_or_fileobj=b"[]", path_in_repo=name, repo_id=NAME)
         push(made_run, NAME)
         make_pipeline(seed=3).save_pretrained(tmp_path / "alone")
         push(tmp_path / "alone", NAME)
-        assert set(hub.repositories[NAME].files()) == PUSHED - {"config.yaml", "samples.png", "summary.json"}
+        kept = PUSHED - {"config.yaml", "samples.png", "summary.json"} | {others[1]}
+        assert set(hub.repositories[NAME].files()) == kept
         assert b"pushed without a card" in hub.repositories[NAME].files()["README.md"]
 
     @pytest.mark.parametrize("relative", [False, True])

@@ -1,6 +1,6 @@
 """Read images and labels from `datasets` tables: find the columns, and decode cells by their content.
 
-The feature types that a table declares serve to find the columns, never to decode a cell.
+The feature types that a table declares serve to find the columns and name the classes, never to decode a cell.
 """
 
 from __future__ import annotations

@@ -24,8 +24,10 @@ from mnist_diffusion.option_types import Ground
 from mnist_diffusion.seeds import Balance, indices_of_step
 
 MEMORY_LIMIT_BYTES = 4 * 10**9
-CHUNK, MANY = 8, 20_000
-"""Images decoded at once at their original size, which may be large; how many have a progress bar."""
+AT_A_TIME = 8
+"""Images decoded at a time, at their original size."""
+MANY = 20_000
+"""A progress bar is shown from this many images on."""
 HELD_OUT_SHARE = 0.1
 NUM_CHECKED_IMAGES = 2000
 """Training images, evenly spread, that are checked for problems."""
@@ -129,7 +131,7 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
         seed: chooses the held-out tenth if the source has no test split.
 
     Raises:
-        DataError: the source could not be read, or its images do not fit together.
+        DataError: the source could not be read, its images do not fit together, or they do not fit into memory.
     """
     source = read_source(config)
     if config.skip_unreadable:
@@ -140,8 +142,9 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
     shape = _common_shape(source, config)
     total = math.prod(shape) * sum(len(split.labels) for split in (source.train, source.test) if split is not None)
     if total > MEMORY_LIMIT_BYTES:
-        limit = f"more than the limit of {MEMORY_LIMIT_BYTES / 1e9:g} GB; set a smaller data.image_size"
-        raise DataError(f"{source.description}: the decoded images take {total / 1e9:.1f} GB, {limit}")
+        limit = f"more than the limit of {MEMORY_LIMIT_BYTES / 1e9:g} GB"
+        advice = "set a smaller data.image_size or data.channels=1, or use fewer images"
+        raise DataError(f"{source.description}: the decoded images take {total / 1e9:.1f} GB, {limit}; {advice}")
 
     def preprocess(images: Tensor) -> Tensor:
         return fit_to_size(to_channels(images, shape[0]), shape[1], config.fit, source.background)
@@ -168,9 +171,9 @@ def load_images(config: ImagesConfig, *, seed: int) -> ImageData:
 def _decoded(pictures: EncodedImages, preprocess: Callable[[Tensor], Tensor], shape: tuple[int, int, int]) -> Tensor:
     """All pictures, each brought to the common shape."""
     images = torch.empty(len(pictures), *shape, dtype=torch.uint8)
-    starts = range(0, len(pictures), CHUNK)
+    starts = range(0, len(pictures), AT_A_TIME)
     for start in tqdm(starts, desc="reading images", leave=False, disable=len(pictures) < MANY):
-        indices = range(len(pictures))[start : start + CHUNK]
+        indices = range(len(pictures))[start : start + AT_A_TIME]
         for index, image in zip(indices, pictures.decode(indices, grey=shape[0] == 1), strict=True):
             images[index] = preprocess(image)
     return images
@@ -271,5 +274,5 @@ def draw_batch(data: ImageSplit, config: DataConfig, *, seed: int, step: int, pa
     balance = data.balance if config.balance else None
     indices, epochs = indices_of_step(seed, step, config.batch_size, len(data), balance=balance)
     indices, epochs = indices[part], epochs[part]
-    index = torch.from_numpy(indices)
-    return augment_images(data.images[index], config.augment, seed, epochs, indices), data.labels[index]
+    rows = torch.from_numpy(indices)
+    return augment_images(data.images[rows], config.augment, seed, epochs, indices), data.labels[rows]

@@ -1,4 +1,4 @@
-"""Encoded images: their shapes from the header, their pixels one image at a time."""
+"""Encoded images: their shapes from the headers, their pixels on request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Encoded = bytes | np.ndarray
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Encoded images of any sizes, read and decoded one at a time.
+    """Encoded images of any sizes, read and decoded by index.
 
     Args:
         count: how many there are.

@@ -13,7 +13,7 @@ from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 class Models:
     """Loaded pipelines and their sources.
 
-    A pipeline is called by the name of its run if it has one.
+    A pipeline has the name of its run, if it belongs to one.
 
     Args:
         sources: pipeline folders or Hub ids.

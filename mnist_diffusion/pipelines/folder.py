@@ -191,8 +191,8 @@ def _read_config(folder: Path, name: str, class_name: str, *, longest: int = MAX
         for item in items:
             if isinstance(item, int) and not low <= item <= high:
                 raise FileError(f"{path}: {key[:100]} must be from {low:,} to {high:,}, got {str(item)[:100]}")
-    if (found_name := values.get("_class_name")) != class_name:
-        raise FileError(f"{path}: _class_name must be {class_name!r:.100}, got {found_name!r:.100}")
+    if (named_class := values.get("_class_name")) != class_name:
+        raise FileError(f"{path}: _class_name must be {class_name!r:.100}, got {named_class!r:.100}")
     return path, values
 
 
@@ -318,5 +318,5 @@ def export_pipeline(
 
     try:
         replace_folder(folder, write)
-    except SafetensorError as error:  # such as a full disk
+    except SafetensorError as error:  # for example, when the disk is full
         raise FileError(f"{folder} could not be written: {error}") from error

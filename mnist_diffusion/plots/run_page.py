@@ -88,8 +88,8 @@ def _render(**values: Any) -> str:
 
 def by_name(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
     """The runs by the names of their folders, or by their paths if two folders have the same name."""
-    by_folder = {run.name: run for run in runs}
-    return by_folder if len(by_folder) == len(runs) else {str(run.folder): run for run in runs}
+    runs_by_name = {run.name: run for run in runs}
+    return runs_by_name if len(runs_by_name) == len(runs) else {str(run.folder): run for run in runs}
 
 
 def by_objective(runs: Mapping[str, RunRecord]) -> list[dict[str, RunRecord]]:

@@ -78,19 +78,19 @@ def start_run(config: Config, recipe: str) -> tuple[RunContext, Config]:
     """
     start_processes(config)
     folder = choose_output_dir(config, recipe)
-    chosen: dict[str, Any] = {}
+    probed: dict[str, Any] = {}
     resumes = config.train.resume and any((folder / "checkpoints").glob("step-*"))
     if resumes:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what is wrong is said when it is loaded
             newest = newest_intact(folder / "checkpoints")
             then = {} if newest is None else read_json(newest / "state.json")["config"]["train"]
-            probed = {name: then[name] for name in PROBED if name in then and getattr(config.train, name) is None}
-            replace(config.train, **probed)
-            chosen = probed
-    resumes, chosen = utils.broadcast_object_list([resumes, chosen])
+            values = {name: then[name] for name in PROBED if name in then and getattr(config.train, name) is None}
+            replace(config.train, **values)  # which checks them
+            probed = values
+    resumes, probed = utils.broadcast_object_list([resumes, probed])
     if launcher().mixed_precision != "no":
-        chosen.pop("mixed_precision", None)
-    config = replace(config, train=replace(config.train, **chosen))
+        probed.pop("mixed_precision", None)
+    config = replace(config, train=replace(config.train, **probed))
     set_num_threads(config.train.num_threads)
     return RunContext(build_accelerator(config, folder), folder, recipe, resumes), config
 
@@ -101,8 +101,8 @@ def start_processes(config: RunConfig) -> PartialState:
     Raises:
         UserError: several processes that are not connected.
     """
-    environment = launcher()
-    announced = max(environment.num_processes, environment.local_processes)
+    launched = launcher()
+    announced = max(launched.num_processes, launched.local_processes)
     set_num_threads(config.train.num_threads)  # before accelerate reads OMP_NUM_THREADS, and again after it
     state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
     if announced > 1 and state.num_processes == 1:
@@ -175,7 +175,7 @@ def _wandb_is_ready() -> bool:
     try:
         if wandb.setup().settings.mode not in ("online", "shared") or wandb.login(prompt=False, verify=False):
             return True
-    except Exception as error:  # as of an unknown WANDB_MODE
+    except Exception as error:  # for example, an unknown WANDB_MODE
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"train.trackers: wandb could not be started: {reason}") from error
     wandb.teardown()  # it caches the mode; a notebook may set another, and try again

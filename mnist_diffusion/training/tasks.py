@@ -10,7 +10,7 @@ from typing import Literal
 from mnist_diffusion.option_types import parse_interval
 
 Due = Callable[[int], bool]
-"""Whether a task is due after this update, counted from 1."""
+"""Whether a task is due after update number `n`, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Task:
     Args:
         stage: `measure` comes before the log is written; the others after it, in the order of the list. A signal
             skips what is measured or drawn.
-        due: whether it is due after an update, counted from 1.
+        due: whether it is due after update number `n`, counted from 1.
         work: does it; it returns nothing.
         at_end: whether it is also due after the last update.
         counted: whether its time counts as training time.

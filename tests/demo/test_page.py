@@ -1,4 +1,4 @@
-"""The page in a real browser: every tab and control, one visitor after another, a narrow dark screen, the keyboard."""
+"""The page in a real browser: every tab and control, two visitors, a narrow dark screen, the keyboard."""
 
 import base64
 import io
@@ -167,7 +167,9 @@ def test_narrow_dark_and_closed_in_mid_run(browser: Any, address: str) -> None:
     page.get_by_role("button", name="Sample", exact=True).click()
     page.get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
     visit.close()
-    after = ReadyVisit(browser, address)  # the next visitor is not kept waiting
-    after.page.get_by_role("button", name="Sample", exact=True).click()
-    after.page.locator("#generated .gif").wait_for()
-    after.close()
+    after = [ReadyVisit(browser, address) for _ in range(2)]  # the next visitors are not kept waiting
+    for each in after:
+        each.page.get_by_role("button", name="Sample", exact=True).click()
+    for each in after:
+        each.page.locator("#generated .gif").wait_for()
+        each.close()

@@ -164,6 +164,14 @@ def test_settings_that_do_not_fit_the_pipeline() -> None:
         drawing.steered(drawing.Drawing(plain, request(classes=[None], count=1)), "", 1.0)
 
 
+def test_pipelines_have_the_names_of_their_runs(tmp_path: Path) -> None:
+    folders = [str(tmp_path / place / "run" / "pipeline") for place in "ab"]
+    for folder in folders:
+        make_pipeline().save_pretrained(folder)
+    models = Models([*folders, folders[0]])
+    assert (models.names, models.source("run (2)")) == (["run", "run (2)"], folders[1])
+
+
 def test_a_drawing_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "MAX_SECONDS", 0.0)
     with pytest.raises(UserError, match="took longer than 0 s"):

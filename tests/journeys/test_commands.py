@@ -21,7 +21,7 @@ from tests.support.survival import FLAGS, finish
 from tests.training.test_survival import recording_batches, require_slices
 
 BIN = Path(sys.executable).parent
-ACCELERATE, TORCHRUN, CONSOLE = str(BIN / "accelerate"), str(BIN / "torchrun"), str(BIN / "mnist-diffusion")
+ACCELERATE, TORCHRUN = str(BIN / "accelerate"), str(BIN / "torchrun")
 SCRIPT = str(REPOSITORY / "train_cfg.py")
 SHORT = [
     *("--config", "tiny", "--data.source", "digits", "--train.max_steps", "3", "--train.num_eval_images", "16"),
