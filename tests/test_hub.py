@@ -141,15 +141,13 @@ class TestPush:
 
     def test_over_another_models_push(self, hub: HubServer, made_run: Path, tmp_path: Path) -> None:
         """Figures, pictures and configuration of the one do not stay with the other, but other people's files do."""
-        (made_run / "pipeline" / ".eval_results").mkdir()
-        others = [f".eval_results/{name}.yaml" for name in ("evaluation", "other")]
-        for name in others:  # the first of version 0.2.0
-            (made_run / "pipeline" / name).write_text("[]")
-            HfApi().upload_file(path_or_fileobj=b"[]", path_in_repo=name, repo_id=NAME)
         push(made_run, NAME)
+        old, others = (f".eval_results/{name}.yaml" for name in ("evaluation", "other"))  # the first of version 0.2.0
+        for name in (old, others):
+            HfApi().upload_file(path_or_fileobj=b"[]", path_in_repo=name, repo_id=NAME)
         make_pipeline(seed=3).save_pretrained(tmp_path / "alone")
         push(tmp_path / "alone", NAME)
-        kept = PUSHED - {"config.yaml", "samples.png", "summary.json"} | {others[1]}
+        kept = PUSHED - {"config.yaml", "samples.png", "summary.json"} | {others}
         assert set(hub.repositories[NAME].files()) == kept
         assert b"pushed without a card" in hub.repositories[NAME].files()["README.md"]
 
