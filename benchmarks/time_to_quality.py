@@ -103,6 +103,7 @@ def _run(
     summary, timing = folder / "summary.json", folder / "time_to_quality.json"
     if not (summary.is_file() and _read(summary)["finished"]):
         images = ["--data.source", str(Path(data).resolve()), "--output_dir", str(folder)]
+        images += ["--train.resume"] if folder.is_dir() else []
         accelerate = Path(sys.executable).with_name("accelerate")
         started = time.perf_counter()
         subprocess.run(

@@ -122,7 +122,6 @@ class TestPush:
         place = "/home/ann/pictures"
         report["data"] = {"source": f"{place} (folder)", "source_id": place, "hub_id": None, "fingerprint": "0"}
         write_results_to_card(made_run / "pipeline", report, f"of images of {place} that are not on the Hub")
-        push(made_run, NAME)
         hostile = made_run / "pipeline_best" / "README.md"
         hostile.parent.mkdir()
         hostile.write_text("---\n---\n" + SECTION_START * 300_000)  # which took time in its square
