@@ -315,7 +315,7 @@ def reconstruct(
     how["callback_on_step_end"] = lambda *_: check_deadline(deadline)
     pictures = {
         "Your picture": image,
-        f"Its noise, as a {source_class}": to_unit(latents),
+        f"Its noise, as {source_class}": to_unit(latents),
         f"Sampled from this noise as {source_class}": ddim([source], guidance_scale=1.0, **how).images,
         f"Sampled from this noise as {target_class}": ddim([target], guidance_scale=scale, **how).images,
     }

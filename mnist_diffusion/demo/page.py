@@ -102,7 +102,7 @@ class Controls:
         return self.add(gr.Slider, lambda pipeline: {"value": min(pipeline.config.num_inference_steps, most)}, **look)
 
 
-GUIDANCE = "How closely samples follow the class. 0: unconditional, 1: as trained; more: clearer digits, less variety."
+GUIDANCE = "How closely samples follow the class. 0: unconditional, 1: as trained; more: clearer images, less variety."
 STEPS_HELP = "Denoising steps. More take longer."
 SEED = "The same seed gives the same images."
 
@@ -161,12 +161,12 @@ def _generate(models: Models, controls: Controls) -> None:
 
 def _steer(models: Models, controls: Controls) -> None:
     gr.Markdown(
-        "Let a digit form slowly, and choose another class or guidance meanwhile. An early change makes another "
-        "digit, a late one changes little."
+        "Let an image form slowly, and choose another class or guidance meanwhile. An early change makes another "
+        "image, a late one changes little."
     )
     with gr.Row():
         with gr.Column():
-            label = controls.classes(gr.Radio, place=3, label="Class", info="May be changed while the digit forms.")
+            label = controls.classes(gr.Radio, place=3, label="Class", info="May be changed while the image forms.")
             scale, steps = controls.guidance(), gr.Slider(2, MAX_STEERED, 20, step=1, label="Steps")
             seed = gr.Number(0, precision=0, label="Seed", info=SEED)
             with gr.Row():
@@ -199,7 +199,9 @@ def _compare(models: Models, controls: Controls) -> None:
     gr.Markdown("One image of each class from the same seeds, in each combination of the chosen settings.")
     with gr.Row():
         with gr.Column():
-            others = gr.CheckboxGroup(models.names, label="Also with", info="Other pipelines.")
+            others = gr.CheckboxGroup(
+                models.names, label="Also with", info="Other pipelines.", visible=len(models.names) > 1
+            )
             samplers = gr.CheckboxGroup(list(SAMPLER_CHOICES), value=[PIPELINE_DEFAULT, "ddim"], label="Samplers")
             steps = gr.CheckboxGroup(list(STEPS), value=[5, 10], label="Steps")
             scales = controls.add(gr.CheckboxGroup, _nearest_scale, choices=list(SCALES), label="Guidance scales")
@@ -224,7 +226,7 @@ def _nearest_scale(pipeline: Any) -> dict[str, Any]:
 def _explore(models: Models, controls: Controls) -> None:
     with gr.Row():
         with gr.Column():
-            gr.Markdown("### Between two digits\nNoise and class are mixed on the way from one to the other.")
+            gr.Markdown("### Between two images\nNoise and class are mixed on the way from one to the other.")
             one = controls.classes(gr.Dropdown, place=3, label="From class")
             seed_one = gr.Number(0, precision=0, label="From seed")
             two = controls.classes(gr.Dropdown, place=8, label="To class")
@@ -240,8 +242,8 @@ def _explore(models: Models, controls: Controls) -> None:
                 "picture. Sampled from this noise as another class, it keeps its style."
             )
             sketchpad = _component("sketchpad", "sketchpad")
-            is_a = controls.classes(gr.Dropdown, place=3, label="It is a")
-            as_a = controls.classes(gr.Dropdown, place=8, label="Draw it as a")
+            is_a = controls.classes(gr.Dropdown, place=3, label="Its class")
+            as_a = controls.classes(gr.Dropdown, place=8, label="Redraw it as")
             scale = controls.guidance()
             invert = gr.Button("Draw again", variant="primary")
         inverted = gr.HTML(elem_id="inverted")

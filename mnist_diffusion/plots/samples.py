@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -77,10 +78,10 @@ class Samples:
         return image_grid(filled, columns, row_labels=[self.names[label] for label in self.labels]), images
 
     def write_files(self, images: Tensor, folder: Path) -> None:
-        """Write each image to `digit_<class>_<number>.png` (`image_<number>.png` without classes)."""
+        """Write each image to `image_<class>_<number>.png` (`image_<number>.png` without classes)."""
         names, written = file_names(self.names), Counter[str]()
         for index, picture in enumerate(to_pictures(images)):
-            stem = "image" if self.image_labels is None else f"digit_{names[self.image_labels[index]]}"
+            stem = "image" if self.image_labels is None else f"image_{names[self.image_labels[index]]}"
             replace_picture(picture, folder / f"{stem}_{written[stem]:03d}.png")
             written[stem] += 1
 
@@ -94,17 +95,17 @@ class Samples:
     def guidance_sweep(self, scales: Sequence[float]) -> Image.Image:
         """Sample the same images at each guidance scale, one row per scale.
 
-        There is one column per class, but at least ten; fewer only if fewer images are sampled.
+        There is one column per class, or as many per class as ten columns allow; fewer if fewer images are sampled.
         """
-        if self.image_labels is None:
+        if self.image_labels is None or self.labels is None:
             raise UserError("--guidance_sweep needs a class-conditional model")
-        count = max(10, len(self.names))
+        count = len(self.labels) * max(1, 10 // len(self.labels))
         labels, seeds, rows = self.image_labels[:count], self.seeds[:count], []
         for scale in scales:
             settings = dataclasses.replace(self.options.settings, guidance_scale=scale)
             call = drawing.call_arguments(self.pipeline, settings)
             rows.append((f"scale {scale:g}", drawing.generate(self.pipeline, labels, seeds, **call)))
-        columns = ["\n".join(drawable(self.names[label]).split()[:2]) for label in labels]
+        columns = [textwrap.fill(drawable(self.names[label]), 10, break_long_words=False) for label in labels]
         return _sheet(rows, "The same noise, by guidance scale", columns)
 
     def interpolation(self, num_frames: int) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import append_text, read_picture, read_yaml, replace_picture, replace_text, yaml_text
 from mnist_diffusion.method.noise import NoisingProcess
 from mnist_diffusion.pipelines.card import REPO_PLACEHOLDER, as_markdown, local_paths_in, redact_paths
-from mnist_diffusion.pipelines.drawing import require_fit, seeded_call
+from mnist_diffusion.pipelines.drawing import class_names, require_fit, seeded_call
 from mnist_diffusion.pipelines.folder import export_pipeline
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.plots import curves, sheets
@@ -260,8 +261,10 @@ def example_call(pipeline: MNISTDiffusionPipeline) -> str:
     """Python that calls a pipeline."""
     if (classes := pipeline.num_classes) is None:
         return "pipeline()"
-    guidance = "" if pipeline.config.guidance_distilled else ", guidance_scale=5"
-    return f"pipeline(class_labels=[{min(3, classes - 1)}]{guidance})"
+    label = min(3, classes - 1)
+    name = class_names(pipeline)[label]
+    guidance = "" if pipeline.config.guidance_distilled else f", guidance_scale={pipeline.config.guidance_scale:g}"
+    return f"pipeline(class_labels=[{label if name == str(label) else json.dumps(name)}]{guidance})"
 
 
 def usage(pipeline: MNISTDiffusionPipeline, folder: Path) -> str:

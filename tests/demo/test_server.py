@@ -224,7 +224,7 @@ def test_a_picture_drawn_again_comes_back() -> None:
     pipeline = make_pipeline()
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     shown = drawing.reconstruct(pipeline, image, source_class="a", target_class="b", scale=2.0)
-    titles = ["Your picture", "Its noise, as a a", "Sampled from this noise as a", "Sampled from this noise as b"]
+    titles = ["Your picture", "Its noise, as a", "Sampled from this noise as a", "Sampled from this noise as b"]
     assert re.findall(r"<figcaption>(.*?) <small>", shown) == titles
     with pytest.raises(UserError, match=r"class must be one of a, .*, got 'z'"):
         drawing.reconstruct(pipeline, image, source_class="z", target_class="b", scale=2.0)

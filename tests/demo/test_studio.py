@@ -86,7 +86,7 @@ def test_every_control(visit: ReadyVisit) -> None:
     page = visit.page
     assert page.title() == "Ten <b>letters</b>"
     first = visit.picture()
-    assert visit.after(lambda: page.get_by_role("button", name="Draw again").click()) == first
+    assert visit.after(lambda: page.get_by_role("button", name="Sample again").click()) == first
     pictures = [first]
 
     def changes(act: Any) -> None:
@@ -119,7 +119,7 @@ def test_a_slow_drawing_is_steered(visit: ReadyVisit) -> None:
     page.locator("#count").fill("2")  # four steps, half a second apart
     page.wait_for_timeout(600)
     steered = visit.after(lambda: page.get_by_role("button", name="h", exact=True).click())
-    other = visit.after(lambda: page.get_by_role("button", name="Draw again").click())
+    other = visit.after(lambda: page.get_by_role("button", name="Sample again").click())
     assert len({alone, steered, other}) == 3
 
 
@@ -131,7 +131,7 @@ def test_narrow_dark_and_without_motion(visit: ReadyVisit) -> None:
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(255, 255, 255)"
     before = visit.after(lambda: page.get_by_role("button", name="teacher").click())
     page.locator("#slow").check()
-    page.get_by_role("button", name="Draw again").click()
+    page.get_by_role("button", name="Sample again").click()
     page.wait_for_timeout(700)
     assert visit.picture() == before  # only the end is shown
 

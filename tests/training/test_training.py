@@ -314,4 +314,5 @@ def test_names_are_words_on_the_card_whatever_they_look_like(tmp_path: Path) -> 
     card = (folder / "pipeline" / "README.md").read_text(encoding="utf-8")
     said = next(line for line in card.splitlines() if line.startswith("The classes are"))
     assert said == r"The classes are \<img src=x onerror=y\>, \[a\](http://b), a \| b, \`c\`, e, f, g, h, i, j."
+    assert 'pipeline(class_labels=["`c`"], guidance_scale=' in card
     assert MNISTDiffusionPipeline.from_pretrained(folder).config.id2label["1"] == "[a](http://b)"
