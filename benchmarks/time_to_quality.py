@@ -3,7 +3,7 @@
     python benchmarks/time_to_quality.py path/to/mnist --minutes '[1,2,5,10]' --seeds 3
     python benchmarks/time_to_quality.py path/to/mnist --minutes '[5]' --seeds 3 --against HEAD~1
     python benchmarks/time_to_quality.py path/to/mnist --updates 3000 --flags '["--train.optimizer adamw"]'
-    python benchmarks/time_to_quality.py path/to/icons --config icons --minutes '[30]' --num_images 189 --draws 5
+    python benchmarks/time_to_quality.py path/to/icons --recipe icons --minutes '[30]' --num_images 189 --draws 5
 
 Each run is the real command in a process of its own, its time taken from the start of the process to its end. Runs of
 what is compared alternate, so that their ratio says something on any machine. Each is measured at the best of
@@ -54,7 +54,7 @@ def main(
     scales: tuple[float, ...] = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 1.9),
     against: str | None = None,
     flags: tuple[str, ...] = (),
-    config: str = "default",
+    recipe: str = "default",
     num_images: int = 10_000,
     draws: int = 1,
     runs: Path = Path("runs/time_to_quality"),
@@ -69,7 +69,7 @@ def main(
         scales: the guidance scales to choose from.
         against: another revision of this repository, whose runs alternate with those of the working tree.
         flags: further flags of the command, whose runs alternate with those without; each may hold several.
-        config: a recipe.
+        recipe: its name, or a file.
         num_images: images to measure each run.
         draws: how often these are sampled, each time from another seed.
         runs: where runs and their reports are kept.
@@ -82,10 +82,10 @@ def main(
             by_name: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
             for seed in range(seeds):
                 for name, (tree, more) in compared.items():
-                    kind = f"{name}-{config}-{limit:g}{'-updates' if updates else ''}"
+                    kind = f"{name}-{Path(recipe).stem}-{limit:g}{'-updates' if updates else ''}"
                     folder = runs.resolve() / f"{kind}-{seed}".replace("/", "_")
                     length = ["--train.max_minutes", *(["null", "--train.max_steps"] if updates else [])]
-                    asked = ["--config", config, *length, str(limit), "--train.seed", str(seed), *more.split()]
+                    asked = ["--config", recipe, *length, str(limit), "--train.seed", str(seed), *more.split()]
                     by_name[name].append(_run(tree, folder, data, asked, num_images, draws, scales))
             for name, results in by_name.items():
                 names = [each for each in COLUMNS if all(each in result for result in results)]
