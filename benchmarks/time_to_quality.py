@@ -139,7 +139,9 @@ def _measure(folder: Path, scales: tuple[float, ...], seeds: range, num_images: 
             guidance_scale=scales,
             out=folder / f"evaluation-{seed}",
         )
-        for result in evaluate(request)["results"]:
+        with contextlib.redirect_stdout(sys.stderr):  # where it does not break up the table
+            results = evaluate(request)["results"]
+        for result in results:
             measured[result["guidance_scale"]].append(result)
     return {
         scale: {name: statistics.mean(each[name] for each in results) for name in FIGURES if name in results[0]}
