@@ -69,12 +69,14 @@ def main(
         scales: the guidance scales to choose from.
         against: another revision of this repository, whose runs alternate with those of the working tree.
         flags: further flags of the command, whose runs alternate with those without; each may hold several.
-        recipe: its name, or a file.
+        recipe: the name of a recipe, or a file.
         num_images: images to measure each run.
         draws: how often these are sampled, each time from another seed.
         runs: where runs and their reports are kept.
     """
     headings = ["run", "length", "seed", *(heading for heading, _ in COLUMNS.values())]
+    stem = Path(recipe).stem
+    recipe = str(Path(recipe).resolve()) if Path(recipe).is_file() else recipe  # the runs start in another folder
     print("| " + " | ".join(headings) + " |\n|" + " --- |" * len(headings), flush=True)
     with _revisions(against, runs.resolve()) as revisions:
         compared = {name: (tree, "") for name, tree in revisions.items()} | {each: (REPOSITORY, each) for each in flags}
@@ -82,7 +84,7 @@ def main(
             by_name: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
             for seed in range(seeds):
                 for name, (tree, more) in compared.items():
-                    kind = f"{name}-{Path(recipe).stem}-{limit:g}{'-updates' if updates else ''}"
+                    kind = f"{name}-{stem}-{limit:g}{'-updates' if updates else ''}"
                     folder = runs.resolve() / f"{kind}-{seed}".replace("/", "_")
                     length = ["--train.max_minutes", *(["null", "--train.max_steps"] if updates else [])]
                     asked = ["--config", recipe, *length, str(limit), "--train.seed", str(seed), *more.split()]

@@ -62,7 +62,7 @@ class SampleOptions(SamplingSettings, DrawOptions):
     out: FilePath = Path("samples")
     """Output folder."""
     files: bool = False
-    """Also write each image to a file such as image_3_000.png."""
+    """Also write each image to a file such as class_3_000.png."""
     gif: bool = False
     """Also write an animation of the denoising."""
     guidance_sweep: tuple[GuidanceScale, ...] = ()
@@ -89,7 +89,7 @@ class EvaluationOptions(DrawOptions):
 
     sources: tuple[Place, ...] = ()
     """Pipeline folders or Hub ids; or one folder of images from any program: a folder per class, parquet, or files
-    named image_<class>_<number>.png; runs/latest if omitted, or else the shipped model."""
+    named class_<class>_<number>.png; runs/latest if omitted, or else the shipped model."""
     names: tuple[Text, ...] = ()
     """Names of the sources in the report; the sources themselves if omitted."""
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)

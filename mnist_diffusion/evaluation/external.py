@@ -21,13 +21,14 @@ from mnist_diffusion.option_types import Ground
 from mnist_diffusion.plots.grids import SHEETS, file_names
 
 PARTS_OF_A_RUN = ("unet", "scheduler", "pipeline", "config.yaml")
-LABELLED_NAME = re.compile(r"(?:image|digit)_(?P<name>.+)_\d+")
+# The second prefix is that of version 0.2.0.
+LABELLED_NAME = re.compile(r"(?:class|digit)_(?P<name>.+)_\d+")
 
 
 def read_sample(path: Path, data: ImageData) -> Sample:
     """Read images that any program wrote: whatever can be trained on, or a flat folder.
 
-    In a flat folder the class is read from names such as `image_3_000.png`, which `mnist-diffusion sample --files`
+    In a flat folder the class is read from names such as `class_3_000.png`, which `mnist-diffusion sample --files`
     writes, or from a table. With other names, and where labels and folders name none of the classes, the images have no
     classes, and no class accuracy.
 
@@ -80,7 +81,7 @@ def _read_flat(folder: Path, background: Ground) -> tuple[list[Tensor], list[str
     matches = [LABELLED_NAME.fullmatch(file.stem) for file in files]
     if any(matches) and not all(matches):
         stray = next(file.name for file, match in zip(files, matches, strict=True) if match is None)
-        raise DataError(f"{folder}: {stray!r} names no class, but other files do (image_<class>_<number>.png)")
+        raise DataError(f"{folder}: {stray!r} names no class, but other files do (class_<class>_<number>.png)")
     return images, [match["name"] for match in matches if match] or None
 
 

@@ -78,10 +78,10 @@ class Samples:
         return image_grid(filled, columns, row_labels=[self.names[label] for label in self.labels]), images
 
     def write_files(self, images: Tensor, folder: Path) -> None:
-        """Write each image to `image_<class>_<number>.png` (`image_<number>.png` without classes)."""
+        """Write each image to `class_<class>_<number>.png` (`image_<number>.png` without classes)."""
         names, written = file_names(self.names), Counter[str]()
         for index, picture in enumerate(to_pictures(images)):
-            stem = "image" if self.image_labels is None else f"image_{names[self.image_labels[index]]}"
+            stem = "image" if self.image_labels is None else f"class_{names[self.image_labels[index]]}"
             replace_picture(picture, folder / f"{stem}_{written[stem]:03d}.png")
             written[stem] += 1
 

@@ -96,7 +96,10 @@ class TestDrawing:
 IMAGES = [np.full((8, 8), index, np.uint8) for index in range(60)]
 FOLDERS: Files = {f"{LETTERS[index % 10]}/{index}.png": image for index, image in enumerate(IMAGES)}
 COLOURED: Files = {name: np.dstack([image] * 3) for name, image in FOLDERS.items()}
-NAMED: Files = {f"image_{LETTERS[index % 10]}_{index:03}.png": image for index, image in enumerate(IMAGES)}
+PREFIXES = ("class", "digit")  # the second of version 0.2.0
+NAMED: Files = {
+    f"{PREFIXES[index % 2]}_{LETTERS[index % 10]}_{index:03}.png": image for index, image in enumerate(IMAGES)
+}
 ALONE: Files = {f"{index:02}.png": image for index, image in enumerate(IMAGES)}
 TABLE = {"labels.csv": "file,label\n" + "".join(f"{name},{LETTERS[int(name[:2]) % 10]}\n" for name in ALONE)}
 SHEETS = {"grid.png": np.zeros((80, 80), np.uint8), "times.csv": "file,seconds\n"}

@@ -39,7 +39,7 @@ def test_everything_on_request(folder: str, tmp_path: Path) -> None:
     flags = ["--class_labels", "d", "7", "--num_images", "5", "--files", "--gif"]
     out = sample(folder, tmp_path, *flags, "--guidance_sweep", "0", "1", "5", "--interpolation", "4")
     names = {path.name for path in out.iterdir()}
-    files = {"image_d_000.png", "image_d_001.png", "image_d_002.png", "image_h_000.png", "image_h_001.png"}
+    files = {"class_d_000.png", "class_d_001.png", "class_d_002.png", "class_h_000.png", "class_h_001.png"}
     sheets = {"grid.png", "denoising.gif", "guidance.png", "interpolation.png"}
     assert names == files | sheets
     with Image.open(out / "denoising.gif") as animation:
@@ -54,7 +54,7 @@ def test_seed_fixes_the_images_whatever_the_batch(folder: str, tmp_path: Path) -
     one = sample(folder, tmp_path / "one", "--files", "--num_images", 4, "--batch_size", 1)
     four = sample(folder, tmp_path / "four", "--files", "--num_images", 4, "--batch_size", 4)
     other = sample(folder, tmp_path / "other", "--files", "--num_images", 4, "--seed", 1)
-    for path in one.glob("image_*.png"):
+    for path in one.glob("class_*.png"):
         pixels = [np.asarray(Image.open(where / path.name)).astype(int) for where in (one, four, other)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
         assert np.abs(pixels[0] - pixels[2]).max() > 1
@@ -68,7 +68,7 @@ def test_numbers_that_are_names_of_other_classes(tmp_path: Path, capsys: pytest.
     told = "class_labels='3' is ambiguous: it is the name of class 2 and the number of class '4'"
     assert told in capsys.readouterr().err
     sample(str(tmp_path / "pipeline"), tmp_path, "--class_labels", "10", "0", "--num_images", 2, "--files")
-    assert {path.name for path in tmp_path.glob("image_*")} == {"image_10_000.png", "image_1_000.png"}
+    assert {path.name for path in tmp_path.glob("class_*")} == {"class_10_000.png", "class_1_000.png"}
 
 
 def test_a_data_set_in_shards(
