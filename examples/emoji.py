@@ -21,7 +21,7 @@ PICTURES, INDEX = "package/img/twitter/64/", "package/emoji.json"
 
 
 def main() -> None:
-    """Write one folder of 64 x 64 pictures, with transparency, for each class."""
+    """Write 64 x 64 pictures, with transparency: one folder for each class, every tenth picture in a test split."""
     parser = argparse.ArgumentParser(description="Make a set of small labelled colour pictures, the emoji of Twemoji.")
     parser.add_argument("out", type=Path, help="folder to write")
     out = parser.parse_args().out
@@ -32,12 +32,19 @@ def main() -> None:
         with tarfile.open(package) as archive:
             wanted = (each for each in archive if each.name.startswith((PICTURES, INDEX)))
             files = {each.name: file.read() for each in wanted if (file := archive.extractfile(each)) is not None}
+    classes: dict[str, dict[bytes, list[str]]] = {}
     for emoji in json.loads(files[INDEX]):
         if emoji["has_img_twitter"] and emoji["category"] != "Component":  # which are skin tones
-            path = out / emoji["category"] / f"{emoji['short_name']}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(files[PICTURES + emoji["image"]])
-    print(f"{len(list(out.glob('*/*.png')))} pictures in {out}. Credit them as: Twemoji, CC BY 4.0")
+            copies = classes.setdefault(emoji["category"], {})
+            copies.setdefault(files[PICTURES + emoji["image"]], []).append(emoji["short_name"])
+    for name, copies in classes.items():
+        for number, (picture, names) in enumerate(sorted(copies.items(), key=lambda each: min(each[1]))):
+            folder = out / ("train" if number % 10 else "test") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for short_name in names:  # some flags and families are drawn alike, and stay on one side
+                (folder / f"{short_name}.png").write_bytes(picture)
+    train, test = (len(list(out.glob(f"{split}/*/*.png"))) for split in ("train", "test"))
+    print(f"{train} pictures to train on and {test} held out, in {out}. Credit them as: Twemoji, CC BY 4.0")
 
 
 if __name__ == "__main__":
