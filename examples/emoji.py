@@ -24,7 +24,9 @@ def main() -> None:
     """Write 64 x 64 pictures, with transparency: one folder for each class, every tenth picture in a test split."""
     parser = argparse.ArgumentParser(description="Make a set of small labelled colour pictures, the emoji of Twemoji.")
     parser.add_argument("out", type=Path, help="folder to write")
-    out = parser.parse_args().out
+    parser.add_argument("--every", metavar="N", type=int, default=1, help="train on every Nth picture only")
+    options = parser.parse_args()
+    out = options.out
     with tempfile.TemporaryDirectory() as temporary:
         fetch = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", temporary]
         subprocess.run(fetch, check=True, stdout=subprocess.DEVNULL)
@@ -39,6 +41,8 @@ def main() -> None:
             copies.setdefault(files[PICTURES + emoji["image"]], []).append(emoji["short_name"])
     for name, copies in classes.items():
         for number, (picture, names) in enumerate(sorted(copies.items(), key=lambda each: min(each[1]))):
+            if number % 10 and (number - 1) % options.every:
+                continue
             folder = out / ("train" if number % 10 else "test") / name
             folder.mkdir(parents=True, exist_ok=True)
             for short_name in names:  # some flags and families are drawn alike, and stay on one side
