@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -26,6 +27,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--every", metavar="N", type=int, default=1, help="train on every Nth picture only")
     options = parser.parse_args()
+    if shutil.which("npm") is None:
+        parser.error("npm is missing; it comes with Node.js")
     out = options.out
     with tempfile.TemporaryDirectory() as temporary:
         fetch = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", temporary]

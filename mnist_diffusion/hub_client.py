@@ -86,6 +86,12 @@ def _explain_answer(error: errors.HfHubHTTPError) -> str:
     return BY_STATUS.get(status, f"the Hub rejected the request with status {status}") + reason
 
 
+def require_login(repo_id: str) -> None:
+    """Raise a `HubError` if nobody is logged in who could push to a repository."""
+    if get_token() is None:
+        raise HubError(f"cannot push to {repo_id}: nobody is logged in; {LOG_IN}")
+
+
 def open_repository(
     repo_id: str, *, private: bool, revision: str | None = None, create_pr: bool = False, space_sdk: str | None = None
 ) -> str:
@@ -94,9 +100,8 @@ def open_repository(
     Raises:
         HubError: not logged in, the Hub rejected the request, or the repository is public but `private` is set.
     """
+    require_login(repo_id)
     api, kind = HfApi(), "model" if space_sdk is None else "space"
-    if get_token() is None:
-        raise HubError(f"cannot push to {repo_id}: nobody is logged in; {LOG_IN}")
     with hub_errors(repo_id, f"cannot push to {repo_id}"):
         created = api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=kind, space_sdk=space_sdk)
         repo_id = created.repo_id

@@ -125,7 +125,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label = int(digits.target[number])
         if number < 100:
             Image.fromarray(pixels[number]).save(root / "path" / "to" / "images" / f"class_{label}_{number:03d}.png")
-        letters = root / "path" / "to" / "letters" / [*"abcdefgh", "Flags", "Objects"][label]
+        letters = root / "path" / "to" / "letters" / [*"abcdefgh", "Flags", "Food & Drink"][label]
         letters.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[number]).save(letters / f"{number}.png")
     (root / "emoji").symlink_to(root / "path" / "to" / "letters")

@@ -43,13 +43,16 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     options: Options = Parser(Options, "pipeline", "repo_id", prog=prog).read(argv)
     out, static = options.out, options.kind == "static"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={str(out)!r} must be an empty or a new folder")
+        raise UserError(f"out={str(out)!r} is not empty; delete it, or name another folder")
     if options.private and not options.push:
         raise UserError("private=true has no effect without push")
     if options.runtime is not None and not static:
         raise UserError(f"runtime={str(options.runtime)!r} has no effect with kind=gradio")
+    from mnist_diffusion.hub_client import require_login
     from mnist_diffusion.pipelines.drawing import load_pipeline
 
+    if options.push:
+        require_login(options.repo_id)
     try:
         from mnist_diffusion.demo.space import push_space, write_gradio_space, write_static_space
 

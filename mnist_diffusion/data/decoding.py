@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mnist_diffusion.errors import FileError, UserError
@@ -179,8 +179,10 @@ def _opened(encoded: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.I
         picture = Image.open(io.BytesIO(encoded), formats=PICTURE_FORMATS)
         width, height = picture.size
     except Exception as error:
+        unknown = isinstance(error, UnidentifiedImageError)
         problem = "is too large" if isinstance(error, Image.DecompressionBombError) else "could not be decoded"
-        raise DataError(f"{where}: the picture {problem}: {_identify_non_image(encoded) or cause(error)}") from error
+        reason = _identify_non_image(encoded) if unknown else cause(error)
+        raise DataError(f"{where}: the picture {problem}: {reason}") from error
     if picture.mode in UNBOUNDED_MODES and picture.format != "PPM":  # whose values Pillow brings to 16 bits
         raise DataError(f"{where}: a picture of mode {picture.mode!r} has no known range; save it with 8 or 16 bits")
     if width * height > max_pixels:
@@ -188,14 +190,15 @@ def _opened(encoded: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.I
     return picture
 
 
-def _identify_non_image(content: bytes) -> str | None:
-    """Why a file is not an image, if the reason is a common one; else None."""
+def _identify_non_image(content: bytes) -> str:
+    """Why a file is not an image."""
     start = content[:200].lstrip().lower()
     if not content:
         return "the file is empty"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the files with `git lfs pull`"
-    return "it is an HTML page, not a picture" if start.startswith((b"<!doctype html", b"<html")) else None
+    html = start.startswith((b"<!doctype html", b"<html"))
+    return "it is an HTML page, not a picture" if html else "it is damaged, or of an unknown format"
 
 
 def pixel_factor(largest: float, where: str) -> int:

@@ -61,7 +61,7 @@ def choose_background(split: RawSplit, background: Background) -> tuple[Ground, 
     ground = background if background != "auto" else "white" if lost["black"] > lost["white"] else "black"
     if not transparent:
         return ground, []
-    counted = f": of {transparent} pictures, {lost['black']} nearly vanish on black and {lost['white']} on white"
+    counted = f": of {transparent} pictures, {lost['black']} would nearly vanish on black and {lost['white']} on white"
     note = f"transparent pixels are filled with {ground}{counted if any(lost.values()) else ''}"
     return ground, [f"WARNING: {note}" if (background, ground) == ("auto", "white") else note]
 

@@ -18,19 +18,19 @@ from mnist_diffusion.config import SamplingSettings
 from mnist_diffusion.data.dataset import ImageData, load_images
 from mnist_diffusion.environment import DEFAULT_DEVICE, launcher, machine_description, package_versions
 from mnist_diffusion.errors import UserError
-from mnist_diffusion.evaluation.draw import ImageGenerator, Sample
+from mnist_diffusion.evaluation.draw import MIN_IMAGES, ImageGenerator, Sample
 from mnist_diffusion.evaluation.evaluator import accuracy, evaluator_for, load_evaluator
 from mnist_diffusion.evaluation.external import read_sample
 from mnist_diffusion.evaluation.inception import ImageNetDistance
 from mnist_diffusion.evaluation.report import result_pictures, write_report
-from mnist_diffusion.evaluation.score import Reference
+from mnist_diffusion.evaluation.score import Reference, require_held_out
 from mnist_diffusion.files import pipeline_folder, require_writable
 from mnist_diffusion.parallel import is_main
 from mnist_diffusion.pipelines.drawing import load_pipeline, resolved, resolved_source
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
 from mnist_diffusion.training.run_folder import with_training_images
 
-NUM_IMAGES = 10_000
+MAX_IMAGES = 10_000
 TRUSTED_ACCURACY = 0.9
 MONITORED = ("accuracy", "fid", "fid_ratio", "precision", "recall")
 ONLY_FOR_PIPELINES = {"num_images", *(field.name for field in dataclasses.fields(SamplingSettings))}
@@ -59,6 +59,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     data = load_images(images, seed=split_seed)
     lines = [data.banner, *(note for note in data.notes if note.startswith("WARNING"))] if is_main() else []
     print("".join(f"{line}\n" for line in lines if line), end="")
+    require_held_out(data)
     draws = _draws(options, data)
     if not is_main():
         for _, draw in draws:
@@ -123,7 +124,8 @@ def _draws(options: EvaluationOptions, data: ImageData) -> list[Draw]:
     for name, source in zip(names, options.sources, strict=True):
         pipeline = load_pipeline(source, device=options.device, dtype=options.dtype)
         classes, folder = pipeline.num_classes or 1, options.out / "images"
-        count = options.num_images or math.ceil(NUM_IMAGES / classes) * classes
+        of_each = max(min(MAX_IMAGES, len(data.test)) // classes, math.ceil(MIN_IMAGES / classes))
+        count = options.num_images or of_each * classes
         numbers: dict[str, Any] = {"num_images": count, "seed": options.seed, "batch_size": options.batch_size}
         generator = ImageGenerator(pipeline, data, **numbers, folder=folder)
         for settings in [resolved(pipeline, each) for each in options.settings()]:
@@ -149,9 +151,10 @@ def monitor(
         A function that returns metrics by name; its arguments, such as `guidance`, go to the pipeline's call.
 
     Raises:
-        UserError: the classes cannot have equally many of `num_images`.
+        UserError: the classes cannot have equally many of `num_images`, or too few images are held out.
     """
     generator = ImageGenerator(pipeline, data, num_images=num_images, seed=seed)
+    require_held_out(data)
     reference = Reference(data, evaluator_for(data).model, seed=seed)
     reference.floor(num_images, pipeline.num_classes is not None)
 

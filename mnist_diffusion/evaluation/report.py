@@ -134,9 +134,11 @@ def _class_table(result: Mapping[str, Any]) -> str:
     table = []
     for name, share in result["class_accuracy"].items():
         correct, low, high = (_format("{:.1%}", share[each]) for each in ("accuracy", "low", "high"))
+        real = _format("{:.1%}", result["class_accuracy_floor"][name]["accuracy"])
         distances = (_format("{:.3f}", result[each][name]) for each in ("class_fid", "class_fid_floor"))
-        table.append([name, correct, f"{low} to {high}", *distances])
-    return markdown(["class", "class accuracy", "95% interval", "FID", "floor"], table)
+        table.append([name, correct, f"{low} to {high}", real, *distances])
+    headings = ["class", "class accuracy", "95% interval", "of held-out images", "FID", "of held-out images"]
+    return markdown(headings, table)
 
 
 def result_pictures(sample: Sample, data: ImageData, scored: Scores) -> dict[str, Image.Image]:

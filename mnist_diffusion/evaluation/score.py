@@ -19,7 +19,7 @@ from torch import Tensor
 from mnist_diffusion.data.dataset import ImageData
 from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.evaluation import metrics
-from mnist_diffusion.evaluation.draw import Sample
+from mnist_diffusion.evaluation.draw import MIN_IMAGES, Sample
 from mnist_diffusion.evaluation.evaluator import ImageEvaluator, logits_and_features
 from mnist_diffusion.seeds import numpy_generator
 
@@ -27,12 +27,11 @@ BOOTSTRAPS = 20
 SMALL_SAMPLE = 5000
 MAX_NEIGHBOURHOOD = 10_000
 MAX_COPY_CHECK = 2000
-MIN_HELD_OUT = 50
 COPY_QUANTILE = 0.01
 SUSPICIOUS_SHARE = 0.05
 RARE_SHAPE = 0.01
 """Share of a class's training images below which a combination of pieces and holes is odd."""
-SPREADS = ("accuracy_low", "accuracy_high", "class_accuracy", "fid_standard_error")
+SPREADS = ("accuracy_low", "accuracy_high", "fid_standard_error")
 """Metrics of the images alone; all others are also given for held-out images."""
 
 
@@ -85,6 +84,14 @@ def copied_share(sampled: metrics.NearestImages, held_out: metrics.NearestImages
     return metrics.wilson_share(int(copied.sum()), len(copied))
 
 
+def require_held_out(data: ImageData) -> None:
+    """Raise a `DataError` if there are too few held-out images to compare with."""
+    if len(data.test) < MIN_IMAGES:
+        raise DataError(
+            f"data.source has {len(data.test)} held-out images, too few for a floor; at least {MIN_IMAGES} are needed"
+        )
+
+
 class Reference:
     """The real side of every measurement.
 
@@ -92,18 +99,10 @@ class Reference:
         data: the real images.
         evaluator: gives logits and features.
         seed: chooses subsets.
-
-    Raises:
-        DataError: there are too few held-out images.
     """
 
     def __init__(self, data: ImageData, evaluator: ImageEvaluator, *, seed: int = 0):
         self.data, self.evaluator, self.seed = data, evaluator, seed
-        if len(data.test) < MIN_HELD_OUT:
-            raise DataError(
-                f"data.source has {len(data.test)} held-out images, too few for a floor; there must be at least "
-                f"{MIN_HELD_OUT}"
-            )
         self.train = embed(evaluator, data.train.images, data.train.labels)
         self.held_out = embed(evaluator, data.test.images, data.test.labels)
         self.floor = cache(self._floor)
@@ -229,7 +228,7 @@ class Reference:
         count, real_count = entry["num_images"], entry["num_images_floor"]
         few = (
             f"{count} images are few: distances are biased upwards, and {real_count} real images score "
-            f"{entry['fid_floor']:.3g}. Compare equal image counts only, and report 10,000 images or more."
+            f"{entry['fid_floor']:.3g}. Compare equal image counts only; more images give more precise figures."
         )
         high_floor = (
             f"the floor is from all {real_count} held-out images, fewer than the {count} images: it is higher "

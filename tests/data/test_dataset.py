@@ -86,7 +86,7 @@ class TestPixels:
             content = encoded(paper, transparency=255)
             write(tmp_path, {f"{name}/{index}.png": content for index in range(3)})
         found, asked = load(tmp_path), load(tmp_path, background="black")
-        counted = "of 9 pictures, 9 nearly vanish on black and 0 on white"
+        counted = "of 9 pictures, 9 would nearly vanish on black and 0 on white"
         assert f"WARNING: transparent pixels are filled with white: {counted}" in found.describe()
         assert (int(found.train.images[0, 0, 0, 0]), int(found.train.images[0, 0, 5].min())) == (255, 0)
         assert f"note         transparent pixels are filled with black: {counted}" in asked.describe()
@@ -96,7 +96,7 @@ class TestPixels:
         layers = [np.dstack([np.full((12, 12, 3), 255, np.uint8), digit(label)]) for label in range(3)]
         write(tmp_path, {f"{THREE[n % 3]}/{n}.png": layers[n % 3] for n in range(9)})
         found = load(tmp_path)
-        assert "filled with black: of 9 pictures, 0 nearly vanish on black and 9 on white" in found.describe()
+        assert "filled with black: of 9 pictures, 0 would nearly vanish on black and 9 on white" in found.describe()
         assert int(found.train.images[0, 0, 0, 0]) == 0
 
     def test_nearly_black(self, tmp_path: Path) -> None:

@@ -395,7 +395,7 @@ REFUSED: list[Case] = [
         "0/wrong.png",
         (png_header(8200), "8200 x 8200 pixels, more than the limit"),
         (LFS, "it is a Git LFS pointer"),
-        (b"\x89PNG not really", "the picture could not be decoded"),
+        (b"\x89PNG not really", "the picture could not be decoded: it is damaged, or of an unknown format"),
         (encoded(Image.new("F", (12, 12)), "TIFF"), "of mode 'F' has no known range"),
         (DEEP, "the largest value is 4080, but white in 16"),
         (os.mkfifo, "is not a regular file"),

@@ -74,6 +74,7 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     assert len(report["evaluator"]["sha256"]) == 64
     assert report["data"]["fingerprint"]
     text = (out / "report.md").read_text()
+    assert "| class | class accuracy | 95% interval | of held-out images |" in text
     found = set(re.findall(r"\]\(([^)]+\.png)\)", text))
     assert {"quality_against_nfe.png", "guidance.png", "samples-3.png", "misclassified-0.png", "nearest-0.png"} <= found
     for name in found:
@@ -119,11 +120,13 @@ def test_a_run_is_measured_against_its_own_images(
     shutil.copytree(folders[0].parent, tmp_path / "run")
     config = Config(data=DataConfig(source="digits"), train=TrainConfig(seed=5))
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
-    flags = ["--evaluator", str(folders[1]), "--num_images", "60", "--out", str(tmp_path / "out")]
+    flags = ["--evaluator", str(folders[1]), "--out", str(tmp_path / "out")]
     assert main(["evaluate", str(tmp_path / "run"), *flags]) == 0
     assert "with digits" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["data"]["fingerprint"] == load_images(ImagesConfig(source="digits"), seed=5).fingerprint
+    data = load_images(ImagesConfig(source="digits"), seed=5)
+    assert report["data"]["fingerprint"] == data.fingerprint
+    assert report["results"][0]["num_images"] == len(data.test) // 10 * 10
 
 
 def test_card_and_that_the_same_command_gives_the_same_figures(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator as module
 from mnist_diffusion.evaluation.draw import Sample
-from mnist_diffusion.evaluation.score import Reference, embed
+from mnist_diffusion.evaluation.score import Reference, embed, require_held_out
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def test_copies_of_training_images_are_flagged(digits_reference: Reference) -> N
     assert any("copies of training images" in warning for warning in values["warnings"])
 
 
-def test_too_few_held_out_images(digits: ImageData, digits_reference: Reference) -> None:
+def test_too_few_held_out_images(digits: ImageData) -> None:
     few = dataclasses.replace(digits, test=digits.test.select(torch.arange(20)))
     with pytest.raises(DataError, match="20 held-out images, too few for a floor"):
-        Reference(few, digits_reference.evaluator)
+        require_held_out(few)
 
 
 def test_without_labels_images_and_floor_have_one_reference(digits_reference: Reference) -> None:
