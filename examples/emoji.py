@@ -29,7 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     if shutil.which("npm") is None:
         parser.error("npm is missing; it comes with Node.js")
-    out = options.out
+    if (out := options.out).exists():
+        parser.error(f"{out} exists already; name a new folder")
     with tempfile.TemporaryDirectory() as temporary:
         fetch = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", temporary]
         subprocess.run(fetch, check=True, stdout=subprocess.DEVNULL)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import logging
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.transforms import to_model_range
@@ -237,6 +238,8 @@ def evaluator_for(data: ImageData) -> LoadedEvaluator:
 
 def save_evaluator(model: PreTrainedModel, folder: Path) -> None:
     """Save an evaluator as a transformers folder, in place of the one that may be there."""
+
+    logging.disable_progress_bar()
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
