@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--every", metavar="N", type=int, default=1, help="train on every Nth picture only")
     options = parser.parse_args()
+    if options.every < 1:
+        parser.error("--every must be at least 1")
     if shutil.which("npm") is None:
         parser.error("npm is missing; it comes with Node.js")
     if (out := options.out).exists():

@@ -95,7 +95,7 @@ class EvaluationOptions(DrawOptions):
     data: ImagesConfig = dataclasses.field(default_factory=ImagesConfig)
     """The real images to compare with; those of the first source's run if omitted, or else MNIST."""
     num_images: Count | None = None
-    """Images to sample, equally many of each class; if omitted, as many as are held out, at most 10,000."""
+    """Images to sample, equally many of each class; if omitted, as many as are held out, but 50 to 10,000."""
     scheduler: tuple[Sampler, ...] = ()
     """Samplers; the pipeline's own if omitted."""
     num_inference_steps: tuple[Count, ...] = ()

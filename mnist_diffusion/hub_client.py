@@ -87,7 +87,7 @@ def _explain_answer(error: errors.HfHubHTTPError) -> str:
 
 
 def require_login(repo_id: str) -> None:
-    """Raise a `HubError` if nobody is logged in who could push to a repository."""
+    """Raise a `HubError` if nobody is logged in; pushing to the repository needs it."""
     if get_token() is None:
         raise HubError(f"cannot push to {repo_id}: nobody is logged in; {LOG_IN}")
 

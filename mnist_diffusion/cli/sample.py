@@ -56,5 +56,5 @@ def _sample(options: SampleOptions) -> int:
             samples.animation(out / "denoising.gif")
     except ValueError as error:  # the pipeline's own, which name argument and value
         raise UserError(str(error)) from error
-    print(f"{len(images)} images in {out / 'grid.png'}")
+    print(f"{len(images)} images in {out / 'grid.png'}{', and each in a file beside it' if options.files else ''}")
     return 0

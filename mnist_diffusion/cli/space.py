@@ -43,7 +43,7 @@ def main(argv: Sequence[str], *, prog: str) -> int:
     options: Options = Parser(Options, "pipeline", "repo_id", prog=prog).read(argv)
     out, static = options.out, options.kind == "static"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={str(out)!r} is not empty; delete it, or name another folder")
+        raise UserError(f"out={str(out)!r} must be an empty or a new folder")
     if options.private and not options.push:
         raise UserError("private=true has no effect without push")
     if options.runtime is not None and not static:

@@ -239,7 +239,7 @@ def evaluator_for(data: ImageData) -> LoadedEvaluator:
 def save_evaluator(model: PreTrainedModel, folder: Path) -> None:
     """Save an evaluator as a transformers folder, in place of the one that may be there."""
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # of a single small file
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)

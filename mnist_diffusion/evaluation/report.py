@@ -137,7 +137,7 @@ def _class_table(result: Mapping[str, Any]) -> str:
         real = _format("{:.1%}", result["class_accuracy_floor"][name]["accuracy"])
         distances = (_format("{:.3f}", result[each][name]) for each in ("class_fid", "class_fid_floor"))
         table.append([name, correct, f"{low} to {high}", real, *distances])
-    headings = ["class", "class accuracy", "95% interval", "of held-out images", "FID", "of held-out images"]
+    headings = ["class", "class accuracy", "95% interval", "held-out accuracy", "FID", "held-out FID"]
     return markdown(headings, table)
 
 

@@ -228,7 +228,7 @@ class Reference:
         count, real_count = entry["num_images"], entry["num_images_floor"]
         few = (
             f"{count} images are few: distances are biased upwards, and {real_count} real images score "
-            f"{entry['fid_floor']:.3g}. Compare equal image counts only; more images give more precise figures."
+            f"{entry['fid_floor']:.3g}. Compare equal image counts only; more held-out images make it more precise."
         )
         high_floor = (
             f"the floor is from all {real_count} held-out images, fewer than the {count} images: it is higher "

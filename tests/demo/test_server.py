@@ -285,7 +285,7 @@ def test_a_space_is_pushed_in_one_commit(
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in names)
     assert len(found.commits) == 2  # the first is the repository's own
     assert main(command) == 2
-    assert "out='space' is not empty; delete it, or name another folder" in capsys.readouterr().err
+    assert "out='space' must be an empty or a new folder" in capsys.readouterr().err
     monkeypatch.delenv("HF_TOKEN")
     assert main([*command, "--out", "other"]) == 2  # before anything is written
     assert "nobody is logged in" in capsys.readouterr().err

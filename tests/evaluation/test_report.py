@@ -74,7 +74,7 @@ def test_sweep(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     assert len(report["evaluator"]["sha256"]) == 64
     assert report["data"]["fingerprint"]
     text = (out / "report.md").read_text()
-    assert "| class | class accuracy | 95% interval | of held-out images |" in text
+    assert "| class | class accuracy | 95% interval | held-out accuracy |" in text
     found = set(re.findall(r"\]\(([^)]+\.png)\)", text))
     assert {"quality_against_nfe.png", "guidance.png", "samples-3.png", "misclassified-0.png", "nearest-0.png"} <= found
     for name in found:
