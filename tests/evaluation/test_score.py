@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from mnist_diffusion.command_options import EvaluationOptions
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
 from mnist_diffusion.data.decoding import DataError
 from mnist_diffusion.errors import UserError
 from mnist_diffusion.evaluation import evaluator as module
 from mnist_diffusion.evaluation.draw import Sample
-from mnist_diffusion.evaluation.score import Reference, embed, require_held_out
+from mnist_diffusion.evaluation.evaluate import evaluate, monitor
+from mnist_diffusion.evaluation.score import Reference, embed
+from mnist_diffusion.pipelines.drawing import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +69,16 @@ def test_copies_of_training_images_are_flagged(digits_reference: Reference) -> N
     assert any("copies of training images" in warning for warning in values["warnings"])
 
 
-def test_too_few_held_out_images(digits: ImageData) -> None:
+def test_too_few_held_out_images_are_an_error_before_an_evaluator_is_trained(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = dataclasses.replace(digits, test=digits.test.select(torch.arange(20)))
+    monkeypatch.setattr("mnist_diffusion.evaluation.evaluate.load_images", lambda *_, **__: few)
+    monkeypatch.setattr("mnist_diffusion.evaluation.evaluate.evaluator_for", pytest.fail)
     with pytest.raises(DataError, match="20 held-out images, too few for a floor"):
-        require_held_out(few)
+        evaluate(EvaluationOptions(sources=("mnist",), out=tmp_path))
+    with pytest.raises(DataError, match="20 held-out images, too few for a floor"):
+        monitor(load_pipeline("mnist", device="cpu"), few, num_images=60, seed=0)
 
 
 def test_without_labels_images_and_floor_have_one_reference(digits_reference: Reference) -> None:
