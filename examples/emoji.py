@@ -47,9 +47,10 @@ def main() -> None:
             copies.setdefault(files[PICTURES + emoji["image"]], []).append(emoji["short_name"])
     for name, copies in classes.items():
         for number, (picture, names) in enumerate(sorted(copies.items(), key=lambda each: min(each[1]))):
-            if number % 10 and (number - 1) % options.every:
+            split = "train" if number % 10 else "test"
+            if split == "train" and (number - 1) % options.every:
                 continue
-            folder = out / ("train" if number % 10 else "test") / name
+            folder = out / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for short_name in names:  # some flags and families are drawn alike, and stay on one side
                 (folder / f"{short_name}.png").write_bytes(picture)
