@@ -95,6 +95,22 @@ def augment_images(images: Tensor, config: AugmentConfig, seed: int, epochs: np.
     return torch.stack(augmented)
 
 
+def similarity_transform(images: Tensor, angle: Tensor, scale: Tensor, shift: Tensor, padding: str = "zeros") -> Tensor:
+    """Rotate, scale and shift each image of float `[B, C, H, W]`; differentiable.
+
+    Args:
+        images: the images.
+        angle: radians, `[B]`.
+        scale: the part of the image's side that fills the result, `[B]`.
+        shift: along x and y, in halves of the side, `[B, 2]`.
+        padding: what lies outside, as in `torch.nn.functional.grid_sample`.
+    """
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    matrix = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+
+
 def to_model_range(images: Tensor) -> Tensor:
     """From uint8 [0, 255] to float32 [-1, 1]."""
     return images.float().div_(127.5).sub_(1.0)

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
 from mnist_diffusion.data.dataset import ImageData, ImageSplit
-from mnist_diffusion.data.transforms import to_model_range
+from mnist_diffusion.data.transforms import similarity_transform, to_model_range
 from mnist_diffusion.errors import FileError, UserError
 from mnist_diffusion.files import copy_permissions, file_within, open_file, read_json, replace_folder
 from mnist_diffusion.pipelines.folder import require_weights
@@ -139,12 +139,8 @@ def _random_affine(images: Tensor, generator: torch.Generator) -> Tensor:
     """Rotate, shift and scale each image of `[B, C, H, W]` a little, with black (-1) around."""
     draw = torch.rand(len(images), 4, generator=generator) * 2 - 1
     angle = draw[:, 0] * math.radians(MAX_ROTATION_DEGREES)
-    scale = 1 + draw[:, 1] * MAX_SCALE
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    shift = draw[:, 2:] * 2 * MAX_SHIFT
-    matrix = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1
+    moved = similarity_transform(images + 1, angle, 1 + draw[:, 1] * MAX_SCALE, draw[:, 2:] * 2 * MAX_SHIFT)
+    return moved - 1
 
 
 @torch.no_grad()

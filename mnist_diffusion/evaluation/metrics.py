@@ -14,11 +14,18 @@ from scipy.stats import binomtest
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
+from mnist_diffusion.data.transforms import similarity_transform
+
 WORKING_MEMORY_MIB = 256
 HALF_GREY, MIN_PIECE = 128, 5
+ALIGNED_BELOW = 10_000
+"""Sets of fewer training images are compared after alignment."""
+ALIGNMENT_SIDE, ALIGNMENT_STEPS, ALIGNMENT_RATE = 16, 40, 0.02
+"""Side in pixels to which images are reduced to find the alignment; updates and learning rate of Adam."""
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -140,7 +147,9 @@ def nearest_images(images: Tensor, training: Tensor, *, neighbours: int = 10) ->
     """Find the nearest training images, pixel by pixel.
 
     The relative distance follows Carlini et al. (2023), https://arxiv.org/abs/2301.13188, equation 2: smooth, typical
-    images are near to many training images, a copy is near to one.
+    images are near to many training images, a copy is near to one. A network trained with augmentation copies images
+    rotated, scaled or shifted a little. Below `ALIGNED_BELOW` training images, where memorising is likely, the nearest
+    ones are therefore aligned with the image before distances are taken.
 
     Args:
         images: uint8 `[N, C, H, W]`.
@@ -149,10 +158,35 @@ def nearest_images(images: Tensor, training: Tensor, *, neighbours: int = 10) ->
     """
     search = NearestNeighbors(n_neighbors=min(neighbours, len(training)), algorithm="brute").fit(_flat(training))
     distances, indices = search.kneighbors(_flat(images))
+    if len(training) < ALIGNED_BELOW:
+        distances = np.minimum(distances, _aligned_distances(images, training, indices))
+        order = distances.argsort(axis=1)
+        distances, indices = (np.take_along_axis(each, order, axis=1) for each in (distances, indices))
     scale = np.sqrt(images[0].numel())
     mean = distances.mean(axis=1)
     relative = np.divide(distances[:, 0], mean, out=np.zeros_like(mean), where=mean > 0)
     return NearestImages(distances[:, 0] / scale, relative, indices[:, 0])
+
+
+@torch.enable_grad()
+def _aligned_distances(images: Tensor, training: Tensor, indices: np.ndarray) -> np.ndarray:
+    """Distances `[N, K]` of images to training images after the rotation, scale and shift that fit best."""
+    distances = []
+    at_once = max(1, WORKING_MEMORY_MIB * 2**20 // (indices.shape[1] * images[0].numel() * 32))
+    for image, nearest in zip(images.split(at_once), torch.from_numpy(indices).split(at_once), strict=True):
+        pairs = image.repeat_interleave(nearest.shape[1], dim=0), training[nearest.flatten()]
+        fixed, moving = (each.float() / 255 for each in pairs)
+        small, small_moving = (F.interpolate(each, (ALIGNMENT_SIDE,) * 2, mode="area") for each in (fixed, moving))
+        angle, growth, shift = (torch.zeros(len(fixed), *size, requires_grad=True) for size in ((), (), (2,)))
+        optimizer = torch.optim.Adam([angle, growth, shift], lr=ALIGNMENT_RATE)
+        for _ in range(ALIGNMENT_STEPS):
+            optimizer.zero_grad()
+            moved = similarity_transform(small_moving, angle, 1 + growth, shift, "border")
+            (moved - small).square().sum().backward()
+            optimizer.step()
+        moved = similarity_transform(moving, angle, 1 + growth, shift, "border").detach()
+        distances.append((moved - fixed).flatten(1).norm(dim=1).view(nearest.shape))
+    return torch.cat(distances).numpy()
 
 
 def _flat(images: Tensor) -> np.ndarray:
