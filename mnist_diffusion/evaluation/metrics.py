@@ -133,7 +133,7 @@ def stroke_shapes(images: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NearestImages:
-    """The training images that each image of a set is nearest to."""
+    """The training images that each image of a set is nearest to, after alignment in small sets."""
 
     distances: np.ndarray
     """Root-mean-square pixel difference to the nearest, on a scale from 0 to 1, `[N]`."""
@@ -172,9 +172,10 @@ def nearest_images(images: Tensor, training: Tensor, *, neighbours: int = 10) ->
 def _aligned_distances(images: Tensor, training: Tensor, indices: np.ndarray) -> np.ndarray:
     """Distances `[N, K]` of images to training images after the rotation, scale and shift that fit best."""
     distances = []
-    at_once = max(1, WORKING_MEMORY_MIB * 2**20 // (indices.shape[1] * images[0].numel() * 32))
-    for image, nearest in zip(images.split(at_once), torch.from_numpy(indices).split(at_once), strict=True):
-        pairs = image.repeat_interleave(nearest.shape[1], dim=0), training[nearest.flatten()]
+    bytes_of_image = indices.shape[1] * images[0].numel() * 32  # eight float32 values for each of a pair
+    at_once = max(1, WORKING_MEMORY_MIB * 2**20 // bytes_of_image)
+    for batch, nearest in zip(images.split(at_once), torch.from_numpy(indices).split(at_once), strict=True):
+        pairs = batch.repeat_interleave(nearest.shape[1], dim=0), training[nearest.flatten()]
         fixed, moving = (each.float() / 255 for each in pairs)
         small, small_moving = (F.interpolate(each, (ALIGNMENT_SIDE,) * 2, mode="area") for each in (fixed, moving))
         angle, growth, shift = (torch.zeros(len(fixed), *size, requires_grad=True) for size in ((), (), (2,)))
