@@ -28,7 +28,7 @@ from mnist_diffusion.files import pipeline_folder, require_writable
 from mnist_diffusion.parallel import is_main
 from mnist_diffusion.pipelines.drawing import load_pipeline, resolved, resolved_source
 from mnist_diffusion.pipelines.pipeline import MNISTDiffusionPipeline
-from mnist_diffusion.training.run_folder import with_training_images
+from mnist_diffusion.training.run_folder import training_fingerprint, with_training_images
 
 MAX_IMAGES = 10_000
 TRUSTED_ACCURACY = 0.9
@@ -68,8 +68,13 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     evaluator = evaluator_for(data) if options.evaluator is None else load_evaluator(options.evaluator, data)
     reference = Reference(data, evaluator.model, seed=options.seed)
     share = accuracy(evaluator.model, data.test)
+    warnings = [
+        f"{each} was trained on other images, or another split of them; copies of its own training images are not found"
+        for each in options.sources
+        if training_fingerprint(each) not in (None, data.fingerprint)
+    ]
     if share < TRUSTED_ACCURACY:
-        print(f"warning: the evaluator classifies only {share:.1%} of the held-out images correctly; scores say little")
+        warnings += [f"the evaluator classifies only {share:.1%} of the held-out images correctly; scores say little"]
     if imagenet is not None:
         imagenet.update(data.train.images, real=True)
     report = {
@@ -85,6 +90,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
         "machine": machine_description(device, 1),
         "processes": launcher().num_processes,
         "versions": package_versions(),
+        "warnings": warnings,
         "results": (results := []),
     }
     pictures = []

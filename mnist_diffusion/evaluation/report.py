@@ -74,7 +74,7 @@ def print_table(report: Mapping[str, Any], console: Console) -> None:
     """Show the results on the screen."""
     console.print(f"{report['source']} against {report['data']['source']}", markup=False, soft_wrap=True)
     console.print(screen_table(*cells(report, ON_SCREEN)))
-    for warning in sorted({warning for result in report["results"] for warning in result["warnings"]}):
+    for warning in _warnings(report):
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
@@ -114,9 +114,13 @@ CAPTIONS = {
 }
 
 
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    """Caveats of the measurement, then those of the results, each once."""
+    return [*report["warnings"], *sorted({warning for result in report["results"] for warning in result["warnings"]})]
+
+
 def _explanations(report: Mapping[str, Any]) -> list[str]:
     evaluator, data = report["evaluator"], report["data"]
-    warnings = sorted({warning for result in report["results"] for warning in result["warnings"]})
     return [
         f"Data: {data['source']}, fingerprint `{data['fingerprint'][:16]}`; reference: {data['num_train_images']} "
         "training images, in the class proportions of the images evaluated; floor: as many held-out images.",
@@ -126,7 +130,7 @@ def _explanations(report: Mapping[str, Any]) -> list[str]:
         "only at the same evaluator and number of images.",
         f"Seed {report['seed']}; {report['machine']}; "
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
-        *[f"**Warning:** {warning}" for warning in warnings],
+        *[f"**Warning:** {warning}" for warning in _warnings(report)],
     ]
 
 

@@ -309,11 +309,9 @@ def with_training_images(pipeline: str, options: Images) -> tuple[Images, int | 
     Raises:
         UserError: the configuration beside it does not name the images of a run.
     """
-    folder, default = pipeline_folder(Path(pipeline)), ImagesConfig()
-    place = folder.resolve()
-    beside = (place.parents[1] if place.parent.name == "snapshots" else place.parent) / "config.yaml"
+    beside, default = _of_run(pipeline, "config.yaml"), ImagesConfig()
     names_images = any(getattr(options, name) != getattr(default, name) for name in IMAGE_FIELDS)
-    if names_images or not ((folder / "model_index.json").is_file() and beside.is_file()):
+    if names_images or beside is None:
         return options, None
     run = read_yaml(beside)
     try:
@@ -324,6 +322,20 @@ def with_training_images(pipeline: str, options: Images) -> tuple[Images, int | 
         reason = explain(error) if isinstance(error, ValidationError) else repr(error)
         problem = f"does not name the images of the run ({reason:.200}); use --data.source"
         raise UserError(f"{beside} {problem}") from error
+
+
+def training_fingerprint(pipeline: str) -> str | None:
+    """The fingerprint of the images that a pipeline was trained on; None if there is no ended run beside it."""
+    summary = _of_run(pipeline, "summary.json")
+    return None if summary is None else read_json(summary).get("data_fingerprint")
+
+
+def _of_run(pipeline: str, name: str) -> Path | None:
+    """A file of the run that exported a pipeline folder, if there is one."""
+    folder = pipeline_folder(Path(pipeline))
+    place = folder.resolve()
+    beside = (place.parents[1] if place.parent.name == "snapshots" else place.parent) / name
+    return beside if (folder / "model_index.json").is_file() and beside.is_file() else None
 
 
 def sample_sheets(folder: Path, *, epochs_per_step: float, only_last: bool = False) -> list[Sheet]:

@@ -117,14 +117,18 @@ def test_images_of_another_program(folders: tuple[Path, Path], tmp_path: Path) -
 def test_a_run_is_measured_against_its_own_images(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(folders[0].parent, tmp_path / "run")
-    config = Config(data=DataConfig(source="digits"), train=TrainConfig(seed=5))
-    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    runs, data = [tmp_path / "run", tmp_path / "other"], load_images(ImagesConfig(source="digits"), seed=5)
+    for run, seed, fingerprint in zip(runs, (5, 6), (data.fingerprint, "that of another split"), strict=True):
+        shutil.copytree(folders[0].parent, run)
+        config = Config(data=DataConfig(source="digits"), train=TrainConfig(seed=seed))
+        (run / "config.yaml").write_text(config.to_yaml())
+        (run / "summary.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
     flags = ["--evaluator", str(folders[1]), "--out", str(tmp_path / "out")]
-    assert main(["evaluate", str(tmp_path / "run"), *flags]) == 0
-    assert "with digits" in capsys.readouterr().out
+    assert main(["evaluate", *map(str, runs), *flags]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "with digits" in said
+    assert [f"{run} was trained on other images" in said for run in runs] == [False, True]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    data = load_images(ImagesConfig(source="digits"), seed=5)
     assert report["data"]["fingerprint"] == data.fingerprint
     assert report["results"][0]["num_images"] == len(data.test) // 10 * 10
 
