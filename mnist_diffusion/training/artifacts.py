@@ -253,7 +253,7 @@ def copies_warning(artifacts: Artifacts) -> str:
         return ""
     return (
         f"WARNING: {share:.0%} of the last {len(sheet)} samples are nearly copies of training "
-        "images: more images, augmentation or fewer steps may help; `mnist-diffusion evaluate` shows them"
+        "images: more images or augmentation may help; `mnist-diffusion evaluate` shows them"
     )
 
 
