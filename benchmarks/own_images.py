@@ -1,9 +1,9 @@
-"""What more pictures bring: `icons` on all emoji of `examples/emoji.py`, on a third of them, and on a seventeenth.
+"""What more pictures bring: `icons` on the 1,715 training emoji of `examples/emoji.py`, and on 573 and 115 of them.
 
     python benchmarks/own_images.py            # four hours on two cores; needs npm
 
-Class accuracy, FID and recall compare with the full set, in the features of its classifier; copies are looked for among
-the pictures that a run was trained on. Sets and runs are kept in `runs/own_images`, and only missing ones are made.
+Class accuracy, FID and recall are measured with a classifier of the full set; copies are looked for among the pictures
+that a run was trained on. Sets and runs are kept in `runs/own_images`, and only missing ones are made.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mnist_diffusion.training.run_folder import with_training_images
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "emoji.py"
 STRONGER = ("--data.augment.shift", "0.1", "--data.augment.rotate", "15")
-HEADINGS = ("pictures", "seed", "updates", "class accuracy", "of the four smallest classes", "FID", "recall", "copies")
+HEADINGS = ("pictures", "seed", "updates", "class accuracy", "of the smallest four classes", "FID", "recall", "copies")
 FORMATS = ("{:.0%}", "{:.0%}", "{:.2f}", "{:.0%}", "{:.1%}")
 NUM_IMAGES = 189
 
