@@ -66,10 +66,7 @@ def measured(row: Row, data: str, seeds: range, num_images: int, runs: Path) -> 
     """The result of each seed."""
     folders = [runs / f"{row.recipe}-{seed}" for seed in seeds]
     for seed, folder in zip(seeds, folders, strict=True):
-        summary = folder / "summary.json"
-        if not (summary.is_file() and json.loads(summary.read_text(encoding="utf-8"))["finished"]):
-            flags = ["--config", row.recipe, "--train.seed", str(seed), "--data.source", data]
-            run(["train", *flags, *(["--train.resume"] if folder.is_dir() else []), "--output_dir", str(folder)])
+        train_if_missing(folder, ["--config", row.recipe, "--train.seed", str(seed), "--data.source", data])
     report = runs / f"{row.recipe}-measured"
     names = ["--names", *(f"seed-{seed}" for seed in seeds)] if len(seeds) > 1 else []
     size = ["--num_images", str(num_images), "--out", str(report)]
@@ -77,6 +74,13 @@ def measured(row: Row, data: str, seeds: range, num_images: int, runs: Path) -> 
     results = json.loads((report / "report.json").read_text(encoding="utf-8"))["results"]
     summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
     return [{**result, "updates": each["step"]} for result, each in zip(results, summaries, strict=True)]
+
+
+def train_if_missing(folder: Path, flags: list[str]) -> None:
+    """Train a run, or resume it if it has not finished."""
+    summary = folder / "summary.json"
+    if not (summary.is_file() and json.loads(summary.read_text(encoding="utf-8"))["finished"]):
+        run(["train", *flags, *(["--train.resume"] if folder.is_dir() else []), "--output_dir", str(folder)])
 
 
 def spread(values: list[float], name: str) -> str:

@@ -325,7 +325,11 @@ def with_training_images(pipeline: str, options: Images) -> tuple[Images, int | 
 
 
 def training_fingerprint(pipeline: str) -> str | None:
-    """The fingerprint of the images that a pipeline was trained on; None if there is no ended run beside it."""
+    """The fingerprint of the images that a pipeline was trained on; None if there is no ended run beside it.
+
+    Raises:
+        UserError: the run's summary could not be read.
+    """
     summary = _of_run(pipeline, "summary.json")
     return None if summary is None else read_json(summary).get("data_fingerprint")
 

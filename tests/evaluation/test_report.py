@@ -118,9 +118,9 @@ def test_a_run_is_measured_against_its_own_images(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs, data = [tmp_path / "run", tmp_path / "other"], load_images(ImagesConfig(source="digits"), seed=5)
-    for run, seed, fingerprint in zip(runs, (5, 6), (data.fingerprint, "that of another split"), strict=True):
+    config = Config(data=DataConfig(source="digits"), train=TrainConfig(seed=5))
+    for run, fingerprint in zip(runs, (data.fingerprint, "that of another split"), strict=True):
         shutil.copytree(folders[0].parent, run)
-        config = Config(data=DataConfig(source="digits"), train=TrainConfig(seed=seed))
         (run / "config.yaml").write_text(config.to_yaml())
         (run / "summary.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
     flags = ["--evaluator", str(folders[1]), "--out", str(tmp_path / "out")]
